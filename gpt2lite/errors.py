@@ -1,0 +1,32 @@
+"""What can go wrong, as a tree.
+
+GPT2LiteError
+├── CheckpointError               a file is damaged, foreign or incomplete
+│   └── CheckpointNotFoundError   nothing is there (also FileNotFoundError)
+├── InsufficientMemoryError       what was asked does not fit (also MemoryError)
+└── UsageError                    an argument is wrong (also ValueError)
+
+Every message says where, what was wanted, what was found, and what to do next.
+"""
+
+
+class GPT2LiteError(Exception):
+    """The root: catch this to catch everything that gpt2lite raises on purpose."""
+
+
+class CheckpointError(GPT2LiteError):
+    """A checkpoint is damaged, of an unknown kind, or does not hold what the model needs."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no checkpoint at the given path."""
+
+    __str__ = Exception.__str__  # FileNotFoundError would print an errno
+
+
+class InsufficientMemoryError(GPT2LiteError, MemoryError):
+    """A load does not fit into the memory that the process really has."""
+
+
+class UsageError(GPT2LiteError, ValueError):
+    """An argument has a value that cannot work."""

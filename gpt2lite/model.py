@@ -1,0 +1,179 @@
+"""GPT-2 with the book's parameter names, top to bottom in the order it runs.
+
+B = batch, T = tokens, C = emb_dim, H = heads, D = head_dim, V = vocab_size, S = cached + new tokens.
+Architecture: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt2lite.config import GPTConfig
+from gpt2lite.errors import UsageError
+
+
+class Linear(nn.Linear):
+    """nn.Linear that leaves its initial values to `GPTModel`: no initialiser runs twice, and none on meta."""
+
+    def reset_parameters(self) -> None:
+        """Do nothing."""
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding that leaves its initial values to `GPTModel`."""
+
+    def reset_parameters(self) -> None:
+        """Do nothing."""
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis, with the book's names: scale and shift."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(config.emb_dim))
+        self.shift = nn.Parameter(torch.empty(config.emb_dim)) if config.bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) → (..., C)."""
+        return F.layer_norm(x, self.scale.shape, self.scale, self.shift, 1e-5)
+
+
+class KVCache:
+    """Keys and values of every token seen so far, allocated once for at most `capacity` tokens.
+
+    Costs 2 × n_layers × batch × capacity × emb_dim elements of the model's dtype; `length` counts the
+    tokens that it holds.
+    """
+
+    def __init__(self, config: GPTConfig, batch: int, capacity: int, like: Tensor) -> None:
+        shape = (config.n_layers, 2, batch, config.n_heads, capacity, config.head_dim)
+        self.memory = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, H, T, D) behind `length` and return all S = length + T; `length` itself stays."""
+        end = self.length + k.shape[2]
+        keys, values = self.memory[layer, 0], self.memory[layer, 1]
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which a token sees itself and what stands before it."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        C = config.emb_dim
+        self.layer, self.n_heads, self.drop_rate = layer, config.n_heads, config.drop_rate
+        self.W_query = Linear(C, C, bias=config.qkv_bias)
+        self.W_key = Linear(C, C, bias=config.qkv_bias)
+        self.W_value = Linear(C, C, bias=config.qkv_bias)
+        self.out_proj = Linear(C, C, bias=config.bias)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """(B, T, C) → (B, T, C); with a cache, the T tokens follow those that it holds."""
+        B, T, C = x.shape
+        projections = (W(x).view(B, T, self.n_heads, -1) for W in (self.W_query, self.W_key, self.W_value))
+        q, k, v = (projected.transpose(1, 2) for projected in projections)  # (B, H, T, D)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, H, S, D)
+        S = k.shape[2]
+        # is_causal aligns the mask to the first key, so it is right only where nothing precedes the T tokens
+        mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T) if 1 < T < S else None
+        drop = self.drop_rate if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, mask, drop, is_causal=T == S)
+        return self.out_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers around GPT-2's GELU (the tanh approximation)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        C = config.emb_dim
+        self.layers = nn.Sequential(
+            Linear(C, 4 * C, bias=config.bias), nn.GELU(approximate="tanh"), Linear(4 * C, C, bias=config.bias)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) → (B, T, C)."""
+        return self.layers(x)
+
+
+class TransformerBlock(nn.Module):
+    """Attention and feed-forward, each behind a norm and beside a shortcut."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.att = CausalSelfAttention(config, layer)
+        self.ff = FeedForward(config)
+        self.norm1 = LayerNorm(config)
+        self.norm2 = LayerNorm(config)
+        self.drop_resid = nn.Dropout(config.drop_rate)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """(B, T, C) → (B, T, C)."""
+        x = x + self.drop_resid(self.att(self.norm1(x), cache))
+        return x + self.drop_resid(self.ff(self.norm2(x)))
+
+
+class GPTModel(nn.Module):
+    """GPT-2 as the book names it: `GPTModel(cfg)` with the article's dict or a `GPTConfig`.
+
+    Allocates 4 bytes a parameter (6.23 GB for the tied gpt2-xl) and draws GPT-2's initial values; under
+    `torch.device("meta")` it allocates and draws nothing and takes milliseconds.
+    """
+
+    def __init__(self, config: GPTConfig | Mapping[str, Any]) -> None:
+        super().__init__()
+        self.config = config = GPTConfig.of(config)
+        self.tok_emb = Embedding(config.vocab_size, config.emb_dim)
+        self.pos_emb = Embedding(config.context_length, config.emb_dim)
+        self.drop_emb = nn.Dropout(config.drop_rate)
+        self.trf_blocks = nn.Sequential(*[TransformerBlock(config, i) for i in range(config.n_layers)])
+        self.final_norm = LayerNorm(config)
+        self.out_head = Linear(config.emb_dim, config.vocab_size, bias=False)
+        if config.tied_head:
+            self.out_head.weight = self.tok_emb.weight
+        if not self.tok_emb.weight.is_meta:
+            self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Draw GPT-2's initial values: normal(0, 0.02), the shortcuts' last layers / sqrt(2 × n_layers)."""
+        shortcut_std = 0.02 / math.sqrt(2 * self.config.n_layers)
+        for name, parameter in self.named_parameters():
+            if name.endswith(".scale"):
+                parameter.fill_(1.0)
+            elif name.endswith((".bias", ".shift")):
+                parameter.zero_()
+            elif name.endswith(("out_proj.weight", "ff.layers.2.weight")):
+                parameter.normal_(0.0, shortcut_std)
+            else:
+                parameter.normal_(0.0, 0.02)
+
+    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Token ids (B, T) → what the head reads, (B, T, C); a cache is extended by T tokens."""
+        start = cache.length if cache else 0
+        T = ids.shape[1]
+        if start + T > self.config.context_length:
+            raise UsageError(f"{start + T} tokens do not fit the context of {self.config.context_length}")
+        positions = torch.arange(start, start + T, device=ids.device)
+        x = self.drop_emb(self.tok_emb(ids) + self.pos_emb(positions))
+        for block in self.trf_blocks:
+            x = block(x, cache)
+        if cache is not None:
+            cache.length += T
+        return self.final_norm(x)
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Token ids (B, T) → logits (B, T, V)."""
+        return self.out_head(self.hidden(ids, cache))
