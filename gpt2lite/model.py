@@ -7,6 +7,7 @@ Architecture: Radford et al. 2019, "Language Models are Unsupervised Multitask L
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt2lite.config import GPTConfig
+from gpt2lite.checkpoint import open_checkpoint
+from gpt2lite.config import OFFICIAL_SIZES, GPTConfig
+from gpt2lite.dialects import Reading, find_config, read_dialect
 from gpt2lite.errors import UsageError
+from gpt2lite.loading import Progress, load
 
 
 class Linear(nn.Linear):
@@ -100,7 +104,9 @@ class FeedForward(nn.Module):
         super().__init__()
         C = config.emb_dim
         self.layers = nn.Sequential(
-            Linear(C, 4 * C, bias=config.bias), nn.GELU(approximate="tanh"), Linear(4 * C, C, bias=config.bias)
+            Linear(C, 4 * C, bias=config.bias),
+            nn.GELU(approximate="tanh"),
+            Linear(4 * C, C, bias=config.bias),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,6 +152,29 @@ class GPTModel(nn.Module):
         if not self.tok_emb.weight.is_meta:
             self.initialise()
 
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | os.PathLike[str],
+        device: str | torch.device = "cpu",
+        strategy: str = "auto",
+        *,
+        config: GPTConfig | Mapping[str, Any] | None = None,
+        dtype: torch.dtype | None = None,
+        progress: Progress | None = None,
+    ) -> GPTModel:
+        """A GPT-2 from any checkpoint that `gpt2lite.dialects` knows, in eval mode.
+
+        The config is found; `config` may say a part of it, such as {"n_heads": 12}, or all. `strategy` is
+        auto (stream) or one of `gpt2lite.STRATEGIES`; each says there what it costs on host and device.
+        `dtype` casts the weights, None keeps the file's. `progress` is called with (bytes done, bytes in all).
+        Raises CheckpointError for a file that is damaged or does not fit, UsageError for a wrong argument.
+        """
+        reading = read_dialect(open_checkpoint(path))
+        found = find_config(reading, config)
+        hint = _official_hint(found, reading)
+        return load(reading, lambda: cls(found), device, strategy, dtype=dtype, progress=progress, hint=hint)  # type: ignore[return-value]
+
     @torch.no_grad()
     def initialise(self) -> None:
         """Draw GPT-2's initial values: normal(0, 0.02), the shortcuts' last layers / sqrt(2 × n_layers)."""
@@ -177,3 +206,11 @@ class GPTModel(nn.Module):
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Token ids (B, T) → logits (B, T, V)."""
         return self.out_head(self.hidden(ids, cache))
+
+
+def _official_hint(config: GPTConfig, reading: Reading) -> str:
+    """ " Is this gpt2 rather than gpt2-medium?" where the file has the shape of another official size."""
+    own = find_config(reading, {"n_heads": 1})
+    sizes = {(n_layers, emb_dim): name for name, (n_layers, emb_dim, _) in OFFICIAL_SIZES.items()}
+    found, wanted = (sizes.get((c.n_layers, c.emb_dim)) for c in (own, config))
+    return f". Is this {found} rather than {wanted}?" if found and wanted and found != wanted else ""

@@ -1,0 +1,73 @@
+"""What lies on disk: `open_checkpoint` recognises a file by its content and returns its `Manifest`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from gpt2lite.checkpoint.manifest import Manifest, TensorSpan
+from gpt2lite.checkpoint.safetensors_file import open_safetensors
+from gpt2lite.checkpoint.tensor_folder import open_tensor_folder
+from gpt2lite.checkpoint.torch_zip import RESAVE, open_torch_zip
+from gpt2lite.errors import CheckpointError, CheckpointNotFoundError
+
+__all__ = ["Manifest", "TensorSpan", "open_checkpoint"]
+
+# A folder from the Hub holds its weights under one of these names.
+FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+
+OPENERS = {
+    "zip": open_torch_zip,
+    "safetensors": open_safetensors,
+    "tensor folder": open_tensor_folder,
+}
+
+
+def _kind_of_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        head = file.read(16)
+    if not head:
+        raise CheckpointError(f"{path}: is empty. Copy or download it again.")
+    if head.startswith(b"PK\x03\x04"):
+        return "zip"
+    if head[8:9] == b"{":
+        return "safetensors"
+    if head.startswith(b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"):
+        raise CheckpointError(
+            f"{path}: written before torch 1.6, without byte ranges. Re-save it: "
+            "torch.save(torch.load(path, weights_only=True), path)"
+        )
+    if head.startswith(b"\x80"):
+        raise CheckpointError(f"{path}: a bare pickle, which only running it could read. {RESAVE}")
+    raise CheckpointError(
+        f"{path}: begins with {head[:8]!r}, wanted a torch.save zip (PK) or a safetensors header"
+    )
+
+
+def _locate(path: Path) -> tuple[Path, str]:
+    """The file or folder to open, and its kind."""
+    if not path.is_dir():
+        return path, _kind_of_file(path)
+    for name in FOLDER_FILES:
+        if (path / name).is_file():
+            return path / name, _kind_of_file(path / name)
+    if any(path.glob("*.pt")):
+        return path, "tensor folder"
+    found = sorted(child.name for child in path.iterdir())[:5]
+    raise CheckpointError(
+        f"{path}: a folder without weights; wanted {' or '.join(FOLDER_FILES)} or one .pt file a tensor, "
+        f"found {', '.join(found) or 'nothing'}"
+    )
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Manifest:
+    """Read the headers of a checkpoint, whatever its extension, and say what lies where.
+
+    Reads no tensor data and allocates none. Raises CheckpointNotFoundError, or CheckpointError for a file that
+    is damaged, of an unknown kind, or wants to run code.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointNotFoundError(f"{path}: no such file or folder")
+    located, kind = _locate(path)
+    return OPENERS[kind](located)

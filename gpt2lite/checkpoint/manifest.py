@@ -1,0 +1,149 @@
+"""What lies where in a checkpoint: names, dtypes, shapes and byte ranges, without a byte of tensor data."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from gpt2lite.errors import CheckpointError, CheckpointNotFoundError
+
+MAX_ENTRIES = 1_000_000
+MAX_DEPTH = 32
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpan:
+    """One tensor on disk: its first element is at byte `offset` of `path`; strides count elements."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    path: Path
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensor takes once it is contiguous."""
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def extent(self) -> int:
+        """Bytes on disk from the first to the last element, both included."""
+        if not self.numel:
+            return 0
+        last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        return (last + 1) * self.dtype.itemsize
+
+    @property
+    def address(self) -> tuple[object, ...]:
+        """Equal for two spans exactly when they are the same memory seen the same way: a tie."""
+        return (
+            self.path,
+            self.offset,
+            self.dtype,
+            self.shape,
+            self.stride,
+            self.name if not self.numel else "",
+        )
+
+
+def contiguous_stride(shape: Iterable[int]) -> tuple[int, ...]:
+    """Strides, in elements, of a row-major tensor of `shape`."""
+    stride, step = [], 1
+    for size in reversed(tuple(shape)):
+        stride.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(stride))
+
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """What tells that a file was replaced, truncated or written to."""
+
+    size: int
+    modified_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileState:
+        """The state of `path` now. Raises CheckpointNotFoundError."""
+        try:
+            found = os.stat(path)
+        except FileNotFoundError:
+            raise CheckpointNotFoundError(f"{path}: no such file or folder") from None
+        return cls(found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A checkpoint's table of contents.
+
+    `values` holds the plain numbers, strings and flags that were saved beside the tensors, by their dotted
+    names; `files` the state of every file when it was opened.
+    """
+
+    path: Path
+    format: str
+    tensors: Mapping[str, TensorSpan]
+    values: Mapping[str, object] = field(default_factory=dict)
+    files: Mapping[Path, FileState] = field(default_factory=dict)
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError if a file is not what it was when the manifest was made."""
+        for path, state in self.files.items():
+            if FileState.of(path) != state:
+                raise CheckpointError(f"{path}: changed while it was being read. Load it again.")
+
+
+def validate(manifest: Manifest) -> Manifest:
+    """Check that every tensor lies inside its file; one CheckpointError names the first that does not."""
+    for span in manifest.tensors.values():
+        end, size = span.offset + span.extent, manifest.files[span.path].size
+        if span.offset < 0 or end > size:
+            raise CheckpointError(
+                f"{span.path}: {span.name} lies in bytes {span.offset} to {end}, the file ends at {size}. "
+                "It is truncated: copy or download it again."
+            )
+    return manifest
+
+
+def flatten(tree: object, leaf: type) -> tuple[dict[str, object], dict[str, object]]:
+    """Nested dicts and lists → ({dotted name: leaf object}, {dotted name: plain value}).
+
+    Raises CheckpointError for a name that occurs twice, and for trees too deep or too large to be data.
+    """
+    leaves: dict[str, object] = {}
+    values: dict[str, object] = {}
+
+    def visit(node: object, name: str, depth: int) -> None:
+        if depth > MAX_DEPTH or len(leaves) + len(values) > MAX_ENTRIES:
+            raise CheckpointError(
+                f"nested deeper than {MAX_DEPTH} or more than {MAX_ENTRIES} entries: not weights"
+            )
+        items: Iterable[tuple[object, object]]
+        if isinstance(node, Mapping):
+            items = node.items()
+        elif isinstance(node, (list, tuple)):
+            items = enumerate(node)
+        else:
+            found = leaves if isinstance(node, leaf) else values
+            if name in found:
+                raise CheckpointError(f"the name {name!r} occurs twice")
+            found[name] = node
+            return
+        for key, child in items:
+            visit(child, f"{name}.{key}" if name else str(key), depth + 1)
+
+    visit(tree, "", 0)
+    return leaves, values

@@ -1,0 +1,102 @@
+"""Tensors out of a manifest, as the article reads them: all at once, one file at a time, or mapped."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, flatten
+from gpt2lite.errors import CheckpointError
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, writable and without a copy; valid while the tensor lives."""
+    nbytes = tensor.numel() * tensor.element_size()
+    return memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def read_bytes_into(memory: memoryview, path: Path, offset: int) -> None:
+    """Fill `memory` from byte `offset` of a file. Raises CheckpointError where the file ends first."""
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        done = 0
+        while done < len(memory):
+            count = file.readinto(memory[done:])
+            if not count:
+                raise CheckpointError(
+                    f"{path}: ends at byte {offset + done}; it was truncated while being read"
+                )
+            done += count
+
+
+def as_strided(flat: Tensor, span: TensorSpan) -> Tensor:
+    """A span's tensor over `flat`, its bytes (uint8), which must be aligned to its dtype."""
+    return flat[: span.extent].view(span.dtype).as_strided(span.shape, span.stride)
+
+
+def read_span(span: TensorSpan) -> Tensor:
+    """One tensor in fresh host memory."""
+    flat = torch.empty(span.extent, dtype=torch.uint8)
+    read_bytes_into(memory_of(flat), span.path, span.offset)
+    return as_strided(flat, span)
+
+
+def _torch_load(path: Path, device: torch.device) -> object:
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            raise
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f'{path}: torch.load refuses it ({reason}); strategy="stream" does not use it'
+        ) from None
+
+
+def _read_zip(manifest: Manifest, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
+    tensors, _ = flatten(_torch_load(manifest.path, device), Tensor)
+    return {name: tensors[name] for name in names}  # type: ignore[misc]
+
+
+def _read_folder(manifest: Manifest, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
+    return {name: _torch_load(manifest.tensors[name].path, device) for name in names}  # type: ignore[misc]
+
+
+def _read_spans(manifest: Manifest, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
+    return {name: read_span(manifest.tensors[name]).to(device) for name in names}
+
+
+READERS = {"torch_zip": _read_zip, "safetensors": _read_spans, "tensor_folder": _read_folder}
+
+
+def read_tensors(manifest: Manifest, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
+    """All tensors at once on `device`, by the call that users of the format write (torch.load for `.pth`).
+
+    Costs what torch.load costs: every byte of the file on the device, passengers included, and on the way
+    there one tensor of host memory.
+    """
+    return READERS[manifest.format](manifest, names, device)
+
+
+def map_tensors(spans: Iterable[TensorSpan]) -> dict[str, Tensor]:
+    """Tensors over a private mapping of their files: no bytes are read before they are used.
+
+    Each has a storage of its own (torch.save of one view would else write the whole file) and need not be
+    aligned. Costs address space only; what is touched lies in the page cache and can be reclaimed. A file that
+    is overwritten in place while mapped kills the process (SIGBUS): replace files instead, as
+    `os.replace` does.
+    """
+    mapped: dict[Path, torch.UntypedStorage] = {}
+    tensors = {}
+    for span in spans:
+        if span.path not in mapped:
+            mapped[span.path] = torch.UntypedStorage.from_file(
+                str(span.path), False, span.path.stat().st_size
+            )
+        storage = mapped[span.path][span.offset : span.offset + span.extent]
+        tensors[span.name] = torch.empty(0, dtype=span.dtype).set_(storage, 0, span.shape, span.stride)
+    return tensors

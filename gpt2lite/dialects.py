@@ -1,0 +1,363 @@
+"""Whose checkpoint is this? Tables that say which view of which stored tensor each parameter of ours is.
+
+A row is (their name, our name, placement); `{i}` stands for the block. Nothing else in the program knows a
+foreign name, so another dialect is another table.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from gpt2lite.checkpoint import Manifest
+from gpt2lite.config import OFFICIAL_HEADS, GPTConfig
+from gpt2lite.errors import CheckpointError, UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """One parameter as a view of one stored tensor: part `part` of `parts` along `axis`, then transposed."""
+
+    source: str
+    part: int = 0
+    parts: int = 1
+    axis: int = 0
+    transposed: bool = False
+
+    def of(self, stored: Tensor) -> Tensor:
+        """The parameter as a view of the stored tensor: no bytes move."""
+        if self.parts > 1:
+            stored = stored.chunk(self.parts, self.axis)[self.part]
+        return stored.t() if self.transposed else stored
+
+    def shape_of(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """The parameter's shape, from the stored tensor's; the latter itself where the view cannot be."""
+        rank_needed = 2 if self.transposed else self.axis + 1 if self.parts > 1 else 0
+        if len(stored) < rank_needed or (self.parts > 1 and stored[self.axis] % self.parts):
+            return stored
+        shape = list(stored)
+        if self.parts > 1:
+            shape[self.axis] //= self.parts
+        return tuple(reversed(shape)) if self.transposed else tuple(shape)
+
+    def unplace(self, parameter: Tensor) -> Tensor:
+        """The parameter turned to stand like the stored tensor, as a view: the inverse of `of`."""
+        return parameter.t() if self.transposed else parameter
+
+
+Row = tuple[str, str, Placement]
+
+
+def _row(theirs: str, ours: str, transposed: bool = False) -> Row:
+    return theirs, ours, Placement(theirs, transposed=transposed)
+
+
+def _fused(theirs: str, ours: str, axis: int, transposed: bool = False) -> list[Row]:
+    """Query, key and value, stored as one tensor in this order along `axis`."""
+    names = ("W_query", "W_key", "W_value")
+    return [
+        (theirs, ours.format(name, i="{i}"), Placement(theirs, part, 3, axis, transposed))
+        for part, name in enumerate(names)
+    ]
+
+
+def _pairs(theirs: str, ours: str, leaves: Mapping[str, str]) -> list[Row]:
+    return [_row(f"{theirs}.{leaf}", f"{ours}.{own}") for leaf, own in leaves.items()]
+
+
+PLAIN = {"weight": "weight", "bias": "bias"}
+BOOK_NORM = {"scale": "scale", "shift": "shift"}
+TORCH_NORM = {"weight": "scale", "bias": "shift"}
+
+
+def _same_as_ours(norm: Mapping[str, str]) -> list[Row]:
+    """What `GPTModel` and `GPTModelFast` of the book have in common with us."""
+    block = "trf_blocks.{i}"
+    return [
+        _row("tok_emb.weight", "tok_emb.weight"),
+        _row("pos_emb.weight", "pos_emb.weight"),
+        *_pairs(f"{block}.norm1", f"{block}.norm1", norm),
+        *_pairs(f"{block}.norm2", f"{block}.norm2", norm),
+        *_pairs(f"{block}.ff.layers.0", f"{block}.ff.layers.0", PLAIN),
+        *_pairs(f"{block}.ff.layers.2", f"{block}.ff.layers.2", PLAIN),
+        *_pairs("final_norm", "final_norm", norm),
+        _row("out_head.weight", "out_head.weight"),
+    ]
+
+
+def _conv1d(theirs: str, ours: str) -> list[Row]:
+    """A layer that Hugging Face stores (in, out)."""
+    return [_row(f"{theirs}.weight", f"{ours}.weight", True), _row(f"{theirs}.bias", f"{ours}.bias")]
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """A family of checkpoints: `marker` is a name that only it has, `masks` ends the names that are no weights."""
+
+    rows: list[Row]
+    marker: str
+    masks: tuple[str, ...] = ()
+
+
+BLOCK = "trf_blocks.{i}"
+DIALECTS = {
+    "book": Dialect(
+        rows=[
+            *_same_as_ours(BOOK_NORM),
+            *_pairs(f"{BLOCK}.att.W_query", f"{BLOCK}.att.W_query", PLAIN),
+            *_pairs(f"{BLOCK}.att.W_key", f"{BLOCK}.att.W_key", PLAIN),
+            *_pairs(f"{BLOCK}.att.W_value", f"{BLOCK}.att.W_value", PLAIN),
+            *_pairs(f"{BLOCK}.att.out_proj", f"{BLOCK}.att.out_proj", PLAIN),
+        ],
+        marker="trf_blocks.0.att.W_query.weight",
+        masks=(".att.mask",),
+    ),
+    "book-fast": Dialect(
+        rows=[
+            *_same_as_ours(TORCH_NORM),
+            *_fused(f"{BLOCK}.att.qkv.weight", "trf_blocks.{i}.att.{}.weight", axis=0),
+            *_fused(f"{BLOCK}.att.qkv.bias", "trf_blocks.{i}.att.{}.bias", axis=0),
+            *_pairs(f"{BLOCK}.att.proj", f"{BLOCK}.att.out_proj", PLAIN),
+        ],
+        marker="trf_blocks.0.att.qkv.weight",
+    ),
+    "huggingface": Dialect(
+        rows=[
+            _row("wte.weight", "tok_emb.weight"),
+            _row("wpe.weight", "pos_emb.weight"),
+            *_pairs("h.{i}.ln_1", f"{BLOCK}.norm1", TORCH_NORM),
+            *_fused("h.{i}.attn.c_attn.weight", "trf_blocks.{i}.att.{}.weight", axis=1, transposed=True),
+            *_fused("h.{i}.attn.c_attn.bias", "trf_blocks.{i}.att.{}.bias", axis=0),
+            *_conv1d("h.{i}.attn.c_proj", f"{BLOCK}.att.out_proj"),
+            *_pairs("h.{i}.ln_2", f"{BLOCK}.norm2", TORCH_NORM),
+            *_conv1d("h.{i}.mlp.c_fc", f"{BLOCK}.ff.layers.0"),
+            *_conv1d("h.{i}.mlp.c_proj", f"{BLOCK}.ff.layers.2"),
+            *_pairs("ln_f", "final_norm", TORCH_NORM),
+            _row("lm_head.weight", "out_head.weight"),
+        ],
+        marker="h.0.attn.c_attn.weight",
+        masks=(".attn.bias", ".attn.masked_bias"),
+    ),
+}
+
+# What a training script, a wrapper or a compiler puts before every name; any order, any number.
+WRAPPERS = ("model_state_dict.", "state_dict.", "model.")
+PREFIXES = (*WRAPPERS, "module.", "_orig_mod.", "transformer.")
+
+# Their words for our config's fields, in config.json, hparams.json and what lies beside the weights in a file.
+CONFIG_WORDS = {"n_head": "n_heads", "num_attention_heads": "n_heads", "resid_pdrop": "drop_rate"}
+# Variants of GPT-2 that share its names and not its arithmetic.
+CONFIG_MUST_BE = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A checkpoint understood: every parameter of ours that it holds, as a placement."""
+
+    manifest: Manifest
+    dialect: str
+    placements: Mapping[str, Placement]
+    masks: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    passengers: tuple[str, ...] = ()
+
+
+def _strip(name: str) -> str:
+    for prefix in PREFIXES:
+        if name.startswith(prefix):
+            return _strip(name[len(prefix) :])
+    return name
+
+
+def _model_names(manifest: Manifest) -> dict[str, str]:
+    """Stripped name → stored name, of the model alone: what lies beside its wrapper is left out."""
+    stored = list(manifest.tensors)
+    marker = next((name for name in stored if _strip(name) in _markers()), "")
+    wrapper = next((prefix for prefix in WRAPPERS if marker.startswith(prefix)), "")
+    names: dict[str, str] = {}
+    for name in stored:
+        stripped = _strip(name)
+        if not name.startswith(wrapper):
+            continue
+        if stripped in names:
+            raise CheckpointError(f"{manifest.path}: {names[stripped]} and {name} are both {stripped}")
+        names[stripped] = name
+    return names
+
+
+def _markers() -> set[str]:
+    return {dialect.marker for dialect in DIALECTS.values()}
+
+
+def _dialect_of(manifest: Manifest, names: Collection[str]) -> str:
+    found = [key for key, dialect in DIALECTS.items() if dialect.marker in names]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise CheckpointError(
+            f"{manifest.path}: holds the names of {' and '.join(found)} at once; save them apart"
+        )
+    sample = ", ".join(list(manifest.tensors)[:4]) or "no tensors"
+    raise CheckpointError(
+        f"{manifest.path}: not a GPT-2 that is known here. It holds {sample} …; wanted one of "
+        f"{', '.join(sorted(_markers()))}. For a module of your own, use gpt2lite.load_module."
+    )
+
+
+def _block_of(name: str) -> int:
+    found = re.search(r"(?:^|\.)(?:trf_blocks|h)\.(\d+)\.", name)
+    return int(found.group(1)) if found else -1
+
+
+def _expand(rows: Iterable[Row], n_layers: int) -> Iterable[Row]:
+    for theirs, ours, placement in rows:
+        for i in range(n_layers) if "{i}" in theirs else (0,):
+            yield theirs.format(i=i), ours.format(i=i), placement
+
+
+def read_dialect(manifest: Manifest) -> Reading:
+    """Find the dialect of a GPT-2 checkpoint by its names and place every parameter that it holds.
+
+    A checkpoint without a head is tied: its head is its token embedding. Raises CheckpointError.
+    """
+    names = _model_names(manifest)
+    key = _dialect_of(manifest, names)
+    dialect = DIALECTS[key]
+    n_layers = 1 + max(map(_block_of, names))
+    if n_layers > len(names):
+        raise CheckpointError(
+            f"{manifest.path}: names block {n_layers - 1}, but has only {len(names)} tensors"
+        )
+    rows = [row for row in _expand(dialect.rows, n_layers) if row[0] in names]
+    placements = {ours: replace(placement, source=names[theirs]) for theirs, ours, placement in rows}
+    for absent, present in (("out_head.weight", "tok_emb.weight"), ("tok_emb.weight", "out_head.weight")):
+        if present in placements:
+            placements.setdefault(absent, placements[present])
+    rest = names.keys() - {theirs for theirs, _, _ in rows}
+    masks = {name for name in rest if name.endswith(dialect.masks or "\0")}
+    return Reading(
+        manifest,
+        key,
+        placements,
+        masks=tuple(names[name] for name in names if name in masks),
+        unexpected=tuple(names[name] for name in names if name in rest - masks),
+        passengers=tuple(manifest.tensors.keys() - set(names.values())),
+    )
+
+
+def read_names(manifest: Manifest, wanted: Collection[str]) -> Reading:
+    """Place the parameters of any module by their own names, behind a wrapper or prefix where there is one."""
+    if set(wanted) <= set(manifest.tensors):
+        names: Mapping[str, str] = {name: name for name in manifest.tensors}
+    else:
+        names = _best_names(manifest, wanted)
+    placements = {name: Placement(stored) for name, stored in names.items() if name in wanted}
+    unexpected = tuple(stored for name, stored in names.items() if name not in wanted)
+    passengers = tuple(set(manifest.tensors) - set(names.values()))
+    return Reading(manifest, "the module's own", placements, (), unexpected, passengers)
+
+
+def _best_names(manifest: Manifest, wanted: Collection[str]) -> Mapping[str, str]:
+    """The names behind the common prefix that yields most of the wanted ones."""
+    best = {name: name for name in manifest.tensors}
+    pending, seen = [""], {""}
+    while pending:
+        prefix = pending.pop()
+        names = {n[len(prefix) :]: n for n in manifest.tensors if n.startswith(prefix)}
+        if len(names.keys() & set(wanted)) > len(best.keys() & set(wanted)):
+            best = names
+        longer = {prefix + more for more in PREFIXES if any(n.startswith(more) for n in names)} - seen
+        pending += sorted(longer)
+        seen |= longer
+    return best
+
+
+def _said_elsewhere(manifest: Manifest) -> dict[str, Any]:
+    """What the file, its `<stem>.json` and a Hub folder's config say about n_heads and drop_rate."""
+    said = {name.rpartition(".")[2]: value for name, value in manifest.values.items()}
+    for path in (
+        manifest.path.parent / "hparams.json",
+        manifest.path.parent / "config.json",
+        _side_file(manifest.path),
+    ):
+        if path.is_file():
+            said |= _read_json(path)
+    for key, allowed in CONFIG_MUST_BE.items():
+        if key in said and said[key] not in allowed:
+            raise CheckpointError(
+                f"{manifest.path}: its config has {key}={said[key]!r}; GPT-2 has {allowed[0]!r}"
+            )
+    ours = {CONFIG_WORDS.get(key, key): value for key, value in said.items()}
+    return {key: ours[key] for key in ("n_heads", "drop_rate") if type(ours.get(key)) in (int, float)}
+
+
+def _side_file(path: Path) -> Path:
+    return path.with_name(path.name + ".json") if path.is_dir() else path.with_suffix(".json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not sound JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: holds a {type(found).__name__}, wanted an object of config fields")
+    return found
+
+
+def _said_by_shapes(reading: Reading) -> dict[str, Any]:
+    """Everything that names, shapes and shared storage tell; all but n_heads and drop_rate."""
+    tensors, placements = reading.manifest.tensors, reading.placements
+    lacking = [name for name in ("tok_emb.weight", "pos_emb.weight") if name not in placements]
+    if lacking:
+        raise CheckpointError(f"{reading.manifest.path}: holds no {' and no '.join(lacking)}")
+    token = tensors[placements["tok_emb.weight"].source]
+    position = tensors[placements["pos_emb.weight"].source]
+    head = tensors[placements["out_head.weight"].source]
+    if len(token.shape) != 2 or len(position.shape) != 2:
+        raise CheckpointError(
+            f"{reading.manifest.path}: {token.name} {token.shape} and {position.name} {position.shape} "
+            "must be (vocab_size, emb_dim) and (context_length, emb_dim)"
+        )
+    return {
+        "vocab_size": token.shape[0],
+        "context_length": position.shape[0],
+        "emb_dim": token.shape[1],
+        "n_layers": 1 + max(map(_block_of, placements)),
+        "qkv_bias": any(name.endswith(".W_query.bias") for name in placements),
+        "bias": "final_norm.shift" in placements,
+        "tied_head": token.address == head.address,
+    }
+
+
+def find_config(reading: Reading, config: GPTConfig | Mapping[str, Any] | None = None) -> GPTConfig:
+    """The config of a checkpoint; what `config` says wins, what it leaves out is found.
+
+    The head count is in no shape. It is looked for in `<stem>.json`, in the file's own wrapper, in config.json
+    or hparams.json, and last among the official sizes. Raises CheckpointError where it cannot be known.
+    """
+    if isinstance(config, GPTConfig):
+        return config
+    shapes = _said_by_shapes(reading)
+    merged = _said_elsewhere(reading.manifest) | shapes | dict(config or {})
+    merged.setdefault("n_heads", OFFICIAL_HEADS.get((merged["n_layers"], merged["emb_dim"])))
+    if merged["n_heads"] is None:
+        raise CheckpointError(
+            f"{reading.manifest.path}: the number of attention heads cannot be read off weights, and "
+            f"{merged['n_layers']} layers of {merged['emb_dim']} are no official size. Pass "
+            f'config={{"n_heads": …}} or put {_side_file(reading.manifest.path).name} beside it.'
+        )
+    try:
+        return GPTConfig.of(merged)
+    except UsageError as error:
+        raise UsageError(f"{reading.manifest.path}: {error}") from None

@@ -1,0 +1,299 @@
+"""Byte ranges of an ordinary file → parameters, through a ring of small buffers.
+
+A chunk is one read: a run of neighbouring pieces that fits a slot. A piece is a box of a stored tensor that
+is contiguous on disk; it is scattered into every parameter that views it, cast and transposed on the way, on
+the device. A tensor may be larger than the ring. On a CPU target, what needs no change is read straight into the
+parameter's own memory.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gpt2lite.checkpoint.manifest import TensorSpan, contiguous_stride
+from gpt2lite.checkpoint.reading import as_strided, memory_of, read_bytes_into
+from gpt2lite.loading.plan import Progress, Target
+
+SLOTS = 4
+DEFAULT_RING_BYTES = 64 << 20
+MAX_GAP = 4096  # between two tensors that one read takes together: a zip header, some padding
+READERS = min(4, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """A parameter turned to stand like its stored tensor, filling [start, stop) of the latter's `axis`."""
+
+    tensor: Tensor
+    axis: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A stored tensor, its dimensions ordered as they lie on disk, and everything that it fills."""
+
+    span: TensorSpan
+    shape: tuple[int, ...]
+    destinations: tuple[Destination, ...]
+
+    @property
+    def is_row_major(self) -> bool:
+        """Whether the bytes on disk are exactly the elements in the order of `shape`."""
+        return self.span.extent == self.span.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """`source[prefix][start:stop]`: `nbytes` of disk from byte `offset`."""
+
+    source: Source
+    prefix: tuple[int, ...]
+    start: int
+    stop: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One read."""
+
+    path: Path
+    offset: int
+    nbytes: int
+    pieces: tuple[Piece, ...]
+
+
+def _disk_order(span: TensorSpan) -> tuple[int, ...]:
+    """The dimensions from the slowest to the fastest on disk; as they are where no order is row-major."""
+    order = tuple(sorted(range(len(span.shape)), key=lambda dim: -span.stride[dim]))
+    shape = [span.shape[dim] for dim in order]
+    steps = contiguous_stride(shape)
+    row_major = all(
+        size < 2 or span.stride[dim] == step for dim, size, step in zip(order, shape, steps, strict=True)
+    )
+    return order if row_major else tuple(range(len(span.shape)))
+
+
+def make_source(span: TensorSpan, filled: Iterable[tuple[Target, Tensor]]) -> Source:
+    """One stored tensor and the (target, parameter) pairs that it fills."""
+    order = _disk_order(span)
+    shape = tuple(span.shape[dim] for dim in order) or (1,)
+    destinations = []
+    for target, parameter in filled:
+        place = target.placement
+        turned = place.unplace(parameter.detach()).permute(order) if order else parameter.detach().view(1)
+        axis = order.index(place.axis) if order else 0
+        size = shape[axis] // place.parts
+        destinations.append(Destination(turned, axis, place.part * size, (place.part + 1) * size))
+    return Source(span, shape, tuple(destinations))
+
+
+def cut(source: Source, max_bytes: int) -> Iterator[Piece]:
+    """Boxes of at most `max_bytes` that together are the tensor; one piece for a tensor that is not row-major."""
+    span, shape = source.span, source.shape
+    if not span.numel:
+        return
+    if not source.is_row_major:
+        yield Piece(source, (), 0, shape[0], span.offset, span.extent)
+        return
+    split = next(d for d in range(len(shape)) if math.prod(shape[d + 1 :]) * span.dtype.itemsize <= max_bytes)
+    row = math.prod(shape[split + 1 :]) * span.dtype.itemsize
+    rows = max_bytes // row
+    for number in range(math.prod(shape[:split])):
+        begin = span.offset + number * shape[split] * row
+        for start in range(0, shape[split], rows):
+            stop = min(start + rows, shape[split])
+            yield Piece(
+                source,
+                _unravel(number, shape[:split]),
+                start,
+                stop,
+                begin + start * row,
+                (stop - start) * row,
+            )
+
+
+def _unravel(number: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    index = []
+    for size in reversed(shape):
+        number, remainder = divmod(number, size)
+        index.append(remainder)
+    return tuple(reversed(index))
+
+
+def joined(pieces: Iterable[Piece], max_bytes: int) -> Iterator[Chunk]:
+    """Neighbouring pieces as one read, as long as it stays within `max_bytes` and everything stays aligned."""
+    run: list[Piece] = []
+    for piece in pieces:
+        if run and not _fits(run, piece, max_bytes):
+            yield _chunk(run)
+            run = []
+        run.append(piece)
+    if run:
+        yield _chunk(run)
+
+
+def _fits(run: list[Piece], piece: Piece, max_bytes: int) -> bool:
+    first, last = run[0], run[-1]
+    at = piece.offset - first.offset
+    gap = piece.offset - last.offset - last.nbytes
+    same_file = piece.source.span.path == first.source.span.path
+    aligned = at % piece.source.span.dtype.itemsize == 0
+    return same_file and aligned and 0 <= gap <= MAX_GAP and at + piece.nbytes <= max_bytes
+
+
+def _chunk(run: list[Piece]) -> Chunk:
+    begin, end = run[0].offset, run[-1].offset + run[-1].nbytes
+    return Chunk(run[0].source.span.path, begin, end - begin, tuple(run))
+
+
+def landings(piece: Piece, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs (part of a parameter, part of the piece's values) of equal shape: what is to be copied where."""
+    depth = len(piece.prefix)
+    for to in piece.source.destinations:
+        if to.axis > depth:
+            yield (
+                to.tensor[piece.prefix][piece.start : piece.stop],
+                values.narrow(to.axis - depth, to.start, to.stop - to.start),
+            )
+        elif to.axis == depth:
+            start, stop = max(piece.start, to.start), min(piece.stop, to.stop)
+            if start < stop:
+                rows = to.tensor[piece.prefix][start - to.start : stop - to.start]
+                yield rows, values[start - piece.start : stop - piece.start]
+        elif to.start <= piece.prefix[to.axis] < to.stop:
+            index = list(piece.prefix)
+            index[to.axis] -= to.start
+            yield to.tensor[tuple(index)][piece.start : piece.stop], values
+
+
+def values_of(piece: Piece, flat: Tensor) -> Tensor:
+    """The piece's values over its bytes (uint8), in the shape of the box."""
+    source = piece.source
+    if not source.is_row_major:
+        return as_strided(flat, source.span)
+    shape = (piece.stop - piece.start, *source.shape[len(piece.prefix) + 1 :])
+    return flat.view(source.span.dtype).view(shape)
+
+
+def _is_direct(source: Source) -> bool:
+    """Whether disk and parameter hold the same bytes in the same order, so that no buffer is needed."""
+    return (
+        len(source.destinations) == 1
+        and source.is_row_major
+        and source.destinations[0].tensor.shape == source.shape
+        and source.destinations[0].tensor.is_contiguous()
+        and source.destinations[0].tensor.dtype == source.span.dtype
+        and source.destinations[0].tensor.device.type == "cpu"
+    )
+
+
+def _read_direct(piece: Piece) -> int:
+    rows = piece.source.destinations[0].tensor[piece.prefix][piece.start : piece.stop]
+    read_bytes_into(memory_of(rows), piece.source.span.path, piece.offset)
+    return piece.nbytes
+
+
+def _read_chunk(chunk: Chunk, slot: Tensor) -> int:
+    read_bytes_into(memory_of(slot)[: chunk.nbytes], chunk.path, chunk.offset)
+    return chunk.nbytes
+
+
+class Ring:
+    """`SLOTS` equal host buffers in one allocation, page-locked and with one device twin where a device copies.
+
+    Costs `SLOTS × slot_bytes` on the host and, for a CUDA device, `slot_bytes` there.
+    """
+
+    def __init__(self, slot_bytes: int, device: torch.device) -> None:
+        self.on_cuda = device.type == "cuda"
+        memory = allocate_ring(SLOTS * slot_bytes, pinned=self.on_cuda)
+        self.slots = deque(memory.split(slot_bytes))
+        self.twin = torch.empty(slot_bytes, dtype=torch.uint8, device=device) if self.on_cuda else None
+        self.copied: dict[int, torch.cuda.Event] = {}
+
+    def take(self) -> Tensor:
+        """The oldest slot, once its last copy is done."""
+        slot = self.slots.popleft()
+        event = self.copied.pop(slot.data_ptr(), None)
+        if event is not None:
+            event.synchronize()
+        return slot
+
+    @torch.no_grad()
+    def deliver(self, chunk: Chunk, slot: Tensor) -> None:
+        """Copy a chunk that lies in `slot` to its parameters, and queue the slot for its next use."""
+        flat = slot[: chunk.nbytes]
+        if self.twin is not None:
+            flat = self.twin[: chunk.nbytes].copy_(flat, non_blocking=True)
+            event = self.copied[slot.data_ptr()] = torch.cuda.Event()
+            event.record()
+        for piece in chunk.pieces:
+            begin = piece.offset - chunk.offset
+            for rows, values in landings(piece, values_of(piece, flat[begin : begin + piece.nbytes])):
+                rows.copy_(values)
+        self.slots.append(slot)
+
+
+def allocate_ring(nbytes: int, *, pinned: bool) -> Tensor:
+    """Host memory for the ring, page-locked if asked and possible, else ordinary."""
+    if pinned:
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError:  # a limit on locked memory: slower, still inside the cap
+            pass
+    return torch.empty(nbytes, dtype=torch.uint8)
+
+
+def _deliver_all(chunks: list[Chunk], ring: Ring, pool: ThreadPoolExecutor) -> Iterator[int]:
+    """Read ahead into every free slot, deliver in order; yields the bytes of each chunk delivered."""
+    waiting, ahead = deque(chunks), deque[tuple[Chunk, Tensor, Future[int]]]()
+    while waiting or ahead:
+        while waiting and ring.slots:
+            chunk, slot = waiting.popleft(), ring.take()
+            ahead.append((chunk, slot, pool.submit(_read_chunk, chunk, slot)))
+        chunk, slot, reading = ahead.popleft()
+        reading.result()
+        ring.deliver(chunk, slot)
+        yield chunk.nbytes
+
+
+def fill(sources: list[Source], device: torch.device, ring_bytes: int, progress: Progress) -> None:
+    """Read every source into its parameters.
+
+    Host memory: the ring, `ring_bytes`, or nothing where everything is read in place; more only for a tensor
+    that no order of its dimensions makes contiguous, which is read whole. Device memory: a quarter of the ring. Raises
+    CheckpointError where a file ends early; the error of a reader is raised as it is.
+    """
+    slot_bytes = max(ring_bytes // SLOTS, 16)
+    direct = [piece for source in sources if _is_direct(source) for piece in cut(source, slot_bytes)]
+    staged = [source for source in sources if not _is_direct(source)]
+    chunks = list(joined((piece for source in staged for piece in cut(source, slot_bytes)), slot_bytes))
+    total = sum(piece.nbytes for piece in direct) + sum(chunk.nbytes for chunk in chunks)
+    pool = ThreadPoolExecutor(READERS, thread_name_prefix="gpt2lite-reader")
+    done = 0
+    try:
+        for nbytes in pool.map(_read_direct, direct):
+            done += nbytes
+            progress(done, total)
+        if chunks:
+            ring = Ring(max(slot_bytes, *(chunk.nbytes for chunk in chunks)), device)
+            for nbytes in _deliver_all(chunks, ring, pool):
+                done += nbytes
+                progress(done, total)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
