@@ -1,0 +1,266 @@
+"""What every way of loading costs here: each strategy in a fresh process, checked against plain torch.
+
+The parent makes what is compared with, then starts `python -m gpt2lite.benchmarking` once for each strategy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt2lite.checkpoint import open_checkpoint
+from gpt2lite.checkpoint.reading import memory_of, read_tensors
+from gpt2lite.checkpoint.writing import TensorToWrite, require_space, save_per_tensor, write_torch_zip
+from gpt2lite.config import GPTConfig
+from gpt2lite.dialects import find_config, read_dialect
+from gpt2lite.errors import GPT2LiteError
+from gpt2lite.loading import Progress
+from gpt2lite.memory import Sample, track_memory
+from gpt2lite.model import GPTModel
+
+PROMPT = [[15496, 11, 314, 716, 257, 3303, 2746]]  # "Hello, I am a language model" in GPT-2's encoding
+LOGITS_TOLERANCE = 1e-4
+RANDOM_CHUNK = 1 << 22  # elements drawn at a time
+TINY = GPTConfig(vocab_size=64, context_length=16, emb_dim=16, n_heads=2, n_layers=2)
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One strategy's figures: seconds from the start of the load, bytes above the imports.
+
+    Peaks are of the load; `peak_host_reclaimable` also covers the first logits, which is when mapped weights
+    are read.
+    """
+
+    strategy: str
+    seconds_to_load: float
+    seconds_to_logits: float
+    peak_device: int
+    peak_host_anonymous: int
+    peak_host_reclaimable: int
+    bitwise_equal: bool
+    logits_difference: float
+    model_bytes: int
+    method: str
+    timeline: list[tuple[float, int, int]]
+
+    @property
+    def logits_equal(self) -> bool:
+        """Whether the logits are within 1e-4 of the reference."""
+        return self.logits_difference <= LOGITS_TOLERANCE
+
+
+# ---- a checkpoint to measure with --------------------------------------------------------------------------
+
+
+def _random_chunks(shape: tuple[int, ...], mean: float, std: float, seed: int) -> Iterator[memoryview]:
+    generator, left = torch.Generator().manual_seed(seed), torch.Size(shape).numel()
+    while left:
+        chunk = torch.empty(min(left, RANDOM_CHUNK)).normal_(mean, std, generator=generator)
+        left -= chunk.numel()
+        yield memory_of(chunk)
+
+
+def _mask_chunks(size: int) -> Iterator[memoryview]:
+    yield memory_of(torch.ones(size, size).triu(1))
+
+
+def _random_tensor(name: str, shape: tuple[int, ...], seed: int) -> TensorToWrite:
+    mean = 1.0 if name.endswith(".scale") else 0.0
+    return TensorToWrite(name, torch.float32, shape, lambda: _random_chunks(shape, mean, 0.02, seed))
+
+
+def write_random_checkpoint(config: GPTConfig, path: Path, progress: Progress = lambda done, total: None) -> None:
+    """Write random fp32 weights as the article's `torch.save(model.state_dict(), path)` lays them out.
+
+    The book's names, its 4 MiB mask in every block, an untied head unless the config ties it. Streamed: holds
+    16 MiB at a time. Raises OSError before it begins where the disk is too small.
+    """
+    with torch.device("meta"):
+        state = GPTModel(config).state_dict()
+    size = config.context_length
+    tensors = []
+    for seed, (name, tensor) in enumerate(state.items()):
+        if name.endswith("att.W_query.weight"):
+            mask = name.replace("W_query.weight", "mask")
+            tensors.append(TensorToWrite(mask, torch.float32, (size, size), lambda: _mask_chunks(size)))
+        if name != "out_head.weight" or not config.tied_head:
+            tensors.append(_random_tensor(name, tuple(tensor.shape), seed))
+    require_space(path.parent, sum(tensor.nbytes for tensor in tensors))
+    write_torch_zip(path, tensors, progress)
+
+
+# ---- in the fresh process ----------------------------------------------------------------------------------
+
+
+def _prompt(config: GPTConfig, device: torch.device) -> Tensor:
+    return torch.tensor(PROMPT, device=device)[:, : config.context_length] % config.vocab_size
+
+
+def digest(tensor: Tensor) -> str:
+    """A hash of a tensor's bytes, on whatever device it is."""
+    host = tensor.detach().cpu().contiguous()
+    return hashlib.sha256(memory_of(host)).hexdigest()
+
+
+@torch.inference_mode()
+def _first_logits(model: GPTModel) -> Tensor:
+    return model(_prompt(model.config, model.tok_emb.weight.device))[0, -1].float().cpu()
+
+
+def _warm_up(strategy: str, device: str, folder: Path) -> None:
+    """Load something tiny the same way, so that imports and the device's own start are not counted."""
+    path = folder / "tiny.pth"
+    torch.save(GPTModel(TINY).state_dict(), path)
+    source = save_per_tensor(path, folder / "tiny") if strategy == "per_tensor" else path
+    _first_logits(GPTModel.from_checkpoint(source, device, strategy, config=TINY))
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    return getattr(torch, name) if name else None
+
+
+def measure(
+    path: str, device: str, strategy: str, dtype: str | None, config: dict[str, Any], reference: str
+) -> Measurement:
+    """Load once in this process, which must be fresh, and compare with what `write_reference` wrote."""
+    with tempfile.TemporaryDirectory() as folder:
+        _warm_up(strategy, device, Path(folder))
+    synchronize = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    with track_memory(device) as until_logits:
+        with track_memory(device) as loading:
+            began = time.perf_counter()
+            model = GPTModel.from_checkpoint(path, device, strategy, config=config, dtype=_dtype(dtype))
+            synchronize()
+            loaded = time.perf_counter() - began
+        between = time.perf_counter()
+        logits = _first_logits(model)
+        answered = loaded + time.perf_counter() - between
+    expected = torch.load(reference, weights_only=True)
+    digests = {name: digest(tensor) for name, tensor in model.state_dict().items()}
+    return Measurement(
+        strategy=strategy,
+        seconds_to_load=loaded,
+        seconds_to_logits=answered,
+        peak_device=loading.peak_device,
+        peak_host_anonymous=loading.peak_host_anonymous,
+        peak_host_reclaimable=until_logits.peak_host_reclaimable,
+        bitwise_equal=digests == expected["digests"],
+        logits_difference=float((logits - expected["logits"]).abs().max()),
+        model_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        method=loading.method,
+        timeline=[_point(sample) for sample in until_logits.timeline],
+    )
+
+
+def _point(sample: Sample) -> tuple[float, int, int]:
+    return sample.seconds, sample.host_anonymous, sample.host_reclaimable
+
+
+def write_reference(path: str, device: str, dtype: str | None, config: dict[str, Any], output: str) -> None:
+    """Plain torch: build the model, read the file whole, `load_state_dict`; keep digests and logits.
+
+    Costs twice the model in host memory.
+    """
+    reading = read_dialect(open_checkpoint(path))
+    found = find_config(reading, config)
+    sources = {placement.source for placement in reading.placements.values()}
+    stored = read_tensors(reading.manifest, sources, torch.device("cpu"))
+    state = {name: placement.of(stored[placement.source]) for name, placement in reading.placements.items()}
+    with torch.device("meta"):
+        model = GPTModel(found)
+    model.load_state_dict({name: tensor.contiguous() for name, tensor in state.items()}, assign=True)
+    if found.tied_head:
+        model.out_head.weight = model.tok_emb.weight
+    model = model.eval().to(dtype=_dtype(dtype))
+    digests = {name: digest(tensor) for name, tensor in model.state_dict().items()}
+    torch.save({"digests": digests, "logits": _first_logits(model.to(device))}, output)
+
+
+JOBS: Mapping[str, Callable[..., Measurement | None]] = {"measure": measure, "reference": write_reference}
+
+
+def _run_job(job: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Run one of JOBS in a fresh process and return what it measured."""
+    command = [sys.executable, "-m", "gpt2lite.benchmarking", json.dumps({"job": job, **arguments})]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        output, errors = process.communicate()
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    if process.returncode < 0:
+        raise GPT2LiteError(f"{job} was killed by signal {-process.returncode}; most likely it ran out of memory")
+    answer: dict[str, Any] = json.loads(output.splitlines()[-1]) if output.strip() else {"error": errors}
+    if "error" in answer:
+        raise GPT2LiteError(answer["error"].strip())
+    return answer
+
+
+# ---- in the parent -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A strategy that could not run, and why."""
+
+    strategy: str
+    reason: str
+
+
+def _inputs(path: Path, strategies: Iterable[str], folder: Path) -> dict[str, str]:
+    """The path that each strategy reads; the per-tensor folder is made in `folder`."""
+    inputs = {strategy: str(path) for strategy in strategies}
+    if "per_tensor" in inputs and open_checkpoint(path).format != "tensor_folder":
+        require_space(folder, sum(span.nbytes for span in open_checkpoint(path).tensors.values()))
+        inputs["per_tensor"] = str(save_per_tensor(path, folder / "per_tensor"))
+    return inputs
+
+
+def compare_strategies(
+    path: Path,
+    device: str,
+    strategies: Iterable[str],
+    *,
+    folder: Path,
+    dtype: str | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Iterator[Measurement | Failure]:
+    """Yield one result for each strategy as it is measured; `folder` takes what is written meanwhile."""
+    reading = read_dialect(open_checkpoint(path))
+    full = find_config(reading, config).as_dict()
+    common = {"device": device, "dtype": dtype, "config": full}
+    with tempfile.TemporaryDirectory(prefix="gpt2lite-", dir=folder) as temporary:
+        reference = str(Path(temporary) / "reference.pt")
+        _run_job("reference", {"path": str(path), "output": reference, **common})
+        for strategy, source in _inputs(path, strategies, Path(temporary)).items():
+            arguments = {"path": source, "strategy": strategy, "reference": reference, **common}
+            try:
+                yield Measurement(**_run_job("measure", arguments))
+            except GPT2LiteError as error:
+                yield Failure(strategy, str(error))
+
+
+def _main(request: str) -> None:
+    arguments = json.loads(request)
+    try:
+        result = JOBS[arguments.pop("job")](**arguments)
+        print(json.dumps(asdict(result) if result else {}))
+    except (GPT2LiteError, MemoryError, torch.OutOfMemoryError) as error:
+        print(json.dumps({"error": f"{type(error).__name__}: {error}"}))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

@@ -1,0 +1,174 @@
+"""Writers: tensor by tensor, so that a file larger than memory can be written, and never half a file.
+
+Everything is written under a temporary name beside its destination and renamed at the end.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import shutil
+import struct
+import tempfile
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpt2lite.checkpoint import open_checkpoint
+from gpt2lite.checkpoint.manifest import contiguous_stride
+from gpt2lite.checkpoint.reading import read_span
+from gpt2lite.errors import UsageError
+
+ALIGNMENT = 64  # torch.save's own, so that mapped tensors are aligned
+LOCAL_HEADER_BYTES = 30
+ZIP64_EXTRA_BYTES = 20
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block succeeds and vanishes when not."""
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: the folder {path.parent} does not exist")
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    try:
+        yield temporary / path.name
+        os.replace(temporary / path.name, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorToWrite:
+    """A tensor that will be written: `chunks()` yields its bytes in order, row-major."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterable[memoryview]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class _StoredAs:
+    """Stands for a storage in the pickle; torch.load finds its bytes in the zip entry `data/<key>`."""
+
+    key: str
+    dtype: torch.dtype
+    numel: int
+
+
+class _DescribingPickler(pickle.Pickler):
+    """Writes the pickle that torch.save would write, of tensors that are not there."""
+
+    def persistent_id(self, obj: object) -> Any:
+        if not isinstance(obj, _StoredAs):
+            return None
+        storage = torch.storage._dtype_to_storage_type_map()[obj.dtype]
+        return ("storage", getattr(torch, storage), obj.key, "cpu", obj.numel)
+
+
+class _Described:
+    """Pickles as the call that rebuilds one contiguous tensor."""
+
+    def __init__(self, key: str, tensor: TensorToWrite) -> None:
+        self.key, self.tensor = key, tensor
+
+    def __reduce__(self) -> Any:
+        shape = self.tensor.shape
+        stored = _StoredAs(self.key, self.tensor.dtype, torch.Size(shape).numel())
+        stride = contiguous_stride(shape)
+        return torch._utils._rebuild_tensor_v2, (stored, 0, shape, stride, False, OrderedDict())
+
+
+def _entry(archive: zipfile.ZipFile, name: str, nbytes: int) -> zipfile.ZipInfo:
+    """A stored entry whose data begins at a multiple of ALIGNMENT, padded as torch pads: by an extra field."""
+    info = zipfile.ZipInfo(name)
+    info.file_size = nbytes
+    is_zip64 = nbytes * 1.05 > zipfile.ZIP64_LIMIT  # zipfile's own rule
+    assert archive.fp is not None
+    begin = archive.fp.tell() + LOCAL_HEADER_BYTES + len(name) + (ZIP64_EXTRA_BYTES if is_zip64 else 0)
+    padding = -(begin + 4) % ALIGNMENT
+    info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+    return info
+
+
+def write_torch_zip(path: Path, tensors: list[TensorToWrite], progress: Callable[[int, int], None]) -> None:
+    """Write a state dict as `torch.save` does, one chunk in memory at a time.
+
+    torch.load, also with mmap, and every reader of `.pth` opens it. The file appears whole or not at all.
+    """
+    described = OrderedDict((tensor.name, _Described(str(i), tensor)) for i, tensor in enumerate(tensors))
+    total, done = sum(tensor.nbytes for tensor in tensors), 0
+    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open(zipfile.ZipInfo("archive/data.pkl"), "w") as entry:
+            _DescribingPickler(entry, protocol=2).dump(described)
+        archive.writestr("archive/byteorder", "little")
+        for i, tensor in enumerate(tensors):
+            with archive.open(_entry(archive, f"archive/data/{i}", tensor.nbytes), "w") as entry:
+                for chunk in tensor.chunks():
+                    entry.write(chunk)
+                    done += len(chunk)
+                    progress(done, total)
+        archive.writestr("archive/version", "3\n")
+
+
+def _distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tied tensors once, under their first name: apart, in a file each, the tie would be lost."""
+    seen: dict[tuple[object, ...], str] = {}
+    for name, tensor in state.items():
+        seen.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype), name)
+    return {name: state[name] for name in seen.values()}
+
+
+def _tensors_of(source: nn.Module | str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
+    """Names and host tensors, one in memory at a time."""
+    if isinstance(source, nn.Module):
+        for name, tensor in _distinct(source.state_dict()).items():
+            yield name, tensor.detach().cpu().clone()
+        return
+    spans = open_checkpoint(source).tensors
+    for span in {span.address: span for span in reversed(spans.values())}.values():
+        yield span.name, read_span(span).contiguous()
+
+
+def save_per_tensor(
+    model_or_path: nn.Module | str | os.PathLike[str], folder: str | os.PathLike[str]
+) -> Path:
+    """Write `<name>.pt` for every tensor of a model or checkpoint, for strategy="per_tensor".
+
+    Holds one tensor in memory at a time. The folder must not exist, and appears whole or not at all. Tied
+    tensors are written once. Raises UsageError, CheckpointError.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise UsageError(f"{folder}: is there already; name a folder that is not")
+    with replacing(folder) as temporary:
+        temporary.mkdir()
+        for name, tensor in _tensors_of(model_or_path):
+            if os.sep in name or name.startswith("."):
+                raise UsageError(f"{model_or_path}: a tensor is called {name!r}, which is no file name")
+            torch.save(tensor, temporary / f"{name}.pt")
+    return folder
+
+
+def require_space(folder: Path, nbytes: int) -> None:
+    """Raise OSError before writing `nbytes` where the disk has no room for them."""
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise OSError(
+            errno.ENOSPC,
+            f"{nbytes / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free",
+            str(folder),
+        )

@@ -1,0 +1,61 @@
+"""The command `gpt2lite`: each subcommand parses, calls the library and prints. Nothing else prints."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from gpt2lite._version import __version__
+from gpt2lite.errors import GPT2LiteError
+
+COMMANDS = {
+    "generate": "write text with a model, the embedded one by default",
+    "bench": "measure what every way of loading costs in memory and time",
+    "inspect": "say what a checkpoint is, from its headers alone",
+    "env": "say what this machine is and what memory can be had",
+}
+EPILOG = """examples:
+  gpt2lite generate
+  gpt2lite generate --model model.pth --prompt "Every effort" --temperature 0.8 --top-k 40
+  gpt2lite bench --size gpt2-xl --device cuda
+  gpt2lite inspect model.pth"""
+
+
+def _parser(command: str | None) -> argparse.ArgumentParser:
+    """The parser; a subcommand's module is imported, with torch, only when it is the one that is called."""
+    parser = argparse.ArgumentParser(
+        prog="gpt2lite",
+        description="A minimal GPT-2 whose constructors know memory.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"gpt2lite {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name == command:
+            module = importlib.import_module(f"gpt2lite.cli.{name}")
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 an error said in one line, 2 usage, 130 Ctrl-C."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    command = next((word for word in words if word in COMMANDS), None)
+    try:
+        args = _parser(command).parse_args(words)
+        return int(args.run(args))
+    except (GPT2LiteError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # the reader of our output went away, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        print(f"gpt2lite: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ngpt2lite: interrupted", file=sys.stderr)
+        return 130

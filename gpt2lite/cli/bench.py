@@ -1,0 +1,137 @@
+"""`gpt2lite bench`: the article's table, measured here."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from gpt2lite.benchmarking import Failure, Measurement, compare_strategies, write_random_checkpoint
+from gpt2lite.cli.env import environment
+from gpt2lite.cli.plot import plot_timelines, require_matplotlib
+from gpt2lite.cli.terminal import (
+    EMBEDDED,
+    add_config_arguments,
+    bytes_bar,
+    config_of,
+    human,
+    steps_bar,
+    table,
+    write_json,
+)
+from gpt2lite.config import OFFICIAL_SIZES, GPTConfig
+from gpt2lite.errors import UsageError
+from gpt2lite.loading import STRATEGIES
+from gpt2lite.loading.plan import resolve_device
+from gpt2lite.memory import GB
+
+HEADER = ("strategy", "load s", "logits s", "device", "host anon", "host file", "exact", "logits")
+LEGEND = """GB are 1024³ bytes above the imports, as in the article. device, host anon: the peak while loading; anon
+cannot be reclaimed. host file: mapped pages by the first logits, which the system can take back. exact:
+every parameter bit for bit as plain torch loads it. logits: largest difference ≤ 1e-4."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("path", type=Path, nargs="?", help="a checkpoint (default: the embedded model)")
+    source.add_argument(
+        "--size", choices=OFFICIAL_SIZES, help="write a random checkpoint of this size first, in the article's layout"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default: cpu)")
+    parser.add_argument(
+        "--strategies", nargs="+", metavar="NAME", default=list(STRATEGIES), help=f"of {', '.join(STRATEGIES)}"
+    )
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="as JSON, to FILE or standard output")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw memory over time (needs matplotlib)")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(tempfile.gettempdir()), help="where temporary files go (default: %(default)s)"
+    )
+    add_config_arguments(parser)
+
+
+def _row(result: Measurement | Failure, on_cuda: bool) -> list[str]:
+    if isinstance(result, Failure):
+        return [result.strategy, *["–"] * (len(HEADER) - 1)]
+    return [
+        result.strategy,
+        f"{result.seconds_to_load:.2f}",
+        f"{result.seconds_to_logits:.2f}",
+        f"{result.peak_device / GB:.2f}" if on_cuda else "–",
+        f"{result.peak_host_anonymous / GB:.2f}",
+        f"{result.peak_host_reclaimable / GB:.2f}",
+        "yes" if result.bitwise_equal else "NO",
+        "yes" if result.logits_equal else "NO",
+    ]
+
+
+def _print_table(results: Sequence[Measurement | Failure], on_cuda: bool) -> None:
+    print(table(HEADER, [_row(result, on_cuda) for result in results]))
+    for result in results:
+        if isinstance(result, Failure):
+            print(f"{result.strategy} did not run: {result.reason}")
+    print(f"\n{LEGEND}")
+
+
+def _as_json(results: Sequence[Measurement | Failure], subject: str, device: str) -> dict[str, Any]:
+    return {
+        "subject": subject,
+        "device": device,
+        "environment": environment(),
+        "results": [asdict(result) for result in results],
+    }
+
+
+def _measure(path: Path, args: argparse.Namespace) -> list[Measurement | Failure]:
+    results: list[Measurement | Failure] = []
+    with steps_bar(args.strategies, "measuring") as bar:
+        bar.set_postfix_str("reference")
+        measured = compare_strategies(
+            path, args.device, args.strategies, folder=args.folder, dtype=args.dtype, config=config_of(args)
+        )
+        for result in measured:
+            results.append(result)
+            bar.update()
+            bar.set_postfix_str(" ".join(args.strategies[len(results) : len(results) + 1]))
+    return results
+
+
+def _measure_random(args: argparse.Namespace) -> list[Measurement | Failure]:
+    """Write a checkpoint of the size that was asked for, untied as in the article, measure it, remove it."""
+    config = GPTConfig.of(GPTConfig.named(args.size).as_dict() | {"tied_head": False})
+    with tempfile.TemporaryDirectory(prefix="gpt2lite-", dir=args.folder) as folder:
+        path = Path(folder) / "model.pth"
+        with bytes_bar(f"writing {args.size}") as progress:
+            write_random_checkpoint(config, path, progress)
+        return _measure(path, args)
+
+
+def _check(args: argparse.Namespace) -> None:
+    unknown = [name for name in args.strategies if name not in STRATEGIES]
+    if unknown:
+        raise UsageError(f"no strategy is called {', '.join(unknown)}; there are {', '.join(STRATEGIES)}")
+    if not args.folder.is_dir():
+        raise UsageError(f"--folder {args.folder}: no such folder")
+    resolve_device(args.device)
+    if args.plot:
+        require_matplotlib()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print; 1 if a strategy failed or was not exact."""
+    _check(args)
+    subject = f"random {args.size}" if args.size else str(args.path or EMBEDDED)
+    results = _measure_random(args) if args.size else _measure(args.path or EMBEDDED, args)
+    measured = [result for result in results if isinstance(result, Measurement)]
+    if args.json:
+        write_json(_as_json(results, subject, args.device), args.json)
+    if args.json != "-":
+        size = human(measured[0].model_bytes) if measured else "nothing"
+        print(f"{subject}, {size} of parameters, to {args.device}\n")
+        _print_table(results, on_cuda=args.device.startswith("cuda"))
+    if args.plot:
+        plot_timelines(measured, args.plot, subject)
+    return 0 if len(measured) == len(results) and all(m.bitwise_equal and m.logits_equal for m in measured) else 1

@@ -1,0 +1,85 @@
+"""`gpt2lite env`: what this machine is and what of it can really be had."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt2lite._version import __version__
+from gpt2lite.cli.terminal import facts, human, write_json
+from gpt2lite.memory import host_memory
+
+PACKAGES = ("psutil", "tiktoken", "huggingface_hub", "transformers", "safetensors", "matplotlib")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="as JSON, to FILE or standard output")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _gpus() -> list[dict[str, Any]]:
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        found.append({"name": torch.cuda.get_device_name(index), "free": free, "total": total})
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Versions, processors and memory, in bytes."""
+    return {
+        "gpt2lite": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "packages": {package: _version(package) for package in PACKAGES},
+        "system": platform.platform(),
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "host_memory": asdict(host_memory()),
+        "gpus": _gpus(),
+    }
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the environment."""
+    found = environment()
+    if args.json:
+        write_json(found, args.json)
+        return 0
+    memory = found["host_memory"]
+    gpus = [f"{gpu['name']}, {human(gpu['free'])} free of {human(gpu['total'])}" for gpu in found["gpus"]]
+    limit = memory["limited_by"]
+    print(facts([
+        *((name, found[name]) for name in ("gpt2lite", "python", "torch")),
+        *found["packages"].items(),
+        ("system", found["system"]),
+        ("cpu", f"{found['cpu']}, {found['cores']} cores for this process"),
+        ("memory", f"{human(memory['available'])} of {human(memory['total'])} available, limited by {limit}"),
+        ("gpu", "; ".join(gpus) or "none that torch can use"),
+    ]))  # fmt: skip
+    return 0

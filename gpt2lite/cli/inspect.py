@@ -1,0 +1,96 @@
+"""`gpt2lite inspect`: what a checkpoint is, from its headers alone."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+from gpt2lite.checkpoint import Manifest, open_checkpoint
+from gpt2lite.cli.terminal import add_config_arguments, config_of, facts, human, write_json
+from gpt2lite.dialects import Reading, find_config, read_dialect
+from gpt2lite.errors import CheckpointError
+
+MAX_NAMED = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("path", type=Path, help="a .pth, a .safetensors, or a folder")
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="as JSON, to FILE or standard output")
+    add_config_arguments(parser)
+
+
+def _ties(manifest: Manifest) -> list[list[str]]:
+    shared = defaultdict(list)
+    for span in manifest.tensors.values():
+        shared[span.address].append(span.name)
+    return [names for names in shared.values() if len(names) > 1]
+
+
+def _oddities(reading: Reading) -> list[str]:
+    """What a user may not expect of this file."""
+    spans = list(reading.manifest.tensors.values())
+    misaligned = sum(span.offset % span.dtype.itemsize != 0 for span in spans)
+    strided = sum(span.extent != span.nbytes for span in spans)
+    said = [
+        (len(reading.masks), "stored attention masks, which loading skips"),
+        (len(reading.passengers), "tensors beside the model (an optimizer?), which loading never reads"),
+        (len(reading.unexpected), f"unknown tensors: {', '.join(reading.unexpected[:MAX_NAMED])}"),
+        (misaligned, "tensors that do not begin at a multiple of their item size"),
+        (strided, "tensors that are no contiguous run of bytes"),
+    ]
+    return [f"{count} {what}" for count, what in said if count]
+
+
+def _config(reading: Reading, args: argparse.Namespace) -> tuple[dict[str, Any] | None, str]:
+    try:
+        return find_config(reading, config_of(args)).as_dict(), ""
+    except CheckpointError as error:
+        return None, str(error)
+
+
+def describe(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that the command says, as a dict."""
+    manifest = open_checkpoint(args.path)
+    reading = read_dialect(manifest)
+    config, problem = _config(reading, args)
+    used = {manifest.tensors[placement.source].address: placement.source for placement in reading.placements.values()}
+    spans = [manifest.tensors[name] for name in used.values()]
+    dtypes = Counter(str(span.dtype).removeprefix("torch.") for span in spans)
+    return {
+        "path": str(manifest.path),
+        "format": manifest.format,
+        "dialect": reading.dialect,
+        "config": config,
+        "parameters": sum(span.numel for span in spans),
+        "model_bytes": sum(span.nbytes for span in spans),
+        "file_bytes": sum(state.size for state in manifest.files.values()),
+        "tensors": len(manifest.tensors),
+        "dtypes": dict(dtypes),
+        "ties": _ties(manifest),
+        "oddities": _oddities(reading) + ([problem] if problem else []),
+    }
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what the checkpoint is."""
+    found = describe(args)
+    if args.json:
+        write_json(found, args.json)
+        return 0
+    config = found["config"] or {}
+    print(facts([
+        ("path", found["path"]),
+        ("format", found["format"]),
+        ("dialect", found["dialect"]),
+        ("config", "  ".join(f"{key}={value}" for key, value in config.items()) or "incomplete, see below"),
+        ("parameters", f"{found['parameters']:,}"),
+        ("size", f"{human(found['model_bytes'])} of weights in {human(found['file_bytes'])} of files"),
+        ("tensors", found["tensors"]),
+        ("dtypes", ", ".join(f"{name} × {count}" for name, count in found["dtypes"].items())),
+        ("ties", "; ".join(" = ".join(names) for names in found["ties"]) or "none"),
+        ("oddities", "\n          ".join(found["oddities"]) or "none"),
+    ]))  # fmt: skip
+    return 0

@@ -1,0 +1,86 @@
+"""What the commands print with: tables, sizes, progress bars, and the arguments that they share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import tqdm
+
+from gpt2lite.memory import GB
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+EMBEDDED = DATA / "embedded.pth"
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def human(nbytes: float) -> str:
+    """Bytes for people: '622.0 MiB', '6.13 GiB'."""
+    if abs(nbytes) >= GB:
+        return f"{nbytes / GB:.2f} GiB"
+    return f"{nbytes / 1024**2:.1f} MiB" if abs(nbytes) >= 1024**2 else f"{nbytes / 1024:.1f} KiB"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns under their headers, the first to the left, the others to the right."""
+    lines = [list(header), *(list(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    padded = [
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    ]  # fmt: skip
+    return "\n".join(line.rstrip() for line in padded)
+
+
+def facts(pairs: Sequence[tuple[str, object]]) -> str:
+    """Names and values, a line each."""
+    width = max(len(name) for name, _ in pairs)
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in pairs)
+
+
+def write_json(content: Any, target: str) -> None:
+    """`content` as JSON to a file, or to standard output for '-'."""
+    text = json.dumps(content, indent=2)
+    if target == "-":
+        print(text)
+    else:
+        Path(target).write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def bytes_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar for a progress callback (bytes done, bytes in all); silent where standard error is no terminal."""
+    with tqdm(desc=what, unit="B", unit_scale=True, leave=False, disable=not sys.stderr.isatty()) as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield report
+
+
+def steps_bar(steps: Sequence[str], what: str) -> Any:
+    """A bar over named steps; `set_postfix_str` says which one runs."""
+    return tqdm(total=len(steps), desc=what, unit="run", leave=False, disable=not sys.stderr.isatty())
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """What no checkpoint can say of itself."""
+    parser.add_argument("--n-heads", type=int, metavar="N", help="attention heads, where the file cannot say")
+    parser.add_argument("--dtype", choices=DTYPES, help="cast the weights (default: as in the file)")
+
+
+def config_of(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The part of the config that the arguments give."""
+    return {"n_heads": args.n_heads} if args.n_heads else None
+
+
+def dtype_of(args: argparse.Namespace) -> torch.dtype | None:
+    """--dtype as torch means it."""
+    return getattr(torch, args.dtype) if args.dtype else None
