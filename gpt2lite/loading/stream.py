@@ -26,6 +26,7 @@ from gpt2lite.loading.plan import Progress, Target
 SLOTS = 4
 DEFAULT_RING_BYTES = 64 << 20
 MAX_GAP = 4096  # between two tensors that one read takes together: a zip header, some padding
+MAX_ITEM_BYTES = 16  # complex128; slots begin at multiples of it, so that bytes can be viewed as any dtype
 READERS = min(4, os.cpu_count() or 1)
 
 
@@ -277,7 +278,7 @@ def fill(sources: list[Source], device: torch.device, ring_bytes: int, progress:
     that no order of its dimensions makes contiguous, which is read whole. Device memory: a quarter of the ring. Raises
     CheckpointError where a file ends early; the error of a reader is raised as it is.
     """
-    slot_bytes = max(ring_bytes // SLOTS, 16)
+    slot_bytes = max(ring_bytes // SLOTS // MAX_ITEM_BYTES, 1) * MAX_ITEM_BYTES
     direct = [piece for source in sources if _is_direct(source) for piece in cut(source, slot_bytes)]
     staged = [source for source in sources if not _is_direct(source)]
     chunks = list(joined((piece for source in staged for piece in cut(source, slot_bytes)), slot_bytes))

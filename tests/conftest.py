@@ -1,0 +1,61 @@
+"""Files written by the real writers, small enough that every test makes its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from gpt2lite import GPTConfig, GPTModel
+
+TINY = GPTConfig(vocab_size=101, context_length=32, emb_dim=48, n_heads=4, n_layers=3)
+
+
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Every parameter different from every other and from any initial value."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        parameter.data.normal_(0.1, 0.3, generator=generator)
+    return module.eval()
+
+
+@pytest.fixture
+def config() -> GPTConfig:
+    return TINY
+
+
+@pytest.fixture
+def model(config: GPTConfig) -> GPTModel:
+    return randomise(GPTModel(config))
+
+
+@pytest.fixture
+def tied_model(config: GPTConfig) -> GPTModel:
+    return randomise(GPTModel(GPTConfig.of(config.as_dict() | {"tied_head": True})))
+
+
+@pytest.fixture
+def pth(model: GPTModel, tmp_path: Path) -> Path:
+    """What the article writes: torch.save(model.state_dict(), "model.pth")."""
+    path = tmp_path / "model.pth"
+    torch.save(model.state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def ids(config: GPTConfig) -> torch.Tensor:
+    return torch.randint(config.vocab_size, (2, 17), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def unwritten_memory_is_nan() -> Iterator[None]:
+    """torch.empty hands out NaN, so that what a strategy forgets to fill shows in every comparison."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+

@@ -1,0 +1,130 @@
+"""What needs a GPU. Skipped, with the reason, where there is none."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_loading import HEADS, KINDS, assert_equal_bits, expected_parameters, save_pth
+
+from gpt2lite import STRATEGIES, GPTConfig, GPTModel, clean_up, generate, track_memory
+from gpt2lite.benchmarking import write_random_checkpoint
+from gpt2lite.loading import stream as stream_engine
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+MIB = 1 << 20
+
+
+def on_host(model: GPTModel) -> GPTModel:
+    return model.to("cpu")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_every_strategy_gives_the_bits_of_plain_torch_on_cuda(
+    kind: str, strategy: str, dtype: torch.dtype | None, tmp_path: Path
+):
+    make, save = KINDS[kind]
+    if strategy == "per_tensor" and not kind.endswith("folder"):
+        pytest.skip("per_tensor reads a folder")
+    peer = make()
+    path = save(peer.state_dict(), tmp_path)
+    loaded = GPTModel.from_checkpoint(path, "cuda", strategy, config=HEADS, dtype=dtype)
+    assert all(p.is_cuda and p.is_contiguous() for p in loaded.parameters())
+    assert_equal_bits(on_host(loaded), expected_parameters(peer.state_dict()), dtype)
+
+
+@pytest.mark.parametrize("kind", ["ours-pth", "hf-hub-safetensors", "fast-pth", "ours-tied-pth"])
+@pytest.mark.parametrize("ring_bytes", [64, 4096, 1 << 16])
+def test_a_ring_that_is_reused_many_times_never_overwrites_what_is_being_copied(
+    kind: str, ring_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("gpt2lite.loading.DEFAULT_RING_BYTES", ring_bytes)
+    make, save = KINDS[kind]
+    peer = make()
+    path = save(peer.state_dict(), tmp_path)
+    for dtype in (None, torch.float16):
+        loaded = GPTModel.from_checkpoint(path, "cuda", "stream", config=HEADS, dtype=dtype)
+        assert_equal_bits(on_host(loaded), expected_parameters(peer.state_dict()), dtype)
+
+
+def test_a_slow_device_does_not_let_a_slot_be_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each delivery first keeps the device busy, so that every copy is still pending when its slot is wanted."""
+    real = stream_engine.Ring.deliver
+
+    def late(self: stream_engine.Ring, chunk: stream_engine.Chunk, slot: torch.Tensor) -> None:
+        torch.cuda._sleep(2_000_000)
+        real(self, chunk, slot)
+
+    monkeypatch.setattr(stream_engine.Ring, "deliver", late)
+    monkeypatch.setattr("gpt2lite.loading.DEFAULT_RING_BYTES", 1 << 16)
+    make, save = KINDS["ours-pth"]
+    peer = make()
+    path = save(peer.state_dict(), tmp_path)
+    loaded = GPTModel.from_checkpoint(path, "cuda", "stream", config=HEADS)
+    assert_equal_bits(on_host(loaded), peer.state_dict())
+
+
+def test_page_locked_memory_that_is_refused_falls_back_to_ordinary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real = torch.empty
+
+    def refusing(*args: object, **kwargs: object) -> torch.Tensor:
+        if kwargs.get("pin_memory"):
+            raise RuntimeError("CUDA error: out of memory")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", refusing)
+    make, save = KINDS["fast-pth"]
+    peer = make()
+    loaded = GPTModel.from_checkpoint(save(peer.state_dict(), tmp_path), "cuda", "stream", config=HEADS)
+    assert_equal_bits(on_host(loaded), expected_parameters(peer.state_dict()))
+
+
+@pytest.mark.parametrize(("strategy", "times", "extra"), [("stream", 1, 17), ("meta", 2, 60), ("mmap", 1, 1)])
+def test_device_peaks_are_what_the_strategies_say(strategy: str, times: int, extra: int, tmp_path: Path):
+    config = GPTConfig(50257, 1024, 256, 4, 12)
+    write_random_checkpoint(config, tmp_path / "model.pth")
+    GPTModel.from_checkpoint(tmp_path / "model.pth", "cuda", strategy, config=config)
+    with track_memory("cuda") as memory:
+        model = GPTModel.from_checkpoint(tmp_path / "model.pth", "cuda", strategy, config=config)
+    model_bytes = sum(p.numel() * 4 for p in model.parameters())
+    assert times * model_bytes <= memory.peak_device <= times * model_bytes + extra * MIB
+
+
+def test_clean_up_brings_the_device_back_to_nothing(tmp_path: Path):
+    before = clean_up("cuda")
+    make, save = KINDS["ours-pth"]
+    model = GPTModel.from_checkpoint(save(make().state_dict(), tmp_path), "cuda", config=HEADS)
+    assert clean_up("cuda") > before
+    del model
+    assert clean_up("cuda") == before
+
+
+def test_greedy_text_is_the_same_on_both_devices(tmp_path: Path, ids: torch.Tensor):
+    make, save = KINDS["ours-pth"]
+    path = save(make().state_dict(), tmp_path)
+    texts = [
+        generate(GPTModel.from_checkpoint(path, device, config=HEADS), ids, 12).cpu() for device in ("cpu", "cuda")
+    ]
+    assert torch.equal(*texts)
+
+
+def test_a_device_without_enough_memory_leaves_nothing_allocated(tmp_path: Path):
+    script = f"""
+import torch
+from gpt2lite import GPTModel
+torch.cuda.set_per_process_memory_fraction(1e-4)
+try:
+    GPTModel.from_checkpoint({str(tmp_path / "model.pth")!r}, "cuda", config={{"n_heads": 4}})
+except torch.OutOfMemoryError:
+    print(torch.cuda.memory_allocated())
+"""
+    config = GPTConfig(20_000, 256, 512, 4, 2)
+    save_pth(GPTModel(config).state_dict(), tmp_path)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.stdout == "0\n", result.stderr

@@ -1,0 +1,558 @@
+"""Every strategy on every kind of checkpoint, against a plain torch.load and copy."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, randomise
+from torch import nn
+
+from gpt2lite import STRATEGIES, CheckpointError, GPTConfig, GPTModel, UsageError, load_module, save_per_tensor
+from gpt2lite.loading import stream as stream_engine
+
+ONE_FILE = [name for name in STRATEGIES if name != "per_tensor"]
+HEADS = {"n_heads": TINY.n_heads}
+
+
+def book(**options: object) -> nn.Module:
+    ch04 = pytest.importorskip("llms_from_scratch.ch04", reason="llms-from-scratch is not installed")
+    shape = {key: value for key, value in TINY.as_dict().items() if key not in ("bias", "tied_head")}
+    return randomise(ch04.GPTModel(shape | options))
+
+
+def book_fast() -> nn.Module:
+    ch04 = pytest.importorskip("llms_from_scratch.ch04", reason="llms-from-scratch is not installed")
+    return randomise(ch04.GPTModelFast(TINY.as_dict()))
+
+
+def huggingface(head: bool = True) -> nn.Module:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.GPT2Config(
+        vocab_size=TINY.vocab_size, n_positions=TINY.context_length, n_embd=TINY.emb_dim,
+        n_head=TINY.n_heads, n_layer=TINY.n_layers, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return randomise(transformers.GPT2LMHeadModel(config) if head else transformers.GPT2Model(config))
+
+
+def ours(**options: object) -> GPTModel:
+    return randomise(GPTModel(GPTConfig.of(TINY.as_dict() | options)))
+
+
+def save_pth(state: object, folder: Path) -> Path:
+    torch.save(state, folder / "model.pth")
+    return folder / "model.pth"
+
+
+def save_safetensors(state: dict[str, torch.Tensor], folder: Path) -> Path:
+    library = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    library.save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
+    return folder / "model.safetensors"
+
+
+def save_hub(state: dict[str, torch.Tensor], folder: Path) -> Path:
+    """The official layout: no prefix, no head, stored masks, and data that begins at an odd byte."""
+    masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 32, 32).tril() for i in range(TINY.n_layers)}
+    tensors = masks | {name.removeprefix("transformer."): t for name, t in state.items() if name != "lm_head.weight"}
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        nbytes = tensor.numel() * 4
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, offset + nbytes]}
+        offset += nbytes
+    raw = json.dumps(header).encode()
+    raw += b" " * ((3 - len(raw)) % 4)
+    data = b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors.values())
+    path = folder / "model.safetensors"
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + data)
+    assert (8 + len(raw)) % 4 == 3
+    return path
+
+
+def save_wrapped(state: dict[str, torch.Tensor], folder: Path) -> Path:
+    optimizer = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(101, 48)}}, "param_groups": [{}]}
+    return save_pth({"model_state_dict": state, "optimizer_state_dict": optimizer}, folder)
+
+
+def save_compiled(state: dict[str, torch.Tensor], folder: Path) -> Path:
+    return save_pth({f"_orig_mod.module.{name}": tensor for name, tensor in state.items()}, folder)
+
+
+def save_folder(state: dict[str, torch.Tensor], folder: Path) -> Path:
+    """The article's own loop."""
+    (folder / "model_parameters").mkdir()
+    for name, tensor in state.items():
+        torch.save(tensor.clone(), folder / "model_parameters" / f"{name}.pt")
+    return folder / "model_parameters"
+
+
+KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Path]]] = {
+    "ours-pth": (ours, save_pth),
+    "ours-tied-pth": (lambda: ours(tied_head=True), save_pth),
+    "ours-no-bias-pth": (lambda: ours(bias=False, qkv_bias=False), save_pth),
+    "ours-safetensors": (ours, save_safetensors),
+    "ours-folder": (ours, save_folder),
+    "ours-compiled-pth": (ours, save_compiled),
+    "book-pth": (book, save_pth),
+    "book-no-qkv-bias-pth": (lambda: book(qkv_bias=False), save_pth),
+    "book-wrapped-pth": (book, save_wrapped),
+    "book-folder": (book, save_folder),
+    "book-safetensors": (book, save_safetensors),
+    "fast-pth": (book_fast, save_pth),
+    "fast-safetensors": (book_fast, save_safetensors),
+    "fast-folder": (book_fast, save_folder),
+    "hf-pth": (huggingface, save_pth),
+    "hf-no-prefix-pth": (lambda: huggingface(head=False), save_pth),
+    "hf-hub-safetensors": (huggingface, save_hub),
+    "hf-folder": (huggingface, save_folder),
+}
+
+
+def expected_parameters(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Our names for a peer's weights, written out by hand: the reference that the tables are checked against."""
+    t = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
+    if "h.0.attn.c_attn.weight" not in t:
+        plain = {"norm1.weight": "norm1.scale", "norm1.bias": "norm1.shift", "norm2.weight": "norm2.scale",
+                 "norm2.bias": "norm2.shift", "final_norm.weight": "final_norm.scale",
+                 "final_norm.bias": "final_norm.shift", "att.proj": "att.out_proj"}  # fmt: skip
+        found = {}
+        for name, tensor in t.items():
+            for theirs, mine in plain.items():
+                name = name.replace(theirs, mine)
+            if ".qkv." in name:
+                for part, leaf in zip(tensor.split(TINY.emb_dim), ("W_query", "W_key", "W_value"), strict=True):
+                    found[name.replace("qkv", leaf)] = part
+            elif not name.endswith(".mask"):
+                found[name] = tensor
+        return found
+    C = TINY.emb_dim
+    found = {"tok_emb.weight": t["wte.weight"], "pos_emb.weight": t["wpe.weight"], "out_head.weight": t["wte.weight"],
+             "final_norm.scale": t["ln_f.weight"], "final_norm.shift": t["ln_f.bias"]}  # fmt: skip
+    for i in range(TINY.n_layers):
+        h, b = f"h.{i}", f"trf_blocks.{i}"
+        for k, leaf in enumerate(("W_query", "W_key", "W_value")):
+            found[f"{b}.att.{leaf}.weight"] = t[f"{h}.attn.c_attn.weight"][:, k * C : (k + 1) * C].T
+            found[f"{b}.att.{leaf}.bias"] = t[f"{h}.attn.c_attn.bias"][k * C : (k + 1) * C]
+        for theirs, mine in (("attn.c_proj", "att.out_proj"), ("mlp.c_fc", "ff.layers.0"), ("mlp.c_proj", "ff.layers.2")):
+            found[f"{b}.{mine}.weight"] = t[f"{h}.{theirs}.weight"].T
+            found[f"{b}.{mine}.bias"] = t[f"{h}.{theirs}.bias"]
+        for theirs, mine in (("ln_1", "norm1"), ("ln_2", "norm2")):
+            found[f"{b}.{mine}.scale"], found[f"{b}.{mine}.shift"] = t[f"{h}.{theirs}.weight"], t[f"{h}.{theirs}.bias"]
+    return found
+
+
+def assert_equal_bits(model: nn.Module, expected: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> None:
+    state = model.state_dict()
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(state[name], tensor.to(dtype or tensor.dtype)), name
+        assert state[name].dtype == (dtype or tensor.dtype), name
+
+
+@pytest.mark.usefixtures("unwritten_memory_is_nan")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_gives_the_bits_of_plain_torch_and_the_peers_logits(
+    kind: str, strategy: str, tmp_path: Path, ids: torch.Tensor
+):
+    make, save = KINDS[kind]
+    if strategy == "per_tensor" and not kind.endswith("folder"):
+        pytest.skip("per_tensor reads a folder")
+    peer = make()
+    path = save(peer.state_dict(), tmp_path)
+    loaded = GPTModel.from_checkpoint(path, "cpu", strategy, config=HEADS)
+    assert_equal_bits(loaded, expected_parameters(peer.state_dict()))
+    assert not loaded.training
+    if hasattr(peer, "lm_head") or hasattr(peer, "out_head"):
+        theirs = peer(ids)
+        difference = loaded(ids) - getattr(theirs, "logits", theirs)
+        assert difference.abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("strategy", ONE_FILE)
+def test_logits_equal_transformers_to_fp64_rounding(strategy: str, tmp_path: Path, ids: torch.Tensor):
+    peer = huggingface().double()
+    path = save_pth(peer.state_dict(), tmp_path)
+    loaded = GPTModel.from_checkpoint(path, strategy=strategy, config=HEADS)
+    assert (loaded(ids) - peer(ids).logits).abs().max() <= 1e-10
+
+
+@pytest.mark.usefixtures("unwritten_memory_is_nan")
+@pytest.mark.parametrize("kind", ["ours-tied-pth", "hf-hub-safetensors", "fast-pth", "ours-folder"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_casting_equals_casting_what_plain_torch_loads(kind: str, strategy: str, dtype: torch.dtype, tmp_path: Path):
+    make, save = KINDS[kind]
+    if strategy == "per_tensor" and not kind.endswith("folder"):
+        pytest.skip("per_tensor reads a folder")
+    peer = make()
+    path = save(peer.state_dict(), tmp_path)
+    loaded = GPTModel.from_checkpoint(path, strategy=strategy, config=HEADS, dtype=dtype)
+    assert_equal_bits(loaded, expected_parameters(peer.state_dict()), dtype)
+
+
+@pytest.mark.parametrize("strategy", ONE_FILE)
+def test_the_files_dtypes_are_kept_tensor_by_tensor(strategy: str, tmp_path: Path):
+    mixed = ours()
+    for name, parameter in mixed.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if "norm" in name else torch.float16)
+    path = save_pth(mixed.state_dict(), tmp_path)
+    assert_equal_bits(GPTModel.from_checkpoint(path, strategy=strategy, config=HEADS), mixed.state_dict())
+
+
+@pytest.mark.parametrize("strategy", ONE_FILE)
+@pytest.mark.parametrize("kind", ["ours-tied-pth", "hf-pth", "hf-hub-safetensors"])
+def test_a_tie_survives_and_is_one_memory(strategy: str, kind: str, tmp_path: Path):
+    make, save = KINDS[kind]
+    loaded = GPTModel.from_checkpoint(save(make().state_dict(), tmp_path), strategy=strategy, config=HEADS)
+    assert loaded.config.tied_head
+    assert loaded.out_head.weight is loaded.tok_emb.weight
+
+
+def test_either_key_of_a_tie_may_be_absent(tied_model: GPTModel, tmp_path: Path):
+    for absent in ("out_head.weight", "tok_emb.weight"):
+        state = tied_model.state_dict()
+        del state[absent]
+        loaded = GPTModel.from_checkpoint(save_pth(state, tmp_path), config=HEADS)
+        assert_equal_bits(loaded, tied_model.state_dict())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_copying_strategies_end_with_contiguous_parameters(strategy: str, tmp_path: Path):
+    path = save_folder(huggingface().state_dict(), tmp_path)
+    loaded = GPTModel.from_checkpoint(path, strategy=strategy, config=HEADS)
+    transposed = [name for name, p in loaded.named_parameters() if not p.is_contiguous()]
+    assert bool(transposed) == (strategy == "mmap")
+
+
+@pytest.mark.parametrize("strategy", ONE_FILE)
+def test_a_loaded_model_trains(strategy: str, pth: Path, ids: torch.Tensor):
+    loaded = GPTModel.from_checkpoint(pth, strategy=strategy, config=HEADS).train()
+    loaded(ids).logsumexp(-1).mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in loaded.parameters())
+
+
+def test_mapped_parameters_are_the_files_pages_and_writing_to_them_leaves_the_file(pth: Path, model: GPTModel):
+    loaded = GPTModel.from_checkpoint(pth, strategy="mmap", config=HEADS)
+    with torch.no_grad():
+        loaded.tok_emb.weight.zero_()
+    assert_equal_bits(GPTModel.from_checkpoint(pth, config=HEADS), model.state_dict())
+
+
+def test_saving_one_mapped_parameter_does_not_write_the_whole_file(pth: Path, tmp_path: Path):
+    loaded = GPTModel.from_checkpoint(pth, strategy="mmap", config=HEADS)
+    torch.save(loaded.final_norm.scale, tmp_path / "one.pt")
+    assert (tmp_path / "one.pt").stat().st_size < 4000
+
+
+ARTICLES_LOOP = """
+import sys, torch
+from gpt2lite import GPTModel
+path = sys.argv[1]
+model = GPTModel.from_checkpoint(path, strategy=sys.argv[2], config={"n_heads": 4}).train()
+optimizer = torch.optim.AdamW(model.parameters())
+model(torch.arange(32)[None]).logsumexp(-1).mean().backward()
+optimizer.step()
+torch.save(model.state_dict(), path)
+again = GPTModel.from_checkpoint(path, config={"n_heads": 4})
+assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+print("done")
+"""
+
+
+@pytest.mark.parametrize("strategy", ["auto", "baseline", "sequential", "meta", "stream"])
+def test_the_articles_loop_of_load_train_save_load_works(strategy: str, pth: Path):
+    command = [sys.executable, "-c", ARTICLES_LOOP, str(pth), strategy]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "done\n", "")
+
+
+def test_what_torch_save_writes_loads_in_the_books_own_class(pth: Path, model: GPTModel, ids: torch.Tensor):
+    peer = book()
+    missing, unexpected = peer.load_state_dict(torch.load(pth, weights_only=True), strict=False)
+    assert unexpected == []
+    assert {name.rpartition(".")[2] for name in missing} == {"mask"}
+    assert (peer(ids) - model(ids)).abs().max() <= 1e-4
+
+
+# ---- the streaming engine ----------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("unwritten_memory_is_nan")
+@pytest.mark.parametrize("kind", ["ours-pth", "hf-hub-safetensors", "fast-pth", "fast-folder", "ours-tied-pth"])
+@pytest.mark.parametrize("ring_bytes", [64, 1000, 4096, 1 << 16])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_ring_smaller_than_a_tensor_or_even_a_row_still_fills_every_bit(
+    kind: str, ring_bytes: int, dtype: torch.dtype | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("gpt2lite.loading.DEFAULT_RING_BYTES", ring_bytes)
+    allocated = []
+    allocate = stream_engine.allocate_ring
+    monkeypatch.setattr(
+        stream_engine, "allocate_ring", lambda n, *, pinned: allocated.append(n) or allocate(n, pinned=pinned)
+    )
+    make, save = KINDS[kind]
+    peer = make()
+    path = save(peer.state_dict(), tmp_path)
+    loaded = GPTModel.from_checkpoint(path, strategy="stream", config=HEADS, dtype=dtype)
+    assert_equal_bits(loaded, expected_parameters(peer.state_dict()), dtype)
+    assert all(nbytes <= ring_bytes for nbytes in allocated)
+
+
+class Odd(nn.Module):
+    """Tensors that a file may hold in any way that torch can save."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transposed = nn.Parameter(torch.empty(5, 7))
+        self.permuted = nn.Parameter(torch.empty(3, 4, 5))
+        self.expanded = nn.Parameter(torch.empty(6, 3))
+        self.stepped = nn.Parameter(torch.empty(4, 2))
+        self.scalar = nn.Parameter(torch.empty(()))
+        self.empty = nn.Parameter(torch.empty(0, 4))
+        self.deep = nn.Parameter(torch.empty(2, 3, 4, 5))
+        self.small_view = nn.Parameter(torch.empty(3))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("flags", torch.zeros(9, dtype=torch.bool))
+
+
+def odd_state() -> dict[str, torch.Tensor]:
+    torch.manual_seed(3)
+    return {
+        "transposed": torch.randn(7, 5).t(),
+        "permuted": torch.randn(5, 3, 4).permute(1, 2, 0),
+        "expanded": torch.randn(3).expand(6, 3),
+        "stepped": torch.randn(8, 6)[::2, ::3],
+        "scalar": torch.tensor(1.5),
+        "empty": torch.empty(0, 4),
+        "deep": torch.randn(2, 3, 4, 5),
+        "small_view": torch.randn(10_000)[77:80],
+        "count": torch.tensor(12),
+        "flags": torch.rand(9) > 0.5,
+    }
+
+
+@pytest.mark.usefixtures("unwritten_memory_is_nan")
+@pytest.mark.parametrize("strategy", ONE_FILE)
+@pytest.mark.parametrize("ring_bytes", [64, 1 << 20])
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_strided_scalar_empty_and_integer_tensors_load_into_any_module(
+    strategy: str, ring_bytes: int, dtype: torch.dtype | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("gpt2lite.loading.DEFAULT_RING_BYTES", ring_bytes)
+    state = odd_state()
+    loaded = load_module(Odd, save_pth(state, tmp_path), strategy=strategy, dtype=dtype)
+    for name, tensor in state.items():
+        wanted = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+        assert torch.equal(loaded.state_dict()[name], tensor.to(wanted)), name
+
+
+def test_an_error_of_a_reader_is_raised_and_stops_the_others(pth: Path, monkeypatch: pytest.MonkeyPatch):
+    real, calls = stream_engine.read_bytes_into, []
+
+    def failing(memory: memoryview, path: Path, offset: int) -> None:
+        calls.append(offset)
+        if len(calls) == 5:
+            raise OSError(5, "the disk is gone")
+        real(memory, path, offset)
+
+    monkeypatch.setattr(stream_engine, "read_bytes_into", failing)
+    for dtype in (None, torch.bfloat16):  # read in place, and through the ring
+        calls.clear()
+        monkeypatch.setattr("gpt2lite.loading.DEFAULT_RING_BYTES", 4096)
+        with pytest.raises(OSError, match="the disk is gone"):
+            GPTModel.from_checkpoint(pth, config=HEADS, dtype=dtype)
+
+
+def test_a_file_that_changes_during_the_load_is_an_error(pth: Path, monkeypatch: pytest.MonkeyPatch):
+    real = stream_engine.read_bytes_into
+
+    def touching(memory: memoryview, path: Path, offset: int) -> None:
+        os.utime(path, ns=(1, 1))
+        real(memory, path, offset)
+
+    monkeypatch.setattr(stream_engine, "read_bytes_into", touching)
+    with pytest.raises(CheckpointError, match=r"model.pth: changed while it was being read"):
+        GPTModel.from_checkpoint(pth, config=HEADS)
+
+
+@pytest.mark.parametrize("strategy", ONE_FILE)
+def test_progress_rises_to_the_total_and_ends_there(strategy: str, pth: Path):
+    seen: list[tuple[int, int]] = []
+    GPTModel.from_checkpoint(pth, strategy=strategy, config=HEADS, progress=lambda *at: seen.append(at))
+    assert seen
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1][0] == seen[-1][1] > 0
+    assert len({total for _, total in seen}) == 1
+
+
+# ---- any module --------------------------------------------------------------------------------------------
+
+
+class WithBuffers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.register_buffer("positions", torch.arange(4.0), persistent=False)
+        self.twin = self.layer
+
+
+@pytest.mark.usefixtures("unwritten_memory_is_nan")
+@pytest.mark.parametrize("strategy", ONE_FILE)
+def test_buffers_that_no_file_holds_are_computed_again(strategy: str, tmp_path: Path):
+    original = randomise(WithBuffers())
+    loaded = load_module(WithBuffers, save_pth(original.state_dict(), tmp_path), strategy=strategy)
+    assert_equal_bits(loaded, original.state_dict())
+    assert torch.equal(loaded.positions, torch.arange(4.0))
+    assert loaded.twin.weight is loaded.layer.weight
+
+
+@pytest.mark.parametrize("strategy", ["meta", "mmap", "stream"])
+def test_a_tensor_that_is_no_buffer_and_was_lost_on_meta_is_named(strategy: str, tmp_path: Path):
+    class Forgetful(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(2, 2)
+            self.mask = torch.ones(2)
+
+    path = save_pth(nn.Linear(2, 2).state_dict(), tmp_path)
+    with pytest.raises(CheckpointError, match="mask is a tensor that is no buffer"):
+        load_module(Forgetful, path, strategy=strategy)
+
+
+def test_load_module_finds_the_modules_names_behind_wrappers_and_prefixes(tmp_path: Path):
+    original = nn.Linear(3, 2)
+    state = {f"_orig_mod.module.{name}": tensor for name, tensor in original.state_dict().items()}
+    path = save_pth({"model": state, "optimizer": {"momentum": torch.ones(5)}}, tmp_path)
+    assert_equal_bits(load_module(lambda: nn.Linear(3, 2), path), original.state_dict())
+
+
+def test_load_module_refuses_a_build_that_returns_no_module(pth: Path):
+    with pytest.raises(UsageError, match=r"build\(\) must return an nn.Module, got dict"):
+        load_module(dict, pth)
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ONE_FILE)
+def test_all_mismatches_are_one_error_that_lists_them(strategy: str, model: GPTModel, tmp_path: Path):
+    state = model.state_dict()
+    del state["trf_blocks.1.norm1.scale"]
+    del state["final_norm.shift"]
+    state["surplus"] = torch.zeros(1)
+    state["trf_blocks.0.ff.layers.0.bias"] = torch.zeros(7)
+    with pytest.raises(CheckpointError) as caught:
+        GPTModel.from_checkpoint(save_pth(state, tmp_path), strategy=strategy, config=TINY)
+    message = str(caught.value)
+    assert "model.pth: does not fit the model in 4 place(s)" in message
+    for fragment in (
+        "trf_blocks.1.norm1.scale: missing",
+        "final_norm.shift: missing",
+        "surplus: unexpected",
+        "trf_blocks.0.ff.layers.0.bias has shape (7,)",
+    ):
+        assert fragment in message
+
+
+def test_a_config_of_another_official_size_is_named(tmp_path: Path):
+    path = tmp_path / "model.safetensors"
+    names = {"wte.weight": (50257, 768), "wpe.weight": (1024, 768), "h.0.attn.c_attn.weight": (768, 2304)}
+    names |= {f"h.{i}.ln_1.weight": (768,) for i in range(12)}
+    header, offset = {}, 0
+    for name, shape in names.items():
+        nbytes = torch.Size(shape).numel() * 4
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, offset + nbytes]}
+        offset += nbytes
+    raw = json.dumps(header).encode()
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw)
+    os.truncate(path, 8 + len(raw) + offset)  # sparse: the data takes no disk
+    with pytest.raises(CheckpointError, match=r"Is this gpt2 rather than gpt2-medium\?"):
+        GPTModel.from_checkpoint(path, config=GPTConfig.named("gpt2-medium"))
+
+
+def test_a_tied_config_for_an_untied_file_is_refused(pth: Path):
+    with pytest.raises(CheckpointError, match="are two tensors; the model ties"):
+        GPTModel.from_checkpoint(pth, config=HEADS | {"tied_head": True})
+
+
+def test_a_head_count_that_cannot_be_known_says_what_to_pass(pth: Path):
+    with pytest.raises(CheckpointError, match=r'Pass config=\{"n_heads": …\} or put model.json beside it'):
+        GPTModel.from_checkpoint(pth)
+
+
+def test_the_head_count_is_found_in_a_side_file_a_wrapper_or_a_config_json(model: GPTModel, tmp_path: Path):
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    path = save_pth(model.state_dict(), beside)
+    path.with_suffix(".json").write_text(json.dumps(model.config.as_dict()))
+    assert GPTModel.from_checkpoint(path).config == model.config
+
+    wrapped = save_pth({"model": model.state_dict(), "model_args": {"n_head": 4}}, tmp_path)
+    assert GPTModel.from_checkpoint(wrapped).config == model.config
+
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    huggingface().save_pretrained(folder)
+    assert GPTModel.from_checkpoint(folder).config.n_heads == 4
+
+
+def test_a_variant_of_gpt2_with_other_arithmetic_is_refused(tmp_path: Path):
+    huggingface().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"activation_function": "relu"}))
+    with pytest.raises(CheckpointError, match="activation_function='relu'; GPT-2 has 'gelu_new'"):
+        GPTModel.from_checkpoint(tmp_path)
+
+
+def test_a_wrong_head_count_that_cannot_divide_is_refused(pth: Path):
+    with pytest.raises(UsageError, match=r"model.pth: .*emb_dim=48 does not divide by n_heads=5"):
+        GPTModel.from_checkpoint(pth, config={"n_heads": 5})
+
+
+def test_weights_of_something_else_name_what_was_found(tmp_path: Path):
+    path = save_pth(nn.Linear(2, 2).state_dict(), tmp_path)
+    with pytest.raises(CheckpointError, match=r"not a GPT-2 that is known here. It holds weight, bias"):
+        GPTModel.from_checkpoint(path)
+
+
+def test_two_dialects_in_one_file_are_ambiguous(tmp_path: Path):
+    path = save_pth(ours().state_dict() | huggingface().state_dict(), tmp_path)
+    with pytest.raises(CheckpointError, match="holds the names of book and huggingface at once"):
+        GPTModel.from_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"strategy": "fastest"}, "no strategy is called 'fastest'; there are auto, baseline"),
+        ({"strategy": "per_tensor"}, "gpt2lite.save_per_tensor"),
+        ({"device": "gpu"}, "no device is called 'gpu'"),
+        ({"device": "meta"}, "a model on the meta device holds no weights"),
+        ({"device": "cuda:99"}, 'cuda:99 was asked for, this machine has .*Use device="cpu"'),
+        ({"dtype": torch.int8}, "dtype must be a floating-point torch.dtype or None, got torch.int8"),
+    ],
+)
+def test_a_wrong_argument_is_a_value_error_that_says_what_to_do(
+    arguments: dict[str, object], message: str, pth: Path
+):
+    with pytest.raises(ValueError, match=message):
+        GPTModel.from_checkpoint(pth, **{"config": HEADS, **arguments})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_where_there_is_none_is_one_clear_error(pth: Path):
+    with pytest.raises(UsageError, match="no CUDA device that torch can use"):
+        GPTModel.from_checkpoint(pth, "cuda", config=HEADS)
+
+
+def test_per_tensor_reads_what_save_per_tensor_wrote_and_keeps_the_tie(tied_model: GPTModel, tmp_path: Path):
+    folder = save_per_tensor(tied_model, tmp_path / "exploded")
+    loaded = GPTModel.from_checkpoint(folder, strategy="per_tensor", config=HEADS)
+    assert_equal_bits(loaded, tied_model.state_dict())
+    assert loaded.config.tied_head
