@@ -1,6 +1,7 @@
 """gpt2lite: a minimal GPT-2 whose constructors know memory."""
 
 from gpt2lite._version import __version__
+from gpt2lite.checkpoint.writing import save_per_tensor
 from gpt2lite.config import GPTConfig
 from gpt2lite.errors import (
     CheckpointError,
@@ -9,7 +10,9 @@ from gpt2lite.errors import (
     InsufficientMemoryError,
     UsageError,
 )
+from gpt2lite.generation import generate
 from gpt2lite.loading import STRATEGIES, load_module
+from gpt2lite.memory import MemoryUse, clean_up, track_memory
 from gpt2lite.model import GPTModel
 
 __all__ = [
@@ -20,7 +23,12 @@ __all__ = [
     "GPTConfig",
     "GPTModel",
     "InsufficientMemoryError",
+    "MemoryUse",
     "UsageError",
     "__version__",
+    "clean_up",
+    "generate",
     "load_module",
+    "save_per_tensor",
+    "track_memory",
 ]

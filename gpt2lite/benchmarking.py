@@ -81,7 +81,9 @@ def _random_tensor(name: str, shape: tuple[int, ...], seed: int) -> TensorToWrit
     return TensorToWrite(name, torch.float32, shape, lambda: _random_chunks(shape, mean, 0.02, seed))
 
 
-def write_random_checkpoint(config: GPTConfig, path: Path, progress: Progress = lambda done, total: None) -> None:
+def write_random_checkpoint(
+    config: GPTConfig, path: Path, progress: Progress = lambda done, total: None
+) -> None:
     """Write random fp32 weights as the article's `torch.save(model.state_dict(), path)` lays them out.
 
     The book's names, its 4 MiB mask in every block, an untied head unless the config ties it. Streamed: holds
@@ -202,7 +204,9 @@ def _run_job(job: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         process.wait()
         raise
     if process.returncode < 0:
-        raise GPT2LiteError(f"{job} was killed by signal {-process.returncode}; most likely it ran out of memory")
+        raise GPT2LiteError(
+            f"{job} was killed by signal {-process.returncode}; most likely it ran out of memory"
+        )
     answer: dict[str, Any] = json.loads(output.splitlines()[-1]) if output.strip() else {"error": errors}
     if "error" in answer:
         raise GPT2LiteError(answer["error"].strip())

@@ -98,7 +98,7 @@ def _conv1d(theirs: str, ours: str) -> list[Row]:
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """A family of checkpoints: `marker` is a name that only it has, `masks` ends the names that are no weights."""
+    """A family of checkpoints: `marker` is a name that only it has, `masks` end names of no weights."""
 
     rows: list[Row]
     marker: str
@@ -150,7 +150,7 @@ DIALECTS = {
 WRAPPERS = ("model_state_dict.", "state_dict.", "model.")
 PREFIXES = (*WRAPPERS, "module.", "_orig_mod.", "transformer.")
 
-# Their words for our config's fields, in config.json, hparams.json and what lies beside the weights in a file.
+# Their words for our config's fields, in config.json, hparams.json and beside the weights in a file.
 CONFIG_WORDS = {"n_head": "n_heads", "num_attention_heads": "n_heads", "resid_pdrop": "drop_rate"}
 # Variants of GPT-2 that share its names and not its arithmetic.
 CONFIG_MUST_BE = {
@@ -256,7 +256,7 @@ def read_dialect(manifest: Manifest) -> Reading:
 
 
 def read_names(manifest: Manifest, wanted: Collection[str]) -> Reading:
-    """Place the parameters of any module by their own names, behind a wrapper or prefix where there is one."""
+    """Place the parameters of any module by their own names, behind a wrapper or prefix if there is one."""
     if set(wanted) <= set(manifest.tensors):
         names: Mapping[str, str] = {name: name for name in manifest.tensors}
     else:
@@ -343,8 +343,9 @@ def _said_by_shapes(reading: Reading) -> dict[str, Any]:
 def find_config(reading: Reading, config: GPTConfig | Mapping[str, Any] | None = None) -> GPTConfig:
     """The config of a checkpoint; what `config` says wins, what it leaves out is found.
 
-    The head count is in no shape. It is looked for in `<stem>.json`, in the file's own wrapper, in config.json
-    or hparams.json, and last among the official sizes. Raises CheckpointError where it cannot be known.
+    The head count is in no shape. It is looked for in `<stem>.json`, in the file's own wrapper, in
+    config.json or hparams.json, and last among the official sizes. Raises CheckpointError where it cannot be
+    known.
     """
     if isinstance(config, GPTConfig):
         return config

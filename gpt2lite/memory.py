@@ -116,9 +116,9 @@ class Sample:
 class MemoryUse:
     """What `track_memory` found, in bytes above what was in use when it began.
 
-    `peak_host_anonymous` cannot be reclaimed (anonymous and shared pages); `peak_host_reclaimable` is pages of
-    files mapped into the process; `peak_host_total` is the kernel's own exact peak of their sum, None where it
-    cannot be asked. `method` says how the host was measured.
+    `peak_host_anonymous` cannot be reclaimed (anonymous and shared pages); `peak_host_reclaimable` is pages
+    of files mapped into the process; `peak_host_total` is the kernel's own exact peak of their sum, None
+    where it cannot be asked. `method` says how the host was measured.
     """
 
     device: torch.device
@@ -262,11 +262,11 @@ class _RssSampler:
         self.thread.join()
 
 
-class track_memory:  # noqa: N801  # read as a statement: `with track_memory("cuda") as memory`
+class track_memory:
     """Measure what a block of code takes on host and device: `with track_memory("cuda") as memory: …`.
 
-    After the block, `memory` (a `MemoryUse`) holds peaks in bytes above the baseline at entry. Import what the
-    block needs before, or its imports are counted. Costs a helper process that sleeps most of the time.
+    After the block, `memory` (a `MemoryUse`) holds peaks in bytes above the baseline at entry. Import what
+    the block needs before, or its imports are counted. Costs a helper process that sleeps most of the time.
     """
 
     def __init__(self, device: str | torch.device = "cpu") -> None:

@@ -1,4 +1,4 @@
-"""Text ↔ token ids, through tiktoken: the official GPT-2 encoding, or the one that lies beside a checkpoint."""
+"""Text ↔ token ids, through tiktoken: the official GPT-2 encoding, or the one beside a checkpoint."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def tokenizer_for(checkpoint: Path, vocab_size: int) -> tiktoken.Encoding:
     encoding = read_encoding(beside) if beside.is_file() else None
     if encoding is None and vocab_size < GPT2_VOCABULARY:
         raise UsageError(
-            f"{checkpoint}: a vocabulary of {vocab_size} is not GPT-2's {GPT2_VOCABULARY} and no {beside.name} "
-            "lies beside it. Put its tokenizer there, or call gpt2lite.generate with token ids."
+            f"{checkpoint}: a vocabulary of {vocab_size} is not GPT-2's {GPT2_VOCABULARY}, and there is no "
+            f"{beside.name} beside it. Put its tokenizer there, or call gpt2lite.generate with token ids."
         )
     encoding = encoding or gpt2_encoding()
     if encoding.n_vocab > vocab_size:

@@ -29,9 +29,10 @@ from gpt2lite.loading.plan import resolve_device
 from gpt2lite.memory import GB
 
 HEADER = ("strategy", "load s", "logits s", "device", "host anon", "host file", "exact", "logits")
-LEGEND = """GB are 1024³ bytes above the imports, as in the article. device, host anon: the peak while loading; anon
-cannot be reclaimed. host file: mapped pages by the first logits, which the system can take back. exact:
-every parameter bit for bit as plain torch loads it. logits: largest difference ≤ 1e-4."""
+LEGEND = """\
+GB (1024³ bytes) above the imports. device, host anon: peaks while loading; anon cannot be reclaimed.
+host file: mapped pages by the first logits, which the system can take back. exact: every parameter bit
+for bit as plain torch loads it. logits: largest difference to plain torch at most 1e-4."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,16 +40,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("path", type=Path, nargs="?", help="a checkpoint (default: the embedded model)")
     source.add_argument(
-        "--size", choices=OFFICIAL_SIZES, help="write a random checkpoint of this size first, in the article's layout"
+        "--size",
+        choices=OFFICIAL_SIZES,
+        help="write a random checkpoint of this size first, in the article's layout",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default: cpu)")
     parser.add_argument(
-        "--strategies", nargs="+", metavar="NAME", default=list(STRATEGIES), help=f"of {', '.join(STRATEGIES)}"
+        "--strategies",
+        nargs="+",
+        metavar="NAME",
+        default=list(STRATEGIES),
+        help=f"of {', '.join(STRATEGIES)}",
     )
-    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="as JSON, to FILE or standard output")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw memory over time (needs matplotlib)")
     parser.add_argument(
-        "--folder", type=Path, default=Path(tempfile.gettempdir()), help="where temporary files go (default: %(default)s)"
+        "--json", nargs="?", const="-", metavar="FILE", help="as JSON, to FILE or standard output"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="draw memory over time (needs matplotlib)"
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path(tempfile.gettempdir()),
+        help="where temporary files go (default: %(default)s)",
     )
     add_config_arguments(parser)
 
@@ -134,4 +148,8 @@ def run(args: argparse.Namespace) -> int:
         _print_table(results, on_cuda=args.device.startswith("cuda"))
     if args.plot:
         plot_timelines(measured, args.plot, subject)
-    return 0 if len(measured) == len(results) and all(m.bitwise_equal and m.logits_equal for m in measured) else 1
+    return (
+        0
+        if len(measured) == len(results) and all(m.bitwise_equal and m.logits_equal for m in measured)
+        else 1
+    )

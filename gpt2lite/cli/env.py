@@ -21,7 +21,9 @@ PACKAGES = ("psutil", "tiktoken", "huggingface_hub", "transformers", "safetensor
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="as JSON, to FILE or standard output")
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="as JSON, to FILE or standard output"
+    )
 
 
 def _version(package: str) -> str:

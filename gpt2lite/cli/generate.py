@@ -27,16 +27,26 @@ DEFAULT_NEW_TOKENS = 120
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("--model", type=Path, default=EMBEDDED, metavar="PATH", help="default: the embedded model")
+    parser.add_argument(
+        "--model", type=Path, default=EMBEDDED, metavar="PATH", help="default: the embedded model"
+    )
     parser.add_argument("--prompt", help=f"default: {EMBEDDED_PROMPT!r}, {DEFAULT_PROMPT!r} for other models")
     parser.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help=f"default: {DEFAULT_NEW_TOKENS}, or what the context leaves"
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"default: {DEFAULT_NEW_TOKENS}, or what the context leaves",
     )
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default), 1 as the model has it")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 is greedy (default), 1 as the model has it"
+    )
     parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens")
     parser.add_argument("--seed", type=int, help="the same seed, the same text")
     parser.add_argument(
-        "--strategy", choices=("auto", *STRATEGIES), default="auto", help="auto maps the file on CPU, else streams"
+        "--strategy",
+        choices=("auto", *STRATEGIES),
+        default="auto",
+        help="auto maps the file on CPU, else streams",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default: cpu)")
     add_config_arguments(parser)
@@ -78,7 +88,9 @@ def run(args: argparse.Namespace) -> int:
     prompt, ids = _prompt_ids(args, encoding)
     room = model.config.context_length - ids.shape[1]
     if room < 1:
-        raise UsageError(f"the prompt has {ids.shape[1]} tokens, the context {model.config.context_length}; shorten it")
+        raise UsageError(
+            f"the prompt has {ids.shape[1]} tokens, the context {model.config.context_length}; shorten it"
+        )
     tokens = generate_tokens(
         model,
         ids,

@@ -18,7 +18,9 @@ MAX_NAMED = 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("path", type=Path, help="a .pth, a .safetensors, or a folder")
-    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="as JSON, to FILE or standard output")
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="as JSON, to FILE or standard output"
+    )
     add_config_arguments(parser)
 
 
@@ -56,7 +58,10 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     manifest = open_checkpoint(args.path)
     reading = read_dialect(manifest)
     config, problem = _config(reading, args)
-    used = {manifest.tensors[placement.source].address: placement.source for placement in reading.placements.values()}
+    used = {
+        manifest.tensors[placement.source].address: placement.source
+        for placement in reading.placements.values()
+    }
     spans = [manifest.tensors[name] for name in used.values()]
     dtypes = Counter(str(span.dtype).removeprefix("torch.") for span in spans)
     return {

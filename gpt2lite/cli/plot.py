@@ -30,7 +30,9 @@ def plot_timelines(measured: Sequence[Measurement], path: Path, title: str) -> N
         seconds, anonymous, mapped = zip(*result.timeline, strict=True)
         (line,) = axes.plot(seconds, [n / GB for n in anonymous], label=result.strategy)
         axes.plot(seconds, [n / GB for n in mapped], ":", color=line.get_color())
-    axes.set(xlabel="seconds from the start of the load", ylabel="GB (1024³ bytes) above the imports", title=title)
+    axes.set(
+        xlabel="seconds from the start of the load", ylabel="GB (1024³ bytes) above the imports", title=title
+    )
     axes.legend(title="solid: anonymous\ndotted: mapped file")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils import tqdm
+from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
 from gpt2lite.memory import GB
 
@@ -31,11 +31,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns under their headers, the first to the left, the others to the right."""
     lines = [list(header), *(list(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    padded = [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+    first, *rest = widths
+    padded = (
+        [line[0].ljust(first), *(cell.rjust(width) for cell, width in zip(line[1:], rest, strict=True))]
         for line in lines
-    ]  # fmt: skip
-    return "\n".join(line.rstrip() for line in padded)
+    )
+    return "\n".join("  ".join(cells).rstrip() for cells in padded)
 
 
 def facts(pairs: Sequence[tuple[str, object]]) -> str:
@@ -55,7 +56,7 @@ def write_json(content: Any, target: str) -> None:
 
 @contextmanager
 def bytes_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for a progress callback (bytes done, bytes in all); silent where standard error is no terminal."""
+    """A bar for a progress callback (bytes done, bytes in all); none where standard error is no terminal."""
     with tqdm(desc=what, unit="B", unit_scale=True, leave=False, disable=not sys.stderr.isatty()) as bar:
 
         def report(done: int, total: int) -> None:

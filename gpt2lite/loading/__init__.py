@@ -1,4 +1,4 @@
-"""A checkpoint and a module become a loaded module: `load` for what a dialect reads, `load_module` for any."""
+"""Checkpoint + module = loaded module: `load` for what a dialect reads, `load_module` for any module."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def load_module(
     """Load a checkpoint into any module: `build()` returns one, the names in the file are its own.
 
     `strategy` is one of `STRATEGIES` or auto (stream); each says there what it costs. `dtype` casts
-    floating-point tensors, None keeps the file's dtypes. `progress` is called with (bytes done, bytes in all).
-    The module comes back in eval mode. Raises CheckpointError, UsageError.
+    floating-point tensors, None keeps the file's dtypes. `progress` is called with (bytes done, bytes in
+    all). The module comes back in eval mode. Raises CheckpointError, UsageError.
     """
     reading = read_names(open_checkpoint(path), build_on_meta(build).state_dict().keys())
     return load(reading, build, device, strategy, dtype=dtype, progress=progress)

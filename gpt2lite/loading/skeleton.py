@@ -34,7 +34,7 @@ class _NoInitialisers(TorchFunctionMode):
 
 
 class _OnlyEmptyOnMeta(TorchFunctionMode):
-    """Puts `torch.empty` on meta and leaves tensors with values (masks, positions) where they are computed."""
+    """Puts `torch.empty` on meta and leaves tensors with values (masks, positions) real."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

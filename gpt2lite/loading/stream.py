@@ -2,8 +2,8 @@
 
 A chunk is one read: a run of neighbouring pieces that fits a slot. A piece is a box of a stored tensor that
 is contiguous on disk; it is scattered into every parameter that views it, cast and transposed on the way, on
-the device. A tensor may be larger than the ring. On a CPU target, what needs no change is read straight into the
-parameter's own memory.
+the device. A tensor may be larger than the ring. On a CPU target, what needs no change is read straight into
+the parameter's own memory.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -102,7 +103,7 @@ def make_source(span: TensorSpan, filled: Iterable[tuple[Target, Tensor]]) -> So
 
 
 def cut(source: Source, max_bytes: int) -> Iterator[Piece]:
-    """Boxes of at most `max_bytes` that together are the tensor; one piece for a tensor that is not row-major."""
+    """Boxes of at most `max_bytes` that together are the tensor; one piece if it is not row-major."""
     span, shape = source.span, source.shape
     if not span.numel:
         return
@@ -135,7 +136,7 @@ def _unravel(number: int, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def joined(pieces: Iterable[Piece], max_bytes: int) -> Iterator[Chunk]:
-    """Neighbouring pieces as one read, as long as it stays within `max_bytes` and everything stays aligned."""
+    """Neighbouring pieces as one read, while that stays within `max_bytes` and aligned to every dtype."""
     run: list[Piece] = []
     for piece in pieces:
         if run and not _fits(run, piece, max_bytes):
@@ -213,14 +214,14 @@ def _read_chunk(chunk: Chunk, slot: Tensor) -> int:
 
 
 class Ring:
-    """`SLOTS` equal host buffers in one allocation, page-locked and with one device twin where a device copies.
+    """Equal host buffers in one allocation, page-locked and with one twin on the device where that is CUDA.
 
-    Costs `SLOTS × slot_bytes` on the host and, for a CUDA device, `slot_bytes` there.
+    Costs `count × slot_bytes` on the host and, for a CUDA device, `slot_bytes` there.
     """
 
-    def __init__(self, slot_bytes: int, device: torch.device) -> None:
+    def __init__(self, count: int, slot_bytes: int, device: torch.device) -> None:
         self.on_cuda = device.type == "cuda"
-        memory = allocate_ring(SLOTS * slot_bytes, pinned=self.on_cuda)
+        memory = allocate_ring(count * slot_bytes, pinned=self.on_cuda)
         self.slots = deque(memory.split(slot_bytes))
         self.twin = torch.empty(slot_bytes, dtype=torch.uint8, device=device) if self.on_cuda else None
         self.copied: dict[int, torch.cuda.Event] = {}
@@ -271,12 +272,18 @@ def _deliver_all(chunks: list[Chunk], ring: Ring, pool: ThreadPoolExecutor) -> I
         yield chunk.nbytes
 
 
+def _ring_for(chunks: list[Chunk], device: torch.device) -> Ring:
+    """No more and no larger slots than the chunks need."""
+    largest = max(chunk.nbytes for chunk in chunks)
+    return Ring(min(SLOTS, len(chunks)), -(-largest // MAX_ITEM_BYTES) * MAX_ITEM_BYTES, device)
+
+
 def fill(sources: list[Source], device: torch.device, ring_bytes: int, progress: Progress) -> None:
     """Read every source into its parameters.
 
-    Host memory: the ring, `ring_bytes`, or nothing where everything is read in place; more only for a tensor
-    that no order of its dimensions makes contiguous, which is read whole. Device memory: a quarter of the ring. Raises
-    CheckpointError where a file ends early; the error of a reader is raised as it is.
+    Host memory: the ring, `ring_bytes` at most, or nothing where everything is read in place; more only for a
+    tensor that no order of its dimensions makes contiguous, which is read whole. CUDA memory: a quarter of
+    the ring. Raises CheckpointError where a file ends early; the error of a reader is raised as it is.
     """
     slot_bytes = max(ring_bytes // SLOTS // MAX_ITEM_BYTES, 1) * MAX_ITEM_BYTES
     direct = [piece for source in sources if _is_direct(source) for piece in cut(source, slot_bytes)]
@@ -286,14 +293,10 @@ def fill(sources: list[Source], device: torch.device, ring_bytes: int, progress:
     pool = ThreadPoolExecutor(READERS, thread_name_prefix="gpt2lite-reader")
     done = 0
     try:
-        for nbytes in pool.map(_read_direct, direct):
+        staged_reads = _deliver_all(chunks, _ring_for(chunks, device), pool) if chunks else ()
+        for nbytes in chain(pool.map(_read_direct, direct), staged_reads):
             done += nbytes
             progress(done, total)
-        if chunks:
-            ring = Ring(max(slot_bytes, *(chunk.nbytes for chunk in chunks)), device)
-            for nbytes in _deliver_all(chunks, ring, pool):
-                done += nbytes
-                progress(done, total)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         if device.type == "cuda":
