@@ -168,7 +168,8 @@ class GPTModel(nn.Module):
         The config is found; `config` may say a part of it, such as {"n_heads": 12}, or all. `strategy` is
         auto (stream) or one of `gpt2lite.STRATEGIES`; each says there what it costs on host and device.
         `dtype` casts the weights, None keeps the file's. `progress` is called with (bytes done, bytes in
-        all). Raises CheckpointError for a file that is damaged or does not fit, UsageError for a wrong argument.
+        all). Raises CheckpointError for a file that is damaged or does not fit, UsageError for a wrong
+        argument.
         """
         reading = read_dialect(open_checkpoint(path))
         found = find_config(reading, config)

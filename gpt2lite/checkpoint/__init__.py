@@ -63,8 +63,8 @@ def _locate(path: Path) -> tuple[Path, str]:
 def open_checkpoint(path: str | os.PathLike[str]) -> Manifest:
     """Read the headers of a checkpoint, whatever its extension, and say what lies where.
 
-    Reads no tensor data and allocates none. Raises CheckpointNotFoundError, or CheckpointError for a file that
-    is damaged, of an unknown kind, or wants to run code.
+    Reads no tensor data and allocates none. Raises CheckpointNotFoundError, or CheckpointError for a file
+    that is damaged, of an unknown kind, or wants to run code.
     """
     path = Path(path)
     if not path.exists():

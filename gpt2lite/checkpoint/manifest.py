@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 
@@ -14,6 +16,9 @@ from gpt2lite.errors import CheckpointError, CheckpointNotFoundError
 
 MAX_ENTRIES = 1_000_000
 MAX_DEPTH = 32
+MAX_NAME = 1000  # characters
+MAX_RANK = 64
+MAX_BYTES = 2**63 - 1  # what torch's own sizes can count
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,18 @@ def contiguous_stride(shape: Iterable[int]) -> tuple[int, ...]:
     return tuple(reversed(stride))
 
 
+def are_sizes(numbers: object) -> TypeGuard[tuple[int, ...]]:
+    """Whether this tuple can be a tensor's shape, strides or byte offsets."""
+    if not isinstance(numbers, tuple) or len(numbers) > MAX_RANK:
+        return False
+    return all(type(n) is int and 0 <= n <= MAX_BYTES for n in numbers)
+
+
+def is_countable(shape: Iterable[int], dtype: torch.dtype) -> bool:
+    """Whether torch can count the bytes of such a tensor; of an empty one, the bytes of its other axes."""
+    return math.prod(max(size, 1) for size in shape) * dtype.itemsize <= MAX_BYTES
+
+
 @dataclass(frozen=True, slots=True)
 class FileState:
     """What tells that a file was replaced, truncated or written to."""
@@ -107,8 +124,13 @@ class Manifest:
 
 
 def validate(manifest: Manifest) -> Manifest:
-    """Check that every tensor lies inside its file; one CheckpointError names the first that does not."""
+    """Check every tensor's name and place in its file; one CheckpointError names the first that is wrong."""
     for span in manifest.tensors.values():
+        if len(span.name) > MAX_NAME:
+            raise CheckpointError(
+                f"{span.path}: a tensor's name has {len(span.name)} characters: {span.name[:40]}… "
+                f"Names end at {MAX_NAME}."
+            )
         end, size = span.offset + span.extent, manifest.files[span.path].size
         if span.offset < 0 or end > size:
             raise CheckpointError(
@@ -125,14 +147,16 @@ def flatten(tree: object, leaf: type) -> tuple[dict[str, object], dict[str, obje
     """
     leaves: dict[str, object] = {}
     values: dict[str, object] = {}
+    visited = itertools.count()  # containers too: a nest of empty lists has no entry and 2**MAX_DEPTH nodes
 
     def visit(node: object, name: str, depth: int) -> None:
-        if depth > MAX_DEPTH or len(leaves) + len(values) > MAX_ENTRIES:
+        if depth > MAX_DEPTH or next(visited) > MAX_ENTRIES or len(name) > MAX_NAME:
             raise CheckpointError(
-                f"nested deeper than {MAX_DEPTH} or more than {MAX_ENTRIES} entries: not weights"
+                f"nested deeper than {MAX_DEPTH}, more than {MAX_ENTRIES} entries, or names longer than "
+                f"{MAX_NAME} characters, at {name[:40] or 'the top'}: not weights"
             )
         items: Iterable[tuple[object, object]]
-        if isinstance(node, Mapping):
+        if isinstance(node, dict):
             items = node.items()
         elif isinstance(node, (list, tuple)):
             items = enumerate(node)

@@ -51,7 +51,7 @@ def _torch_load(path: Path, device: torch.device) -> object:
     except Exception as error:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             raise
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f'{path}: torch.load refuses it ({reason}); strategy="stream" does not use it'
         ) from None
@@ -86,17 +86,17 @@ def map_tensors(spans: Iterable[TensorSpan]) -> dict[str, Tensor]:
     """Tensors over a private mapping of their files: no bytes are read before they are used.
 
     Each has a storage of its own (torch.save of one view would else write the whole file) and need not be
-    aligned. Costs address space only; what is touched lies in the page cache and can be reclaimed. A file that
-    is overwritten in place while mapped kills the process (SIGBUS): replace files instead, as
+    aligned. Costs address space only; what is touched lies in the page cache and can be reclaimed. A file
+    that is overwritten in place while mapped kills the process (SIGBUS): replace files instead, as
     `os.replace` does.
     """
     mapped: dict[Path, torch.UntypedStorage] = {}
     tensors = {}
     for span in spans:
         if span.path not in mapped:
-            mapped[span.path] = torch.UntypedStorage.from_file(
-                str(span.path), False, span.path.stat().st_size
-            )
+            nbytes = span.path.stat().st_size
+            whole = torch.from_file(str(span.path), shared=False, size=nbytes, dtype=torch.uint8)
+            mapped[span.path] = whole.untyped_storage()
         storage = mapped[span.path][span.offset : span.offset + span.extent]
         tensors[span.name] = torch.empty(0, dtype=span.dtype).set_(storage, 0, span.shape, span.stride)
     return tensors

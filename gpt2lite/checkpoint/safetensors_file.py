@@ -12,7 +12,15 @@ from typing import Any
 
 import torch
 
-from gpt2lite.checkpoint.manifest import FileState, Manifest, TensorSpan, contiguous_stride, validate
+from gpt2lite.checkpoint.manifest import (
+    FileState,
+    Manifest,
+    TensorSpan,
+    are_sizes,
+    contiguous_stride,
+    is_countable,
+    validate,
+)
 from gpt2lite.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -29,6 +37,8 @@ DTYPES = {
     "I64": torch.int64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
@@ -63,16 +73,12 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 0
-
-
 def _span(path: Path, name: str, entry: Any, start: int) -> TensorSpan:
     match entry:
-        case {"dtype": str(code), "shape": list(shape), "data_offsets": [begin, end]} if (
-            all(map(_is_count, shape)) and _is_count(begin) and _is_count(end)
+        case {"dtype": str(code), "shape": [*sizes], "data_offsets": [begin, end]} if are_sizes(
+            (*sizes, begin, end)
         ):
-            pass
+            shape = tuple(sizes)
         case _:
             raise CheckpointError(
                 f"{path}: {name} is described by {str(entry)[:200]}, which is not dtype, shape, offsets"
@@ -81,7 +87,9 @@ def _span(path: Path, name: str, entry: Any, start: int) -> TensorSpan:
         raise CheckpointError(
             f"{path}: {name} has dtype {code}, which torch does not have; known: {' '.join(DTYPES)}"
         )
-    span = TensorSpan(name, DTYPES[code], tuple(shape), contiguous_stride(shape), path, start + begin)
+    if not is_countable(shape, DTYPES[code]):
+        raise CheckpointError(f"{path}: {name} has shape {shape}, more bytes than can be counted")
+    span = TensorSpan(name, DTYPES[code], shape, contiguous_stride(shape), path, start + begin)
     if end - begin != span.nbytes:
         raise CheckpointError(f"{path}: {name} takes {end - begin} bytes, {code} {shape} needs {span.nbytes}")
     return span

@@ -1,7 +1,7 @@
 """What `torch.save` writes: a zip with a pickle that describes tensors and one stored entry a storage.
 
 The pickle is read by an unpickler that can only build descriptions: every name that it asks for is looked up
-in a table here, nothing is imported and nothing runs. Format: torch/serialization.py, pytorch/caffe2/serialize.
+in a table here, nothing is imported and nothing runs. Format: torch/serialization.py, caffe2/serialize.
 """
 
 from __future__ import annotations
@@ -10,19 +10,49 @@ import io
 import pickle
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
+from typing import Any, ClassVar
 
 import torch
 
-from gpt2lite.checkpoint.manifest import FileState, Manifest, TensorSpan, flatten, validate
+from gpt2lite.checkpoint.manifest import (
+    FileState,
+    Manifest,
+    TensorSpan,
+    are_sizes,
+    flatten,
+    is_countable,
+    validate,
+)
 from gpt2lite.errors import CheckpointError
 
-MAX_PICKLE_BYTES = 64 << 20
+MAX_SMALL_BYTES = 64 << 20  # of what is read whole: the pickle
+ENCRYPTED, UTF8_NAME = 1, 0x800  # flag bits
+NO_CRC = 0  # what torch writes after set_crc32_options(False)
+# zipfile itself raises any of these on flipped bytes.
+DAMAGED_ZIP = (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, OverflowError, struct.error)
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature … name length, extra length
 RESAVE = "Where it came from, save the weights alone: torch.save(model.state_dict(), 'model.pth')"
+
+# Opcodes that torch.save does not write: sets, and other ways to name, call and make things.
+NOT_DATA = (
+    pickle.DICT,
+    pickle.EMPTY_SET,
+    pickle.ADDITEMS,
+    pickle.FROZENSET,
+    pickle.INST,
+    pickle.OBJ,
+    pickle.NEWOBJ,
+    pickle.NEWOBJ_EX,
+    pickle.EXT1,
+    pickle.EXT2,
+    pickle.EXT4,
+)
 
 STORAGE_DTYPES = {
     "UntypedStorage": torch.uint8,
@@ -63,13 +93,25 @@ class TensorRecord:
 
 @dataclass(frozen=True, slots=True)
 class Builder:
-    """A stand-in for one callable that pickles name. Frozen and slotted, so that a pickle cannot alter it."""
+    """A stand-in for one callable that pickles name."""
 
     build: Callable[..., object]
 
     def __call__(self, *args: object) -> object:
         """Build the description."""
         return self.build(*args)
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, int):
+        return value.bit_length() <= 64
+    return isinstance(value, (str, float, NoneType, torch.dtype))
+
+
+def _shown(value: object) -> str:
+    """A short repr; of a nest, whose own might not end, the type alone."""
+    parts = value if isinstance(value, (tuple, list)) else (value,)
+    return repr(value)[:200] if all(map(_is_plain, parts)) else f"<{type(value).__name__}>"
 
 
 def _tensor(
@@ -81,21 +123,27 @@ def _tensor(
     metadata: object = None,
 ) -> TensorRecord:
     if not isinstance(storage, Storage):
-        raise CheckpointError(f"a tensor is built on {storage!r}, not on a storage")
+        raise CheckpointError(f"a tensor is built on {_shown(storage)}, not on a storage")
     dtype = storage.dtype if dtype is None else dtype
-    numbers = (
-        offset,
-        *(shape if isinstance(shape, tuple) else ()),
-        *(stride if isinstance(stride, tuple) else ()),
-    )
-    sound = isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride)
-    if not sound or not isinstance(dtype, torch.dtype) or any(type(n) is not int or n < 0 for n in numbers):
-        raise CheckpointError(f"a tensor has shape {shape!r}, strides {stride!r}, offset {offset!r}")
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(f"a tensor has dtype {_shown(dtype)}, which is none of torch's")
     if metadata:
         raise CheckpointError(
-            f"a tensor carries {metadata!r} (conjugated or negated lazily), which is not read"
+            f"a tensor carries {_shown(metadata)} (conjugated or negated lazily), which is not read"
         )
-    return TensorRecord(storage, dtype, numbers[0], shape, stride)
+    if (
+        not are_sizes(shape)
+        or not are_sizes(stride)
+        or not isinstance(offset, int)
+        or not are_sizes((offset,))
+        or len(shape) != len(stride)
+        or not is_countable(shape, dtype)
+    ):
+        raise CheckpointError(
+            f"a tensor has shape {_shown(shape)}, strides {_shown(stride)}, offset {_shown(offset)}, "
+            "which no tensor can have"
+        )
+    return TensorRecord(storage, dtype, offset, shape, stride)
 
 
 def _tensor_v2(storage, offset, shape, stride, grad, hooks, metadata=None):  # type: ignore[no-untyped-def]
@@ -110,10 +158,28 @@ def _parameter(data, grad, hooks, state=None):  # type: ignore[no-untyped-def]
     return data
 
 
+def _device(kind: object, index: object = None) -> str:
+    return _shown(kind).strip("'") + (f":{_shown(index)}" if index is not None else "")
+
+
+def _check_keys(keys: Iterable[object]) -> None:
+    """Only plain keys and flat tuples: to hash a nest of tuples can take for ever, or end the process."""
+    for key in keys:
+        if not all(map(_is_plain, key if isinstance(key, tuple) else (key,))):
+            raise CheckpointError(f"a dict in its pickle has the key {_shown(key)}, which is not plain")
+
+
+def _ordered_dict(pairs: object = ()) -> OrderedDict[Any, Any]:
+    if not isinstance(pairs, (list, tuple)):
+        raise CheckpointError(f"its pickle makes an OrderedDict of {_shown(pairs)}")
+    _check_keys(key for key, _ in pairs)
+    return OrderedDict(pairs)
+
+
 ALLOWED: dict[tuple[str, str], object] = {
-    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "OrderedDict"): Builder(_ordered_dict),
     ("torch", "Size"): Builder(tuple),
-    ("torch", "device"): Builder(lambda *args: str(args)),
+    ("torch", "device"): Builder(_device),
     ("torch._utils", "_rebuild_tensor_v2"): Builder(_tensor_v2),
     ("torch._utils", "_rebuild_tensor_v3"): Builder(_tensor_v3),
     ("torch._utils", "_rebuild_parameter"): Builder(_parameter),
@@ -124,26 +190,64 @@ ALLOWED: dict[tuple[str, str], object] = {
 def _allowed(module: str, name: str) -> object:
     if module in ("torch", "torch.storage") and name in STORAGE_DTYPES:
         return STORAGE_DTYPES[name]
-    if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-        return getattr(torch, name)
+    found = vars(torch).get(name)  # getattr would import what torch imports lazily
+    if module == "torch" and isinstance(found, torch.dtype):
+        return found
     if (module, name) in ALLOWED:
         return ALLOWED[module, name]
     raise CheckpointError(f"its pickle asks for {module}.{name}, which is not data and was not run. {RESAVE}")
 
 
-class DescribingUnpickler(pickle.Unpickler):
-    """An unpickler that can build nothing but containers, plain values and `TensorRecord`s."""
+class DescribingUnpickler(pickle._Unpickler):
+    """An unpickler that can build nothing but lists, tuples, dicts, plain values and `TensorRecord`s.
 
-    def find_class(self, module: str, name: str) -> object:  # type: ignore[override]
+    Python's own, since the one in C takes memory by the largest memo index that a pickle names.
+    """
+
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = {
+        code: load for code, load in pickle._Unpickler.dispatch.items() if code not in b"".join(NOT_DATA)
+    }
+
+    def load_build(self) -> None:
+        """Forget the attributes of a state dict (its `_metadata`); refuse to alter anything else."""
+        self.stack.pop()
+        if not isinstance(self.stack[-1], OrderedDict):
+            raise CheckpointError(f"its pickle wants to alter {_shown(self.stack[-1])}, which was not done")
+
+    def load_setitem(self) -> None:
+        """One key and value into a dict."""
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set_items([key], [value])
+
+    def load_setitems(self) -> None:
+        """Keys and values into a dict."""
+        items = self.pop_mark()
+        self._set_items(items[::2], items[1::2])
+
+    def _set_items(self, keys: list[object], values: list[object]) -> None:
+        if not isinstance(self.stack[-1], dict):
+            raise CheckpointError(f"its pickle wants to alter {_shown(self.stack[-1])}, which was not done")
+        _check_keys(keys)
+        self.stack[-1].update(zip(keys, values, strict=True))
+
+    dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+
+    def find_class(self, module: str, name: str) -> object:
         """Look a global up in the table; raise CheckpointError for any other."""
         return _allowed(module, name)
 
     def persistent_load(self, pid: object) -> Storage:
         """('storage', class, key, location, number of elements) → Storage."""
         match pid:
-            case ("storage", torch.dtype() as dtype, str(key), _, int(numel)) if numel >= 0:
+            case ("storage", torch.dtype() as dtype, str(key), _, int(numel)) if are_sizes(
+                (numel,)
+            ) and is_countable((numel,), dtype):
                 return Storage(key, dtype, numel * dtype.itemsize)
-        raise CheckpointError(f"its pickle refers to {pid!r}, which is not a storage")
+        raise CheckpointError(f"its pickle refers to {_shown(pid)}, which is not a storage")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,25 +256,35 @@ class Entry:
 
     offset: int
     nbytes: int
+    crc: int
+
+
+def _data_offset(path: Path, file: io.BufferedIOBase, info: zipfile.ZipInfo) -> int:
+    """Where an entry's data begin, by the entry's own header."""
+    file.seek(max(info.header_offset, 0))
+    header = file.read(LOCAL_HEADER.size)
+    signature, name_length, extra_length = LOCAL_HEADER.unpack(header)
+    name = file.read(name_length).decode("utf-8" if info.flag_bits & UTF8_NAME else "cp437")
+    if signature != b"PK\x03\x04" or name != info.orig_filename:
+        raise CheckpointError(f"{path}: {info.filename} does not begin where the zip directory says")
+    return info.header_offset + LOCAL_HEADER.size + name_length + extra_length
 
 
 def _read_directory(path: Path, file: io.BufferedIOBase, archive: zipfile.ZipFile) -> dict[str, Entry]:
     """The archive's entries by name, with the archive's own leading folder taken off."""
+    infos = {info.filename: info for info in archive.infolist()}
+    if len(infos) < len(archive.infolist()):
+        raise CheckpointError(f"{path}: the zip holds two entries of one name")
+    if any(name.partition("/")[2] == "constants.pkl" for name in infos):
+        raise CheckpointError(f"{path}: a TorchScript program, not a state dict. {RESAVE}")
     entries = {}
-    for info in archive.infolist():
-        name = info.filename.partition("/")[2]
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            raise CheckpointError(f"{path}: {info.filename} is compressed or encrypted, so it has no byte range. "
-                                  "Re-save it: torch.save(torch.load(path, weights_only=True), path)")  # fmt: skip
-        file.seek(info.header_offset)
-        header = file.read(LOCAL_HEADER.size)
-        if len(header) < LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
-            raise CheckpointError(f"{path}: {info.filename} does not begin where the zip directory says")
-        _, name_length, extra_length = LOCAL_HEADER.unpack(header)
-        if name in entries:
-            raise CheckpointError(f"{path}: the zip holds {info.filename} twice")
-        start = info.header_offset + LOCAL_HEADER.size + name_length + extra_length
-        entries[name] = Entry(start, info.file_size)
+    for name, info in infos.items():
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & ENCRYPTED:
+            raise CheckpointError(
+                f"{path}: {name} is compressed or encrypted, so it has no byte range. "
+                "Re-save it: torch.save(torch.load(path, weights_only=True), path)"
+            )
+        entries[name.partition("/")[2]] = Entry(_data_offset(path, file, info), info.file_size, info.CRC)
     return entries
 
 
@@ -188,29 +302,30 @@ def _read_archive(path: Path) -> tuple[object, dict[str, Entry]]:
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             entries = _read_directory(path, file, archive)
-            if "constants.pkl" in entries:
-                raise CheckpointError(f"{path}: a TorchScript program, not a state dict. {RESAVE}")
             if "data.pkl" not in entries:
                 raise CheckpointError(f"{path}: a zip without data.pkl, so torch.save did not write it")
-            if entries["data.pkl"].nbytes > MAX_PICKLE_BYTES:
-                raise CheckpointError(f"{path}: its pickle is larger than {MAX_PICKLE_BYTES >> 20} MiB")
-            pickled = _read_entry(file, entries["data.pkl"])
-            order = _read_entry(file, entries["byteorder"]) if "byteorder" in entries else b"little"
-    except (zipfile.BadZipFile, EOFError, struct.error) as error:
+            pickled = _read_small(path, file, entries, "data.pkl")
+            order = _read_small(path, file, entries, "byteorder") if "byteorder" in entries else b"little"
+    except DAMAGED_ZIP as error:
         raise CheckpointError(
-            f"{path}: begins like a zip but has no sound directory at its end ({error}). "
+            f"{path}: has no sound zip directory at its end ({type(error).__name__}: {error}). "
             "It is truncated or damaged: copy or download it again."
         ) from None
     if order != b"little":
-        raise CheckpointError(
-            f"{path}: written on a {order.decode(errors='replace')}-endian machine. {RESAVE}"
-        )
+        raise CheckpointError(f"{path}: written on a machine of other byte order, {order[:20]!r}. {RESAVE}")
     return _unpickle(path, pickled), entries
 
 
-def _read_entry(file: io.BufferedIOBase, entry: Entry) -> bytes:
+def _read_small(path: Path, file: io.BufferedIOBase, entries: dict[str, Entry], name: str) -> bytes:
+    """One entry as a whole, checked against its sum."""
+    entry = entries[name]
+    if entry.nbytes > MAX_SMALL_BYTES:
+        raise CheckpointError(f"{path}: its {name} is larger than {MAX_SMALL_BYTES >> 20} MiB")
     file.seek(entry.offset)
-    return file.read(entry.nbytes)
+    data = file.read(entry.nbytes)
+    if len(data) < entry.nbytes or entry.crc not in (NO_CRC, zlib.crc32(data)):
+        raise CheckpointError(f"{path}: its {name} is damaged: copy or download it again")
+    return data
 
 
 def _span(path: Path, name: str, record: TensorRecord, entries: dict[str, Entry]) -> TensorSpan:
@@ -222,7 +337,7 @@ def _span(path: Path, name: str, record: TensorRecord, entries: dict[str, Entry]
         )
     start = record.offset * record.dtype.itemsize
     span = TensorSpan(name, record.dtype, record.shape, record.stride, path, entry.offset + start)
-    if start + span.extent > entry.nbytes:
+    if start + span.extent > record.storage.nbytes:
         raise CheckpointError(f"{path}: {name} reaches past the end of its storage data/{record.storage.key}")
     return span
 

@@ -30,6 +30,7 @@ from gpt2lite.errors import UsageError
 ALIGNMENT = 64  # torch.save's own, so that mapped tensors are aligned
 LOCAL_HEADER_BYTES = 30
 ZIP64_EXTRA_BYTES = 20
+STORAGES = torch.storage._dtype_to_storage_type_map()  # newer dtypes than these have no class of their own
 
 
 @contextmanager
@@ -75,7 +76,9 @@ class _DescribingPickler(pickle.Pickler):
     def persistent_id(self, obj: object) -> Any:
         if not isinstance(obj, _StoredAs):
             return None
-        storage = torch.storage._dtype_to_storage_type_map()[obj.dtype]
+        storage = STORAGES.get(obj.dtype)
+        if storage is None:
+            return ("storage", torch.UntypedStorage, obj.key, "cpu", obj.numel * obj.dtype.itemsize)
         return ("storage", getattr(torch, storage), obj.key, "cpu", obj.numel)
 
 
@@ -86,14 +89,16 @@ class _Described:
         self.key, self.tensor = key, tensor
 
     def __reduce__(self) -> Any:
-        shape = self.tensor.shape
-        stored = _StoredAs(self.key, self.tensor.dtype, torch.Size(shape).numel())
-        stride = contiguous_stride(shape)
-        return torch._utils._rebuild_tensor_v2, (stored, 0, shape, stride, False, OrderedDict())
+        shape, dtype = self.tensor.shape, self.tensor.dtype
+        stored = _StoredAs(self.key, dtype, torch.Size(shape).numel())
+        described: tuple[object, ...] = (stored, 0, shape, contiguous_stride(shape), False, OrderedDict())
+        if dtype in STORAGES:
+            return torch._utils._rebuild_tensor_v2, described
+        return torch._utils._rebuild_tensor_v3, (*described, dtype)
 
 
 def _entry(archive: zipfile.ZipFile, name: str, nbytes: int) -> zipfile.ZipInfo:
-    """A stored entry whose data begins at a multiple of ALIGNMENT, padded as torch pads: by an extra field."""
+    """A stored entry whose data begin at a multiple of ALIGNMENT, padded as torch does: by an extra field."""
     info = zipfile.ZipInfo(name)
     info.file_size = nbytes
     is_zip64 = nbytes * 1.05 > zipfile.ZIP64_LIMIT  # zipfile's own rule
@@ -128,7 +133,8 @@ def _distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tied tensors once, under their first name: apart, in a file each, the tie would be lost."""
     seen: dict[tuple[object, ...], str] = {}
     for name, tensor in state.items():
-        seen.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype), name)
+        address = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        seen.setdefault(address if tensor.numel() else (name,), name)
     return {name: state[name] for name in seen.values()}
 
 
@@ -139,7 +145,7 @@ def _tensors_of(source: nn.Module | str | os.PathLike[str]) -> Iterator[tuple[st
             yield name, tensor.detach().cpu().clone()
         return
     spans = open_checkpoint(source).tensors
-    for span in {span.address: span for span in reversed(spans.values())}.values():
+    for span in {span.address: span for span in reversed(list(spans.values()))}.values():
         yield span.name, read_span(span).contiguous()
 
 
@@ -157,8 +163,8 @@ def save_per_tensor(
     with replacing(folder) as temporary:
         temporary.mkdir()
         for name, tensor in _tensors_of(model_or_path):
-            if os.sep in name or name.startswith("."):
-                raise UsageError(f"{model_or_path}: a tensor is called {name!r}, which is no file name")
+            if not name or name.startswith(".") or set(name) & {os.sep, "\0"}:
+                raise UsageError(f"{folder}: a tensor is called {name!r}, which is no file name")
             torch.save(tensor, temporary / f"{name}.pt")
     return folder
 
