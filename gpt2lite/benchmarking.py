@@ -26,6 +26,7 @@ from gpt2lite.config import GPTConfig
 from gpt2lite.dialects import find_config, read_dialect
 from gpt2lite.errors import GPT2LiteError
 from gpt2lite.loading import Progress
+from gpt2lite.loading.plan import make_plan
 from gpt2lite.memory import Sample, track_memory
 from gpt2lite.model import GPTModel
 
@@ -207,9 +208,11 @@ def _run_job(job: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         raise GPT2LiteError(
             f"{job} was killed by signal {-process.returncode}; most likely it ran out of memory"
         )
-    answer: dict[str, Any] = json.loads(output.splitlines()[-1]) if output.strip() else {"error": errors}
+    if not output.strip():
+        raise GPT2LiteError(f"{job} failed: {errors.strip().splitlines()[-1]}")
+    answer: dict[str, Any] = json.loads(output.splitlines()[-1])
     if "error" in answer:
-        raise GPT2LiteError(answer["error"].strip())
+        raise GPT2LiteError(answer["error"])
     return answer
 
 
@@ -242,10 +245,14 @@ def compare_strategies(
     dtype: str | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Iterator[Measurement | Failure]:
-    """Yield one result for each strategy as it is measured; `folder` takes what is written meanwhile."""
+    """Yield one result for each strategy as it is measured; `folder` takes what is written meanwhile.
+
+    Raises CheckpointError first, for a checkpoint that does not fit.
+    """
     reading = read_dialect(open_checkpoint(path))
-    full = find_config(reading, config).as_dict()
-    common = {"device": device, "dtype": dtype, "config": full}
+    found = find_config(reading, config)
+    make_plan(reading, lambda: GPTModel(found), device, dtype=_dtype(dtype), ring_bytes=0, progress=None)
+    common = {"device": device, "dtype": dtype, "config": found.as_dict()}
     with tempfile.TemporaryDirectory(prefix="gpt2lite-", dir=folder) as temporary:
         reference = str(Path(temporary) / "reference.pt")
         _run_job("reference", {"path": str(path), "output": reference, **common})

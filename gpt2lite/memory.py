@@ -221,9 +221,13 @@ class _ProcSampler:
         anonymous, file, samples = json.loads(output)
         base_anonymous, base_file = self.baseline
         use.method = f"RssAnon and RssFile sampled every {SAMPLE_SECONDS * 1000:.0f} ms by a helper process"
-        use.peak_host_anonymous = max(anonymous * 1024, anonymous_now) - base_anonymous
-        use.peak_host_reclaimable = max(file * 1024, file_now) - base_file
+        sampled_anonymous = max(anonymous * 1024, anonymous_now) - base_anonymous
+        sampled_file = max(file * 1024, file_now) - base_file
         use.peak_host_total = status["VmHWM"] - self.baseline_total if self.resets_peak else None
+        # What rose and fell between two samples is in the kernel's peak alone: counted as both, never as none.
+        total = use.peak_host_total or 0
+        use.peak_host_anonymous = max(sampled_anonymous, total - sampled_file)
+        use.peak_host_reclaimable = max(sampled_file, total - sampled_anonymous)
         use.timeline = [Sample(t, a * 1024 - base_anonymous, f * 1024 - base_file) for t, a, f in samples]
 
     def abandon(self) -> None:

@@ -70,7 +70,9 @@ def test_a_slow_device_does_not_let_a_slot_be_overwritten(tmp_path: Path, monkey
     assert_equal_bits(on_host(loaded), peer.state_dict())
 
 
-def test_page_locked_memory_that_is_refused_falls_back_to_ordinary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_page_locked_memory_that_is_refused_falls_back_to_ordinary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     real = torch.empty
 
     def refusing(*args: object, **kwargs: object) -> torch.Tensor:
@@ -109,7 +111,8 @@ def test_greedy_text_is_the_same_on_both_devices(tmp_path: Path, ids: torch.Tens
     make, save = KINDS["ours-pth"]
     path = save(make().state_dict(), tmp_path)
     texts = [
-        generate(GPTModel.from_checkpoint(path, device, config=HEADS), ids, 12).cpu() for device in ("cpu", "cuda")
+        generate(GPTModel.from_checkpoint(path, device, config=HEADS), ids, 12).cpu()
+        for device in ("cpu", "cuda")
     ]
     assert torch.equal(*texts)
 

@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import randomise
+
+from gpt2lite import CheckpointError, GPTConfig, GPTModel, save_per_tensor
+from gpt2lite.cli import COMMANDS, main
+from gpt2lite.tokenizer import read_encoding
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+GPT2_FILES = ("6d1cbeee0f20b3d9449abfede4726ed8212e3aee", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")
+has_gpt2_encoding = pytest.mark.skipif(
+    not all(
+        os.path.exists(os.path.join(os.environ.get("TIKTOKEN_CACHE_DIR", ""), name)) for name in GPT2_FILES
+    ),
+    reason="tiktoken's gpt2 files are not in $TIKTOKEN_CACHE_DIR",
+)
+
+
+def run(*words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True)
+
+
+@pytest.fixture
+def gpt2_shaped(tmp_path: Path) -> Path:
+    """A small model with GPT-2's vocabulary, padded as nanoGPT pads it."""
+    path = tmp_path / "model.pth"
+    torch.save(randomise(GPTModel(GPTConfig(50304, 64, 16, 2, 2, tied_head=True))).state_dict(), path)
+    path.with_suffix(".json").write_text(json.dumps({"n_heads": 2}))
+    return path
+
+
+def test_the_script_without_arguments_writes_words_and_nothing_to_stderr():
+    result = run(SCRIPTS / "generate.py")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("One day")
+    assert len(result.stdout.split()) > 30
+
+
+def test_no_argument_path_needs_no_network():
+    blocked = (
+        "import socket; socket.socket.connect = lambda *a: (_ for _ in ()).throw(OSError('network used'))"
+    )
+    result = run("-c", f"{blocked}\nfrom gpt2lite.cli import main\nraise SystemExit(main(['generate']))")
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_module_console_script_and_function_print_the_same(capsys: pytest.CaptureFixture[str]):
+    words = ["generate", "--max-new-tokens", "8", "--seed", "1", "--temperature", "1", "--top-k", "5"]
+    assert main(words) == 0
+    assert run("-m", "gpt2lite", *words).stdout == capsys.readouterr().out
+
+
+@pytest.mark.parametrize("strategy", ["baseline", "sequential", "meta", "mmap", "stream"])
+def test_every_strategy_generates_the_same_text(strategy: str, capsys: pytest.CaptureFixture[str]):
+    words = ["generate", "--max-new-tokens", "12", "--prompt", "The old"]
+    assert main([*words, "--strategy", strategy]) == 0
+    first = capsys.readouterr().out
+    assert main(words) == 0
+    assert capsys.readouterr().out == first
+
+
+@has_gpt2_encoding
+def test_a_gpt2_vocabulary_takes_tiktokens_gpt2_and_padding_is_never_sampled(
+    gpt2_shaped: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = ["generate", "--model", str(gpt2_shaped), "--temperature", "1000", "--seed", "0"]
+    assert main(words) == 0
+    assert capsys.readouterr().out.startswith("Hello, I am")
+
+
+@has_gpt2_encoding
+def test_gpt2_text_goes_through_the_encoding_and_back():
+    from gpt2lite.tokenizer import gpt2_encoding
+
+    assert gpt2_encoding().encode("Hello, I am a language model") == [15496, 11, 314, 716, 257, 3303, 2746]
+
+
+def test_inspect_says_what_a_file_is_as_text_and_as_json(
+    gpt2_shaped: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["inspect", str(gpt2_shaped)]) == 0
+    text = capsys.readouterr().out
+    assert "tok_emb.weight = out_head.weight" in text
+    assert main(["inspect", str(gpt2_shaped), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["dialect"], found["format"]) == ("book", "torch_zip")
+    assert found["config"]["tied_head"]
+    assert found["parameters"] == sum(p.numel() for p in GPTModel(GPTConfig.of(found["config"])).parameters())
+
+
+def test_inspect_names_what_is_odd(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    state = GPTModel(GPTConfig(10, 8, 8, 2, 1)).state_dict()
+    mask = {"trf_blocks.0.att.mask": torch.ones(8, 8)}
+    path = tmp_path / "model.pth"
+    torch.save(
+        {"model_state_dict": {**state, **mask, "more": torch.ones(1)}, "optimizer": {"m": torch.ones(2)}},
+        path,
+    )
+    assert main(["inspect", str(path)]) == 0
+    text = capsys.readouterr().out
+    for oddity in (
+        "1 stored attention masks",
+        "1 tensors beside the model",
+        "unknown tensors: model_state_dict.more",
+    ):
+        assert oddity in text
+    assert "the number of attention heads cannot be read off weights" in text
+
+
+def test_env_says_what_can_be_had(capsys: pytest.CaptureFixture[str]):
+    assert main(["env", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["torch"] == torch.__version__
+    assert 0 < found["host_memory"]["available"] <= found["host_memory"]["total"]
+    assert main(["env"]) == 0
+    assert "available, limited by" in capsys.readouterr().out
+
+
+def test_bench_prints_a_row_for_each_strategy_and_keeps_json_and_a_plot(tmp_path: Path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    output, plot, folder = tmp_path / "bench.json", tmp_path / "bench.png", tmp_path / "work"
+    folder.mkdir()
+    result = run(
+        *(SCRIPTS / "benchmark.py", "--strategies", "stream", "per_tensor", "--json", output, "--plot", plot),
+        *("--folder", folder),
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    rows = [line.split() for line in result.stdout.splitlines() if line.startswith(("stream", "per_tensor"))]
+    assert [row[0] for row in rows] == ["stream", "per_tensor"]
+    assert all(row[-2:] == ["yes", "yes"] for row in rows)
+    assert [r["strategy"] for r in json.loads(output.read_text())["results"]] == ["stream", "per_tensor"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert list(folder.iterdir()) == []
+
+
+def test_bench_refuses_a_checkpoint_that_does_not_fit_before_it_measures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    model = randomise(GPTModel(GPTConfig(64, 16, 16, 2, 2)))
+    folder = save_per_tensor(model, tmp_path / "parameters")
+    (folder / "final_norm.scale.pt").unlink()
+    assert main(["bench", str(folder), "--n-heads", "2", "--strategies", "stream"]) == 1
+    output = capsys.readouterr()
+    assert "final_norm.scale: missing" in output.out + output.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["inspect", "no.pth"], "no.pth: no such file or folder"),
+        (["generate", "--model", "no.pth"], "no.pth: no such file or folder"),
+        (["generate", "--prompt", "word " * 400], "tokens, the context 256; shorten it"),
+        (["generate", "--max-new-tokens", "300"], "are more than the context of 256"),
+        (["generate", "--max-new-tokens", "-1"], "max_new_tokens must be at least 1, got -1"),
+        (["generate", "--temperature", "-1"], "temperature must be 0"),
+        (["generate", "--device", "cuda:77"], "cuda:77 was asked for"),
+        (["generate", "--device", "abc"], "no device is called 'abc'"),
+        (["generate", "--strategy", "per_tensor"], "gpt2lite.save_per_tensor"),
+        (["bench", "--strategies", "fast"], "no strategy is called fast"),
+        (["bench", "no.pth"], "no.pth: no such file or folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_1(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(words) == 1
+    output = capsys.readouterr()
+    assert message in output.err
+    assert output.err.startswith("gpt2lite: ")
+    assert output.err.count("\n") == 1
+
+
+def test_a_vocabulary_without_a_tokenizer_says_where_to_put_one(
+    pth: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["generate", "--model", str(pth), "--n-heads", "4"]) == 1
+    assert "there is no model.tiktoken beside it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "0 lines"),
+        (b"aGk= 0\nYQ== 2\n", "must be 0, 1, 2"),
+        (b"aGk=\n", "not a tiktoken file"),
+        (b"!!! 0\n", "not a tiktoken file"),
+        (b"\xff\xfe 0\n", "not a tiktoken file"),
+    ],
+)
+def test_a_damaged_tokenizer_is_one_clear_error(content: bytes, message: str, tmp_path: Path):
+    path = tmp_path / "model.tiktoken"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        read_encoding(path)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches_every_argument(command: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    assert "usage: gpt2lite" in capsys.readouterr().out
+
+
+def test_an_unknown_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="2"):
+        main(["generat"])
+    assert "invalid choice: 'generat'" in capsys.readouterr().err
+
+
+def test_ctrl_c_in_bench_leaves_no_file_and_no_process(tmp_path: Path):
+    command = [sys.executable, "-m", "gpt2lite", "bench", "--folder", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(tmp_path.iterdir()):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert errors.strip() == "gpt2lite: interrupted"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    command = f"{sys.executable} -m gpt2lite generate | head -c 3"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ("One", "")

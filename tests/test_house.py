@@ -1,0 +1,103 @@
+"""The house's own rules: which way imports point, what is public, what never stands in the code."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import gpt2lite
+
+PACKAGE = Path(gpt2lite.__file__).parent
+
+# Every room, and the rooms that it may import from (DESIGN: imports point one way). A package's own modules
+# may import each other.
+FLOORS = [
+    {"errors", "_version"},
+    {"config", "checkpoint", "memory", "tokenizer"},
+    {"dialects"},
+    {"loading"},
+    {"model"},
+    {"generation"},
+    {"benchmarking"},
+    {"cli"},
+    {"__init__", "__main__"},
+]
+
+
+def floor_of(room: str) -> int:
+    return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(source: str) -> set[str]:
+    rooms = set()
+    for node in ast.walk(ast.parse(source)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [
+                f"{node.module}.{alias.name}" if node.module == "gpt2lite" else str(node.module)
+                for alias in node.names
+            ]
+        rooms |= {name.split(".")[1] for name in names if name.startswith("gpt2lite.")}
+    return rooms
+
+
+def wrong_imports(room: str, source: str) -> set[str]:
+    return {other for other in imported_rooms(source) if other != room and floor_of(other) >= floor_of(room)}
+
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path):
+    assert wrong_imports(room_of(path), path.read_text()) == set()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from gpt2lite.model import GPTModel",
+        "import gpt2lite.cli.bench",
+        "def f():\n    from gpt2lite import model",
+    ],
+)
+def test_a_wrong_import_is_found(source: str):
+    assert wrong_imports("loading", source)
+
+
+def test_the_public_names_are_sorted_exist_and_are_all_that_is_documented():
+    names = gpt2lite.__all__
+    assert names == sorted(names, key=lambda name: (not name.isupper(), not name[0].isupper(), name))
+    assert all(hasattr(gpt2lite, name) for name in names)
+
+
+def calls(path: Path) -> list[ast.Call]:
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_torch_load_is_never_called_without_weights_only(path: Path):
+    loads = [call for call in calls(path) if ast.unparse(call.func) == "torch.load"]
+    assert all("weights_only=True" in ast.unparse(call) for call in loads)
+
+
+def test_only_the_command_line_prints():
+    printing = {
+        str(path.relative_to(PACKAGE))
+        for path in MODULES
+        for call in calls(path)
+        if ast.unparse(call.func) == "print"
+    }
+    assert {name for name in printing if not name.startswith("cli/")} == {
+        "benchmarking.py"
+    }  # its worker's answer
+
+
+def test_there_is_no_room_for_everything_else():
+    assert not {path.stem for path in MODULES} & {"utils", "helpers", "common", "misc"}

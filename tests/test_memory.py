@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt2lite import clean_up, track_memory
+from gpt2lite.memory import host_memory
+
+MIB = 1 << 20
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc on this system")
+
+
+def in_fresh_process(body: str) -> dict[str, int]:
+    """Run `body`, which prints one JSON object, in a process that has imported nothing yet."""
+    script = f"import json, torch, time\nfrom gpt2lite import *\n{body}"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    found: dict[str, int] = json.loads(result.stdout)
+    return found
+
+
+REPORT = """
+print(json.dumps({"anonymous": memory.peak_host_anonymous, "file": memory.peak_host_reclaimable,
+                  "total": memory.peak_host_total, "points": len(memory.timeline)}))
+"""
+
+
+@needs_proc
+def test_a_peak_that_is_gone_again_is_seen():
+    body = """
+with track_memory() as memory:
+    peak = torch.ones(100 << 18)
+    del peak
+    time.sleep(0.05)
+    rest = torch.ones(10 << 18)
+"""
+    found = in_fresh_process(body + REPORT)
+    assert 99 * MIB <= found["anonymous"] <= 112 * MIB
+    assert found["file"] <= 16 * MIB
+
+
+@needs_proc
+def test_mapped_pages_count_as_reclaimable_and_not_as_anonymous(tmp_path: Path):
+    path = tmp_path / "weights.pt"
+    torch.save(torch.ones(80 << 18), path)
+    body = f"""
+torch.load({str(path)!r}, mmap=True).sum()
+with track_memory() as memory:
+    torch.load({str(path)!r}, mmap=True).sum()
+    time.sleep(0.02)
+"""
+    found = in_fresh_process(body + REPORT)
+    assert 76 * MIB <= found["file"] <= 92 * MIB
+    assert found["anonymous"] <= 8 * MIB
+
+
+@needs_proc
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be reset here")
+def test_the_kernels_own_peak_bears_the_samples_out():
+    body = """
+with track_memory() as memory:
+    held = torch.ones(64 << 18)
+"""
+    found = in_fresh_process(body + REPORT)
+    assert abs(found["total"] - found["anonymous"] - found["file"]) <= 12 * MIB
+
+
+@needs_proc
+def test_what_was_there_before_is_not_counted():
+    body = """
+before = torch.ones(100 << 18)
+with track_memory() as memory:
+    held = torch.ones(20 << 18)
+"""
+    found = in_fresh_process(body + REPORT)
+    assert 19 * MIB <= found["anonymous"] <= 32 * MIB
+
+
+def test_the_report_speaks_in_gb():
+    with track_memory("cpu") as memory:
+        pass
+    assert memory.report().startswith("Maximum CPU memory allocated: 0.0 GB (+ 0.0 GB of mapped files")
+    assert memory.method
+
+
+def test_an_error_inside_passes_through_and_leaves_no_helper():
+    with pytest.raises(RuntimeError, match="inside"), track_memory():
+        raise RuntimeError("inside")
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    if children.exists():
+        assert children.read_text().split() == []
+
+
+def test_clean_up_without_a_device_has_nothing_left():
+    assert clean_up("cpu") == 0
+
+
+def test_host_memory_is_within_the_machine():
+    found = host_memory()
+    assert 0 < found.available <= found.total
+    assert found.limited_by
+
+
+def make_cgroup() -> Path:
+    """A memory cgroup (v1) below this process's own."""
+    own = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    path = next((path for _, controllers, path in own if controllers == "memory"), None)
+    if path is None:
+        pytest.skip("no cgroup v1 memory controller here")
+    folder = Path("/sys/fs/cgroup/memory") / path.lstrip("/") / f"gpt2lite-test-{os.getpid()}"
+    try:
+        folder.mkdir()
+    except OSError as error:
+        pytest.skip(f"no memory cgroup can be made here: {error}")
+    return folder
+
+
+@needs_proc
+def test_a_containers_limit_is_what_can_be_had():
+    folder = make_cgroup()
+    try:
+        (folder / "memory.limit_in_bytes").write_text(str(600 * MIB))
+        script = f"""
+import os
+open({str(folder / "cgroup.procs")!r}, "w").write(str(os.getpid()))
+from gpt2lite.memory import host_memory
+found = host_memory()
+print(found.available, found.limited_by)
+"""
+        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        available, limited_by = result.stdout.split(maxsplit=1)
+        assert 100 * MIB < int(available) < 600 * MIB
+        assert folder.name in limited_by
+    finally:
+        folder.rmdir()
