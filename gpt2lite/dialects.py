@@ -173,9 +173,9 @@ class Reading:
 
 
 def _strip(name: str) -> str:
-    for prefix in PREFIXES:
-        if name.startswith(prefix):
-            return _strip(name[len(prefix) :])
+    """`name` without the prefixes that it begins with."""
+    while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), ""):
+        name = name[len(prefix) :]
     return name
 
 
@@ -308,7 +308,7 @@ def _side_file(path: Path) -> Path:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not sound JSON ({error})") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: holds a {type(found).__name__}, wanted an object of config fields")
@@ -361,4 +361,5 @@ def find_config(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
     try:
         return GPTConfig.of(merged)
     except UsageError as error:
-        raise UsageError(f"{reading.manifest.path}: {error}") from None
+        blame = UsageError if config else CheckpointError
+        raise blame(f"{reading.manifest.path}: {error}") from None

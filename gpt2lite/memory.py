@@ -224,7 +224,7 @@ class _ProcSampler:
         sampled_anonymous = max(anonymous * 1024, anonymous_now) - base_anonymous
         sampled_file = max(file * 1024, file_now) - base_file
         use.peak_host_total = status["VmHWM"] - self.baseline_total if self.resets_peak else None
-        # What rose and fell between two samples is in the kernel's peak alone: counted as both, never as none.
+        # What rose and fell between two samples is in the kernel's peak alone: counted as both, not as none.
         total = use.peak_host_total or 0
         use.peak_host_anonymous = max(sampled_anonymous, total - sampled_file)
         use.peak_host_reclaimable = max(sampled_file, total - sampled_anonymous)

@@ -54,7 +54,7 @@ def test_a_ring_that_is_reused_many_times_never_overwrites_what_is_being_copied(
 
 
 def test_a_slow_device_does_not_let_a_slot_be_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Each delivery first keeps the device busy, so that every copy is still pending when its slot is wanted."""
+    """Each delivery first keeps the device busy, so that copies are pending when their slots are wanted."""
     real = stream_engine.Ring.deliver
 
     def late(self: stream_engine.Ring, chunk: stream_engine.Chunk, slot: torch.Tensor) -> None:

@@ -14,7 +14,15 @@ import torch
 from conftest import TINY, randomise
 from torch import nn
 
-from gpt2lite import STRATEGIES, CheckpointError, GPTConfig, GPTModel, UsageError, load_module, save_per_tensor
+from gpt2lite import (
+    STRATEGIES,
+    CheckpointError,
+    GPTConfig,
+    GPTModel,
+    UsageError,
+    load_module,
+    save_per_tensor,
+)
 from gpt2lite.loading import stream as stream_engine
 
 ONE_FILE = [name for name in STRATEGIES if name != "per_tensor"]
@@ -52,18 +60,26 @@ def save_pth(state: object, folder: Path) -> Path:
 
 def save_safetensors(state: dict[str, torch.Tensor], folder: Path) -> Path:
     library = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
-    library.save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
+    library.save_file(
+        {name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors"
+    )
     return folder / "model.safetensors"
 
 
 def save_hub(state: dict[str, torch.Tensor], folder: Path) -> Path:
     """The official layout: no prefix, no head, stored masks, and data that begins at an odd byte."""
     masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 32, 32).tril() for i in range(TINY.n_layers)}
-    tensors = masks | {name.removeprefix("transformer."): t for name, t in state.items() if name != "lm_head.weight"}
+    tensors = masks | {
+        name.removeprefix("transformer."): t for name, t in state.items() if name != "lm_head.weight"
+    }
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
         nbytes = tensor.numel() * 4
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, offset + nbytes]}
+        header[name] = {
+            "dtype": "F32",
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + nbytes],
+        }
         offset += nbytes
     raw = json.dumps(header).encode()
     raw += b" " * ((3 - len(raw)) % 4)
@@ -75,7 +91,10 @@ def save_hub(state: dict[str, torch.Tensor], folder: Path) -> Path:
 
 
 def save_wrapped(state: dict[str, torch.Tensor], folder: Path) -> Path:
-    optimizer = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(101, 48)}}, "param_groups": [{}]}
+    optimizer = {
+        "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(101, 48)}},
+        "param_groups": [{}],
+    }
     return save_pth({"model_state_dict": state, "optimizer_state_dict": optimizer}, folder)
 
 
@@ -114,7 +133,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Path]]] = {
 
 
 def expected_parameters(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Our names for a peer's weights, written out by hand: the reference that the tables are checked against."""
+    """Our names for a peer's weights, by hand: the reference that the tables are checked against."""
     t = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
     if "h.0.attn.c_attn.weight" not in t:
         plain = {"norm1.weight": "norm1.scale", "norm1.bias": "norm1.shift", "norm2.weight": "norm2.scale",
@@ -125,28 +144,44 @@ def expected_parameters(state: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
             for theirs, mine in plain.items():
                 name = name.replace(theirs, mine)
             if ".qkv." in name:
-                for part, leaf in zip(tensor.split(TINY.emb_dim), ("W_query", "W_key", "W_value"), strict=True):
+                for part, leaf in zip(
+                    tensor.split(TINY.emb_dim), ("W_query", "W_key", "W_value"), strict=True
+                ):
                     found[name.replace("qkv", leaf)] = part
             elif not name.endswith(".mask"):
                 found[name] = tensor
         return found
     C = TINY.emb_dim
-    found = {"tok_emb.weight": t["wte.weight"], "pos_emb.weight": t["wpe.weight"], "out_head.weight": t["wte.weight"],
-             "final_norm.scale": t["ln_f.weight"], "final_norm.shift": t["ln_f.bias"]}  # fmt: skip
+    outside = {"tok_emb.weight": "wte.weight", "out_head.weight": "wte.weight"}
+    outside |= {
+        "pos_emb.weight": "wpe.weight",
+        "final_norm.scale": "ln_f.weight",
+        "final_norm.shift": "ln_f.bias",
+    }
+    found = {mine: t[theirs] for mine, theirs in outside.items()}
     for i in range(TINY.n_layers):
         h, b = f"h.{i}", f"trf_blocks.{i}"
         for k, leaf in enumerate(("W_query", "W_key", "W_value")):
             found[f"{b}.att.{leaf}.weight"] = t[f"{h}.attn.c_attn.weight"][:, k * C : (k + 1) * C].T
             found[f"{b}.att.{leaf}.bias"] = t[f"{h}.attn.c_attn.bias"][k * C : (k + 1) * C]
-        for theirs, mine in (("attn.c_proj", "att.out_proj"), ("mlp.c_fc", "ff.layers.0"), ("mlp.c_proj", "ff.layers.2")):
+        for theirs, mine in (
+            ("attn.c_proj", "att.out_proj"),
+            ("mlp.c_fc", "ff.layers.0"),
+            ("mlp.c_proj", "ff.layers.2"),
+        ):
             found[f"{b}.{mine}.weight"] = t[f"{h}.{theirs}.weight"].T
             found[f"{b}.{mine}.bias"] = t[f"{h}.{theirs}.bias"]
         for theirs, mine in (("ln_1", "norm1"), ("ln_2", "norm2")):
-            found[f"{b}.{mine}.scale"], found[f"{b}.{mine}.shift"] = t[f"{h}.{theirs}.weight"], t[f"{h}.{theirs}.bias"]
+            found[f"{b}.{mine}.scale"], found[f"{b}.{mine}.shift"] = (
+                t[f"{h}.{theirs}.weight"],
+                t[f"{h}.{theirs}.bias"],
+            )
     return found
 
 
-def assert_equal_bits(model: nn.Module, expected: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> None:
+def assert_equal_bits(
+    model: nn.Module, expected: dict[str, torch.Tensor], dtype: torch.dtype | None = None
+) -> None:
     state = model.state_dict()
     assert state.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -186,7 +221,9 @@ def test_logits_equal_transformers_to_fp64_rounding(strategy: str, tmp_path: Pat
 @pytest.mark.parametrize("kind", ["ours-tied-pth", "hf-hub-safetensors", "fast-pth", "ours-folder"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_casting_equals_casting_what_plain_torch_loads(kind: str, strategy: str, dtype: torch.dtype, tmp_path: Path):
+def test_casting_equals_casting_what_plain_torch_loads(
+    kind: str, strategy: str, dtype: torch.dtype, tmp_path: Path
+):
     make, save = KINDS[kind]
     if strategy == "per_tensor" and not kind.endswith("folder"):
         pytest.skip("per_tensor reads a folder")
@@ -237,7 +274,9 @@ def test_a_loaded_model_trains(strategy: str, pth: Path, ids: torch.Tensor):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in loaded.parameters())
 
 
-def test_mapped_parameters_are_the_files_pages_and_writing_to_them_leaves_the_file(pth: Path, model: GPTModel):
+def test_mapped_parameters_are_the_files_pages_and_writing_to_them_leaves_the_file(
+    pth: Path, model: GPTModel
+):
     loaded = GPTModel.from_checkpoint(pth, strategy="mmap", config=HEADS)
     with torch.no_grad():
         loaded.tok_emb.weight.zero_()
@@ -284,7 +323,9 @@ def test_what_torch_save_writes_loads_in_the_books_own_class(pth: Path, model: G
 
 
 @pytest.mark.usefixtures("unwritten_memory_is_nan")
-@pytest.mark.parametrize("kind", ["ours-pth", "hf-hub-safetensors", "fast-pth", "fast-folder", "ours-tied-pth"])
+@pytest.mark.parametrize(
+    "kind", ["ours-pth", "hf-hub-safetensors", "fast-pth", "fast-folder", "ours-tied-pth"]
+)
 @pytest.mark.parametrize("ring_bytes", [64, 1000, 4096, 1 << 16])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_a_ring_smaller_than_a_tensor_or_even_a_row_still_fills_every_bit(

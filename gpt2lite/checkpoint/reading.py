@@ -14,9 +14,11 @@ from gpt2lite.errors import CheckpointError
 
 
 def memory_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, writable and without a copy; valid while the tensor lives."""
+    """The bytes of a contiguous CPU tensor, writable and without a copy; they keep the tensor alive."""
     nbytes = tensor.numel() * tensor.element_size()
-    return memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())).cast("B")
+    exposed = (ctypes.c_char * nbytes).from_address(tensor.data_ptr())
+    exposed.owner = tensor  # type: ignore[attr-defined]
+    return memoryview(exposed).cast("B")
 
 
 def read_bytes_into(memory: memoryview, path: Path, offset: int) -> None:
@@ -98,5 +100,7 @@ def map_tensors(spans: Iterable[TensorSpan]) -> dict[str, Tensor]:
             whole = torch.from_file(str(span.path), shared=False, size=nbytes, dtype=torch.uint8)
             mapped[span.path] = whole.untyped_storage()
         storage = mapped[span.path][span.offset : span.offset + span.extent]
+        if storage.nbytes() < span.extent:
+            raise CheckpointError(f"{span.path}: ends before {span.name}; it was truncated while being read")
         tensors[span.name] = torch.empty(0, dtype=span.dtype).set_(storage, 0, span.shape, span.stride)
     return tensors

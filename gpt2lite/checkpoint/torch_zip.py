@@ -39,8 +39,11 @@ DAMAGED_ZIP = (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, Ov
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature … name length, extra length
 RESAVE = "Where it came from, save the weights alone: torch.save(model.state_dict(), 'model.pth')"
 
-# Opcodes that torch.save does not write: sets, and other ways to name, call and make things.
+# Opcodes that torch.save does not write: sets, buffers, and other ways to name, call and make things.
 NOT_DATA = (
+    pickle.BYTEARRAY8,
+    pickle.NEXT_BUFFER,
+    pickle.READONLY_BUFFER,
     pickle.DICT,
     pickle.EMPTY_SET,
     pickle.ADDITEMS,
@@ -262,10 +265,9 @@ class Entry:
 def _data_offset(path: Path, file: io.BufferedIOBase, info: zipfile.ZipInfo) -> int:
     """Where an entry's data begin, by the entry's own header."""
     file.seek(max(info.header_offset, 0))
-    header = file.read(LOCAL_HEADER.size)
-    signature, name_length, extra_length = LOCAL_HEADER.unpack(header)
+    signature, name_length, extra_length = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
     name = file.read(name_length).decode("utf-8" if info.flag_bits & UTF8_NAME else "cp437")
-    if signature != b"PK\x03\x04" or name != info.orig_filename:
+    if info.header_offset < 0 or signature != b"PK\x03\x04" or name != info.orig_filename:
         raise CheckpointError(f"{path}: {info.filename} does not begin where the zip directory says")
     return info.header_offset + LOCAL_HEADER.size + name_length + extra_length
 
