@@ -21,7 +21,7 @@ import torch
 
 GB = 1024**3
 SAMPLE_SECONDS = 0.002
-TIMELINE_POINTS = 400
+TIMELINE_POINTS = 120
 
 # ---- what there is ---------------------------------------------------------------------------------------
 

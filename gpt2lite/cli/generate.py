@@ -20,9 +20,9 @@ from gpt2lite.loading.plan import resolve_device
 from gpt2lite.model import GPTModel
 from gpt2lite.tokenizer import tokenizer_for
 
-EMBEDDED_PROMPT = "One day"
+EMBEDDED_PROMPT = "Once upon a time"
 DEFAULT_PROMPT = "Hello, I am"
-DEFAULT_NEW_TOKENS = 120
+DEFAULT_NEW_TOKENS = 240
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
