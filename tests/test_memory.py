@@ -52,8 +52,9 @@ def test_mapped_pages_count_as_reclaimable_and_not_as_anonymous(tmp_path: Path):
     body = f"""
 torch.load({str(path)!r}, mmap=True).sum()
 with track_memory() as memory:
-    torch.load({str(path)!r}, mmap=True).sum()
-    time.sleep(0.02)
+    mapped = torch.load({str(path)!r}, mmap=True)
+    mapped.sum()
+    time.sleep(0.05)
 """
     found = in_fresh_process(body + REPORT)
     assert 76 * MIB <= found["file"] <= 92 * MIB
