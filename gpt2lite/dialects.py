@@ -11,11 +11,12 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from torch import Tensor
 
-from gpt2lite.checkpoint import Manifest
+from gpt2lite.checkpoint import Manifest, side_file
 from gpt2lite.config import OFFICIAL_HEADS, GPTConfig
 from gpt2lite.errors import CheckpointError, UsageError
 
@@ -47,7 +48,7 @@ class Placement:
         return tuple(reversed(shape)) if self.transposed else tuple(shape)
 
     def unplace(self, parameter: Tensor) -> Tensor:
-        """The parameter turned to stand like the stored tensor, as a view: the inverse of `of`."""
+        """The parameter turned to stand like its part of the stored tensor, as a view."""
         return parameter.t() if self.transposed else parameter
 
 
@@ -151,7 +152,7 @@ WRAPPERS = ("model_state_dict.", "state_dict.", "model.")
 PREFIXES = (*WRAPPERS, "module.", "_orig_mod.", "transformer.")
 
 # Their words for our config's fields, in config.json, hparams.json and beside the weights in a file.
-CONFIG_WORDS = {"n_head": "n_heads", "num_attention_heads": "n_heads", "resid_pdrop": "drop_rate"}
+CONFIG_WORDS = {"n_head": "n_heads", "n_layer": "n_layers", "n_embd": "emb_dim", "resid_pdrop": "drop_rate"}
 # Variants of GPT-2 that share its names and not its arithmetic.
 CONFIG_MUST_BE = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -282,27 +283,37 @@ def _best_names(manifest: Manifest, wanted: Collection[str]) -> Mapping[str, str
     return best
 
 
-def _said_elsewhere(manifest: Manifest) -> dict[str, Any]:
-    """What the file, its `<stem>.json` and a Hub folder's config say about n_heads and drop_rate."""
-    said = {name.rpartition(".")[2]: value for name, value in manifest.values.items()}
-    for path in (
-        manifest.path.parent / "hparams.json",
-        manifest.path.parent / "config.json",
-        _side_file(manifest.path),
-    ):
-        if path.is_file():
-            said |= _read_json(path)
+def size_of(reading: Reading) -> tuple[int, int]:
+    """(n_layers, emb_dim) by names and shapes; emb_dim is 0 where no embedding tells it."""
+    token = reading.placements.get("tok_emb.weight")
+    shape = reading.manifest.tensors[token.source].shape if token else ()
+    return 1 + max(map(_block_of, reading.placements)), shape[1] if len(shape) == 2 else 0
+
+
+def _said_elsewhere(reading: Reading) -> dict[str, Any]:
+    """What `<stem>.json`, the file's own wrapper, and a Hub folder's config say of n_heads and drop_rate.
+
+    The nearer to the weights, the more it counts; a config of other sizes belongs to another model.
+    """
+    manifest = reading.manifest
+    said: dict[str, Any] = {}
+    beside = side_file(manifest.path, ".json")
+    folder = beside.parent
+    own_words = {name.rpartition(".")[2]: value for name, value in manifest.values.items()}
+    configs = [
+        _read_json(path) for path in (folder / "hparams.json", folder / "config.json") if path.is_file()
+    ]
+    for words in (*configs, own_words, _read_json(beside) if beside.is_file() else {}):
+        ours = {CONFIG_WORDS.get(key, key): value for key, value in words.items()}
+        sizes = dict(zip(("n_layers", "emb_dim"), size_of(reading), strict=True))
+        if all(ours.get(key, size) == size for key, size in sizes.items()):
+            said |= words | ours
     for key, allowed in CONFIG_MUST_BE.items():
         if key in said and said[key] not in allowed:
             raise CheckpointError(
                 f"{manifest.path}: its config has {key}={said[key]!r}; GPT-2 has {allowed[0]!r}"
             )
-    ours = {CONFIG_WORDS.get(key, key): value for key, value in said.items()}
-    return {key: ours[key] for key in ("n_heads", "drop_rate") if type(ours.get(key)) in (int, float)}
-
-
-def _side_file(path: Path) -> Path:
-    return path.with_name(path.name + ".json") if path.is_dir() else path.with_suffix(".json")
+    return {key: said[key] for key in ("n_heads", "drop_rate") if type(said.get(key)) in (int, float)}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -333,7 +344,7 @@ def _said_by_shapes(reading: Reading) -> dict[str, Any]:
         "vocab_size": token.shape[0],
         "context_length": position.shape[0],
         "emb_dim": token.shape[1],
-        "n_layers": 1 + max(map(_block_of, placements)),
+        "n_layers": size_of(reading)[0],
         "qkv_bias": any(name.endswith(".W_query.bias") for name in placements),
         "bias": "final_norm.shift" in placements,
         "tied_head": token.address == head.address,
@@ -349,14 +360,16 @@ def find_config(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
     """
     if isinstance(config, GPTConfig):
         return config
+    if not isinstance(config, (Mapping, NoneType)):
+        raise UsageError(f"config must be a GPTConfig, a dict or None, got {config!r}")
     shapes = _said_by_shapes(reading)
-    merged = _said_elsewhere(reading.manifest) | shapes | dict(config or {})
+    merged = _said_elsewhere(reading) | shapes | dict(config or {})
     merged.setdefault("n_heads", OFFICIAL_HEADS.get((merged["n_layers"], merged["emb_dim"])))
     if merged["n_heads"] is None:
         raise CheckpointError(
             f"{reading.manifest.path}: the number of attention heads cannot be read off weights, and "
             f"{merged['n_layers']} layers of {merged['emb_dim']} are no official size. Pass "
-            f'config={{"n_heads": …}} or put {_side_file(reading.manifest.path).name} beside it.'
+            f'config={{"n_heads": …}} or put {side_file(reading.manifest.path, ".json").name} beside it.'
         )
     try:
         return GPTConfig.of(merged)

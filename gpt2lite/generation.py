@@ -13,6 +13,9 @@ from torch import Tensor
 from gpt2lite.errors import UsageError
 from gpt2lite.model import GPTModel, KVCache
 
+INTEGERS = (torch.int64, torch.int32)
+SEEDS = range(2**64)
+
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """All but the k largest logits of each row become -inf."""
@@ -26,17 +29,19 @@ def sample(
     """Logits (B, V) → token ids (B, 1); temperature 0 takes the largest."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    scaled = logits.float() / temperature
+    logits = logits.float()
+    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature  # ≤ 0, so that no temperature overflows
     kept = scaled if top_k is None else keep_top_k(scaled, top_k)
     return torch.multinomial(kept.softmax(-1), 1, generator=generator)
 
 
-def _check(model: GPTModel, ids: Tensor, max_new_tokens: int, temperature: float, top_k: int | None) -> None:
+def _check(
+    model: GPTModel, ids: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, seed: int | None
+) -> None:
     config = model.config
-    if ids.dim() != 2 or ids.shape[1] < 1 or ids.dtype not in (torch.int64, torch.int32):
-        raise UsageError(
-            f"ids must be integers of shape (batch, tokens ≥ 1), got {ids.dtype} {tuple(ids.shape)}"
-        )
+    found = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+    if found == type(ids).__name__ or ids.dim() != 2 or not ids.numel() or ids.dtype not in INTEGERS:
+        raise UsageError(f"ids must be a tensor of integers of shape (batch, tokens ≥ 1), got {found}")
     if int(ids.min()) < 0 or int(ids.max()) >= config.vocab_size:
         raise UsageError(
             f"ids must be in 0 … {config.vocab_size - 1}, got {int(ids.min())} … {int(ids.max())}"
@@ -53,6 +58,8 @@ def _check(model: GPTModel, ids: Tensor, max_new_tokens: int, temperature: float
         raise UsageError(f"temperature must be 0 (greedy) or a positive number, got {temperature}")
     if top_k is not None and top_k < 1:
         raise UsageError(f"top_k must be at least 1, got {top_k}")
+    if seed is not None and seed not in SEEDS:
+        raise UsageError(f"seed must be in 0 … 2**64 - 1, got {seed}")
 
 
 def generate_tokens(
@@ -70,7 +77,7 @@ def generate_tokens(
     Greedy by default. `vocabulary` bars ids from there on: rows that only pad the embedding. Allocates one
     KVCache of T + max_new_tokens. Arguments are checked before the first token; raises UsageError.
     """
-    _check(model, ids, max_new_tokens, temperature, top_k)
+    _check(model, ids, max_new_tokens, temperature, top_k, seed)
     return _decode(
         model, ids.to(model.tok_emb.weight.device), max_new_tokens, temperature, top_k, seed, vocabulary
     )
@@ -109,10 +116,10 @@ def generate(
     Ends early once every row has produced one of the `stop` ids. Costs the KV cache of T + max_new_tokens
     (2 × n_layers × emb_dim elements a token and row). Raises UsageError for arguments that cannot work.
     """
-    produced = [ids.to(model.tok_emb.weight.device)]
-    stopped = torch.zeros(ids.shape[0], 1, dtype=torch.bool, device=produced[0].device)
-    stop_ids = torch.tensor(sorted(stop), device=produced[0].device)
     tokens = generate_tokens(model, ids, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed)
+    produced = [ids.to(model.tok_emb.weight.device)]
+    stopped = torch.zeros_like(produced[0][:, :1], dtype=torch.bool)
+    stop_ids = torch.tensor(sorted(stop), device=stopped.device)
     for token in tokens:
         produced.append(token)
         stopped |= torch.isin(token, stop_ids)

@@ -15,9 +15,12 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import ClassVar
 
 import psutil
 import torch
+
+from gpt2lite.errors import UsageError
 
 GB = 1024**3
 SAMPLE_SECONDS = 0.002
@@ -94,10 +97,28 @@ def host_memory() -> HostMemory:
     return HostMemory(physical.total, available, limited_by)
 
 
-def device_memory(device: torch.device) -> tuple[int, int]:
-    """(bytes that a new tensor can have, bytes in all) on a CUDA device: free plus cached by torch."""
-    free, total = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
+def resolve_device(device: str | torch.device) -> torch.device:
+    """`device` as its tensors name it. Raises UsageError where this machine has no such device."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise UsageError(f"no device is called {device!r}; try cpu, cuda or cuda:0") from None
+    if found.type == "meta":
+        raise UsageError("a model on the meta device holds no weights; try cpu or cuda")
+    count = torch.cuda.device_count() if found.type == "cuda" and torch.cuda.is_available() else 0
+    if found.type == "cuda" and (found.index or 0) >= count:
+        have = f"only {count} CUDA device(s)" if count else "no CUDA device that torch can use"
+        raise UsageError(f'{device} was asked for, this machine has {have}. Use device="cpu".')
+    try:
+        return torch.empty(1, device=found).device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UsageError(f"{device} was asked for, this machine's torch cannot use it. Use cpu.") from None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch or Python says that host or device memory ran out."""
+    known = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, known) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 # ---- what was used ---------------------------------------------------------------------------------------
@@ -149,7 +170,7 @@ def clean_up(device: str | torch.device = "cpu") -> int:
     Returns the bytes that torch still has allocated on a CUDA device: 0 once every model is deleted.
     """
     gc.collect()
-    device = torch.device(device)
+    device = resolve_device(device)
     if device.type != "cuda":
         return 0
     torch.cuda.synchronize(device)
@@ -163,6 +184,13 @@ def _status(pid: int | str = "self") -> dict[str, int]:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     fields = (line.split() for line in lines if line.endswith(" kB"))
     return {key.rstrip(":"): int(value) * 1024 for key, value, _ in fields}
+
+
+def _has_proc() -> bool:
+    try:
+        return "RssAnon" in _status()
+    except OSError:
+        return False
 
 
 def _anonymous_and_file(status: dict[str, int]) -> tuple[int, int]:
@@ -198,12 +226,21 @@ print(json.dumps([peak_anonymous, peak_file, samples]))
 class _ProcSampler:
     """Linux: a helper process reads what is anonymous and what is file-backed; the kernel checks the sum."""
 
+    active: ClassVar[list[_ProcSampler]] = []
+
     def __init__(self) -> None:
         command = [sys.executable, "-I", "-S", "-c", SAMPLER, str(os.getpid())]
-        self.helper = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        pipe = subprocess.PIPE  # a session of its own: Ctrl-C is for the measured process to handle
+        self.helper = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+        )
         assert self.helper.stdout is not None
         self.helper.stdout.readline()
+        self.peak_before: int = 0
+        for enclosing in self.active:  # whose peak is about to be reset
+            enclosing.peak_before = max(enclosing.peak_before, _status()["VmHWM"])
         self.resets_peak = self._reset_peak()
+        self.active.append(self)
         status = _status()
         self.baseline, self.baseline_total = _anonymous_and_file(status), status["VmRSS"]
 
@@ -218,12 +255,14 @@ class _ProcSampler:
     def finish(self, use: MemoryUse) -> None:
         anonymous_now, file_now = _anonymous_and_file(status := _status())
         output, _ = self.helper.communicate("stop\n")
-        anonymous, file, samples = json.loads(output)
+        self.active.remove(self)
+        anonymous, file, samples = json.loads(output or "[0, 0, []]")  # the helper may have been killed
         base_anonymous, base_file = self.baseline
         use.method = f"RssAnon and RssFile sampled every {SAMPLE_SECONDS * 1000:.0f} ms by a helper process"
         sampled_anonymous = max(anonymous * 1024, anonymous_now) - base_anonymous
         sampled_file = max(file * 1024, file_now) - base_file
-        use.peak_host_total = status["VmHWM"] - self.baseline_total if self.resets_peak else None
+        highest = max(status["VmHWM"], self.peak_before)
+        use.peak_host_total = highest - self.baseline_total if self.resets_peak else None
         # What rose and fell between two samples is in the kernel's peak alone: counted as both, not as none.
         total = use.peak_host_total or 0
         use.peak_host_anonymous = max(sampled_anonymous, total - sampled_file)
@@ -231,6 +270,7 @@ class _ProcSampler:
         use.timeline = [Sample(t, a * 1024 - base_anonymous, f * 1024 - base_file) for t, a, f in samples]
 
     def abandon(self) -> None:
+        self.active.remove(self)
         self.helper.kill()
         self.helper.communicate()
 
@@ -270,16 +310,17 @@ class track_memory:
     """Measure what a block of code takes on host and device: `with track_memory("cuda") as memory: …`.
 
     After the block, `memory` (a `MemoryUse`) holds peaks in bytes above the baseline at entry. Import what
-    the block needs before, or its imports are counted. Costs a helper process that sleeps most of the time.
+    the block needs before, or its imports are counted. Blocks may be nested for the host; a device has
+    one peak, which begins anew with the inner block. Costs a helper process that sleeps most of the time.
     """
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
-        self.use = MemoryUse(torch.device(device))
+        self.use = MemoryUse(resolve_device(device))
 
     def __enter__(self) -> MemoryUse:
         clean_up(self.use.device)
         self.device_baseline = torch.cuda.memory_allocated(self.use.device) if self.use.on_cuda else 0
-        self.sampler = _ProcSampler() if Path("/proc/self/status").exists() else _RssSampler()
+        self.sampler = _ProcSampler() if _has_proc() else _RssSampler()
         return self.use
 
     def __exit__(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.config import OFFICIAL_SIZES, GPTConfig
-from gpt2lite.dialects import Reading, find_config, read_dialect
+from gpt2lite.dialects import Reading, find_config, read_dialect, size_of
 from gpt2lite.errors import UsageError
 from gpt2lite.loading import Progress, load
 
@@ -173,7 +174,7 @@ class GPTModel(nn.Module):
         """
         reading = read_dialect(open_checkpoint(path))
         found = find_config(reading, config)
-        hint = _official_hint(found, reading)
+        hint = partial(_official_hint, found, reading)
         return load(reading, lambda: cls(found), device, strategy, dtype=dtype, progress=progress, hint=hint)  # type: ignore[return-value]
 
     @torch.no_grad()
@@ -210,8 +211,7 @@ class GPTModel(nn.Module):
 
 
 def _official_hint(config: GPTConfig, reading: Reading) -> str:
-    """ " Is this gpt2 rather than gpt2-medium?" where the file has the shape of another official size."""
-    own = find_config(reading, {"n_heads": 1})
-    sizes = {(n_layers, emb_dim): name for name, (n_layers, emb_dim, _) in OFFICIAL_SIZES.items()}
-    found, wanted = (sizes.get((c.n_layers, c.emb_dim)) for c in (own, config))
+    """ ". Is this gpt2 rather than gpt2-medium?" where the file has the shape of another official size."""
+    names = {(n_layers, emb_dim): name for name, (n_layers, emb_dim, _) in OFFICIAL_SIZES.items()}
+    found, wanted = names.get(size_of(reading)), names.get((config.n_layers, config.emb_dim))
     return f". Is this {found} rather than {wanted}?" if found and wanted and found != wanted else ""

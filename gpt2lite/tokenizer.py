@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tiktoken
 
+from gpt2lite.checkpoint import side_file
 from gpt2lite.errors import CheckpointError, UsageError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -27,6 +28,8 @@ def read_encoding(path: Path) -> tiktoken.Encoding:
         raise CheckpointError(f"{path}: not a tiktoken file of 'base64 rank' lines ({error})") from None
     if sorted(ranks.values()) != list(range(len(lines))) or not lines:
         raise CheckpointError(f"{path}: {len(lines)} lines, whose ranks must be 0, 1, 2 … each once")
+    if any(bytes([byte]) not in ranks for byte in range(256)):
+        raise CheckpointError(f"{path}: lacks some of the 256 single bytes, so not every text can be encoded")
     special = {END_OF_TEXT: len(ranks)}
     return tiktoken.Encoding(
         path.stem, pat_str=WORDS_AND_SPACES, mergeable_ranks=ranks, special_tokens=special
@@ -37,7 +40,10 @@ def gpt2_encoding() -> tiktoken.Encoding:
     """tiktoken's `gpt2`, 50257 ids; fetched once and kept in $TIKTOKEN_CACHE_DIR."""
     try:
         return tiktoken.get_encoding("gpt2")
-    except OSError as error:  # requests' errors are OSErrors
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # requests' errors are OSErrors; ValueError: not the bytes it knows
         raise CheckpointError(
             f"tiktoken could not fetch its gpt2 encoding ({type(error).__name__}). Without a network, set "
             "TIKTOKEN_CACHE_DIR to the cache folder of a machine that has loaded it once."
@@ -49,7 +55,7 @@ def tokenizer_for(checkpoint: Path, vocab_size: int) -> tiktoken.Encoding:
 
     Raises UsageError where the model's vocabulary is too small for the encoding.
     """
-    beside = checkpoint.with_suffix(".tiktoken")
+    beside = side_file(checkpoint, ".tiktoken")
     encoding = read_encoding(beside) if beside.is_file() else None
     if encoding is None and vocab_size < GPT2_VOCABULARY:
         raise UsageError(

@@ -168,6 +168,14 @@ def test_bench_refuses_a_checkpoint_that_does_not_fit_before_it_measures(
         (["generate", "--strategy", "per_tensor"], "gpt2lite.save_per_tensor"),
         (["bench", "--strategies", "fast"], "no strategy is called fast"),
         (["bench", "no.pth"], "no.pth: no such file or folder"),
+        (["bench", "--json", "model.pth"], "model.pth: wanted a file name that ends in .json"),
+        (
+            ["bench", "--json", "no/x.json"],
+            "no/x.json: wanted a file name that ends in .json, in a folder that is",
+        ),
+        (["bench", "--plot", "x.xyz"], "x.xyz: wanted a file name that ends in .png"),
+        (["generate", "--n-heads", "0"], "n_heads must be a positive int, got 0"),
+        (["generate", "--seed", "-5", "--temperature", "1"], "seed must be in 0"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_1(
@@ -195,6 +203,7 @@ def test_a_vocabulary_without_a_tokenizer_says_where_to_put_one(
         (b"aGk=\n", "not a tiktoken file"),
         (b"!!! 0\n", "not a tiktoken file"),
         (b"\xff\xfe 0\n", "not a tiktoken file"),
+        (b"aGk= 0\n", "lacks some of the 256 single bytes"),
     ],
 )
 def test_a_damaged_tokenizer_is_one_clear_error(content: bytes, message: str, tmp_path: Path):
@@ -227,6 +236,25 @@ def test_ctrl_c_in_bench_leaves_no_file_and_no_process(tmp_path: Path):
     assert process.returncode == 130
     assert errors.strip() == "gpt2lite: interrupted"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_terminal_without_utf8_is_no_error():
+    command = [sys.executable, "-m", "gpt2lite", "generate", "--prompt", "é", "--max-new-tokens", "3"]
+    result = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("?")
+
+
+def test_bench_compares_half_precision_by_a_wider_measure(tmp_path: Path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.GPT2Config(
+        vocab_size=200, n_positions=32, n_embd=64, n_head=4, n_layer=2, bos_token_id=0, eos_token_id=0
+    )
+    transformers.GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(tmp_path / "hub")
+    result = run("-m", "gpt2lite", "bench", tmp_path / "hub", "--strategies", "mmap", "--folder", tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_a_reader_that_goes_away_is_no_error():

@@ -73,17 +73,28 @@ def test_generation_ends_where_every_row_has_stopped(model: GPTModel, ids: torch
         ),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ([[101]], {}, r"ids must be in 0 … 100, got 101 … 101"),
-        ([1], {}, r"ids must be integers of shape \(batch, tokens ≥ 1\)"),
-        ([[]], {}, r"ids must be integers of shape"),
-        ([[1.5]], {}, r"ids must be integers of shape"),
+        ([1], {}, r"ids must be a tensor of integers of shape \(batch, tokens ≥ 1\)"),
+        ([[]], {}, r"ids must be a tensor of integers of shape"),
+        ([[1.5]], {}, r"ids must be a tensor of integers of shape"),
         ([[1]], {"temperature": -1.0}, "temperature must be 0"),
         ([[1]], {"temperature": float("nan")}, "temperature must be 0"),
+        ([[], []], {}, r"ids must be a tensor of integers"),
+        ([[1]], {"seed": -1}, r"seed must be in 0 … 2\*\*64 - 1, got -1"),
         ([[1]], {"top_k": 0, "temperature": 1.0}, "top_k must be at least 1, got 0"),
     ],
 )
 def test_what_cannot_be_generated_is_one_clear_error(model: GPTModel, ids: list, options: dict, message: str):
     with pytest.raises(UsageError, match=message):
         generate(model, torch.tensor(ids), **{"max_new_tokens": 3, **options})
+
+
+def test_ids_that_are_no_tensor_are_refused(model: GPTModel):
+    with pytest.raises(UsageError, match=r"ids must be a tensor of integers .* got list"):
+        generate(model, [[1, 2]], 3)
+
+
+def test_a_temperature_near_zero_is_greedy(model: GPTModel, ids: torch.Tensor):
+    assert torch.equal(generate(model, ids, 9, temperature=1e-40, seed=0), generate(model, ids, 9))
 
 
 def test_half_precision_generates_on_cpu(config: GPTConfig):

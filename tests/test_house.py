@@ -15,8 +15,8 @@ PACKAGE = Path(gpt2lite.__file__).parent
 # may import each other.
 FLOORS = [
     {"errors", "_version"},
-    {"config", "checkpoint", "memory", "tokenizer"},
-    {"dialects"},
+    {"config", "checkpoint", "memory"},
+    {"dialects", "tokenizer"},
     {"loading"},
     {"model"},
     {"generation"},

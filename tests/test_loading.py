@@ -19,6 +19,7 @@ from gpt2lite import (
     CheckpointError,
     GPTConfig,
     GPTModel,
+    InsufficientMemoryError,
     UsageError,
     load_module,
     save_per_tensor,
@@ -476,6 +477,153 @@ def test_load_module_finds_the_modules_names_behind_wrappers_and_prefixes(tmp_pa
 def test_load_module_refuses_a_build_that_returns_no_module(pth: Path):
     with pytest.raises(UsageError, match=r"build\(\) must return an nn.Module, got dict"):
         load_module(dict, pth)
+    with pytest.raises(UsageError, match=r"build must be a function that returns an nn.Module, got Linear"):
+        load_module(nn.Linear(2, 2), pth)
+
+
+class SharedBuffer(nn.Module):
+    """One unsaved buffer under two names, as shared rotary tables are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        table = torch.arange(3.0)
+        self.parts = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+        for part in self.parts:
+            part.register_buffer("table", table, persistent=False)
+        self.parts[0].weight.requires_grad_(False)
+
+
+class ReadsValues(nn.Module):
+    """Its constructor needs the value of a tensor, as drop-path schedules do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates = [rate.item() for rate in torch.linspace(0, 1, 3)]
+        self.layer = nn.Linear(3, 2)
+
+
+class TiedByMemory(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+        self.b.weight.data = self.a.weight.data
+        self.register_buffer("view", self.a.weight)
+
+
+class ClonesItsState(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+
+    def state_dict(self, *args: object, **kwargs: object) -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in super().state_dict(*args, **kwargs).items()}
+
+
+@pytest.mark.usefixtures("unwritten_memory_is_nan")
+@pytest.mark.parametrize("strategy", ONE_FILE)
+@pytest.mark.parametrize("make", [SharedBuffer, ReadsValues, ClonesItsState])
+def test_unusual_modules_load_like_any_other(strategy: str, make: Callable[[], nn.Module], tmp_path: Path):
+    original = randomise(make())
+    loaded = load_module(make, save_pth(original.state_dict(), tmp_path), strategy=strategy)
+    assert_equal_bits(loaded, original.state_dict())
+    if isinstance(loaded, SharedBuffer):
+        assert torch.equal(loaded.parts[0].table, torch.arange(3.0))
+        assert loaded.parts[0].table is loaded.parts[1].table or strategy in ("baseline", "sequential")
+    wants_grad = [p.requires_grad for p in original.parameters()]
+    assert [p.requires_grad for p in loaded.parameters()] == wants_grad
+
+
+@pytest.mark.parametrize("strategy", ["meta", "mmap", "stream"])
+def test_tensors_tied_by_their_memory_stay_tied(strategy: str, tmp_path: Path):
+    loaded = load_module(TiedByMemory, save_pth(TiedByMemory().state_dict(), tmp_path), strategy=strategy)
+    with torch.no_grad():
+        loaded.a.weight.fill_(7)
+    assert loaded.b.weight.eq(7).all()
+    assert loaded.view.eq(7).all()
+
+
+def test_an_untied_model_from_a_tied_file_has_two_memories(tied_model: GPTModel, tmp_path: Path):
+    path = save_pth(tied_model.state_dict(), tmp_path)
+    for strategy in ONE_FILE:
+        loaded = GPTModel.from_checkpoint(path, strategy=strategy, config=HEADS | {"tied_head": False})
+        with torch.no_grad():
+            loaded.out_head.weight.zero_()
+        assert torch.equal(loaded.tok_emb.weight, tied_model.tok_emb.weight), strategy
+
+
+def test_a_module_that_adds_to_its_state_dict_is_refused(tmp_path: Path):
+    class Extra(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(2, 2)
+
+        def get_extra_state(self) -> torch.Tensor:
+            return torch.tensor(7)
+
+        def set_extra_state(self, state: torch.Tensor) -> None:
+            raise AssertionError("never called")
+
+    with pytest.raises(UsageError, match="differ in _extra_state"):
+        load_module(Extra, save_pth(Extra().state_dict(), tmp_path))
+
+
+@pytest.mark.parametrize("strategy", ["meta", "mmap", "stream"])
+def test_a_buffer_computed_from_a_parameter_is_named(strategy: str, tmp_path: Path):
+    class Derived(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(2, 2)
+            self.register_buffer("doubled", self.weight.detach() * 2, persistent=False)
+
+    path = save_pth(nn.Linear(2, 2).state_dict(), tmp_path)
+    with pytest.raises(UsageError, match=r'the buffer doubled is in no checkpoint .* strategy="sequential"'):
+        load_module(Derived, path, strategy=strategy)
+
+
+@pytest.mark.parametrize("strategy", ["meta", "mmap", "stream"])
+def test_the_default_device_of_the_caller_does_not_matter(strategy: str, tmp_path: Path):
+    peer = huggingface()
+    for save in (save_pth, save_safetensors):
+        path = save(dict(peer.state_dict()) if save is save_pth else peer.transformer.state_dict(), tmp_path)
+        with torch.device("meta"):
+            loaded = GPTModel.from_checkpoint(path, strategy=strategy, config=HEADS)
+        assert_equal_bits(loaded, expected_parameters(peer.state_dict()))
+
+
+def test_cpu_0_is_the_cpu(pth: Path, model: GPTModel):
+    assert_equal_bits(GPTModel.from_checkpoint(pth, "cpu:0", config=HEADS), model.state_dict())
+
+
+def test_a_mapped_cast_is_contiguous(tmp_path: Path):
+    path = save_pth(huggingface().state_dict(), tmp_path)
+    loaded = GPTModel.from_checkpoint(path, strategy="mmap", config=HEADS, dtype=torch.bfloat16)
+    assert all(p.is_contiguous() for p in loaded.parameters())
+
+
+def test_columns_of_a_huge_storage_do_not_multiply_the_ring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Columns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.columns = nn.ParameterList([torch.empty(256, 1) for _ in range(4)])
+
+    allocated = []
+    allocate = stream_engine.allocate_ring
+    monkeypatch.setattr(
+        stream_engine, "allocate_ring", lambda n, *, pinned: allocated.append(n) or allocate(n, pinned=pinned)
+    )
+    monkeypatch.setattr("gpt2lite.loading.DEFAULT_RING_BYTES", 1 << 12)
+    storage = torch.randn(256, 64)
+    state = {f"columns.{i}": storage[:, i : i + 1] for i in range(4)}
+    assert_equal_bits(load_module(Columns, save_pth(state, tmp_path)), state)
+    assert allocated == [-(-(255 * 64 + 1) * 4 // 16) * 16]  # one slot, as large as what must be read whole
+
+
+def test_memory_that_runs_out_is_one_clear_error(pth: Path, monkeypatch: pytest.MonkeyPatch):
+    def exhausted(self: stream_engine.Ring, *args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB\nmore")
+
+    monkeypatch.setattr(stream_engine.Ring, "deliver", exhausted)
+    with pytest.raises(
+        InsufficientMemoryError, match=r'model.pth: memory ran out on cpu with strategy="stream"'
+    ):
+        GPTModel.from_checkpoint(pth, strategy="stream", config=HEADS, dtype=torch.bfloat16)
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------
@@ -543,6 +691,41 @@ def test_the_head_count_is_found_in_a_side_file_a_wrapper_or_a_config_json(model
     assert GPTModel.from_checkpoint(folder).config.n_heads == 4
 
 
+def test_the_nearer_to_the_weights_the_more_a_head_count_counts(model: GPTModel, tmp_path: Path):
+    path = save_pth({"model": model.state_dict(), "config": {"n_head": 4}}, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"n_head": 12, "n_embd": 48, "n_layer": 3}))
+    assert GPTModel.from_checkpoint(path).config.n_heads == 4
+    path.with_suffix(".json").write_text(json.dumps({"n_heads": 6}))
+    assert GPTModel.from_checkpoint(path).config.n_heads == 6
+
+
+def test_a_config_json_of_another_model_is_not_believed(pth: Path):
+    (pth.parent / "config.json").write_text(json.dumps({"n_head": 12, "n_embd": 4096, "n_layer": 99}))
+    with pytest.raises(CheckpointError, match="the number of attention heads cannot be read off weights"):
+        GPTModel.from_checkpoint(pth)
+
+
+def test_a_complete_config_needs_no_side_file(pth: Path, model: GPTModel):
+    pth.with_suffix(".json").write_text("not json")
+    assert_equal_bits(GPTModel.from_checkpoint(pth, config=model.config), model.state_dict())
+    with pytest.raises(CheckpointError, match=r"model.json: not sound JSON"):
+        GPTModel.from_checkpoint(pth)
+
+
+def test_a_folder_may_be_named_by_a_dot(model: GPTModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(save_folder(model.state_dict(), tmp_path))
+    assert_equal_bits(GPTModel.from_checkpoint(".", config=HEADS), model.state_dict())
+
+
+@pytest.mark.parametrize("strategy", ONE_FILE)
+def test_integer_weights_are_refused(strategy: str, model: GPTModel, tmp_path: Path):
+    state = model.state_dict() | {"out_head.weight": torch.ones(101, 48, dtype=torch.int8)}
+    with pytest.raises(
+        CheckpointError, match=r"out_head.weight holds torch.int8, out_head.weight needs floating"
+    ):
+        GPTModel.from_checkpoint(save_pth(state, tmp_path), strategy=strategy, config=HEADS)
+
+
 def test_a_variant_of_gpt2_with_other_arithmetic_is_refused(tmp_path: Path):
     huggingface().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -576,6 +759,9 @@ def test_two_dialects_in_one_file_are_ambiguous(tmp_path: Path):
         ({"device": "gpu"}, "no device is called 'gpu'"),
         ({"device": "meta"}, "a model on the meta device holds no weights"),
         ({"device": "cuda:99"}, 'cuda:99 was asked for, this machine has .*Use device="cpu"'),
+        ({"device": None}, "no device is called None"),
+        ({"dtype": "float16"}, "dtype must be a floating-point torch.dtype or None, got 'float16'"),
+        ({"config": 12}, "config must be a GPTConfig, a dict or None, got 12"),
         ({"dtype": torch.int8}, "dtype must be a floating-point torch.dtype or None, got torch.int8"),
     ],
 )

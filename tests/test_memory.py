@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2lite import clean_up, track_memory
+from gpt2lite import UsageError, clean_up, track_memory
 from gpt2lite.memory import host_memory
 
 MIB = 1 << 20
@@ -106,6 +106,46 @@ def test_host_memory_is_within_the_machine():
     found = host_memory()
     assert 0 < found.available <= found.total
     assert found.limited_by
+
+
+def test_a_device_that_is_not_there_is_a_usage_error():
+    for call in (lambda: clean_up("cuda:99"), lambda: track_memory("cuda:99")):
+        with pytest.raises(UsageError, match="cuda:99 was asked for"):
+            call()
+
+
+@needs_proc
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be reset here")
+def test_an_inner_block_does_not_hide_the_peak_of_the_outer():
+    body = """
+with track_memory() as memory:
+    peak = torch.ones(80 << 18)
+    del peak
+    with track_memory() as inner:
+        pass
+"""
+    found = in_fresh_process(body + REPORT)
+    assert 79 * MIB <= found["total"] <= 96 * MIB
+
+
+@needs_proc
+def test_ctrl_c_inside_a_block_leaves_the_measuring_alone():
+    body = """
+import os, signal
+with track_memory() as memory:
+    held = torch.ones(20 << 18)
+    try:
+        os.killpg(os.getpgrp(), signal.SIGINT)
+        time.sleep(5)
+    except KeyboardInterrupt:
+        pass
+"""
+    script = f"import json, torch, time\nfrom gpt2lite import *\n{body}{REPORT}"
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, start_new_session=True
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert json.loads(result.stdout)["anonymous"] >= 19 * MIB
 
 
 def make_cgroup() -> Path:

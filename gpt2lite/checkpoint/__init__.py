@@ -11,7 +11,7 @@ from gpt2lite.checkpoint.tensor_folder import open_tensor_folder
 from gpt2lite.checkpoint.torch_zip import RESAVE, open_torch_zip
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError
 
-__all__ = ["Manifest", "TensorSpan", "open_checkpoint"]
+__all__ = ["Manifest", "TensorSpan", "open_checkpoint", "side_file"]
 
 # A folder from the Hub holds its weights under one of these names.
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -58,6 +58,12 @@ def _locate(path: Path) -> tuple[Path, str]:
         f"{path}: a folder without weights; wanted {' or '.join(FOLDER_FILES)} or one .pt file a tensor, "
         f"found {', '.join(found) or 'nothing'}"
     )
+
+
+def side_file(path: Path, suffix: str) -> Path:
+    """What lies beside a checkpoint and belongs to it: `model.pth` → `model.json`, `hub/` → `hub.json`."""
+    path = path.absolute()
+    return path.with_name(path.name + suffix) if path.is_dir() else path.with_suffix(suffix)
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Manifest:

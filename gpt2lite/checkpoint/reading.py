@@ -42,7 +42,7 @@ def as_strided(flat: Tensor, span: TensorSpan) -> Tensor:
 
 def read_span(span: TensorSpan) -> Tensor:
     """One tensor in fresh host memory."""
-    flat = torch.empty(span.extent, dtype=torch.uint8)
+    flat = torch.empty(span.extent, dtype=torch.uint8, device="cpu")
     read_bytes_into(memory_of(flat), span.path, span.offset)
     return as_strided(flat, span)
 
@@ -102,5 +102,7 @@ def map_tensors(spans: Iterable[TensorSpan]) -> dict[str, Tensor]:
         storage = mapped[span.path][span.offset : span.offset + span.extent]
         if storage.nbytes() < span.extent:
             raise CheckpointError(f"{span.path}: ends before {span.name}; it was truncated while being read")
-        tensors[span.name] = torch.empty(0, dtype=span.dtype).set_(storage, 0, span.shape, span.stride)
+        tensors[span.name] = torch.empty(0, dtype=span.dtype, device="cpu").set_(
+            storage, 0, span.shape, span.stride
+        )
     return tensors

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gpt2lite._version import __version__
-from gpt2lite.cli.terminal import facts, human, write_json
+from gpt2lite.cli.terminal import as_json, facts, human
 from gpt2lite.memory import host_memory
 
 PACKAGES = ("psutil", "tiktoken", "huggingface_hub", "transformers", "safetensors", "matplotlib")
@@ -21,9 +21,7 @@ PACKAGES = ("psutil", "tiktoken", "huggingface_hub", "transformers", "safetensor
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE", help="as JSON, to FILE or standard output"
-    )
+    parser.add_argument("--json", action="store_true", help="as JSON")
 
 
 def _version(package: str) -> str:
@@ -71,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the environment."""
     found = environment()
     if args.json:
-        write_json(found, args.json)
+        print(as_json(found))
         return 0
     memory = found["host_memory"]
     gpus = [f"{gpu['name']}, {human(gpu['free'])} free of {human(gpu['total'])}" for gpu in found["gpus"]]

@@ -12,11 +12,18 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from gpt2lite.cli.terminal import EMBEDDED, add_config_arguments, bytes_bar, config_of, dtype_of
+from gpt2lite.cli.terminal import (
+    EMBEDDED,
+    add_dtype_argument,
+    add_heads_argument,
+    bytes_bar,
+    config_of,
+    dtype_of,
+)
 from gpt2lite.errors import UsageError
 from gpt2lite.generation import generate_tokens
 from gpt2lite.loading import STRATEGIES
-from gpt2lite.loading.plan import resolve_device
+from gpt2lite.memory import resolve_device
 from gpt2lite.model import GPTModel
 from gpt2lite.tokenizer import tokenizer_for
 
@@ -49,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto maps the file on CPU, else streams",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default: cpu)")
-    add_config_arguments(parser)
+    add_heads_argument(parser)
+    add_dtype_argument(parser)
 
 
 def _load(args: argparse.Namespace) -> GPTModel:
@@ -100,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         vocabulary=encoding.n_vocab,
     )
-    began, count = time.perf_counter(), 0
+    began, count = time.perf_counter(), -1  # the last piece is no token
     print(prompt, end="", flush=True)
     for piece in _text(tokens, encoding):
         print(piece, end="", flush=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2lite.checkpoint import Manifest, open_checkpoint
-from gpt2lite.cli.terminal import add_config_arguments, config_of, facts, human, write_json
+from gpt2lite.cli.terminal import add_heads_argument, as_json, config_of, facts, human
 from gpt2lite.dialects import Reading, find_config, read_dialect
 from gpt2lite.errors import CheckpointError
 
@@ -18,10 +18,8 @@ MAX_NAMED = 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("path", type=Path, help="a .pth, a .safetensors, or a folder")
-    parser.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE", help="as JSON, to FILE or standard output"
-    )
-    add_config_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    add_heads_argument(parser)
 
 
 def _ties(manifest: Manifest) -> list[list[str]]:
@@ -83,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     """Print what the checkpoint is."""
     found = describe(args)
     if args.json:
-        write_json(found, args.json)
+        print(as_json(found))
         return 0
     config = found["config"] or {}
     print(facts([

@@ -45,13 +45,9 @@ def facts(pairs: Sequence[tuple[str, object]]) -> str:
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in pairs)
 
 
-def write_json(content: Any, target: str) -> None:
-    """`content` as JSON to a file, or to standard output for '-'."""
-    text = json.dumps(content, indent=2)
-    if target == "-":
-        print(text)
-    else:
-        Path(target).write_text(text + "\n", encoding="utf-8")
+def as_json(content: Any) -> str:
+    """`content` for programs."""
+    return json.dumps(content, indent=2)
 
 
 @contextmanager
@@ -71,15 +67,19 @@ def steps_bar(steps: Sequence[str], what: str) -> Any:
     return tqdm(total=len(steps), desc=what, unit="run", leave=False, disable=not sys.stderr.isatty())
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+def add_heads_argument(parser: argparse.ArgumentParser) -> None:
     """What no checkpoint can say of itself."""
     parser.add_argument("--n-heads", type=int, metavar="N", help="attention heads, where the file cannot say")
+
+
+def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
+    """What the weights are to be."""
     parser.add_argument("--dtype", choices=DTYPES, help="cast the weights (default: as in the file)")
 
 
 def config_of(args: argparse.Namespace) -> dict[str, Any] | None:
     """The part of the config that the arguments give."""
-    return {"n_heads": args.n_heads} if args.n_heads else None
+    return None if args.n_heads is None else {"n_heads": args.n_heads}
 
 
 def dtype_of(args: argparse.Namespace) -> torch.dtype | None:

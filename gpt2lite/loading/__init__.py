@@ -10,11 +10,12 @@ from torch import nn
 
 from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.dialects import Reading, read_names
-from gpt2lite.errors import UsageError
+from gpt2lite.errors import InsufficientMemoryError, UsageError
 from gpt2lite.loading.plan import LoadPlan, Progress, make_plan
-from gpt2lite.loading.skeleton import build_on_meta, prove_complete
-from gpt2lite.loading.strategies import AUTO, STRATEGIES, with_restored_buffers
+from gpt2lite.loading.skeleton import build_on_meta, prove_complete, restore_unsaved_buffers
+from gpt2lite.loading.strategies import AUTO, STRATEGIES
 from gpt2lite.loading.stream import DEFAULT_RING_BYTES
+from gpt2lite.memory import is_out_of_memory
 
 __all__ = ["AUTO", "STRATEGIES", "LoadPlan", "Progress", "load", "load_module"]
 
@@ -27,12 +28,13 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
-    hint: str = "",
+    hint: Callable[[], str] = str,
 ) -> nn.Module:
     """The module that `build` makes, filled from `reading` and proven complete, in eval mode.
 
     Every mismatch is found before anything is allocated. Raises UsageError for an unknown strategy or device,
-    CheckpointError for a checkpoint that does not fit or changes while it is read.
+    CheckpointError for a checkpoint that does not fit or changes while it is read, InsufficientMemoryError,
+    with nothing left allocated, where memory runs out.
     """
     if strategy != "auto" and strategy not in STRATEGIES:
         raise UsageError(f"no strategy is called {strategy!r}; there are auto, {', '.join(STRATEGIES)}")
@@ -40,10 +42,23 @@ def load(
     plan = make_plan(
         reading, build, device, dtype=dtype, ring_bytes=DEFAULT_RING_BYTES, progress=progress, hint=hint
     )
-    module = with_restored_buffers(run, plan)
-    reading.manifest.check_unchanged()
-    expected = {name: (target.dtype, plan.device) for target in plan.targets for name in target.names}
-    return prove_complete(module, expected)
+    try:
+        module = run(plan)
+        restore_unsaved_buffers(module, build, plan.device)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0]
+    else:
+        reading.manifest.check_unchanged()
+        dtypes = {name: target.dtype for target in plan.targets for name in target.names}
+        return prove_complete(module, dtypes, plan.device)
+    # Raised out here, where neither the plan's tensors nor the first error's frames are held any more.
+    del plan
+    raise InsufficientMemoryError(
+        f'{reading.manifest.path}: memory ran out on {device} with strategy="{strategy}" ({reason}). '
+        'strategy="stream" needs least, dtype=torch.bfloat16 half of float32.'
+    )
 
 
 def load_module(

@@ -44,56 +44,126 @@ class _OnlyEmptyOnMeta(TorchFunctionMode):
 
 
 def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
-    """The module that `build` makes, on meta: shapes and dtypes, no memory. Milliseconds."""
-    with torch.device("meta"), _NoInitialisers():
-        module = build()
+    """The module that `build` makes, on meta: shapes and dtypes, no memory. Milliseconds.
+
+    Where `build` reads a value, which meta has not (`linspace(…)[i].item()`), only `torch.empty` is on meta
+    and what has values takes its memory.
+    """
+    if isinstance(build, nn.Module) or not callable(build):
+        raise UsageError(f"build must be a function that returns an nn.Module, got {type(build).__name__}")
+    try:
+        with torch.device("meta"), _NoInitialisers():
+            module = build()
+    except (RuntimeError, NotImplementedError):
+        module = _build_with_values(build)
     if not isinstance(module, nn.Module):
         raise UsageError(f"build() must return an nn.Module, got {type(module).__name__}")
     return module
 
 
+def _build_with_values(build: Callable[[], nn.Module]) -> nn.Module:
+    with _OnlyEmptyOnMeta(), _NoInitialisers():
+        return build()
+
+
+def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer under each of its names."""
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+
+
+def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers that a checkpoint holds, themselves, under each of their names.
+
+    Raises UsageError for a module whose `state_dict` says otherwise: what it adds could not be loaded.
+    """
+    unsaved = {
+        f"{path}.{name}" if path else name
+        for path, part in module.named_modules(remove_duplicate=False)
+        for name in part._non_persistent_buffers_set
+    }
+    found = {name: tensor for name, tensor in _named_tensors(module).items() if name not in unsaved}
+    odd = sorted(found.keys() ^ module.state_dict().keys())
+    if odd:
+        raise UsageError(
+            f"{type(module).__name__}.state_dict() and its parameters and buffers differ in "
+            f"{', '.join(odd[:5])}; a module that renames or adds to its state dict must be loaded with its "
+            "own load_state_dict"
+        )
+    return found
+
+
+def tied_names(tensors: Mapping[str, Tensor]) -> list[tuple[tuple[str, ...], Tensor]]:
+    """The tensors, each once, with all the names under which the same memory is seen the same way."""
+    groups: dict[object, list[str]] = {}
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage()._cdata
+        groups.setdefault((memory, tensor.storage_offset(), tensor.shape, tensor.stride()), []).append(name)
+    return [(tuple(names), tensors[names[0]]) for names in groups.values()]
+
+
 def replace_tensor(module: nn.Module, names: Iterable[str], tensor: Tensor) -> None:
-    """Put one tensor in the place of a parameter or buffer, under all the names that share it."""
-    names = tuple(names)
-    owners = [(module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
-    owner, leaf = owners[0]
-    if leaf in owner._parameters:
-        wants_grad = owner._parameters[leaf].requires_grad and tensor.is_floating_point()  # type: ignore[union-attr]
-        tensor = nn.Parameter(tensor, requires_grad=wants_grad)
-    for owner, leaf in owners:
-        setattr(owner, leaf, tensor)
+    """Put one tensor in the place of a parameter or buffer, under all the names that share it.
+
+    A parameter stays one, frozen or not as it was; a subclass of nn.Parameter becomes a plain one.
+    """
+    places = [
+        (module.get_submodule(path), leaf) for path, _, leaf in (name.rpartition(".") for name in names)
+    ]
+    parameters = [owner._parameters[leaf] for owner, leaf in places if leaf in owner._parameters]
+    if parameters and parameters[0] is not None:
+        can_learn = tensor.is_floating_point() or tensor.is_complex()
+        tensor = nn.Parameter(tensor, requires_grad=parameters[0].requires_grad and can_learn)
+    for owner, leaf in places:
+        registry: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
+        registry[leaf] = tensor
 
 
 def restore_unsaved_buffers(module: nn.Module, build: Callable[[], nn.Module], device: torch.device) -> None:
-    """Compute again the buffers that no checkpoint holds (persistent=False); on meta they lost their values.
+    """Compute again, and move to `device`, the buffers that no checkpoint holds (persistent=False).
 
     Builds the module a second time, parameters still on meta; costs the buffers twice. GPTModel has none.
+    Raises UsageError for a buffer that is computed from parameters or from memory that is filled later.
     """
-    lost = [name for name, buffer in module.named_buffers() if buffer.is_meta]
-    if not lost:
-        return
-    with _OnlyEmptyOnMeta(), _NoInitialisers():
-        computed = dict(build().named_buffers())
-    for name in lost:
-        replace_tensor(module, [name], computed[name].to(device))
+    saved = saved_tensors(module)
+    unsaved = {name: buffer for name, buffer in _named_tensors(module).items() if name not in saved}
+    lost = any(buffer.is_meta for buffer in unsaved.values())
+    computed = _named_tensors(_build_with_values(build)) if lost else unsaved
+    for names, buffer in tied_names(unsaved):
+        value = computed[names[0]] if buffer.is_meta else buffer
+        if value.is_meta:
+            raise UsageError(
+                f"the buffer {names[0]} is in no checkpoint and is computed from memory that is not there on "
+                'meta; load this module with strategy="sequential" or "baseline"'
+            )
+        replace_tensor(module, names, value.to(device))
 
 
-def prove_complete(module: nn.Module, expected: Mapping[str, tuple[torch.dtype, torch.device]]) -> nn.Module:
-    """Return the module in eval mode if every tensor of it is real, where it was asked and of its dtype.
+def _is_lost(value: object) -> bool:
+    """Whether a plain attribute is a tensor on meta, or a container of one."""
+    if isinstance(value, Tensor):
+        return value.is_meta
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return any(map(_is_lost, parts))
+
+
+def prove_complete(module: nn.Module, dtypes: Mapping[str, torch.dtype], device: torch.device) -> nn.Module:
+    """Return the module in eval mode if every tensor of it is real, on `device` and of its dtype.
 
     Raises CheckpointError that lists what is not.
     """
-    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    wrong = [f"{name} has no memory" for name, tensor in named if tensor.is_meta]
-    for name, tensor in named:
-        dtype, device = expected.get(name, (tensor.dtype, tensor.device))
-        if not tensor.is_meta and (tensor.dtype, tensor.device) != (dtype, device):
-            wrong.append(f"{name} is {tensor.dtype} on {tensor.device}, not {dtype} on {device}")
+    wrong = []
+    for name, tensor in _named_tensors(module).items():
+        if tensor.is_meta:
+            wrong.append(f"{name} has no memory")
+        elif (tensor.dtype, tensor.device) != (wanted := dtypes.get(name, tensor.dtype), device):
+            wrong.append(f"{name} is {tensor.dtype} on {tensor.device}, not {wanted} on {device}")
     for path, part in module.named_modules():
-        attributes = [key for key, value in vars(part).items() if isinstance(value, Tensor) and value.is_meta]
-        wrong += [
-            f"{path}.{key} is a tensor that is no buffer: its value was lost on meta" for key in attributes
-        ]
+        plain = vars(part).keys() - {"_parameters", "_buffers", "_modules"}
+        lost = sorted(key for key in plain if _is_lost(vars(part)[key]))
+        wrong += [f"{path}.{key} is a tensor that is no buffer: its value was lost on meta" for key in lost]
     if wrong:
         raise CheckpointError("the loaded model is incomplete:\n  " + "\n  ".join(wrong))
     return module.eval()

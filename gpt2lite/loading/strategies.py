@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gpt2lite.checkpoint.reading import map_tensors, read_tensors
 from gpt2lite.errors import UsageError
 from gpt2lite.loading.plan import LoadPlan, Target
-from gpt2lite.loading.skeleton import replace_tensor, restore_unsaved_buffers
+from gpt2lite.loading.skeleton import replace_tensor, saved_tensors
 from gpt2lite.loading.stream import fill, make_source
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ SMALL_BLOCK = 1 << 20  # what torch's CUDA allocator serves from segments of the
 def _built_for_real(plan: LoadPlan) -> nn.Module:
     """`build().to(device)`: the whole model with its initial values, on the host first."""
     module = plan.build()
-    tensors = module.state_dict(keep_vars=True)
+    tensors = saved_tensors(module)
     for target in plan.targets:
         tensor = tensors[target.names[0]]
         tensor.data = tensor.data.to(plan.device, target.dtype)
@@ -60,7 +60,7 @@ def _reserve_one_segment(plan: LoadPlan) -> None:
 @torch.no_grad()
 def _copy_all(plan: LoadPlan, module: nn.Module, value_of: Callable[[Target], Tensor]) -> nn.Module:
     """`parameter.copy_(value)` for each, as `load_state_dict` does."""
-    tensors, done = module.state_dict(keep_vars=True), 0
+    tensors, done = saved_tensors(module), 0
     for target in plan.targets:
         tensors[target.names[0]].copy_(target.placement.of(value_of(target)))
         done += target.nbytes
@@ -116,9 +116,12 @@ def mmap(plan: LoadPlan) -> nn.Module:
     mapped, done = map_tensors(plan.spans.values()), 0
     for name, span in plan.spans.items():
         stored = mapped.pop(name).to(plan.device)
-        for target in by_span[name]:
-            value = target.placement.of(stored).to(target.dtype)
-            replace_tensor(plan.skeleton, target.names, value if plan.device == CPU else value.contiguous())
+        for i, target in enumerate(by_span[name]):
+            view = target.placement.of(stored)
+            is_zero_copy = plan.device == CPU and target.dtype == span.dtype
+            value = view if is_zero_copy else view.to(target.dtype).contiguous()
+            untied = i > 0 and target.placement.parts == 1  # the file ties what the module does not
+            replace_tensor(plan.skeleton, target.names, value.clone() if untied else value)
         done += span.nbytes
         plan.progress(done, sum(span.nbytes for span in plan.spans.values()))
     return plan.skeleton
@@ -151,18 +154,11 @@ def stream(plan: LoadPlan) -> nn.Module:
     """
     _reserve_one_segment(plan)
     module = _allocated(plan)
-    tensors, filled = module.state_dict(keep_vars=True), defaultdict(list)
+    tensors, filled = saved_tensors(module), defaultdict(list)
     for target in plan.targets:
         filled[target.span.name].append((target, tensors[target.names[0]]))
     sources = [make_source(span, filled[name]) for name, span in plan.spans.items()]
     fill(sources, plan.device, plan.ring_bytes, plan.progress)
-    return module
-
-
-def with_restored_buffers(strategy: Callable[[LoadPlan], nn.Module], plan: LoadPlan) -> nn.Module:
-    """Run a strategy and fill the buffers that no file holds."""
-    module = strategy(plan)
-    restore_unsaved_buffers(module, plan.build, plan.device)
     return module
 
 

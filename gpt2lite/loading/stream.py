@@ -28,7 +28,7 @@ SLOTS = 4
 DEFAULT_RING_BYTES = 64 << 20
 MAX_GAP = 4096  # between two tensors that one read takes together: a zip header, some padding
 MAX_ITEM_BYTES = 16  # complex128; slots begin at multiples of it, so that bytes can be viewed as any dtype
-READERS = min(4, os.cpu_count() or 1)
+READER_THREADS = min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +241,7 @@ class Ring:
         if self.twin is not None:
             flat = self.twin[: chunk.nbytes].copy_(flat, non_blocking=True)
             event = self.copied[slot.data_ptr()] = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(self.twin.device))
         for piece in chunk.pieces:
             begin = piece.offset - chunk.offset
             for rows, values in landings(piece, values_of(piece, flat[begin : begin + piece.nbytes])):
@@ -253,10 +253,10 @@ def allocate_ring(nbytes: int, *, pinned: bool) -> Tensor:
     """Host memory for the ring, page-locked if asked and possible, else ordinary."""
     if pinned:
         try:
-            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
         except RuntimeError:  # a limit on locked memory: slower, still inside the cap
             pass
-    return torch.empty(nbytes, dtype=torch.uint8)
+    return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
 
 def _deliver_all(chunks: list[Chunk], ring: Ring, pool: ThreadPoolExecutor) -> Iterator[int]:
@@ -272,10 +272,11 @@ def _deliver_all(chunks: list[Chunk], ring: Ring, pool: ThreadPoolExecutor) -> I
         yield chunk.nbytes
 
 
-def _ring_for(chunks: list[Chunk], device: torch.device) -> Ring:
-    """No more and no larger slots than the chunks need."""
+def _ring_for(chunks: list[Chunk], ring_bytes: int, device: torch.device) -> Ring:
+    """No more and no larger slots than the chunks need; one for a chunk that is larger than the ring."""
     largest = max(chunk.nbytes for chunk in chunks)
-    return Ring(min(SLOTS, len(chunks)), -(-largest // MAX_ITEM_BYTES) * MAX_ITEM_BYTES, device)
+    slot_bytes = -(-largest // MAX_ITEM_BYTES) * MAX_ITEM_BYTES
+    return Ring(max(min(SLOTS, len(chunks), ring_bytes // slot_bytes), 1), slot_bytes, device)
 
 
 def fill(sources: list[Source], device: torch.device, ring_bytes: int, progress: Progress) -> None:
@@ -290,10 +291,10 @@ def fill(sources: list[Source], device: torch.device, ring_bytes: int, progress:
     staged = [source for source in sources if not _is_direct(source)]
     chunks = list(joined((piece for source in staged for piece in cut(source, slot_bytes)), slot_bytes))
     total = sum(piece.nbytes for piece in direct) + sum(chunk.nbytes for chunk in chunks)
-    pool = ThreadPoolExecutor(READERS, thread_name_prefix="gpt2lite-reader")
+    pool = ThreadPoolExecutor(READER_THREADS, thread_name_prefix="gpt2lite-reader")
     done = 0
     try:
-        staged_reads = _deliver_all(chunks, _ring_for(chunks, device), pool) if chunks else ()
+        staged_reads = _deliver_all(chunks, _ring_for(chunks, ring_bytes, device), pool) if chunks else ()
         for nbytes in chain(pool.map(_read_direct, direct), staged_reads):
             done += nbytes
             progress(done, total)
