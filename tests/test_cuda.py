@@ -120,11 +120,11 @@ def test_greedy_text_is_the_same_on_both_devices(tmp_path: Path, ids: torch.Tens
 def test_a_device_without_enough_memory_leaves_nothing_allocated(tmp_path: Path):
     script = f"""
 import torch
-from gpt2lite import GPTModel
+from gpt2lite import GPTModel, InsufficientMemoryError
 torch.cuda.set_per_process_memory_fraction(1e-4)
 try:
     GPTModel.from_checkpoint({str(tmp_path / "model.pth")!r}, "cuda", config={{"n_heads": 4}})
-except torch.OutOfMemoryError:
+except InsufficientMemoryError:
     print(torch.cuda.memory_allocated())
 """
     config = GPTConfig(20_000, 256, 512, 4, 2)
