@@ -1,5 +1,6 @@
 """gpt2lite: a minimal GPT-2 whose constructors know memory."""
 
+from gpt2lite import _torch  # noqa: F401  # first, before another module imports torch
 from gpt2lite._version import __version__
 from gpt2lite.checkpoint.writing import save_per_tensor
 from gpt2lite.config import GPTConfig

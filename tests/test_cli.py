@@ -54,6 +54,14 @@ def test_no_argument_path_needs_no_network():
     assert (result.returncode, result.stderr) == (0, "")
 
 
+def test_without_numpy_nothing_is_said_and_everything_works(tmp_path: Path):
+    (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError(\"No module named 'numpy'\")")
+    command = [sys.executable, "-m", "gpt2lite", "generate", "--max-new-tokens", "4"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_module_console_script_and_function_print_the_same(capsys: pytest.CaptureFixture[str]):
     words = ["generate", "--max-new-tokens", "8", "--seed", "1", "--temperature", "1", "--top-k", "5"]
     assert main(words) == 0

@@ -30,9 +30,9 @@ from gpt2lite.memory import GB, resolve_device
 
 HEADER = ("strategy", "load s", "logits s", "device", "host anon", "host file", "exact", "logits")
 LEGEND = """\
-GB (1024³ bytes) above the imports. device, host anon: peaks while loading; anon cannot be reclaimed.
-host file: mapped pages by the first logits, which the system can take back. exact: every parameter bit
-for bit as plain torch loads it. logits: within 1e-4 of plain torch's (0.05 for 16-bit weights)."""
+{unit} (1024**{power} bytes) above the imports. device, host anon: peaks while loading; anon cannot be
+reclaimed. host file: mapped pages by the first logits, which the system can take back. exact: every
+parameter bit for bit as plain torch loads it. logits: within 1e-4 of plain torch's (0.05 for 16 bits)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,27 +66,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_dtype_argument(parser)
 
 
-def _row(result: Measurement | Failure, on_cuda: bool) -> list[str]:
+def _row(result: Measurement | Failure, on_cuda: bool, unit: int) -> list[str]:
     if isinstance(result, Failure):
         return [result.strategy, *["–"] * (len(HEADER) - 1)]
     return [
         result.strategy,
         f"{result.seconds_to_load:.2f}",
         f"{result.seconds_to_logits:.2f}",
-        f"{result.peak_device / GB:.2f}" if on_cuda else "–",
-        f"{result.peak_host_anonymous / GB:.2f}",
-        f"{result.peak_host_reclaimable / GB:.2f}",
+        f"{result.peak_device / unit:.2f}" if on_cuda else "–",
+        f"{result.peak_host_anonymous / unit:.2f}",
+        f"{result.peak_host_reclaimable / unit:.2f}",
         "yes" if result.bitwise_equal else "NO",
         "yes" if result.logits_equal else "NO",
     ]
 
 
 def _print_table(results: Sequence[Measurement | Failure], on_cuda: bool) -> None:
-    print(table(HEADER, [_row(result, on_cuda) for result in results]))
+    peaks = [result.peak_host_anonymous for result in results if isinstance(result, Measurement)]
+    name, unit = ("GB", GB) if max(peaks, default=0) > GB / 10 else ("MB", GB // 1024)
+    print(table(HEADER, [_row(result, on_cuda, unit) for result in results]))
     for result in results:
         if isinstance(result, Failure):
             print(f"{result.strategy} did not run: {result.reason}")
-    print(f"\n{LEGEND}")
+    print(f"\n{LEGEND.format(unit=name, power=3 if name == 'GB' else 2)}")
 
 
 def _record(results: Sequence[Measurement | Failure], subject: str, device: str) -> dict[str, Any]:
