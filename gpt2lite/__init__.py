@@ -13,8 +13,8 @@ from gpt2lite.errors import (
 )
 from gpt2lite.generation import generate
 from gpt2lite.loading import STRATEGIES, load_module
-from gpt2lite.memory import MemoryUse, clean_up, track_memory
 from gpt2lite.model import GPTModel
+from gpt2lite.tracking import MemoryUse, clean_up, track_memory
 
 __all__ = [
     "STRATEGIES",

@@ -27,8 +27,8 @@ from gpt2lite.dialects import find_config, read_dialect
 from gpt2lite.errors import GPT2LiteError
 from gpt2lite.loading import Progress
 from gpt2lite.loading.plan import make_plan
-from gpt2lite.memory import Sample, track_memory
 from gpt2lite.model import GPTModel
+from gpt2lite.tracking import Sample, track_memory
 
 PROMPT = [[15496, 11, 314, 716, 257, 3303, 2746]]  # "Hello, I am a language model" in GPT-2's encoding
 LOGITS_TOLERANCE = 1e-4

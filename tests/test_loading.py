@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -288,6 +289,24 @@ def test_saving_one_mapped_parameter_does_not_write_the_whole_file(pth: Path, tm
     loaded = GPTModel.from_checkpoint(pth, strategy="mmap", config=HEADS)
     torch.save(loaded.final_norm.scale, tmp_path / "one.pt")
     assert (tmp_path / "one.pt").stat().st_size < 4000
+
+
+@pytest.mark.parametrize("strategy", ONE_FILE)
+@pytest.mark.parametrize("kind", ["book-wrapped-pth", "hf-hub-safetensors"])
+def test_nothing_but_the_model_outlives_the_load(strategy: str, kind: str, tmp_path: Path):
+    """Without the garbage collector's help: what a reference cycle holds would stay on the device."""
+    make, save = KINDS[kind]
+    path = save(make().state_dict(), tmp_path)
+    gc.collect()
+    gc.disable()
+    try:
+        before = {id(thing) for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)}
+        loaded = GPTModel.from_checkpoint(path, strategy=strategy, config=HEADS)
+        known = before | {id(p) for p in loaded.parameters()}
+        left = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and id(t) not in known]
+    finally:
+        gc.enable()
+    assert [tuple(tensor.shape) for tensor in left] == []
 
 
 ARTICLES_LOOP = """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeGuard
@@ -140,6 +140,25 @@ def validate(manifest: Manifest) -> Manifest:
     return manifest
 
 
+def _walk(node: object, name: str, depth: int, visited: Iterator[int]) -> Iterator[tuple[str, object]]:
+    """(dotted name, node) for everything in `node` that is no container."""
+    if depth > MAX_DEPTH or next(visited) > MAX_ENTRIES or len(name) > MAX_NAME:
+        raise CheckpointError(
+            f"nested deeper than {MAX_DEPTH}, more than {MAX_ENTRIES} entries, or names longer than "
+            f"{MAX_NAME} characters, at {name[:40] or 'the top'}: not weights"
+        )
+    items: Iterable[tuple[object, object]]
+    if isinstance(node, dict):
+        items = node.items()
+    elif isinstance(node, (list, tuple)):
+        items = enumerate(node)
+    else:
+        yield name, node
+        return
+    for key, child in items:
+        yield from _walk(child, f"{name}.{key}" if name else str(key), depth + 1, visited)
+
+
 def flatten(tree: object, leaf: type) -> tuple[dict[str, object], dict[str, object]]:
     """Nested dicts and lists → ({dotted name: leaf object}, {dotted name: plain value}).
 
@@ -148,26 +167,9 @@ def flatten(tree: object, leaf: type) -> tuple[dict[str, object], dict[str, obje
     leaves: dict[str, object] = {}
     values: dict[str, object] = {}
     visited = itertools.count()  # containers too: a nest of empty lists has no entry and 2**MAX_DEPTH nodes
-
-    def visit(node: object, name: str, depth: int) -> None:
-        if depth > MAX_DEPTH or next(visited) > MAX_ENTRIES or len(name) > MAX_NAME:
-            raise CheckpointError(
-                f"nested deeper than {MAX_DEPTH}, more than {MAX_ENTRIES} entries, or names longer than "
-                f"{MAX_NAME} characters, at {name[:40] or 'the top'}: not weights"
-            )
-        items: Iterable[tuple[object, object]]
-        if isinstance(node, dict):
-            items = node.items()
-        elif isinstance(node, (list, tuple)):
-            items = enumerate(node)
-        else:
-            found = leaves if isinstance(node, leaf) else values
-            if name in found:
-                raise CheckpointError(f"the name {name!r} occurs twice")
-            found[name] = node
-            return
-        for key, child in items:
-            visit(child, f"{name}.{key}" if name else str(key), depth + 1)
-
-    visit(tree, "", 0)
+    for name, node in _walk(tree, "", 0, visited):
+        found = leaves if isinstance(node, leaf) else values
+        if name in found:
+            raise CheckpointError(f"the name {name!r} occurs twice")
+        found[name] = node
     return leaves, values
