@@ -141,7 +141,7 @@ def _check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure and print; 1 if a strategy failed or was not exact."""
     _check(args)
-    subject = f"random {args.size}" if args.size else str(args.path or EMBEDDED)
+    subject = f"random {args.size}" if args.size else str(args.path or "the embedded model")
     results = _measure_random(args) if args.size else _measure(args.path or EMBEDDED, args)
     measured = [result for result in results if isinstance(result, Measurement)]
     kept = as_json(_record(results, subject, args.device))

@@ -43,8 +43,7 @@ def load(
         reading, build, device, dtype=dtype, ring_bytes=DEFAULT_RING_BYTES, progress=progress, hint=hint
     )
     try:
-        module = run(plan)
-        restore_unsaved_buffers(module, build, plan.device)
+        module = _filled(run, plan)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -59,6 +58,12 @@ def load(
         f'{reading.manifest.path}: memory ran out on {device} with strategy="{strategy}" ({reason}). '
         'strategy="stream" needs least, dtype=torch.bfloat16 half of float32.'
     )
+
+
+def _filled(run: Callable[[LoadPlan], nn.Module], plan: LoadPlan) -> nn.Module:
+    module = run(plan)
+    restore_unsaved_buffers(module, plan.build, plan.device)
+    return module
 
 
 def load_module(

@@ -115,16 +115,20 @@ def mmap(plan: LoadPlan) -> nn.Module:
         by_span[target.span.name].append(target)
     mapped, done = map_tensors(plan.spans.values()), 0
     for name, span in plan.spans.items():
-        stored = mapped.pop(name).to(plan.device)
-        for i, target in enumerate(by_span[name]):
-            view = target.placement.of(stored)
-            is_zero_copy = plan.device == CPU and target.dtype == span.dtype
-            value = view if is_zero_copy else view.to(target.dtype).contiguous()
-            untied = i > 0 and target.placement.parts == 1  # the file ties what the module does not
-            replace_tensor(plan.skeleton, target.names, value.clone() if untied else value)
+        _assign(plan, mapped.pop(name).to(plan.device), by_span[name])
         done += span.nbytes
         plan.progress(done, sum(span.nbytes for span in plan.spans.values()))
     return plan.skeleton
+
+
+def _assign(plan: LoadPlan, stored: Tensor, targets: list[Target]) -> None:
+    """Put views of one stored tensor in the place of parameters; on CPU zero-copy where nothing is cast."""
+    for i, target in enumerate(targets):
+        view = target.placement.of(stored)
+        is_zero_copy = plan.device == CPU and target.dtype == stored.dtype
+        value = view if is_zero_copy else view.to(target.dtype).contiguous()
+        untied = i > 0 and target.placement.parts == 1  # the file ties what the module does not
+        replace_tensor(plan.skeleton, target.names, value.clone() if untied else value)
 
 
 def per_tensor(plan: LoadPlan) -> nn.Module:
