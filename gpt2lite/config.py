@@ -70,14 +70,21 @@ class GPTConfig:
         """`config` itself, or one made from a dict like the article's. Raises UsageError on unknown keys."""
         if isinstance(config, GPTConfig):
             return config
-        known = {field.name: field for field in fields(cls)}
-        required = {name for name, field in known.items() if field.default is MISSING}
-        unknown, missing = sorted(set(config) - set(known)), sorted(required - set(config))
-        if unknown or missing:
-            raise UsageError(
-                f"config has unknown keys {unknown} and lacks {missing}; GPTConfig knows {', '.join(known)}"
-            )
+        cls.check_names(config)
+        missing = sorted(
+            field.name for field in fields(cls) if field.default is MISSING and field.name not in config
+        )
+        if missing:
+            raise UsageError(f"config lacks {', '.join(missing)}")
         return cls(**config)
+
+    @classmethod
+    def check_names(cls, config: Mapping[str, Any]) -> None:
+        """Raise UsageError for a key that is no field."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(config) - set(known))
+        if unknown:
+            raise UsageError(f"config has no field {', '.join(unknown)}; it has {', '.join(known)}")
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as a plain dict: what a side file `<stem>.json` holds."""

@@ -362,6 +362,7 @@ def find_config(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
         return config
     if not isinstance(config, (Mapping, NoneType)):
         raise UsageError(f"config must be a GPTConfig, a dict or None, got {config!r}")
+    GPTConfig.check_names(config or {})
     shapes = _said_by_shapes(reading)
     merged = _said_elsewhere(reading) | shapes | dict(config or {})
     merged.setdefault("n_heads", OFFICIAL_HEADS.get((merged["n_layers"], merged["emb_dim"])))
@@ -369,7 +370,8 @@ def find_config(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
         raise CheckpointError(
             f"{reading.manifest.path}: the number of attention heads cannot be read off weights, and "
             f"{merged['n_layers']} layers of {merged['emb_dim']} are no official size. Pass "
-            f'config={{"n_heads": …}} or put {side_file(reading.manifest.path, ".json").name} beside it.'
+            f'config={{"n_heads": …}} (--n-heads for commands) or put it as {{"n_heads": …}} into '
+            f"{side_file(reading.manifest.path, '.json').name} beside it."
         )
     try:
         return GPTConfig.of(merged)

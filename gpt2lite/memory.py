@@ -95,7 +95,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     count = torch.cuda.device_count() if found.type == "cuda" and torch.cuda.is_available() else 0
     if found.type == "cuda" and (found.index or 0) >= count:
         have = f"only {count} CUDA device(s)" if count else "no CUDA device that torch can use"
-        raise UsageError(f'{device} was asked for, this machine has {have}. Use device="cpu".')
+        raise UsageError(f"{device} was asked for, this machine has {have}. Take cpu instead.")
     try:
         return torch.empty(1, device=found).device
     except (RuntimeError, AssertionError, NotImplementedError):

@@ -52,10 +52,10 @@ class MemoryUse:
 
     def report(self) -> str:
         """The article's line, in GB."""
-        device = f"Maximum GPU memory allocated: {self.peak_device / GB:.1f} GB\n" if self.on_cuda else ""
+        device = f"Maximum GPU memory allocated: {self.peak_device / GB:.2f} GB\n" if self.on_cuda else ""
         return (
-            f"{device}Maximum CPU memory allocated: {self.peak_host_anonymous / GB:.1f} GB"
-            f" (+ {self.peak_host_reclaimable / GB:.1f} GB of mapped files, which the system can take back)"
+            f"{device}Maximum CPU memory allocated: {self.peak_host_anonymous / GB:.2f} GB"
+            f" (+ {self.peak_host_reclaimable / GB:.2f} GB of mapped files, which the system can take back)"
         )
 
     @property
@@ -184,7 +184,8 @@ class track_memory:
     """Measure what a block of code takes on host and device: `with track_memory("cuda") as memory: …`.
 
     After the block, `memory` (a `MemoryUse`) holds peaks in bytes above the baseline at entry. Import what
-    the block needs before, or its imports are counted. Blocks may be nested for the host; a device has
+    the block needs before, or its imports are counted, and measure in a fresh process: memory that was freed
+    before and is used again adds nothing. Blocks may be nested for the host; a device has
     one peak, which begins anew with the inner block. Costs a helper process that sleeps most of the time.
     """
 

@@ -123,6 +123,7 @@ def test_inspect_names_what_is_odd(tmp_path: Path, capsys: pytest.CaptureFixture
     ):
         assert oddity in text
     assert "the number of attention heads cannot be read off weights" in text
+    assert "n_heads=None  n_layers=1" in text
 
 
 def test_env_says_what_can_be_had(capsys: pytest.CaptureFixture[str]):

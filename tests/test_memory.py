@@ -86,7 +86,7 @@ with track_memory() as memory:
 def test_the_report_speaks_in_gb():
     with track_memory("cpu") as memory:
         pass
-    assert memory.report().startswith("Maximum CPU memory allocated: 0.0 GB (+ 0.0 GB of mapped files")
+    assert memory.report().startswith("Maximum CPU memory allocated: 0.00 GB (+ 0.0")
     assert memory.method
 
 

@@ -44,11 +44,12 @@ def _oddities(reading: Reading) -> list[str]:
     return [f"{count} {what}" for count, what in said if count]
 
 
-def _config(reading: Reading, args: argparse.Namespace) -> tuple[dict[str, Any] | None, str]:
+def _config(reading: Reading, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The config, n_heads None where it cannot be known, and then the reason."""
     try:
         return find_config(reading, config_of(args)).as_dict(), ""
     except CheckpointError as error:
-        return None, str(error)
+        return find_config(reading, {"n_heads": 1}).as_dict() | {"n_heads": None}, str(error)
 
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:
@@ -83,12 +84,11 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(as_json(found))
         return 0
-    config = found["config"] or {}
     print(facts([
         ("path", found["path"]),
         ("format", found["format"]),
         ("dialect", found["dialect"]),
-        ("config", "  ".join(f"{key}={value}" for key, value in config.items()) or "incomplete, see below"),
+        ("config", "  ".join(f"{key}={value}" for key, value in found["config"].items())),
         ("parameters", f"{found['parameters']:,}"),
         ("size", f"{human(found['model_bytes'])} of weights in {human(found['file_bytes'])} of files"),
         ("tensors", found["tensors"]),

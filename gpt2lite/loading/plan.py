@@ -80,7 +80,8 @@ def _mismatches(reading: Reading, groups: list[tuple[tuple[str, ...], Tensor]]) 
         shape = placed[0].shape_of(span.shape)
         if shape != tuple(tensor.shape):
             wanted = f"{names[0]} needs {tuple(tensor.shape)}"
-            lines.append(f"{span.name} has shape {span.shape}, which gives {shape}; {wanted}")
+            gives = f", which gives {shape}" if shape != span.shape else ""
+            lines.append(f"{span.name} has shape {span.shape}{gives}; {wanted}")
         if tensor.is_floating_point() and not span.dtype.is_floating_point:
             lines.append(f"{span.name} holds {span.dtype}, {names[0]} needs floating point")
         if len({tensors[placement.source].address for placement in placed}) > 1:
