@@ -112,6 +112,10 @@ def save_folder(state: dict[str, torch.Tensor], folder: Path) -> Path:
     return folder / "model_parameters"
 
 
+def prefixed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"model_state_dict.module.{name}": tensor for name, tensor in state.items()}
+
+
 KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Path]]] = {
     "ours-pth": (ours, save_pth),
     "ours-tied-pth": (lambda: ours(tied_head=True), save_pth),
@@ -119,6 +123,8 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Path]]] = {
     "ours-safetensors": (ours, save_safetensors),
     "ours-folder": (ours, save_folder),
     "ours-compiled-pth": (ours, save_compiled),
+    "ours-prefixed-safetensors": (ours, lambda s, f: save_safetensors(prefixed(s), f)),
+    "ours-prefixed-folder": (ours, lambda s, f: save_folder(prefixed(s), f)),
     "book-pth": (book, save_pth),
     "book-no-qkv-bias-pth": (lambda: book(qkv_bias=False), save_pth),
     "book-wrapped-pth": (book, save_wrapped),
