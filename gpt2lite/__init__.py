@@ -12,14 +12,15 @@ from gpt2lite.errors import (
     UsageError,
 )
 from gpt2lite.generation import generate
-from gpt2lite.loading import STRATEGIES, load_module
-from gpt2lite.model import GPTModel
+from gpt2lite.loading import STRATEGIES, Forecast, load_module
+from gpt2lite.model import GPTModel, forecast
 from gpt2lite.tracking import MemoryUse, clean_up, track_memory
 
 __all__ = [
     "STRATEGIES",
     "CheckpointError",
     "CheckpointNotFoundError",
+    "Forecast",
     "GPT2LiteError",
     "GPTConfig",
     "GPTModel",
@@ -28,6 +29,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "clean_up",
+    "forecast",
     "generate",
     "load_module",
     "save_per_tensor",

@@ -26,8 +26,7 @@ from gpt2lite.config import GPTConfig
 from gpt2lite.dialects import find_config, read_dialect
 from gpt2lite.errors import GPT2LiteError
 from gpt2lite.loading import Progress
-from gpt2lite.loading.plan import make_plan
-from gpt2lite.model import GPTModel
+from gpt2lite.model import GPTModel, forecast
 from gpt2lite.tracking import Sample, track_memory
 
 PROMPT = [[15496, 11, 314, 716, 257, 3303, 2746]]  # "Hello, I am a language model" in GPT-2's encoding
@@ -56,6 +55,7 @@ class Measurement:
     logits_tolerance: float
     model_bytes: int
     method: str
+    forecast: dict[str, int]
     timeline: list[tuple[float, int, int]]
 
     @property
@@ -143,6 +143,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         _warm_up(strategy, device, Path(folder))
     synchronize = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    foretold = forecast(path, device, config=config, dtype=_dtype(dtype))[strategy]
     with track_memory(device) as until_logits:
         with track_memory(device) as loading:
             began = time.perf_counter()
@@ -167,6 +168,7 @@ def measure(
         logits_tolerance=HALF_LOGITS_TOLERANCE if is_half else LOGITS_TOLERANCE,
         model_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         method=loading.method,
+        forecast=asdict(foretold),
         timeline=[_point(sample) for sample in until_logits.timeline],
     )
 
@@ -255,7 +257,7 @@ def compare_strategies(
     """
     reading = read_dialect(open_checkpoint(path))
     found = find_config(reading, config)
-    make_plan(reading, lambda: GPTModel(found), device, dtype=_dtype(dtype), ring_bytes=0, progress=None)
+    forecast(path, device, config=found, dtype=_dtype(dtype))
     common = {"device": device, "dtype": dtype, "config": found.as_dict()}
     with tempfile.TemporaryDirectory(prefix="gpt2lite-", dir=folder) as temporary:
         reference = str(Path(temporary) / "reference.pt")

@@ -47,6 +47,11 @@ class Placement:
             shape[self.axis] //= self.parts
         return tuple(reversed(shape)) if self.transposed else tuple(shape)
 
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the view of a contiguous tensor is contiguous, too."""
+        return not self.transposed and (self.parts == 1 or self.axis == 0)
+
     def unplace(self, parameter: Tensor) -> Tensor:
         """The parameter turned to stand like its part of the stored tensor, as a view."""
         return parameter.t() if self.transposed else parameter

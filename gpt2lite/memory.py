@@ -1,11 +1,12 @@
-"""What memory and which devices this process can have: `host_memory`, `resolve_device`.
+"""What memory and which devices this process can have: `find_budget`, `host_memory`, `resolve_device`.
 
 Everything is in bytes; where text says GB it means 1024³ of them, as the article does.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -14,15 +15,46 @@ import torch
 from gpt2lite.errors import UsageError
 
 GB = 1024**3
+UNITS = {
+    f"{letter}{i}B": base**n for i, base in (("", 1000), ("i", 1024)) for n, letter in enumerate("KMGT", 1)
+}
+# What a forecast does not count (page tables, Python's own objects, what rounding costs) comes out of what is
+# there: of the host 24 MiB or 3 %, of a device 32 MiB or 1 %, whichever is more.
+LEFT_ALONE = {"host": (24 << 20, 0.03), "device": (32 << 20, 0.01)}
+
+
+def human(nbytes: float) -> str:
+    """Bytes for people: '622.0 MiB', '6.13 GiB'."""
+    if abs(nbytes) >= GB:
+        return f"{nbytes / GB:.2f} GiB"
+    return f"{nbytes / 1024**2:.1f} MiB" if abs(nbytes) >= 1024**2 else f"{nbytes / 1024:.1f} KiB"
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes, from a number of them or from text: "512MiB" is 512 × 1024², "8GB" is 8 × 1000³.
+
+    Raises UsageError for anything else, and for a size that is not positive.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|)\s*", str(size))
+    nbytes = (
+        int(float(found.group(1)) * UNITS.get(found.group(2), 1)) if found and type(size) in (int, str) else 0
+    )
+    if nbytes < 1:
+        raise UsageError(f"{size!r} is no amount of memory; write a number of bytes, 512MiB, 2.5GiB or 8GB")
+    return nbytes
 
 
 @dataclass(frozen=True, slots=True)
 class HostMemory:
-    """Bytes of host memory: physical, and what this process can still take, and what limits that."""
+    """Bytes of host memory: physical, and what this process can still take, and what limits that.
+
+    `swap` is what is free beside it, as far as it can be used: a cgroup's limit ends it.
+    """
 
     total: int
     available: int
     limited_by: str
+    swap: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +113,94 @@ def host_memory() -> HostMemory:
         if available is not None:
             grants.append((available, f"cgroup {folder}"))
     available, limited_by = min(grants, key=lambda grant: grant[0])
-    return HostMemory(physical.total, available, limited_by)
+    swap = psutil.swap_memory().free if (available, limited_by) == grants[0] else 0
+    return HostMemory(physical.total, available, limited_by, swap)
 
 
-def resolve_device(device: str | torch.device) -> torch.device:
-    """`device` as its tensors name it. Raises UsageError where this machine has no such device."""
+def device_memory(device: torch.device) -> int | None:
+    """Bytes that this process can still take on a device, None where that cannot be known.
+
+    What the driver has free and what torch's allocator holds unused, within this process's own fraction.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    granted = int(total * torch.cuda.get_per_process_memory_fraction(device)) - reserved
+    return max(min(free, granted), 0) + reserved - torch.cuda.memory_allocated(device)
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """How many bytes a load may take of one kind of memory, in words, too. `nbytes` None: not known."""
+
+    nbytes: int | None
+    said: str
+
+    def admits(self, nbytes: int) -> bool:
+        """Whether so much fits."""
+        return self.nbytes is None or nbytes <= self.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a load may take. `swap` is not part of `host`."""
+
+    host: Limit
+    device: Limit
+    swap: int = 0
+
+    def of(self, place: str) -> Limit:
+        """The limit of "host" or "device"."""
+        return self.host if place == "host" else self.device
+
+    def with_swap(self) -> Budget:
+        """The budget of one who counts on swap, where it is physical memory that limits the host."""
+        return replace(self, host=replace(self.host, nbytes=(self.host.nbytes or 0) + self.swap), swap=0)
+
+
+def _limit(kind: str, available: int | None, source: str, cap: int | str | None) -> Limit:
+    """What is available, less what is left alone, or the caller's cap where that is lower."""
+    limits = []
+    if available is not None:
+        least, share = LEFT_ALONE[kind]
+        usable = max(available - max(least, int(available * share)), 0)
+        limits.append(Limit(usable, f"{human(usable)}, of {human(available)} available ({source})"))
+    if cap is not None:
+        limits.append(Limit(parse_size(cap), f"max_{kind}_memory={human(parse_size(cap))}"))
+    return min(limits, key=lambda limit: limit.nbytes or 0) if limits else Limit(None, "not known")
+
+
+def find_budget(
+    device: torch.device, max_host_memory: int | str | None = None, max_device_memory: int | str | None = None
+) -> Budget:
+    """What this process can really have, lowered by the caller's caps. On the CPU there is no device memory.
+
+    Raises UsageError for a cap that is no size.
+    """
+    host = host_memory()
+    free = device_memory(device)
+    return Budget(
+        _limit("host", host.available, host.limited_by, max_host_memory),
+        _limit("device", free, str(device), max_device_memory),
+        host.swap,
+    )
+
+
+def name_device(device: str | torch.device) -> torch.device:
+    """`device` as torch means it, whether or not this machine has one. Raises UsageError for no device."""
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError):
         raise UsageError(f"no device is called {device!r}; try cpu, cuda or cuda:0") from None
     if found.type == "meta":
         raise UsageError("a model on the meta device holds no weights; try cpu or cuda")
+    return found
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """`device` as its tensors name it. Raises UsageError where this machine has no such device."""
+    found = name_device(device)
     count = torch.cuda.device_count() if found.type == "cuda" and torch.cuda.is_available() else 0
     if found.type == "cuda" and (found.index or 0) >= count:
         have = f"only {count} CUDA device(s)" if count else "no CUDA device that torch can use"

@@ -20,7 +20,8 @@ from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.config import OFFICIAL_SIZES, GPTConfig
 from gpt2lite.dialects import Reading, find_config, read_dialect, size_of
 from gpt2lite.errors import UsageError
-from gpt2lite.loading import Progress, load
+from gpt2lite.loading import Forecast, LoadPlan, Progress, forecasts, load, make_plan
+from gpt2lite.memory import name_device
 
 
 class Linear(nn.Linear):
@@ -162,20 +163,41 @@ class GPTModel(nn.Module):
         *,
         config: GPTConfig | Mapping[str, Any] | None = None,
         dtype: torch.dtype | None = None,
+        max_host_memory: int | str | None = None,
+        max_device_memory: int | str | None = None,
+        keep_cached: bool = True,
         progress: Progress | None = None,
     ) -> GPTModel:
         """A GPT-2 from any checkpoint that `gpt2lite.dialects` knows, in eval mode.
 
         The config is found; `config` may say a part of it, such as {"n_heads": 12}, or all. `strategy` is
-        auto (stream) or one of `gpt2lite.STRATEGIES`; each says there what it costs on host and device.
-        `dtype` casts the weights, None keeps the file's. `progress` is called with (bytes done, bytes in
-        all). Raises CheckpointError for a file that is damaged or does not fit, UsageError for a wrong
-        argument.
+        one of `gpt2lite.STRATEGIES`, each of which says there what it costs on host and device, or auto: the
+        fastest whose forecast fits into what this process can have, copying (stream, with a ring as small as
+        is needed) before mapping (mmap, on the CPU a model that stands on the file).
+
+        `dtype` casts the weights, None keeps the file's. `max_host_memory` and `max_device_memory` (bytes, or
+        "512MiB") cap what the load adds at its peak: the host's stays below the cap plus 24 MiB or 3 %.
+        `keep_cached=False` lets what was read go out of the page cache behind the reads, for containers that
+        count it (stream alone). `progress` is called with (bytes done, bytes in all).
+
+        Raises CheckpointError for a file that is damaged or does not fit the model, InsufficientMemoryError,
+        before anything is allocated, where no strategy or the one named does not fit in memory, UsageError
+        for a wrong argument.
         """
         reading = read_dialect(open_checkpoint(path))
         found = find_config(reading, config)
-        hint = partial(_official_hint, found, reading)
-        return load(reading, lambda: cls(found), device, strategy, dtype=dtype, progress=progress, hint=hint)  # type: ignore[return-value]
+        return load(  # type: ignore[return-value]
+            reading,
+            lambda: cls(found),
+            device,
+            strategy,
+            dtype=dtype,
+            max_host_memory=max_host_memory,
+            max_device_memory=max_device_memory,
+            keep_cached=keep_cached,
+            progress=progress,
+            hint=partial(_official_hint, found, reading),
+        )
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -208,6 +230,40 @@ class GPTModel(nn.Module):
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Token ids (B, T) → logits (B, T, V)."""
         return self.out_head(self.hidden(ids, cache))
+
+
+def plan_load(
+    path: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    *,
+    config: GPTConfig | Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> LoadPlan:
+    """What `GPTModel.from_checkpoint` would do, from headers alone; the device need not be there.
+
+    Raises CheckpointError for a file that is damaged or does not fit, UsageError for a wrong argument.
+    """
+    reading = read_dialect(open_checkpoint(path))
+    asked = {"n_heads": 1} if config is None else config  # memory does not depend on what files cannot say
+    found = find_config(reading, asked)
+    hint = partial(_official_hint, found, reading)
+    return make_plan(reading, lambda: GPTModel(found), name_device(device), dtype=dtype, hint=hint)
+
+
+def forecast(
+    path: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    *,
+    config: GPTConfig | Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Forecast]:
+    """What each strategy would add to host and device memory, from headers alone, in milliseconds.
+
+    The same bytes that `track_memory` measures around `GPTModel.from_checkpoint`, imports warmed: on the host
+    within 3 % or 24 MiB, on a CUDA device within 1 %. The device need not be there. A strategy that cannot
+    read this checkpoint is left out (per_tensor reads folders only). Raises as `plan_load`.
+    """
+    return forecasts(plan_load(path, device, config=config, dtype=dtype))
 
 
 def _official_hint(config: GPTConfig, reading: Reading) -> str:

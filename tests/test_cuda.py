@@ -44,7 +44,7 @@ def test_every_strategy_gives_the_bits_of_plain_torch_on_cuda(
 def test_a_ring_that_is_reused_many_times_never_overwrites_what_is_being_copied(
     kind: str, ring_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("gpt2lite.loading.DEFAULT_RING_BYTES", ring_bytes)
+    monkeypatch.setattr("gpt2lite.loading.choice.RINGS", (ring_bytes,))
     make, save = KINDS[kind]
     peer = make()
     path = save(peer.state_dict(), tmp_path)
@@ -62,7 +62,7 @@ def test_a_slow_device_does_not_let_a_slot_be_overwritten(tmp_path: Path, monkey
         real(self, chunk, slot)
 
     monkeypatch.setattr(stream_engine.Ring, "deliver", late)
-    monkeypatch.setattr("gpt2lite.loading.DEFAULT_RING_BYTES", 1 << 16)
+    monkeypatch.setattr("gpt2lite.loading.choice.RINGS", (1 << 16,))
     make, save = KINDS["ours-pth"]
     peer = make()
     path = save(peer.state_dict(), tmp_path)

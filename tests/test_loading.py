@@ -357,7 +357,7 @@ def test_what_torch_save_writes_loads_in_the_books_own_class(pth: Path, model: G
 def test_a_ring_smaller_than_a_tensor_or_even_a_row_still_fills_every_bit(
     kind: str, ring_bytes: int, dtype: torch.dtype | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("gpt2lite.loading.DEFAULT_RING_BYTES", ring_bytes)
+    monkeypatch.setattr("gpt2lite.loading.choice.RINGS", (ring_bytes,))
     allocated = []
     allocate = stream_engine.allocate_ring
     monkeypatch.setattr(
@@ -411,7 +411,7 @@ def odd_state() -> dict[str, torch.Tensor]:
 def test_strided_scalar_empty_and_integer_tensors_load_into_any_module(
     strategy: str, ring_bytes: int, dtype: torch.dtype | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("gpt2lite.loading.DEFAULT_RING_BYTES", ring_bytes)
+    monkeypatch.setattr("gpt2lite.loading.choice.RINGS", (ring_bytes,))
     state = odd_state()
     loaded = load_module(Odd, save_pth(state, tmp_path), strategy=strategy, dtype=dtype)
     for name, tensor in state.items():
@@ -422,16 +422,16 @@ def test_strided_scalar_empty_and_integer_tensors_load_into_any_module(
 def test_an_error_of_a_reader_is_raised_and_stops_the_others(pth: Path, monkeypatch: pytest.MonkeyPatch):
     real, calls = stream_engine.read_bytes_into, []
 
-    def failing(memory: memoryview, path: Path, offset: int) -> None:
+    def failing(memory: memoryview, path: Path, offset: int, **options: bool) -> None:
         calls.append(offset)
         if len(calls) == 5:
             raise OSError(5, "the disk is gone")
-        real(memory, path, offset)
+        real(memory, path, offset, **options)
 
     monkeypatch.setattr(stream_engine, "read_bytes_into", failing)
     for dtype in (None, torch.bfloat16):  # read in place, and through the ring
         calls.clear()
-        monkeypatch.setattr("gpt2lite.loading.DEFAULT_RING_BYTES", 4096)
+        monkeypatch.setattr("gpt2lite.loading.choice.RINGS", (4096,))
         with pytest.raises(OSError, match="the disk is gone"):
             GPTModel.from_checkpoint(pth, config=HEADS, dtype=dtype)
 
@@ -439,9 +439,9 @@ def test_an_error_of_a_reader_is_raised_and_stops_the_others(pth: Path, monkeypa
 def test_a_file_that_changes_during_the_load_is_an_error(pth: Path, monkeypatch: pytest.MonkeyPatch):
     real = stream_engine.read_bytes_into
 
-    def touching(memory: memoryview, path: Path, offset: int) -> None:
+    def touching(memory: memoryview, path: Path, offset: int, **options: bool) -> None:
         os.utime(path, ns=(1, 1))
-        real(memory, path, offset)
+        real(memory, path, offset, **options)
 
     monkeypatch.setattr(stream_engine, "read_bytes_into", touching)
     with pytest.raises(CheckpointError, match=r"model.pth: changed while it was being read"):
@@ -633,7 +633,7 @@ def test_columns_of_a_huge_storage_do_not_multiply_the_ring(tmp_path: Path, monk
     monkeypatch.setattr(
         stream_engine, "allocate_ring", lambda n, *, pinned: allocated.append(n) or allocate(n, pinned=pinned)
     )
-    monkeypatch.setattr("gpt2lite.loading.DEFAULT_RING_BYTES", 1 << 12)
+    monkeypatch.setattr("gpt2lite.loading.choice.RINGS", (1 << 12,))
     storage = torch.randn(256, 64)
     state = {f"columns.{i}": storage[:, i : i + 1] for i in range(4)}
     assert_equal_bits(load_module(Columns, save_pth(state, tmp_path)), state)

@@ -43,6 +43,11 @@ class TensorSpan:
         return self.numel * self.dtype.itemsize
 
     @property
+    def is_contiguous(self) -> bool:
+        """Whether the tensor lies row-major, without gaps."""
+        return self.stride == contiguous_stride(self.shape)
+
+    @property
     def extent(self) -> int:
         """Bytes on disk from the first to the last element, both included."""
         if not self.numel:
@@ -107,7 +112,8 @@ class Manifest:
     """A checkpoint's table of contents.
 
     `values` holds the plain numbers, strings and flags that were saved beside the tensors, by their dotted
-    names; `files` the state of every file when it was opened.
+    names; `files` the state of every file when it was opened; `storages` the bytes of everything that
+    `torch.load` allocates to read a file, which can be more than the tensors.
     """
 
     path: Path
@@ -115,6 +121,7 @@ class Manifest:
     tensors: Mapping[str, TensorSpan]
     values: Mapping[str, object] = field(default_factory=dict)
     files: Mapping[Path, FileState] = field(default_factory=dict)
+    storages: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError if a file is not what it was when the manifest was made."""

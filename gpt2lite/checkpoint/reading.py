@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, flatten
 from gpt2lite.errors import CheckpointError
+
+PAGE = 4096
 
 
 def memory_of(tensor: Tensor) -> memoryview:
@@ -21,8 +24,11 @@ def memory_of(tensor: Tensor) -> memoryview:
     return memoryview(exposed).cast("B")
 
 
-def read_bytes_into(memory: memoryview, path: Path, offset: int) -> None:
-    """Fill `memory` from byte `offset` of a file. Raises CheckpointError where the file ends first."""
+def read_bytes_into(memory: memoryview, path: Path, offset: int, *, keep_cached: bool = True) -> None:
+    """Fill `memory` from byte `offset` of a file, and leave what was read in the page cache or not.
+
+    Raises CheckpointError where the file ends first.
+    """
     with open(path, "rb", buffering=0) as file:
         file.seek(offset)
         done = 0
@@ -33,6 +39,16 @@ def read_bytes_into(memory: memoryview, path: Path, offset: int) -> None:
                     f"{path}: ends at byte {offset + done}; it was truncated while being read"
                 )
             done += count
+        if not keep_cached:
+            drop_cached(file.fileno(), offset, len(memory))
+
+
+def drop_cached(file: int, offset: int = 0, nbytes: int = 0) -> None:
+    """Give the cached pages of a file range (0 bytes: to its end) back, where the system can be told so."""
+    if hasattr(os, "posix_fadvise"):
+        begin = offset // PAGE * PAGE  # outwards, since the kernel would round inwards
+        length = -(-(offset + nbytes) // PAGE) * PAGE - begin if nbytes else 0
+        os.posix_fadvise(file, begin, length, os.POSIX_FADV_DONTNEED)
 
 
 def as_strided(flat: Tensor, span: TensorSpan) -> Tensor:
@@ -72,7 +88,23 @@ def _read_spans(manifest: Manifest, names: Iterable[str], device: torch.device) 
     return {name: read_span(manifest.tensors[name]).to(device) for name in names}
 
 
-READERS = {"torch_zip": _read_zip, "safetensors": _read_spans, "tensor_folder": _read_folder}
+def _zip_sizes(manifest: Manifest, names: Iterable[str]) -> Sequence[int]:
+    return manifest.storages[manifest.path]
+
+
+def _folder_sizes(manifest: Manifest, names: Iterable[str]) -> Sequence[int]:
+    return [size for name in names for size in manifest.storages[manifest.tensors[name].path]]
+
+
+def _span_sizes(manifest: Manifest, names: Iterable[str]) -> Sequence[int]:
+    return [manifest.tensors[name].extent for name in names]
+
+
+READERS = {
+    "torch_zip": (_read_zip, _zip_sizes),
+    "safetensors": (_read_spans, _span_sizes),
+    "tensor_folder": (_read_folder, _folder_sizes),
+}
 
 
 def read_tensors(manifest: Manifest, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
@@ -81,7 +113,14 @@ def read_tensors(manifest: Manifest, names: Iterable[str], device: torch.device)
     Costs what torch.load costs: every byte of the file on the device, passengers included, and on the way
     there one tensor of host memory.
     """
-    return READERS[manifest.format](manifest, names, device)
+    read, _ = READERS[manifest.format]
+    return read(manifest, names, device)
+
+
+def sizes_read(manifest: Manifest, names: Iterable[str]) -> Sequence[int]:
+    """Bytes of every allocation that `read_tensors` makes, in its order."""
+    _, sizes = READERS[manifest.format]
+    return sizes(manifest, names)
 
 
 def map_tensors(spans: Iterable[TensorSpan]) -> dict[str, Tensor]:

@@ -22,4 +22,5 @@ def open_tensor_folder(path: Path) -> Manifest:
     opened = [_open_one(file) for file in sorted(path.glob("*.pt"))]
     spans = {span.name: span for span, _ in opened}
     files = {file: state for _, manifest in opened for file, state in manifest.files.items()}
-    return Manifest(path, "tensor_folder", spans, {}, files)
+    storages = {file: sizes for _, manifest in opened for file, sizes in manifest.storages.items()}
+    return Manifest(path, "tensor_folder", spans, {}, files, storages)

@@ -353,4 +353,6 @@ def open_torch_zip(path: Path) -> Manifest:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     spans = {name: _span(path, name, record, entries) for name, record in records.items()}  # type: ignore[arg-type]
-    return validate(Manifest(path, "torch_zip", spans, values, {path: state}))
+    storages = {record.storage.key: record.storage.nbytes for record in records.values()}  # type: ignore[attr-defined]
+    sizes = tuple(storages.values())
+    return validate(Manifest(path, "torch_zip", spans, values, {path: state}, {path: sizes}))

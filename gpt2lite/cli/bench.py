@@ -19,20 +19,21 @@ from gpt2lite.cli.terminal import (
     as_json,
     bytes_bar,
     config_of,
-    human,
     steps_bar,
     table,
 )
 from gpt2lite.config import OFFICIAL_SIZES, GPTConfig
 from gpt2lite.errors import UsageError
 from gpt2lite.loading import STRATEGIES
-from gpt2lite.memory import GB, resolve_device
+from gpt2lite.memory import GB, human, resolve_device
 
-HEADER = ("strategy", "load s", "logits s", "device", "host anon", "host file", "exact", "logits")
+HEADER = ("strategy", "load s", "logits s", "device", "plan", "host anon", "plan", "host file", "exact")
+DEVICE_COLUMNS = (3, 4)
 LEGEND = """\
-{unit} (1024**{power} bytes) above the imports. device, host anon: peaks while loading; anon cannot be
-reclaimed. host file: mapped pages by the first logits, which the system can take back. exact: every
-parameter bit for bit as plain torch loads it. logits: within 1e-4 of plain torch's (0.05 for 16 bits)."""
+{unit} (1024**{power} bytes) above the imports. device, host anon: peaks while loading, and
+beside them what `gpt2lite plan` foretells; anon cannot be reclaimed. host file:
+mapped pages by the first logits, which the system can take back. exact: every
+parameter bit for bit as plain torch loads it, logits within 1e-4 (0.05 for 16 bits)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,25 +67,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_dtype_argument(parser)
 
 
-def _row(result: Measurement | Failure, on_cuda: bool, unit: int) -> list[str]:
+def _row(result: Measurement | Failure, unit: int) -> list[str]:
     if isinstance(result, Failure):
         return [result.strategy, *["–"] * (len(HEADER) - 1)]
+    peaks = (
+        result.peak_device,
+        result.forecast["peak_device"],
+        result.peak_host_anonymous,
+        result.forecast["peak_host_anonymous"],
+        result.peak_host_reclaimable,
+    )
     return [
         result.strategy,
         f"{result.seconds_to_load:.2f}",
         f"{result.seconds_to_logits:.2f}",
-        f"{result.peak_device / unit:.2f}" if on_cuda else "–",
-        f"{result.peak_host_anonymous / unit:.2f}",
-        f"{result.peak_host_reclaimable / unit:.2f}",
-        "yes" if result.bitwise_equal else "NO",
-        "yes" if result.logits_equal else "NO",
+        *(f"{peak / unit:.2f}" for peak in peaks),
+        "BITS" if not result.bitwise_equal else "yes" if result.logits_equal else "LOGITS",
     ]
 
 
 def _print_table(results: Sequence[Measurement | Failure], on_cuda: bool) -> None:
     peaks = [result.peak_host_anonymous for result in results if isinstance(result, Measurement)]
     name, unit = ("GB", GB) if max(peaks, default=0) > GB / 10 else ("MB", GB // 1024)
-    print(table(HEADER, [_row(result, on_cuda, unit) for result in results]))
+    shown = [at for at in range(len(HEADER)) if on_cuda or at not in DEVICE_COLUMNS]
+    print(
+        table(*([line[at] for at in shown] for line in (HEADER, *(_row(result, unit) for result in results))))
+    )
     for result in results:
         if isinstance(result, Failure):
             print(f"{result.strategy} did not run: {result.reason}")

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from gpt2lite._version import __version__
-from gpt2lite.cli.terminal import as_json, facts, human
-from gpt2lite.memory import host_memory
+from gpt2lite.cli.terminal import as_json, facts
+from gpt2lite.memory import host_memory, human
 
 PACKAGES = ("psutil", "tiktoken", "huggingface_hub", "transformers", "safetensors", "matplotlib")
 
@@ -80,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
         ("system", found["system"]),
         ("cpu", f"{found['cpu']}, {found['cores']} cores for this process"),
         ("memory", f"{human(memory['available'])} of {human(memory['total'])} available, limited by {limit}"),
+        ("swap", f"{human(memory['swap'])} free, which budgets do not count"),
         ("gpu", "; ".join(gpus) or "none that torch can use"),
     ]))  # fmt: skip
     return 0

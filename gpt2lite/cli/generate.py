@@ -14,6 +14,7 @@ import torch
 
 from gpt2lite.cli.terminal import (
     EMBEDDED,
+    add_cap_arguments,
     add_dtype_argument,
     add_heads_argument,
     bytes_bar,
@@ -58,17 +59,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default: cpu)")
     add_heads_argument(parser)
     add_dtype_argument(parser)
+    add_cap_arguments(parser)
 
 
 def _load(args: argparse.Namespace) -> GPTModel:
-    """Map on CPU, since nothing here writes to the file; stream to any other device."""
+    """On the CPU auto maps, since nothing here writes to the file."""
     device = resolve_device(args.device)
-    reads_only = "mmap" if device.type == "cpu" else "stream"
-    strategy = reads_only if args.strategy == "auto" else args.strategy
+    strategy = "mmap" if args.strategy == "auto" and device.type == "cpu" else args.strategy
     dtype = dtype_of(args) or (torch.float32 if args.model == EMBEDDED else None)
     with bytes_bar("loading") as progress:
         return GPTModel.from_checkpoint(
-            args.model, device, strategy, config=config_of(args), dtype=dtype, progress=progress
+            args.model,
+            device,
+            strategy,
+            config=config_of(args),
+            dtype=dtype,
+            max_host_memory=args.max_host_memory,
+            max_device_memory=args.max_device_memory,
+            progress=progress,
         )
 
 

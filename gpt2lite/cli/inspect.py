@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from gpt2lite.checkpoint import Manifest, open_checkpoint
-from gpt2lite.cli.terminal import add_heads_argument, as_json, config_of, facts, human
+from gpt2lite.cli.terminal import add_heads_argument, as_json, config_of, facts
 from gpt2lite.dialects import Reading, find_config, read_dialect
 from gpt2lite.errors import CheckpointError
+from gpt2lite.memory import human
 
 MAX_NAMED = 3
 

@@ -13,24 +13,14 @@ from typing import Any
 import torch
 from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
-from gpt2lite.memory import GB
-
 DATA = Path(__file__).resolve().parent.parent / "data"
 EMBEDDED = DATA / "embedded.pth"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-def human(nbytes: float) -> str:
-    """Bytes for people: '622.0 MiB', '6.13 GiB'."""
-    if abs(nbytes) >= GB:
-        return f"{nbytes / GB:.2f} GiB"
-    return f"{nbytes / 1024**2:.1f} MiB" if abs(nbytes) >= 1024**2 else f"{nbytes / 1024:.1f} KiB"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns under their headers, the first to the left, the others to the right."""
-    lines = [list(header), *(list(row) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+def table(*lines: Sequence[str]) -> str:
+    """Columns under their headers, the first line; the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     first, *rest = widths
     padded = (
         [line[0].ljust(first), *(cell.rjust(width) for cell, width in zip(line[1:], rest, strict=True))]
@@ -75,6 +65,16 @@ def add_heads_argument(parser: argparse.ArgumentParser) -> None:
 def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
     """What the weights are to be."""
     parser.add_argument("--dtype", choices=DTYPES, help="cast the weights (default: as in the file)")
+
+
+def add_cap_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a load may take at most."""
+    for place in ("host", "device"):
+        parser.add_argument(
+            f"--max-{place}-memory",
+            metavar="SIZE",
+            help=f"cap what loading adds to {place} memory, as 512MiB or 2GiB",
+        )
 
 
 def config_of(args: argparse.Namespace) -> dict[str, Any] | None:

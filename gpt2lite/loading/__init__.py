@@ -11,13 +11,28 @@ from torch import nn
 from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.dialects import Reading, read_names
 from gpt2lite.errors import InsufficientMemoryError, UsageError
+from gpt2lite.loading.choice import Verdict, choose, forecasts, helps, judge
+from gpt2lite.loading.forecast import Forecast
 from gpt2lite.loading.plan import LoadPlan, Progress, make_plan
 from gpt2lite.loading.skeleton import build_on_meta, prove_complete, restore_unsaved_buffers
 from gpt2lite.loading.strategies import AUTO, STRATEGIES
-from gpt2lite.loading.stream import DEFAULT_RING_BYTES
-from gpt2lite.memory import is_out_of_memory
+from gpt2lite.memory import find_budget, is_out_of_memory, resolve_device
 
-__all__ = ["AUTO", "STRATEGIES", "LoadPlan", "Progress", "load", "load_module"]
+__all__ = [
+    "AUTO",
+    "STRATEGIES",
+    "Forecast",
+    "LoadPlan",
+    "Progress",
+    "Verdict",
+    "choose",
+    "forecasts",
+    "helps",
+    "judge",
+    "load",
+    "load_module",
+    "make_plan",
+]
 
 
 def load(
@@ -27,23 +42,28 @@ def load(
     strategy: str,
     *,
     dtype: torch.dtype | None = None,
+    max_host_memory: int | str | None = None,
+    max_device_memory: int | str | None = None,
+    keep_cached: bool = True,
     progress: Progress | None = None,
     hint: Callable[[], str] = str,
 ) -> nn.Module:
     """The module that `build` makes, filled from `reading` and proven complete, in eval mode.
 
-    Every mismatch is found before anything is allocated. Raises UsageError for an unknown strategy or device,
-    CheckpointError for a checkpoint that does not fit or changes while it is read, InsufficientMemoryError,
-    with nothing left allocated, where memory runs out.
+    Every mismatch, and memory that will not do, is found before anything is allocated. Raises UsageError for
+    an unknown strategy or device or a wrong cap, CheckpointError for a checkpoint that does not fit or
+    changes while it is read, InsufficientMemoryError, with nothing left allocated, where memory runs out.
     """
-    if strategy != "auto" and strategy not in STRATEGIES:
-        raise UsageError(f"no strategy is called {strategy!r}; there are auto, {', '.join(STRATEGIES)}")
-    run = STRATEGIES[AUTO if strategy == "auto" else strategy]
+    resolved = resolve_device(device)
+    budget = find_budget(resolved, max_host_memory, max_device_memory)
+    if not keep_cached and strategy not in ("auto", "stream"):
+        raise UsageError(f'keep_cached=False goes with strategy="stream" or "auto", not {strategy!r}')
     plan = make_plan(
-        reading, build, device, dtype=dtype, ring_bytes=DEFAULT_RING_BYTES, progress=progress, hint=hint
+        reading, build, resolved, dtype=dtype, progress=progress, keep_cached=keep_cached, hint=hint
     )
+    name, plan = choose(plan, strategy, budget)
     try:
-        module = _filled(run, plan)
+        module = _filled(name, plan)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -55,13 +75,13 @@ def load(
     # Raised out here, where neither the plan's tensors nor the first error's frames are held any more.
     del plan
     raise InsufficientMemoryError(
-        f'{reading.manifest.path}: memory ran out on {device} with strategy="{strategy}" ({reason}). '
-        'strategy="stream" needs least, dtype=torch.bfloat16 half of float32.'
+        f'{reading.manifest.path}: memory ran out on {device} with strategy="{name}", though the forecast '
+        f"fits: others may have taken it meanwhile ({reason}). Try again, or with dtype=torch.bfloat16."
     )
 
 
-def _filled(run: Callable[[LoadPlan], nn.Module], plan: LoadPlan) -> nn.Module:
-    module = run(plan)
+def _filled(strategy: str, plan: LoadPlan) -> nn.Module:
+    module = STRATEGIES[strategy].load(plan)
     restore_unsaved_buffers(module, plan.build, plan.device)
     return module
 
@@ -73,13 +93,24 @@ def load_module(
     strategy: str = "auto",
     *,
     dtype: torch.dtype | None = None,
+    max_host_memory: int | str | None = None,
+    max_device_memory: int | str | None = None,
+    keep_cached: bool = True,
     progress: Progress | None = None,
 ) -> nn.Module:
     """Load a checkpoint into any module: `build()` returns one, the names in the file are its own.
 
-    `strategy` is one of `STRATEGIES` or auto (stream); each says there what it costs. `dtype` casts
-    floating-point tensors, None keeps the file's dtypes. `progress` is called with (bytes done, bytes in
-    all). The module comes back in eval mode. Raises CheckpointError, UsageError.
+    The arguments and errors are those of `GPTModel.from_checkpoint`. The module comes back in eval mode.
     """
     reading = read_names(open_checkpoint(path), build_on_meta(build).state_dict().keys())
-    return load(reading, build, device, strategy, dtype=dtype, progress=progress)
+    return load(
+        reading,
+        build,
+        device,
+        strategy,
+        dtype=dtype,
+        max_host_memory=max_host_memory,
+        max_device_memory=max_device_memory,
+        keep_cached=keep_cached,
+        progress=progress,
+    )

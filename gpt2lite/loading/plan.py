@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -12,26 +13,35 @@ from gpt2lite.checkpoint import Manifest, TensorSpan
 from gpt2lite.dialects import Placement, Reading
 from gpt2lite.errors import CheckpointError, UsageError
 from gpt2lite.loading.skeleton import build_on_meta, saved_tensors, tied_names
-from gpt2lite.memory import resolve_device
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 MAX_LISTED = 20
+RINGS = tuple(1 << power for power in range(26, 19, -1))  # bytes of the staging ring, 64 MiB down to 1 MiB
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One tensor of the module: all names that share it, where its values lie, what it will be."""
+    """One tensor of the module: all names that share it, where its values lie, what it will be.
+
+    `built` is the dtype that the module's own constructor gives it.
+    """
 
     names: tuple[str, ...]
     placement: Placement
     span: TensorSpan
     shape: tuple[int, ...]
     dtype: torch.dtype
+    built: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
         """Bytes on the device once loaded."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return self.numel * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,7 @@ class LoadPlan:
     device: torch.device
     ring_bytes: int
     progress: Progress
+    keep_cached: bool
 
     @property
     def spans(self) -> dict[str, TensorSpan]:
@@ -103,28 +114,28 @@ def _check(reading: Reading, groups: list[tuple[tuple[str, ...], Tensor]], hint:
 def make_plan(
     reading: Reading,
     build: Callable[[], nn.Module],
-    device: str | torch.device,
+    device: torch.device,
     *,
-    dtype: torch.dtype | None,
-    ring_bytes: int,
-    progress: Progress | None,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+    keep_cached: bool = True,
     hint: Callable[[], str] = str,
 ) -> LoadPlan:
     """Match a checkpoint with the module that `build` makes; nothing but the skeleton on meta is allocated.
 
-    Raises CheckpointError that lists every missing, unexpected and misshapen tensor at once, after what
-    `hint()` says of the whole; UsageError for a device that is not there or a dtype that holds no weights.
+    `device` need not be there to plan for it. Raises CheckpointError that lists every missing, unexpected and
+    misshapen tensor at once, after what `hint()` says of the whole; UsageError for a dtype that holds no
+    weights.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UsageError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}")
-    resolved = resolve_device(device)
     skeleton = build_on_meta(build)
     groups = tied_names(saved_tensors(skeleton))
     _check(reading, groups, hint)
     first = {span.address: span for span in reversed(list(reading.manifest.tensors.values()))}
     targets = tuple(_target(reading, first, names, tensor, dtype) for names, tensor in groups)
     report = progress or (lambda done, total: None)
-    return LoadPlan(reading.manifest, build, skeleton, targets, resolved, ring_bytes, report)
+    return LoadPlan(reading.manifest, build, skeleton, targets, device, RINGS[0], report, keep_cached)
 
 
 def _target(
@@ -137,4 +148,4 @@ def _target(
     """What fills one tensor; of names that share their bytes in the file, the `first` stands for all."""
     placement = next(reading.placements[name] for name in names if name in reading.placements)
     span = first[reading.manifest.tensors[placement.source].address]
-    return Target(names, placement, span, tuple(tensor.shape), _dtype_of(tensor, span, dtype))
+    return Target(names, placement, span, tuple(tensor.shape), _dtype_of(tensor, span, dtype), tensor.dtype)

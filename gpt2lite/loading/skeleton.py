@@ -141,6 +141,13 @@ def restore_unsaved_buffers(module: nn.Module, build: Callable[[], nn.Module], d
         replace_tensor(module, names, value.to(device))
 
 
+def unsaved_buffers(module: nn.Module) -> int:
+    """Bytes of the buffers that no checkpoint holds."""
+    saved = saved_tensors(module)
+    unsaved = {name: buffer for name, buffer in _named_tensors(module).items() if name not in saved}
+    return sum(buffer.nbytes for _, buffer in tied_names(unsaved))
+
+
 def _is_lost(value: object) -> bool:
     """Whether a plain attribute is a tensor on meta, or a container of one."""
     if isinstance(value, Tensor):

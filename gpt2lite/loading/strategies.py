@@ -1,25 +1,30 @@
-"""The ways to load: the article's five recipes and `stream`, one function each, in one dict.
+"""The ways to load: the article's five recipes and `stream`, each beside its forecast, in one dict.
 
-Every function takes a `LoadPlan` and returns the filled module. Order and place of every allocation in the
-five are the article's, so that comparing them is honest; the holes are mended (buffers filled, ties kept).
+A strategy takes a `LoadPlan` and returns the filled module; its forecast enters the same allocations, in the
+same order, in a `Ledger`. Order and place of every allocation in the five are the article's, so that
+comparing them is honest; the holes are mended (buffers filled, ties kept).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gpt2lite.checkpoint.reading import map_tensors, read_tensors
+from gpt2lite.checkpoint.reading import map_tensors, read_tensors, sizes_read
 from gpt2lite.errors import UsageError
+from gpt2lite.loading.forecast import MIB, Forecast, Ledger, round_up
 from gpt2lite.loading.plan import LoadPlan, Target
-from gpt2lite.loading.skeleton import replace_tensor, saved_tensors
-from gpt2lite.loading.stream import fill, make_source
+from gpt2lite.loading.skeleton import replace_tensor, saved_tensors, unsaved_buffers
+from gpt2lite.loading.stream import Source, fill, make_source, reads, ring_shape
 
 CPU = torch.device("cpu")
-SMALL_BLOCK = 1 << 20  # what torch's CUDA allocator serves from segments of their own
+
+
+# ---- building the model with its initial values ------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -35,12 +40,39 @@ def _built_for_real(plan: LoadPlan) -> nn.Module:
     return module
 
 
+def _enter_built(plan: LoadPlan, ledger: Ledger) -> None:
+    built = [(target, target.numel * target.built.itemsize) for target in plan.targets]
+    ledger.host.take(sum(nbytes for _, nbytes in built) + unsaved_buffers(plan.skeleton))
+    for target, nbytes in built:
+        if ledger.on_cpu and target.dtype == target.built:
+            continue
+        if not ledger.on_cpu and target.dtype != target.built:  # cast before it is copied over
+            ledger.host.touch(target.nbytes)
+        ledger.device.take(target.nbytes)
+        ledger.host.give(nbytes)
+    ledger.host.give(unsaved_buffers(plan.skeleton))
+    ledger.device.take(unsaved_buffers(plan.skeleton))
+
+
+# ---- allocating it without ---------------------------------------------------------------------------------
+
+
 def _allocated(plan: LoadPlan) -> nn.Module:
     """The skeleton with memory on the device, one by one, tied ones once: `to_empty` without its holes."""
     for target in plan.targets:
         memory = torch.empty(target.shape, dtype=target.dtype, device=plan.device)
         replace_tensor(plan.skeleton, target.names, memory)
     return plan.skeleton
+
+
+def _enter_allocated(plan: LoadPlan, ledger: Ledger) -> None:
+    for target in plan.targets:
+        ledger.device.take(target.nbytes)
+
+
+def _large_bytes(plan: LoadPlan) -> int:
+    """Bytes of all tensors that torch's CUDA allocator does not keep in segments for small ones."""
+    return sum(n for n in (round_up(target.nbytes, 512) for target in plan.targets) if n > MIB)
 
 
 def _reserve_one_segment(plan: LoadPlan) -> None:
@@ -50,11 +82,13 @@ def _reserve_one_segment(plan: LoadPlan) -> None:
     """
     if plan.device.type != "cuda":
         return
-    rounded = (-(-target.nbytes // 512) * 512 for target in plan.targets)
     try:
-        torch.empty(sum(n for n in rounded if n > SMALL_BLOCK), dtype=torch.uint8, device=plan.device)
+        torch.empty(_large_bytes(plan), dtype=torch.uint8, device=plan.device)
     except torch.OutOfMemoryError:  # no such piece is free; tensor by tensor it may still fit
         return
+
+
+# ---- reading and copying -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -72,6 +106,20 @@ def _from(state: Mapping[str, Tensor]) -> Callable[[Target], Tensor]:
     return lambda target: state[target.span.name]
 
 
+def _enter_read(plan: LoadPlan, ledger: Ledger, names: Iterable[str], *, to_device: bool) -> list[int]:
+    """What `read_tensors` allocates: on the host, and from there to the device, one after the other."""
+    if to_device and not ledger.on_cpu:
+        blocks = []
+        for nbytes in sizes_read(plan.manifest, names):
+            ledger.host.touch(nbytes)
+            blocks.append(ledger.device.take(nbytes))
+        return blocks
+    return [ledger.host.take(nbytes) for nbytes in sizes_read(plan.manifest, names)]
+
+
+# ---- the strategies ----------------------------------------------------------------------------------------
+
+
 def baseline(plan: LoadPlan) -> nn.Module:
     """Build, move, `load_state_dict(torch.load(path, map_location=device))`: what everybody writes.
 
@@ -79,6 +127,14 @@ def baseline(plan: LoadPlan) -> nn.Module:
     """
     module = _built_for_real(plan)
     return _copy_all(plan, module, _from(read_tensors(plan.manifest, plan.spans, plan.device)))
+
+
+def _forecast_baseline(plan: LoadPlan) -> Forecast:
+    ledger = Ledger(plan.device)
+    _enter_built(plan, ledger)
+    for block in _enter_read(plan, ledger, plan.spans, to_device=True):
+        ledger.device.give(block)
+    return ledger.balance()
 
 
 def sequential(plan: LoadPlan) -> nn.Module:
@@ -91,6 +147,17 @@ def sequential(plan: LoadPlan) -> nn.Module:
     return _copy_all(plan, module, lambda target: state[target.span.name].to(plan.device))
 
 
+def _forecast_sequential(plan: LoadPlan) -> Forecast:
+    ledger = Ledger(plan.device)
+    _enter_built(plan, ledger)
+    state = _enter_read(plan, ledger, plan.spans, to_device=False)
+    for target in plan.targets if not ledger.on_cpu else ():
+        ledger.device.touch(target.span.nbytes)
+    for block in state:
+        ledger.host.give(block)
+    return ledger.balance()
+
+
 def meta(plan: LoadPlan) -> nn.Module:
     """Build on meta, allocate on the device, load the file onto the device, copy.
 
@@ -99,6 +166,15 @@ def meta(plan: LoadPlan) -> nn.Module:
     """
     module = _allocated(plan)
     return _copy_all(plan, module, _from(read_tensors(plan.manifest, plan.spans, plan.device)))
+
+
+def _forecast_meta(plan: LoadPlan) -> Forecast:
+    ledger = Ledger(plan.device)
+    _enter_allocated(plan, ledger)
+    for block in _enter_read(plan, ledger, plan.spans, to_device=True):
+        ledger.device.give(block)
+    _enter_unsaved_buffers(plan, ledger)
+    return ledger.balance()
 
 
 @torch.no_grad()
@@ -110,25 +186,53 @@ def mmap(plan: LoadPlan) -> nn.Module:
     each tensor is copied over once; device: the model, plus its largest tensor where that is cast or
     transposed.
     """
-    by_span = defaultdict(list)
-    for target in plan.targets:
-        by_span[target.span.name].append(target)
     mapped, done = map_tensors(plan.spans.values()), 0
-    for name, span in plan.spans.items():
-        _assign(plan, mapped.pop(name).to(plan.device), by_span[name])
-        done += span.nbytes
+    for name, targets in _by_span(plan).items():
+        _assign(plan, mapped.pop(name).to(plan.device), targets)
+        done += plan.spans[name].nbytes
         plan.progress(done, sum(span.nbytes for span in plan.spans.values()))
     return plan.skeleton
 
 
+def _by_span(plan: LoadPlan) -> dict[str, list[Target]]:
+    """What each stored tensor fills, in the order in which they lie on disk."""
+    filled = defaultdict(list)
+    for target in plan.targets:
+        filled[target.span.name].append(target)
+    return {name: filled[name] for name in plan.spans}
+
+
 def _assign(plan: LoadPlan, stored: Tensor, targets: list[Target]) -> None:
-    """Put views of one stored tensor in the place of parameters; on CPU zero-copy where nothing is cast."""
+    """Put one stored tensor in the place of parameters: views of it where they can be, else copies."""
     for i, target in enumerate(targets):
-        view = target.placement.of(stored)
-        is_zero_copy = plan.device == CPU and target.dtype == stored.dtype
-        value = view if is_zero_copy else view.to(target.dtype).contiguous()
-        untied = i > 0 and target.placement.parts == 1  # the file ties what the module does not
-        replace_tensor(plan.skeleton, target.names, value.clone() if untied else value)
+        value = target.placement.of(stored)
+        if not _is_view(plan, target, again=i > 0):
+            value = torch.empty(target.shape, dtype=target.dtype, device=plan.device).copy_(value)
+        replace_tensor(plan.skeleton, target.names, value)
+
+
+def _is_view(plan: LoadPlan, target: Target, *, again: bool) -> bool:
+    """Whether a parameter can stand on its stored tensor; not where the file ties what the module does not."""
+    stays_itself = target.dtype == target.span.dtype and not (again and target.placement.parts == 1)
+    is_straight = target.placement.is_contiguous and target.span.is_contiguous
+    return stays_itself and (plan.device == CPU or is_straight)
+
+
+def _forecast_mmap(plan: LoadPlan) -> Forecast:
+    ledger, stays_mapped = Ledger(plan.device), 0
+    for name, targets in _by_span(plan).items():
+        stored, are_views = plan.spans[name], [_is_view(plan, t, again=i > 0) for i, t in enumerate(targets)]
+        if not ledger.on_cpu or not all(are_views):
+            ledger.mapped.take(stored.extent)
+        if not ledger.on_cpu:
+            block = ledger.device.take(stored.nbytes)
+        for target, is_view in zip(targets, are_views, strict=True):
+            ledger.device.take(0 if is_view else target.nbytes)
+        if not ledger.on_cpu and not any(are_views):
+            ledger.device.give(block)
+        stays_mapped += stored.extent if ledger.on_cpu and any(are_views) else 0
+    _enter_unsaved_buffers(plan, ledger)
+    return ledger.balance(stays_mapped=stays_mapped)
 
 
 def per_tensor(plan: LoadPlan) -> nn.Module:
@@ -137,6 +241,15 @@ def per_tensor(plan: LoadPlan) -> nn.Module:
     Device: the model and its largest tensor. Host: the largest tensor. Needs a folder that
     `gpt2lite.save_per_tensor` wrote; raises UsageError for a single file.
     """
+    _require_folder(plan)
+
+    def load_one(target: Target) -> Tensor:
+        return read_tensors(plan.manifest, [target.span.name], CPU)[target.span.name].to(plan.device)
+
+    return _copy_all(plan, _allocated(plan), load_one)
+
+
+def _require_folder(plan: LoadPlan) -> None:
     if plan.manifest.format != "tensor_folder":
         raise UsageError(
             f'{plan.manifest.path} is one file, strategy="per_tensor" reads a folder with a file a tensor. '
@@ -144,10 +257,22 @@ def per_tensor(plan: LoadPlan) -> nn.Module:
             "other file."
         )
 
-    def load_one(target: Target) -> Tensor:
-        return read_tensors(plan.manifest, [target.span.name], CPU)[target.span.name].to(plan.device)
 
-    return _copy_all(plan, _allocated(plan), load_one)
+def _forecast_per_tensor(plan: LoadPlan) -> Forecast:
+    _require_folder(plan)
+    ledger = Ledger(plan.device)
+    if not ledger.on_cpu:
+        _enter_allocated(plan, ledger)
+    for target in plan.targets:
+        loaded = _enter_read(plan, ledger, [target.span.name], to_device=False)
+        if ledger.on_cpu:
+            ledger.host.take(target.nbytes)
+        else:
+            ledger.device.touch(target.span.nbytes)
+        for block in loaded:
+            ledger.host.give(block)
+    _enter_unsaved_buffers(plan, ledger)
+    return ledger.balance()
 
 
 def stream(plan: LoadPlan) -> nn.Module:
@@ -158,20 +283,62 @@ def stream(plan: LoadPlan) -> nn.Module:
     """
     _reserve_one_segment(plan)
     module = _allocated(plan)
-    tensors, filled = saved_tensors(module), defaultdict(list)
-    for target in plan.targets:
-        filled[target.span.name].append((target, tensors[target.names[0]]))
-    sources = [make_source(span, filled[name]) for name, span in plan.spans.items()]
-    fill(sources, plan.device, plan.ring_bytes, plan.progress)
+    sources = _sources(plan, saved_tensors(module))
+    fill(sources, plan.device, plan.ring_bytes, plan.progress, keep_cached=plan.keep_cached)
     return module
 
 
-STRATEGIES: dict[str, Callable[[LoadPlan], nn.Module]] = {
-    "baseline": baseline,
-    "sequential": sequential,
-    "meta": meta,
-    "mmap": mmap,
-    "per_tensor": per_tensor,
-    "stream": stream,
+def _sources(plan: LoadPlan, tensors: Mapping[str, Tensor]) -> list[Source]:
+    return [
+        make_source(plan.spans[name], [(target, tensors[target.names[0]]) for target in targets])
+        for name, targets in _by_span(plan).items()
+    ]
+
+
+def _forecast_stream(plan: LoadPlan) -> Forecast:
+    ledger = Ledger(plan.device)
+    if plan.device.type == "cuda":
+        ledger.device.touch(_large_bytes(plan))
+    _enter_allocated(plan, ledger)
+    on_meta = {t.names[0]: torch.empty(t.shape, dtype=t.dtype, device="meta") for t in plan.targets}
+    _, chunks = reads(_sources(plan, on_meta), plan.device, plan.ring_bytes)
+    slots, slot_bytes = ring_shape(chunks, plan.ring_bytes)
+    if plan.device.type == "cuda":
+        ledger.device.touch(slot_bytes)
+        ledger.host.take(power_of_two(slots * slot_bytes))  # page-locked memory comes so, and stays cached
+    else:  # a slot is written to as far as the largest of its chunks, which take turns
+        turns = (chunks[slot::slots] for slot in range(slots))
+        ledger.host.touch(sum(max(chunk.nbytes for chunk in turn) for turn in turns))
+    _enter_unsaved_buffers(plan, ledger)
+    return ledger.balance()
+
+
+def _enter_unsaved_buffers(plan: LoadPlan, ledger: Ledger) -> None:
+    """What `restore_unsaved_buffers` adds: it builds the module again, then moves what it needs."""
+    nbytes = unsaved_buffers(plan.skeleton)
+    if nbytes:
+        ledger.host.touch(nbytes)
+        ledger.device.take(nbytes)
+
+
+def power_of_two(nbytes: int) -> int:
+    """The next power of two."""
+    return 1 << (nbytes - 1).bit_length() if nbytes else 0
+
+
+class Strategy(NamedTuple):
+    """A way to load, and what it will cost."""
+
+    load: Callable[[LoadPlan], nn.Module]
+    forecast: Callable[[LoadPlan], Forecast]
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "baseline": Strategy(baseline, _forecast_baseline),
+    "sequential": Strategy(sequential, _forecast_sequential),
+    "meta": Strategy(meta, _forecast_meta),
+    "mmap": Strategy(mmap, _forecast_mmap),
+    "per_tensor": Strategy(per_tensor, _forecast_per_tensor),
+    "stream": Strategy(stream, _forecast_stream),
 }
-AUTO = "stream"
+AUTO = ("stream", "mmap")  # the fastest first, and copying before mapping

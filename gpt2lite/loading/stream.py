@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 
 import torch
@@ -25,7 +25,6 @@ from gpt2lite.checkpoint.reading import as_strided, memory_of, read_bytes_into
 from gpt2lite.loading.plan import Progress, Target
 
 SLOTS = 4
-DEFAULT_RING_BYTES = 64 << 20
 MAX_GAP = 4096  # between two tensors that one read takes together: a zip header, some padding
 MAX_ITEM_BYTES = 16  # complex128; slots begin at multiples of it, so that bytes can be viewed as any dtype
 READER_THREADS = min(4, os.cpu_count() or 1)
@@ -191,25 +190,24 @@ def values_of(piece: Piece, flat: Tensor) -> Tensor:
 
 
 def _is_direct(source: Source) -> bool:
-    """Whether disk and parameter hold the same bytes in the same order, so that no buffer is needed."""
+    """Whether disk and parameter hold the same bytes in the same order, so that a CPU needs no buffer."""
     return (
         len(source.destinations) == 1
         and source.is_row_major
         and source.destinations[0].tensor.shape == source.shape
         and source.destinations[0].tensor.is_contiguous()
         and source.destinations[0].tensor.dtype == source.span.dtype
-        and source.destinations[0].tensor.device.type == "cpu"
     )
 
 
-def _read_direct(piece: Piece) -> int:
+def _read_direct(piece: Piece, keep_cached: bool) -> int:
     rows = piece.source.destinations[0].tensor[piece.prefix][piece.start : piece.stop]
-    read_bytes_into(memory_of(rows), piece.source.span.path, piece.offset)
+    read_bytes_into(memory_of(rows), piece.source.span.path, piece.offset, keep_cached=keep_cached)
     return piece.nbytes
 
 
-def _read_chunk(chunk: Chunk, slot: Tensor) -> int:
-    read_bytes_into(memory_of(slot)[: chunk.nbytes], chunk.path, chunk.offset)
+def _read_chunk(chunk: Chunk, slot: Tensor, keep_cached: bool) -> int:
+    read_bytes_into(memory_of(slot)[: chunk.nbytes], chunk.path, chunk.offset, keep_cached=keep_cached)
     return chunk.nbytes
 
 
@@ -259,43 +257,64 @@ def allocate_ring(nbytes: int, *, pinned: bool) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
 
-def _deliver_all(chunks: list[Chunk], ring: Ring, pool: ThreadPoolExecutor) -> Iterator[int]:
+def _deliver_all(
+    chunks: list[Chunk], ring: Ring, pool: ThreadPoolExecutor, keep_cached: bool
+) -> Iterator[int]:
     """Read ahead into every free slot, deliver in order; yields the bytes of each chunk delivered."""
     waiting, ahead = deque(chunks), deque[tuple[Chunk, Tensor, Future[int]]]()
     while waiting or ahead:
         while waiting and ring.slots:
             chunk, slot = waiting.popleft(), ring.take()
-            ahead.append((chunk, slot, pool.submit(_read_chunk, chunk, slot)))
+            ahead.append((chunk, slot, pool.submit(_read_chunk, chunk, slot, keep_cached)))
         chunk, slot, reading = ahead.popleft()
         reading.result()
         ring.deliver(chunk, slot)
         yield chunk.nbytes
 
 
-def _ring_for(chunks: list[Chunk], ring_bytes: int, device: torch.device) -> Ring:
-    """No more and no larger slots than the chunks need; one for a chunk that is larger than the ring."""
-    largest = max(chunk.nbytes for chunk in chunks)
+def ring_shape(chunks: list[Chunk], ring_bytes: int) -> tuple[int, int]:
+    """(slots, bytes of each): no more and no larger than the chunks need; one for a chunk above the ring."""
+    largest = max((chunk.nbytes for chunk in chunks), default=0)
     slot_bytes = -(-largest // MAX_ITEM_BYTES) * MAX_ITEM_BYTES
-    return Ring(max(min(SLOTS, len(chunks), ring_bytes // slot_bytes), 1), slot_bytes, device)
+    return (max(min(SLOTS, len(chunks), ring_bytes // slot_bytes), 1), slot_bytes) if chunks else (0, 0)
 
 
-def fill(sources: list[Source], device: torch.device, ring_bytes: int, progress: Progress) -> None:
+def reads(sources: list[Source], device: torch.device, ring_bytes: int) -> tuple[list[Piece], list[Chunk]]:
+    """What is read straight into its parameter, and what goes through the ring."""
+    slot_bytes = max(ring_bytes // SLOTS // MAX_ITEM_BYTES, 1) * MAX_ITEM_BYTES
+    in_place = [device.type == "cpu" and _is_direct(source) for source in sources]
+    direct = [
+        p for source, yes in zip(sources, in_place, strict=True) if yes for p in cut(source, slot_bytes)
+    ]
+    staged = (
+        p for source, yes in zip(sources, in_place, strict=True) if not yes for p in cut(source, slot_bytes)
+    )
+    return direct, list(joined(staged, slot_bytes))
+
+
+def fill(
+    sources: list[Source],
+    device: torch.device,
+    ring_bytes: int,
+    progress: Progress,
+    *,
+    keep_cached: bool = True,
+) -> None:
     """Read every source into its parameters.
 
     Host memory: the ring, `ring_bytes` at most, or nothing where everything is read in place; more only for a
     tensor that no order of its dimensions makes contiguous, which is read whole. CUDA memory: a quarter of
     the ring. Raises CheckpointError where a file ends early; the error of a reader is raised as it is.
     """
-    slot_bytes = max(ring_bytes // SLOTS // MAX_ITEM_BYTES, 1) * MAX_ITEM_BYTES
-    direct = [piece for source in sources if _is_direct(source) for piece in cut(source, slot_bytes)]
-    staged = [source for source in sources if not _is_direct(source)]
-    chunks = list(joined((piece for source in staged for piece in cut(source, slot_bytes)), slot_bytes))
+    direct, chunks = reads(sources, device, ring_bytes)
     total = sum(piece.nbytes for piece in direct) + sum(chunk.nbytes for chunk in chunks)
     pool = ThreadPoolExecutor(READER_THREADS, thread_name_prefix="gpt2lite-reader")
     done = 0
     try:
-        staged_reads = _deliver_all(chunks, _ring_for(chunks, ring_bytes, device), pool) if chunks else ()
-        for nbytes in chain(pool.map(_read_direct, direct), staged_reads):
+        read_directly = pool.map(_read_direct, direct, repeat(keep_cached))
+        ring = Ring(*ring_shape(chunks, ring_bytes), device) if chunks else None
+        staged = _deliver_all(chunks, ring, pool, keep_cached) if ring else ()
+        for nbytes in chain(read_directly, staged):
             done += nbytes
             progress(done, total)
     finally:

@@ -1,0 +1,219 @@
+"""Forecast against measurement: every strategy × format × dialect × stored dtype × cast, a fresh process each.
+
+    python benchmarks/forecast_accuracy.py --size gpt2 --json benchmarks/results/forecast-cpu-gpt2.json
+
+The weights are zeros in the layouts that the dialects' own writers leave (a forecast reads no values). For
+each case a process that has only imported is forked (before torch has started threads, which a fork loses);
+it loads something tiny first, then measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt2lite import GPTConfig, GPTModel, UsageError, clean_up, forecast, track_memory
+from gpt2lite.cli.env import environment
+from gpt2lite.cli.terminal import steps_bar, table
+from gpt2lite.config import OFFICIAL_SIZES
+from gpt2lite.dialects import DIALECTS
+from gpt2lite.loading import STRATEGIES
+
+MIB = 1 << 20
+SIZES = {"tiny": GPTConfig(64, 16, 16, 2, 2), "small": GPTConfig(8000, 512, 512, 8, 4)} | {
+    name: GPTConfig.named(name) for name in OFFICIAL_SIZES
+}
+FORMATS = ("pth", "pth with optimizer", "safetensors", "folder")
+STORED = ("float32", "float16")
+CASTS = (None, "bfloat16", "float32")
+
+
+def layout(dialect: str, config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a dialect's state dict, masks included; its head is left out where it is tied."""
+    with torch.device("meta"):
+        ours = {name: tuple(tensor.shape) for name, tensor in GPTModel(config).state_dict().items()}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for theirs, mine, placement in DIALECTS[dialect].rows:
+        for i in range(config.n_layers):
+            name, shape = theirs.format(i=i), ours[mine.format(i=i)]
+            if mine == "out_head.weight" and config.tied_head:
+                continue
+            stored = list(reversed(shape) if placement.transposed else shape)
+            stored[placement.axis] *= placement.parts
+            shapes[name] = tuple(stored)
+    for suffix in DIALECTS[dialect].masks[:1]:
+        block = DIALECTS[dialect].marker.rsplit(".", 3)[0].replace("0", "{i}")
+        for i in range(config.n_layers):
+            shapes[f"{block.format(i=i)}{suffix}"] = (config.context_length, config.context_length)
+    return shapes
+
+
+def write(dialect: str, format: str, dtype: torch.dtype, config: GPTConfig, folder: Path) -> str:
+    """The path of a checkpoint of zeros in `folder`."""
+    folder.mkdir(exist_ok=True)
+    state = {name: torch.zeros(shape, dtype=dtype) for name, shape in layout(dialect, config).items()}
+    path = folder / f"{dialect}.pth"
+    if format == "pth":
+        torch.save(state, path)
+    elif format == "pth with optimizer":
+        moments = {i: {"exp_avg": torch.zeros_like(tensor)} for i, tensor in enumerate(state.values())}
+        torch.save({"model_state_dict": state, "optimizer_state_dict": {"state": moments}}, path)
+    elif format == "safetensors":
+        from safetensors.torch import save_file
+
+        save_file(state, path := path.with_suffix(".safetensors"))
+    else:
+        (path := folder / dialect).mkdir()
+        for name, tensor in state.items():
+            torch.save(tensor, path / f"{name}.pt")
+    return str(path)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One load: what was foretold and what was measured, in bytes."""
+
+    dialect: str
+    format: str
+    stored: str
+    cast: str | None
+    strategy: str
+    foretold_host: int
+    measured_host: int
+    foretold_file: int
+    measured_file: int
+    foretold_device: int
+    measured_device: int
+    stays_host: int
+    stays_device: int
+
+    @property
+    def host_error(self) -> int:
+        """Foretold − measured anonymous host memory."""
+        return self.foretold_host - self.measured_host
+
+    @property
+    def is_within(self) -> bool:
+        """3 % or 24 MiB of host memory, anonymous and mapped, 1 % of device memory."""
+        host = abs(self.host_error) <= max(24 * MIB, 0.03 * self.measured_host)
+        file = abs(self.foretold_file - self.measured_file) <= max(24 * MIB, 0.03 * self.measured_file)
+        device = abs(self.foretold_device - self.measured_device) <= 0.01 * self.measured_device
+        return host and file and device
+
+
+def measure(
+    path: str, tiny: str, device: str, strategy: str, cast: str | None, config: GPTConfig
+) -> dict[str, int]:
+    """In the forked process: warm up with something tiny of the same kind, foretell, load, compare."""
+    dtype = getattr(torch, cast) if cast else None
+    GPTModel.from_checkpoint(tiny, device, strategy, config=SIZES["tiny"], dtype=dtype)
+    foretold = forecast(path, device, config=config, dtype=dtype)[strategy]
+    clean_up(device)
+    with track_memory(device) as memory:
+        model = GPTModel.from_checkpoint(path, device, strategy, config=config, dtype=dtype)
+    del model
+    return {
+        "foretold_host": foretold.peak_host_anonymous,
+        "measured_host": memory.peak_host_anonymous,
+        "foretold_file": foretold.peak_host_reclaimable,
+        "measured_file": memory.peak_host_reclaimable,
+        "foretold_device": foretold.peak_device,
+        "measured_device": memory.peak_device,
+        "stays_host": foretold.stays_host,
+        "stays_device": foretold.stays_device,
+    }
+
+
+def in_fork(function: Callable[..., Any], *arguments: object) -> Any:
+    """What `function` returns in a process of its own; its error, if it has one, as ours."""
+    read, write_end = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            answer = json.dumps({"result": function(*arguments)})
+        except BaseException:
+            answer = json.dumps({"error": traceback.format_exc()})
+        os.write(write_end, answer.encode())
+        os._exit(0)
+    os.close(write_end)
+    with os.fdopen(read) as pipe:
+        answer = pipe.read()
+    os.waitpid(child, 0)
+    found = json.loads(answer or '{"error": "killed"}')
+    if "error" in found:
+        raise RuntimeError(f"{arguments}: {found['error']}")
+    return found["result"]
+
+
+def is_new(stored: str, cast: str | None) -> bool:
+    """Whether this cast is one: to what is stored already is none."""
+    return cast != stored
+
+
+def cases(config: GPTConfig, device: str, strategies: list[str], folder: Path) -> Iterator[Case]:
+    """Measure every combination; a strategy that cannot read a format is left out."""
+    for dialect, format, stored in itertools.product(DIALECTS, FORMATS, STORED):
+        with tempfile.TemporaryDirectory(dir=folder) as name:
+            dtype, small = getattr(torch, stored), Path(name) / "tiny"
+            path = in_fork(write, dialect, format, dtype, config, Path(name))
+            tiny = in_fork(write, dialect, format, dtype, SIZES["tiny"], small)
+            for cast, strategy in itertools.product(filter(lambda c: is_new(stored, c), CASTS), strategies):
+                if strategy == "per_tensor" and format != "folder":
+                    continue
+                found = in_fork(measure, path, tiny, device, strategy, cast, config)
+                yield Case(dialect, format, stored, cast, strategy, **found)
+
+
+def main() -> int:
+    """Measure, print the worst of each strategy, keep all; 1 if one forecast is off."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), metavar="NAME")
+    parser.add_argument("--untied", action="store_true", help="a head of its own, as the article's model has")
+    parser.add_argument("--json", type=Path, metavar="FILE.json")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    args = parser.parse_args()
+    if unknown := [name for name in args.strategies if name not in STRATEGIES]:
+        raise UsageError(f"no strategy is called {unknown}")
+    config = GPTConfig.of(SIZES[args.size].as_dict() | {"tied_head": not args.untied})
+    found = []
+    with steps_bar([], "measuring") as bar:
+        for case in cases(config, args.device, args.strategies, args.folder):
+            found.append(case)
+            bar.update()
+    rows = [("strategy", "cases", "worst host error", "worst device error", "within")]
+    for strategy in args.strategies:
+        of_it = [case for case in found if case.strategy == strategy]
+        host = max((case.host_error for case in of_it), key=abs, default=0)
+        device = max((c.foretold_device - c.measured_device for c in of_it), key=abs, default=0)
+        good = sum(case.is_within for case in of_it)
+        rows.append(
+            (strategy, str(len(of_it)), f"{host / MIB:+.1f} MiB", f"{device / MIB:+.1f} MiB", str(good))
+        )
+    print(table(*rows))
+    for case in found:
+        if not case.is_within:
+            print("off:", case)
+    if args.json:
+        record = {"size": args.size, "device": args.device, "environment": environment()}
+        content = record | {"cases": [asdict(case) for case in found]}
+        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return 0 if found and all(case.is_within for case in found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

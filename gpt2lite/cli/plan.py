@@ -1,0 +1,113 @@
+"""`gpt2lite plan`: what a load will cost, before it begins."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from gpt2lite.cli.terminal import (
+    EMBEDDED,
+    add_cap_arguments,
+    add_dtype_argument,
+    add_heads_argument,
+    as_json,
+    config_of,
+    dtype_of,
+    facts,
+    table,
+)
+from gpt2lite.errors import InsufficientMemoryError, UsageError
+from gpt2lite.loading import STRATEGIES, LoadPlan, Verdict, choose, helps, judge
+from gpt2lite.memory import Budget, find_budget, human, name_device
+from gpt2lite.model import plan_load
+
+HEADER = ("strategy", "device", "host anon", "host file", "stays", "mapped", "fits")
+LEGEND = """\
+Bytes that loading adds. device, host anon, host file: at the peak; anon cannot be
+reclaimed, file is what is read through a mapping. stays: once it is loaded. mapped:
+of the file, which the model then stands on and the system can take back. fits: into
+what can be had, which is what is available less 3 % (device 1 %), or a cap."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument(
+        "path", type=Path, nargs="?", default=EMBEDDED, help="a checkpoint (default: the embedded model)"
+    )
+    parser.add_argument(
+        "--device", default="cpu", help="cpu, cuda, cuda:1 …; need not be there (default: cpu)"
+    )
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    add_heads_argument(parser)
+    add_dtype_argument(parser)
+    add_cap_arguments(parser)
+
+
+def _judge_all(plan: LoadPlan, budget: Budget) -> dict[str, Verdict | str]:
+    """A verdict for each strategy, or why it cannot read this checkpoint."""
+    found: dict[str, Verdict | str] = {}
+    for name in STRATEGIES:
+        try:
+            found[name] = judge(plan, name, budget)
+        except UsageError as error:
+            found[name] = str(error)
+    return found
+
+
+def _size(nbytes: int) -> str:
+    return human(nbytes) if nbytes else "–"
+
+
+def _row(name: str, verdict: Verdict | str) -> list[str]:
+    if isinstance(verdict, str):
+        return [name, *["–"] * (len(HEADER) - 2), "not this file"]
+    forecast = verdict.forecast
+    peaks = (forecast.peak_device, forecast.peak_host_anonymous, forecast.peak_host_reclaimable)
+    stays = forecast.stays_device + forecast.stays_host
+    fits = f"no: {' and '.join(verdict.lacking)}" if verdict.lacking else "yes"
+    return [name, *map(_size, (*peaks, stays, forecast.stays_mapped)), fits]
+
+
+def _as_dict(name: str, verdict: Verdict | str) -> dict[str, Any]:
+    if isinstance(verdict, str):
+        return {"strategy": name, "forecast": None, "fits": False, "why": verdict}
+    forecast, lacking = asdict(verdict.forecast), verdict.lacking
+    return {"strategy": name, "forecast": forecast, "fits": not lacking, "lacking": lacking}
+
+
+def _print(plan: LoadPlan, budget: Budget, verdicts: dict[str, Verdict | str], auto: str) -> None:
+    print(f"{plan.manifest.path}: {human(plan.model_bytes)} of parameters to {plan.device}\n")
+    print(table(HEADER, *(_row(name, verdict) for name, verdict in verdicts.items())))
+    print(f"\n{LEGEND}\n")
+    on_device = [("device", budget.device.said)] if plan.device.type != "cpu" else []
+    swap = [("swap", f"{human(budget.swap)}, not counted")] if budget.swap else []
+    would_fit = [("would fit", change) for change in helps(plan, "auto", budget)] if not auto else []
+    print(
+        facts([("host", budget.host.said), *swap, *on_device, ("auto", auto or "nothing fits"), *would_fit])
+    )
+
+
+def _auto(plan: LoadPlan, budget: Budget) -> str:
+    """What auto takes, "" where nothing fits."""
+    try:
+        return choose(plan, "auto", budget)[0]
+    except InsufficientMemoryError:
+        return ""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print forecasts, what there is, what fits; 1 if auto would take nothing."""
+    device = name_device(args.device)
+    budget = find_budget(device, args.max_host_memory, args.max_device_memory)
+    plan = plan_load(args.path, device, config=config_of(args), dtype=dtype_of(args))
+    verdicts = _judge_all(plan, budget)
+    auto = _auto(plan, budget)
+    if args.json:
+        rows = [_as_dict(name, verdict) for name, verdict in verdicts.items()]
+        content = {"path": str(plan.manifest.path), "device": str(device), "budget": asdict(budget)}
+        print(as_json(content | {"strategies": rows, "auto": auto or None}))
+    else:
+        _print(plan, budget, verdicts, auto)
+    return 0 if auto else 1

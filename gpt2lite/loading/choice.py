@@ -1,0 +1,106 @@
+"""Which strategy a load takes: the fastest whose forecast fits, or one error that says what would help."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import torch
+
+from gpt2lite.errors import InsufficientMemoryError, UsageError
+from gpt2lite.loading.forecast import Forecast
+from gpt2lite.loading.plan import RINGS, LoadPlan
+from gpt2lite.loading.strategies import AUTO, CPU, STRATEGIES
+from gpt2lite.memory import Budget, human
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a strategy would take, with the largest ring that fits, and which memory is too small for it.
+
+    `lacking` says how many bytes of "host" and "device" would be needed; it is empty where the load fits.
+    """
+
+    plan: LoadPlan
+    forecast: Forecast
+    lacking: Mapping[str, int]
+
+
+def forecasts(plan: LoadPlan) -> dict[str, Forecast]:
+    """What each strategy that can read this checkpoint would take. Milliseconds; allocates nothing."""
+    found = {}
+    for name, strategy in STRATEGIES.items():
+        with suppress(UsageError):
+            found[name] = strategy.forecast(plan)
+    return found
+
+
+def _lacking(forecast: Forecast, budget: Budget) -> dict[str, int]:
+    needed = {"device": forecast.peak_device, "host": forecast.peak_host_anonymous}
+    return {place: nbytes for place, nbytes in needed.items() if not budget.of(place).admits(nbytes)}
+
+
+def judge(plan: LoadPlan, name: str, budget: Budget) -> Verdict:
+    """Whether a strategy fits, its ring made as small as needed. Raises UsageError where it cannot run."""
+    for ring_bytes in RINGS:
+        smaller = replace(plan, ring_bytes=ring_bytes)
+        forecast = STRATEGIES[name].forecast(smaller)
+        verdict = Verdict(smaller, forecast, _lacking(forecast, budget))
+        if not verdict.lacking:
+            break
+    return verdict
+
+
+def choose(plan: LoadPlan, strategy: str, budget: Budget) -> tuple[str, LoadPlan]:
+    """The strategy to take and the plan for it.
+
+    "auto" is the first of AUTO that fits; a strategy that was named may count on swap. Raises UsageError for
+    an unknown one, InsufficientMemoryError, before anything is allocated, where nothing fits.
+    """
+    if strategy != "auto" and strategy not in STRATEGIES:
+        raise UsageError(f"no strategy is called {strategy!r}; there are auto, {', '.join(STRATEGIES)}")
+    if strategy != "auto":
+        budget = budget.with_swap()
+    verdicts = {name: judge(plan, name, budget) for name in (AUTO if strategy == "auto" else (strategy,))}
+    for name, verdict in verdicts.items():
+        if not verdict.lacking:
+            return name, verdict.plan
+    raise InsufficientMemoryError("\n  ".join(_refusal(plan, strategy, budget, verdicts)))
+
+
+def _refusal(plan: LoadPlan, strategy: str, budget: Budget, verdicts: Mapping[str, Verdict]) -> Iterator[str]:
+    """What was wanted, what there is, and what would help, a line each."""
+    named = "" if strategy == "auto" else f' with strategy="{strategy}"'
+    yield f"{plan.manifest.path}: will not fit in memory on {plan.device}{named}; nothing was allocated"
+    for name, verdict in verdicts.items():
+        needs = (f"{human(nbytes)} of {place} memory" for place, nbytes in verdict.lacking.items())
+        yield f"{name} would take {' and '.join(needs)}"
+    for place in dict.fromkeys(place for verdict in verdicts.values() for place in verdict.lacking):
+        yield f"{place} memory that can be had: {budget.of(place).said}"
+    if budget.swap:
+        yield f"swap: {human(budget.swap)}, not counted"
+    for change in helps(plan, strategy, budget):
+        yield f"would fit: {change}"
+
+
+def helps(plan: LoadPlan, strategy: str, budget: Budget) -> Iterator[str]:
+    """The nearest changes of the arguments with which a load would fit that does not as it is."""
+    half = replace(plan, targets=tuple(replace(t, dtype=_halved(t.dtype)) for t in plan.targets))
+    changes = {
+        (): plan,
+        ("dtype=torch.bfloat16",): half,
+        ('device="cpu"',): replace(plan, device=CPU),
+        ('device="cpu"', "dtype=torch.bfloat16"): replace(half, device=CPU),
+    }
+    enough: list[set[str]] = []
+    for change, changed in changes.items():
+        is_none = changed == plan and (change or strategy == "auto")
+        fitting = (name for name in AUTO if not judge(changed, name, budget).lacking)
+        if not is_none and not any(set(change) > less for less in enough) and (name := next(fitting, None)):
+            enough.append(set(change))
+            yield ", ".join([*change, f'strategy="{name}"'])
+
+
+def _halved(dtype: torch.dtype) -> torch.dtype:
+    return torch.bfloat16 if dtype.is_floating_point and dtype.itemsize > 2 else dtype

@@ -1,0 +1,109 @@
+"""What a load will take, counted without allocating: `Ledger` in which a strategy's forecast keeps its books.
+
+A forecast repeats its strategy's allocations, in the same order, as entries. Host memory counts once it is
+written to, device memory once it is allocated, as `track_memory` sees them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+
+import torch
+
+KIB, MIB = 1 << 10, 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Bytes that a load will add: at its peak, as `MemoryUse` means them, and once it is done.
+
+    `peak_host_reclaimable` is what the load itself reads through a mapping; `stays_mapped` is how much of the
+    files the loaded module goes on standing on, which the system can take back at any time.
+    """
+
+    peak_device: int
+    peak_host_anonymous: int
+    peak_host_reclaimable: int
+    stays_device: int
+    stays_host: int
+    stays_mapped: int
+
+
+class Pool:
+    """Memory of which every byte that is taken counts."""
+
+    def __init__(self) -> None:
+        self.used = self.peak = 0
+
+    def take(self, nbytes: int) -> int:
+        """Take memory; returns what `give` wants back."""
+        self.used += nbytes
+        self.peak = max(self.peak, self.used)
+        return nbytes
+
+    def give(self, block: int) -> None:
+        """Give back what `take` returned."""
+        self.used -= block
+
+    def touch(self, nbytes: int) -> None:
+        """Take memory and give it back at once."""
+        self.give(self.take(nbytes))
+
+
+class CudaPool(Pool):
+    """Device memory as `torch.cuda.max_memory_allocated` counts it: in blocks of torch's caching allocator.
+
+    Blocks are multiples of 512 bytes. A block above 1 MiB is cut from the smallest free one that holds it, or
+    from a new segment (20 MiB, or from 10 MiB on the next multiple of 2 MiB); a rest of up to 1 MiB is not
+    cut off and counts. Source: c10/cuda/CUDACachingAllocator.cpp.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.free: list[int] = []  # ascending
+
+    def take(self, nbytes: int) -> int:
+        """Take a block of at least `nbytes`."""
+        size = round_up(nbytes, 512)
+        if size <= MIB:
+            return super().take(size)
+        at = bisect_left(self.free, size)
+        segment = 20 * MIB if size < 10 * MIB else round_up(size, 2 * MIB)
+        block = self.free.pop(at) if at < len(self.free) else segment
+        if block - size > MIB:
+            insort(self.free, block - size)
+            block = size
+        return super().take(block)
+
+    def give(self, block: int) -> None:
+        """Give a block back; it can be taken again."""
+        if block > MIB:
+            insort(self.free, block)
+        super().give(block)
+
+
+class Ledger:
+    """The books of one load. On the CPU, `device` is `host`: there is one memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.host = Pool()
+        self.mapped = Pool()
+        self.on_cpu = device.type == "cpu"
+        self.device = self.host if self.on_cpu else CudaPool() if device.type == "cuda" else Pool()
+
+    def balance(self, *, stays_mapped: int = 0) -> Forecast:
+        """What has been counted so far."""
+        return Forecast(
+            peak_device=0 if self.on_cpu else self.device.peak,
+            peak_host_anonymous=self.host.peak,
+            peak_host_reclaimable=self.mapped.peak,
+            stays_device=0 if self.on_cpu else self.device.used,
+            stays_host=self.host.used,
+            stays_mapped=stays_mapped,
+        )
+
+
+def round_up(nbytes: int, step: int) -> int:
+    """The next multiple of `step`."""
+    return -(-nbytes // step) * step
