@@ -1,4 +1,4 @@
-"""Forecast against measurement: every strategy × format × dialect × stored dtype × cast, a fresh process each.
+"""Forecast against measurement: strategy × format × dialect × stored dtype × cast, a fresh process each.
 
     python benchmarks/forecast_accuracy.py --size gpt2 --json benchmarks/results/forecast-cpu-gpt2.json
 
@@ -10,6 +10,7 @@ it loads something tiny first, then measures.
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import os
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 
-from gpt2lite import GPTConfig, GPTModel, UsageError, clean_up, forecast, track_memory
+from gpt2lite import GPTConfig, GPTModel, clean_up, forecast, track_memory
 from gpt2lite.cli.env import environment
 from gpt2lite.cli.terminal import steps_bar, table
 from gpt2lite.config import OFFICIAL_SIZES
@@ -35,8 +36,12 @@ SIZES = {"tiny": GPTConfig(64, 16, 16, 2, 2), "small": GPTConfig(8000, 512, 512,
     name: GPTConfig.named(name) for name in OFFICIAL_SIZES
 }
 FORMATS = ("pth", "pth with optimizer", "safetensors", "folder")
-STORED = ("float32", "float16")
-CASTS = (None, "bfloat16", "float32")
+VARIANTS = (
+    ("float32", None),
+    ("float32", "bfloat16"),
+    ("float16", None),
+    ("float16", "float32"),
+)  # stored, cast
 
 
 def layout(dialect: str, config: GPTConfig) -> dict[str, tuple[int, ...]]:
@@ -100,7 +105,7 @@ class Case:
 
     @property
     def host_error(self) -> int:
-        """Foretold − measured anonymous host memory."""
+        """Foretold less measured anonymous host memory."""
         return self.foretold_host - self.measured_host
 
     @property
@@ -156,23 +161,18 @@ def in_fork(function: Callable[..., Any], *arguments: object) -> Any:
     return found["result"]
 
 
-def is_new(stored: str, cast: str | None) -> bool:
-    """Whether this cast is one: to what is stored already is none."""
-    return cast != stored
-
-
-def cases(config: GPTConfig, device: str, strategies: list[str], folder: Path) -> Iterator[Case]:
+def cases(args: argparse.Namespace, config: GPTConfig) -> Iterator[Case]:
     """Measure every combination; a strategy that cannot read a format is left out."""
-    for dialect, format, stored in itertools.product(DIALECTS, FORMATS, STORED):
-        with tempfile.TemporaryDirectory(dir=folder) as name:
-            dtype, small = getattr(torch, stored), Path(name) / "tiny"
+    for dialect, format, stored in itertools.product(args.dialects, args.formats, dict(VARIANTS)):
+        with tempfile.TemporaryDirectory(prefix="gpt2lite-", dir=args.folder) as name:
+            dtype = getattr(torch, stored)
             path = in_fork(write, dialect, format, dtype, config, Path(name))
-            tiny = in_fork(write, dialect, format, dtype, SIZES["tiny"], small)
-            for cast, strategy in itertools.product(filter(lambda c: is_new(stored, c), CASTS), strategies):
-                if strategy == "per_tensor" and format != "folder":
-                    continue
-                found = in_fork(measure, path, tiny, device, strategy, cast, config)
-                yield Case(dialect, format, stored, cast, strategy, **found)
+            tiny = in_fork(write, dialect, format, dtype, SIZES["tiny"], Path(name) / "tiny")
+            casts = (cast for each, cast in VARIANTS if each == stored)
+            for cast, strategy in itertools.product(casts, args.strategies):
+                if strategy != "per_tensor" or format == "folder":
+                    found = in_fork(measure, path, tiny, args.device, strategy, cast, config)
+                    yield Case(dialect, format, stored, cast, strategy, **found)
 
 
 def main() -> int:
@@ -182,17 +182,17 @@ def main() -> int:
     )
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), metavar="NAME")
+    for name, known in (("strategies", STRATEGIES), ("dialects", DIALECTS), ("formats", FORMATS)):
+        parser.add_argument(f"--{name}", nargs="+", default=list(known), choices=list(known), metavar="NAME")
     parser.add_argument("--untied", action="store_true", help="a head of its own, as the article's model has")
     parser.add_argument("--json", type=Path, metavar="FILE.json")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     args = parser.parse_args()
-    if unknown := [name for name in args.strategies if name not in STRATEGIES]:
-        raise UsageError(f"no strategy is called {unknown}")
+    gc.freeze()  # so that a collection in a fork does not copy what it inherited
     config = GPTConfig.of(SIZES[args.size].as_dict() | {"tied_head": not args.untied})
     found = []
     with steps_bar([], "measuring") as bar:
-        for case in cases(config, args.device, args.strategies, args.folder):
+        for case in cases(args, config):
             found.append(case)
             bar.update()
     rows = [("strategy", "cases", "worst host error", "worst device error", "within")]

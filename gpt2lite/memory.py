@@ -59,22 +59,24 @@ class HostMemory:
 
 @dataclass(frozen=True, slots=True)
 class _CgroupFiles:
-    limit: str
+    limits: tuple[str, ...]
     usage: str
     file_backed: tuple[str, str]  # keys of memory.stat: page cache that the kernel takes back under pressure
 
 
 CGROUP_V1 = _CgroupFiles(
-    "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")
+    ("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")
 )
-CGROUP_V2 = _CgroupFiles("memory.max", "memory.current", ("inactive_file", "active_file"))
+CGROUP_V2 = _CgroupFiles(("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file"))
+NO_LIMIT = 1 << 60  # v1 says so with a number near 2**63
+PROC = Path("/proc/self")
 
 
-def _own_cgroups() -> list[tuple[Path, _CgroupFiles]]:
-    """This process's memory cgroups and all that enclose them, innermost first, in both versions."""
+def _own_cgroups(proc: Path) -> list[tuple[Path, _CgroupFiles]]:
+    """A process's memory cgroups and all that enclose them, innermost first, in both versions."""
     try:
-        own = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
-        mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+        own = [line.split(":", 2) for line in (proc / "cgroup").read_text().splitlines()]
+        mounts = [line.split() for line in (proc / "mountinfo").read_text().splitlines()]
     except OSError:
         return []
     found = []
@@ -94,24 +96,27 @@ def _own_cgroups() -> list[tuple[Path, _CgroupFiles]]:
 def _cgroup_available(folder: Path, files: _CgroupFiles) -> int | None:
     """Bytes that a cgroup still grants, its page cache counted as free; None where it sets no limit."""
     try:
-        limit = (folder / files.limit).read_text().strip()
+        said = [(folder / name).read_text().strip() for name in files.limits]
         usage = int((folder / files.usage).read_text())
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return None
-    if limit == "max" or int(limit) >= 1 << 60:
+    limit = min(NO_LIMIT if text == "max" else int(text) for text in said)
+    if limit >= NO_LIMIT:
         return None
-    return max(int(limit) - usage + sum(int(stat.get(key, 0)) for key in files.file_backed), 0)
+    return max(limit - usage + sum(int(stat.get(key, 0)) for key in files.file_backed), 0)
+
+
+def cgroup_grants(proc: Path = PROC) -> list[tuple[int, str]]:
+    """(bytes still granted, "cgroup <folder>") for every limit around a process, at every level."""
+    rests = [(_cgroup_available(folder, files), f"cgroup {folder}") for folder, files in _own_cgroups(proc)]
+    return [(rest, name) for rest, name in rests if rest is not None]
 
 
 def host_memory() -> HostMemory:
     """What this process can really have: the least of physical memory and every enclosing cgroup's rest."""
     physical = psutil.virtual_memory()
-    grants = [(physical.available, "physical memory")]
-    for folder, files in _own_cgroups():
-        available = _cgroup_available(folder, files)
-        if available is not None:
-            grants.append((available, f"cgroup {folder}"))
+    grants = [(physical.available, "physical memory"), *cgroup_grants()]
     available, limited_by = min(grants, key=lambda grant: grant[0])
     swap = psutil.swap_memory().free if (available, limited_by) == grants[0] else 0
     return HostMemory(physical.total, available, limited_by, swap)
@@ -165,7 +170,8 @@ def _limit(kind: str, available: int | None, source: str, cap: int | str | None)
     if available is not None:
         least, share = LEFT_ALONE[kind]
         usable = max(available - max(least, int(available * share)), 0)
-        limits.append(Limit(usable, f"{human(usable)}, of {human(available)} available ({source})"))
+        said = f"{human(usable)}, which is {human(available)} ({source}) less {human(available - usable)}"
+        limits.append(Limit(usable, said))
     if cap is not None:
         limits.append(Limit(parse_size(cap), f"max_{kind}_memory={human(parse_size(cap))}"))
     return min(limits, key=lambda limit: limit.nbytes or 0) if limits else Limit(None, "not known")

@@ -28,7 +28,7 @@ LEGEND = """\
 Bytes that loading adds. device, host anon, host file: at the peak; anon cannot be
 reclaimed, file is what is read through a mapping. stays: once it is loaded. mapped:
 of the file, which the model then stands on and the system can take back. fits: into
-what can be had, which is what is available less 3 % (device 1 %), or a cap."""
+what can be had, or a cap."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

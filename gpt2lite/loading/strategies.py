@@ -7,8 +7,9 @@ comparing them is honest; the holes are mended (buffers filled, ties kept).
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -212,7 +213,7 @@ def _assign(plan: LoadPlan, stored: Tensor, targets: list[Target]) -> None:
 
 
 def _is_view(plan: LoadPlan, target: Target, *, again: bool) -> bool:
-    """Whether a parameter can stand on its stored tensor; not where the file ties what the module does not."""
+    """Whether a parameter can be a view of its stored tensor; not one that the file ties and we do not."""
     stays_itself = target.dtype == target.span.dtype and not (again and target.placement.parts == 1)
     is_straight = target.placement.is_contiguous and target.span.is_contiguous
     return stays_itself and (plan.device == CPU or is_straight)
@@ -220,17 +221,20 @@ def _is_view(plan: LoadPlan, target: Target, *, again: bool) -> bool:
 
 def _forecast_mmap(plan: LoadPlan) -> Forecast:
     ledger, stays_mapped = Ledger(plan.device), 0
+    touched, to_come = Counter[Path](), Counter(span.path for span in plan.spans.values())
     for name, targets in _by_span(plan).items():
         stored, are_views = plan.spans[name], [_is_view(plan, t, again=i > 0) for i, t in enumerate(targets)]
-        if not ledger.on_cpu or not all(are_views):
-            ledger.mapped.take(stored.extent)
-        if not ledger.on_cpu:
-            block = ledger.device.take(stored.nbytes)
+        is_read = not ledger.on_cpu or not all(are_views)
+        touched[stored.path] += ledger.mapped.take(stored.extent if is_read else 0)
+        block = 0 if ledger.on_cpu else ledger.device.take(stored.nbytes)
         for target, is_view in zip(targets, are_views, strict=True):
             ledger.device.take(0 if is_view else target.nbytes)
-        if not ledger.on_cpu and not any(are_views):
+        if not any(are_views):
             ledger.device.give(block)
         stays_mapped += stored.extent if ledger.on_cpu and any(are_views) else 0
+        to_come[stored.path] -= 1
+        if not to_come[stored.path]:  # the file's mapping ends with the last tensor over it
+            ledger.mapped.give(touched[stored.path])
     _enter_unsaved_buffers(plan, ledger)
     return ledger.balance(stays_mapped=stays_mapped)
 

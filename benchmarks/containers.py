@@ -1,0 +1,221 @@
+"""Loads inside memory cgroups that are hardly large enough, or too small: none may be killed.
+
+    python benchmarks/containers.py budgets --size gpt2 --runs 100 --json budgets.json
+    python benchmarks/containers.py mapped --size gpt2-xl --limit 1GiB --json mapped.json
+
+`budgets`: each run has a cgroup of its own whose limit is what the process holds there after its imports and
+a tiny load, plus a random cap between 0.1 and 3 × the model. It must load, or raise InsufficientMemoryError.
+`mapped`: strategy="mmap" and a forward pass inside a limit far below the model, logits compared with those of
+a copying load outside. Needs root and cgroup v1's memory controller; exit code 3 where they are not there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from forecast_accuracy import SIZES, in_fork
+
+from gpt2lite import GPTConfig, GPTModel, InsufficientMemoryError, forecast, save_per_tensor
+from gpt2lite.benchmarking import write_random_checkpoint
+from gpt2lite.checkpoint.reading import drop_cached
+from gpt2lite.cli.env import environment
+from gpt2lite.cli.terminal import bytes_bar, steps_bar
+from gpt2lite.loading import STRATEGIES
+from gpt2lite.memory import human, parse_size
+
+LIMIT, USAGE, PEAK = "memory.limit_in_bytes", "memory.usage_in_bytes", "memory.max_usage_in_bytes"
+NO_CGROUP = 3
+
+
+@contextmanager
+def memory_cgroup() -> Iterator[Path]:
+    """A memory cgroup (v1) below this process's own. Raises OSError where none can be made."""
+    lines = (line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines())
+    own = next((path for _, controllers, path in lines if controllers == "memory"), None)
+    if own is None:
+        raise OSError("no cgroup v1 memory controller here")
+    folder = Path("/sys/fs/cgroup/memory") / own.lstrip("/") / f"gpt2lite-{os.getpid()}-{time.monotonic_ns()}"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        for _ in range(50):  # the kernel lets go of the last process a moment after its end
+            try:
+                folder.rmdir()
+                break
+            except OSError:
+                time.sleep(0.02)
+
+
+def enter(folder: Path) -> None:
+    """Move this process into a cgroup; what it holds already stays charged to the old one."""
+    (folder / "cgroup.procs").write_text(str(os.getpid()))
+
+
+def held(folder: Path) -> int:
+    """Bytes charged to a cgroup that cannot be reclaimed."""
+    stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    return (
+        int((folder / USAGE).read_text()) - int(stat["total_inactive_file"]) - int(stat["total_active_file"])
+    )
+
+
+def forget(path: Path) -> None:
+    """Drop a checkpoint from the page cache, so that whoever reads it is charged for it."""
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+            drop_cached(opened.fileno())
+
+
+def load_within(
+    folder: Path, cap: int, path: str, tiny: str, strategy: str, cast: str | None, config: dict[str, Any]
+) -> dict[str, Any]:
+    """In the forked process: load inside what it holds after a tiny load, plus `cap`."""
+    dtype = getattr(torch, cast) if cast else None
+    enter(folder)
+    GPTModel.from_checkpoint(tiny, "cpu", strategy, config=SIZES["tiny"], dtype=dtype)
+    (folder / LIMIT).write_text(str(held(folder) + cap))
+    try:
+        model = GPTModel.from_checkpoint(path, "cpu", strategy, config=config, dtype=dtype)
+    except InsufficientMemoryError as error:
+        return {
+            "outcome": "refused" if "nothing was allocated" in str(error) else "ran out",
+            "said": str(error),
+        }
+    model(torch.zeros(1, 1, dtype=torch.long))
+    return {
+        "outcome": "loaded",
+        "peak": int((folder / PEAK).read_text()),
+        "limit": int((folder / LIMIT).read_text()),
+    }
+
+
+def contained(function: Callable[..., dict[str, Any]], *arguments: object) -> dict[str, Any]:
+    """What `function(cgroup, *arguments)` returns in a process of its own, or how that one ended."""
+    with memory_cgroup() as folder:
+        try:
+            found: dict[str, Any] = in_fork(function, folder, *arguments)
+        except RuntimeError as error:
+            found = {"outcome": "killed" if "killed" in str(error) else "error", "said": str(error)}
+    return found
+
+
+def _write(path: str, config: dict[str, Any]) -> None:
+    with bytes_bar("writing") as progress:
+        write_random_checkpoint(GPTConfig.of(config), Path(path), progress)
+
+
+def _model_of(size: str) -> GPTConfig:
+    """The article's model of this size: its head is not tied."""
+    return GPTConfig.of(SIZES[size].as_dict() | {"tied_head": False})
+
+
+def budgets(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Random caps, strategies and casts."""
+    config = _model_of(args.size).as_dict()
+    path, tiny = folder / "model.pth", folder / "tiny.pth"
+    in_fork(_write, str(path), config)
+    in_fork(_write, str(tiny), SIZES["tiny"].as_dict() | {"tied_head": False})
+    for file in (path, tiny):
+        save_per_tensor(file, folder / file.stem)
+    model_bytes = forecast(path, config=config)["stream"].stays_host
+    draw, runs = random.Random(args.seed), []
+    with steps_bar([""] * args.runs, "loading") as bar:
+        for number in range(args.runs):
+            strategy = ("auto", *STRATEGIES)[number % (len(STRATEGIES) + 1)]
+            cast, times = draw.choice((None, "bfloat16")), draw.uniform(0.1, 3.0)
+            source = folder / "model" if strategy == "per_tensor" else path
+            small = folder / "tiny" if strategy == "per_tensor" else tiny
+            forget(source)
+            cap = int(times * model_bytes)
+            found = contained(load_within, cap, str(source), str(small), strategy, cast, config)
+            runs.append(
+                {"strategy": strategy, "cast": cast, "times_model": round(times, 3), "cap": cap} | found
+            )
+            bar.update()
+    outcomes = Counter(run["outcome"] for run in runs)
+    print(f"{args.size}, {human(model_bytes)}, {args.runs} runs: {dict(outcomes)}")
+    good = outcomes["loaded"] + outcomes["refused"] == args.runs and outcomes["loaded"] > 0
+    return {"size": args.size, "seed": args.seed, "model_bytes": model_bytes, "runs": runs, "good": good}
+
+
+def _logits(path: str, strategy: str, config: dict[str, Any]) -> list[float]:
+    model = GPTModel.from_checkpoint(path, "cpu", strategy, config=config)
+    with torch.inference_mode():
+        return model(torch.tensor([[15496, 11, 314, 716]]))[0, -1].tolist()  # type: ignore[no-any-return]
+
+
+def _mapped(folder: Path, limit: int, path: str, config: dict[str, Any]) -> dict[str, Any]:
+    enter(folder)
+    (folder / LIMIT).write_text(str(limit))
+    began = time.perf_counter()
+    logits = _logits(path, "mmap", config)
+    seconds = time.perf_counter() - began
+    return {
+        "outcome": "done",
+        "seconds": seconds,
+        "peak": int((folder / PEAK).read_text()),
+        "logits": logits[:64],
+    }
+
+
+def mapped(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """A forward pass of a mapped model inside a limit."""
+    config, path, limit = _model_of(args.size).as_dict(), folder / "model.pth", parse_size(args.limit)
+    in_fork(_write, str(path), config)
+    expected = in_fork(_first_logits, str(path), config)
+    forget(path)
+    found = contained(_mapped, limit, str(path), config)
+    logits = found.pop("logits", [])
+    good = logits == expected
+    print(f"{args.size} mapped inside {human(limit)}: {found}, logits equal to a copying load: {good}")
+    return {"size": args.size, "limit": limit, "file_bytes": path.stat().st_size, **found, "good": good}
+
+
+def _first_logits(path: str, config: dict[str, Any]) -> list[float]:
+    return _logits(path, "stream", config)[:64]
+
+
+def main() -> int:
+    """Run one of the two; 1 if a process was killed, or raised or gave something else."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("budgets", "mapped"))
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--runs", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", default="1GiB")
+    parser.add_argument("--json", type=Path, metavar="FILE.json")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    args = parser.parse_args()
+    try:
+        with memory_cgroup():
+            pass
+    except OSError as error:
+        print(f"no memory cgroup can be made here: {error}", file=sys.stderr)
+        return NO_CGROUP
+    with tempfile.TemporaryDirectory(prefix="gpt2lite-", dir=args.folder) as folder:
+        found = {"budgets": budgets, "mapped": mapped}[args.what](args, Path(folder))
+    if args.json:
+        args.json.write_text(
+            json.dumps(found | {"environment": environment()}, indent=1) + "\n", encoding="utf-8"
+        )
+    return 0 if found["good"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
