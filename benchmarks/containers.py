@@ -155,7 +155,7 @@ def budgets(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def _logits(path: str, strategy: str, config: dict[str, Any]) -> list[float]:
     model = GPTModel.from_checkpoint(path, "cpu", strategy, config=config)
     with torch.inference_mode():
-        return model(torch.tensor([[15496, 11, 314, 716]]))[0, -1].tolist()  # type: ignore[no-any-return]
+        return model(torch.tensor([[15496, 11, 314, 716]]) % model.config.vocab_size)[0, -1].tolist()  # type: ignore[no-any-return]
 
 
 def _mapped(folder: Path, limit: int, path: str, config: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gpt2lite import UsageError, clean_up, track_memory
-from gpt2lite.memory import host_memory
+from gpt2lite.memory import cgroup_grants, find_budget, host_memory, human, parse_size
 
 MIB = 1 << 20
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc on this system")
@@ -170,7 +170,7 @@ def test_a_containers_limit_is_what_can_be_had():
         script = f"""
 import os
 open({str(folder / "cgroup.procs")!r}, "w").write(str(os.getpid()))
-from gpt2lite.memory import host_memory
+from gpt2lite.memory import cgroup_grants, find_budget, host_memory, human, parse_size
 found = host_memory()
 print(found.available, found.limited_by)
 """
@@ -180,3 +180,75 @@ print(found.available, found.limited_by)
         assert folder.name in limited_by
     finally:
         folder.rmdir()
+
+
+@needs_proc
+def test_the_tightest_of_nested_limits_counts():
+    outer = make_cgroup()
+    inner = outer / "inner"
+    inner.mkdir()
+    try:
+        (outer / "memory.limit_in_bytes").write_text(str(300 * MIB))
+        (inner / "memory.limit_in_bytes").write_text(str(200 * MIB))
+        (outer / "memory.limit_in_bytes").write_text(str(250 * MIB))
+        script = f"""
+import os
+open({str(inner / "cgroup.procs")!r}, "w").write(str(os.getpid()))
+from gpt2lite.memory import cgroup_grants
+for available, name in cgroup_grants():
+    print(available, name)
+"""
+        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        grants = [line.split(maxsplit=1) for line in result.stdout.splitlines()]
+        assert [name.rpartition("/")[2] for _, name in grants[:2]] == ["inner", outer.name]
+        assert int(grants[0][0]) < 200 * MIB < 250 * MIB - int(grants[1][0]) + 200 * MIB
+    finally:
+        inner.rmdir()
+        outer.rmdir()
+
+
+def test_version_2_limits_count_at_every_level_and_cache_is_free(tmp_path: Path):
+    """As a system with cgroup v2 writes its files; this one may have none with a memory controller."""
+    proc, mount = tmp_path / "proc", tmp_path / "mount"
+    levels = {"": ("max", "max", 900), "app": ("1000", "max", 700), "app/part": ("max", "800", 600)}
+    for folder, (limit, high, usage) in levels.items():
+        at = mount / folder
+        at.mkdir(parents=True, exist_ok=True)
+        for name, text in (("memory.max", limit), ("memory.high", high), ("memory.current", str(usage))):
+            (at / name).write_text(f"{text}\n")
+        (at / "memory.stat").write_text("anon 400\ninactive_file 60\nactive_file 40\nshmem 5\n")
+    proc.mkdir()
+    (proc / "cgroup").write_text("0::/app/part\n")
+    (proc / "mountinfo").write_text(f"30 23 0:26 / {mount} rw,nosuid shared:4 - cgroup2 cgroup2 rw\n")
+    assert cgroup_grants(proc) == [
+        (800 - 600 + 100, f"cgroup {mount / 'app/part'}"),
+        (1000 - 700 + 100, f"cgroup {mount / 'app'}"),
+    ]
+
+
+def test_no_cgroups_at_all_grant_everything(tmp_path: Path):
+    assert cgroup_grants(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("size", "nbytes"),
+    [(1, 1), ("123", 123), ("512MiB", 512 << 20), ("2.5 GiB", 5 << 29), ("8GB", 8 * 10**9), (" 1KB ", 1000)],
+)
+def test_sizes(size: int | str, nbytes: int):
+    assert parse_size(size) == nbytes
+
+
+def test_sizes_for_people_come_back():
+    assert parse_size(human(3 << 30)) == 3 << 30
+
+
+def test_a_cap_lowers_a_budget_and_never_raises_it():
+    cpu = torch.device("cpu")
+    free = find_budget(cpu)
+    assert 0 < (free.host.nbytes or 0) < host_memory().total
+    capped = find_budget(cpu, "1MiB", "2MiB")
+    assert (capped.host.nbytes, capped.device.nbytes) == (MIB, 2 * MIB)
+    above = find_budget(cpu, 1 << 60).host
+    assert abs((above.nbytes or 0) - (free.host.nbytes or 0)) < 1 << 30
+    assert not capped.host.admits(MIB + 1)
+    assert free.device.admits(1 << 60)  # not known: a card that is not here

@@ -43,13 +43,20 @@ def _lacking(forecast: Forecast, budget: Budget) -> dict[str, int]:
 
 def judge(plan: LoadPlan, name: str, budget: Budget) -> Verdict:
     """Whether a strategy fits, its ring made as small as needed. Raises UsageError where it cannot run."""
-    for ring_bytes in RINGS:
-        smaller = replace(plan, ring_bytes=ring_bytes)
-        forecast = STRATEGIES[name].forecast(smaller)
-        verdict = Verdict(smaller, forecast, _lacking(forecast, budget))
-        if not verdict.lacking:
-            break
-    return verdict
+    largest = _judge_with(plan, name, budget, RINGS[0])
+    if not largest.lacking:
+        return largest
+    smallest = _judge_with(plan, name, budget, RINGS[-1])
+    if smallest.lacking:
+        return smallest
+    between = (_judge_with(plan, name, budget, ring) for ring in RINGS[1:])
+    return next(verdict for verdict in between if not verdict.lacking)
+
+
+def _judge_with(plan: LoadPlan, name: str, budget: Budget, ring_bytes: int) -> Verdict:
+    plan = replace(plan, ring_bytes=ring_bytes)
+    forecast = STRATEGIES[name].forecast(plan)
+    return Verdict(plan, forecast, _lacking(forecast, budget))
 
 
 def choose(plan: LoadPlan, strategy: str, budget: Budget) -> tuple[str, LoadPlan]:

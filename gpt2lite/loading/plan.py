@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from gpt2lite.loading.skeleton import build_on_meta, saved_tensors, tied_names
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 MAX_LISTED = 20
-RINGS = tuple(1 << power for power in range(26, 19, -1))  # bytes of the staging ring, 64 MiB down to 1 MiB
+RINGS = tuple(1 << power for power in range(26, 20, -1))  # bytes of the staging ring, 64 MiB down to 2 MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +58,13 @@ class LoadPlan:
     progress: Progress
     keep_cached: bool
 
-    @property
+    @cached_property
     def spans(self) -> dict[str, TensorSpan]:
         """The stored tensors that are needed, each once, in the order in which they lie on disk."""
         spans = {target.span.name: target.span for target in self.targets}
         return dict(sorted(spans.items(), key=lambda item: (item[1].path, item[1].offset)))
 
-    @property
+    @cached_property
     def model_bytes(self) -> int:
         """Bytes that the loaded module takes on its device."""
         return sum(target.nbytes for target in self.targets)

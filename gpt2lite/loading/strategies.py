@@ -188,10 +188,11 @@ def mmap(plan: LoadPlan) -> nn.Module:
     transposed.
     """
     mapped, done = map_tensors(plan.spans.values()), 0
+    total = sum(span.nbytes for span in plan.spans.values())
     for name, targets in _by_span(plan).items():
         _assign(plan, mapped.pop(name).to(plan.device), targets)
         done += plan.spans[name].nbytes
-        plan.progress(done, sum(span.nbytes for span in plan.spans.values()))
+        plan.progress(done, total)
     return plan.skeleton
 
 
