@@ -8,9 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_forecast import run_benchmark
 from test_loading import HEADS, KINDS, assert_equal_bits, expected_parameters, save_pth
 
-from gpt2lite import STRATEGIES, GPTConfig, GPTModel, clean_up, generate, track_memory
+from gpt2lite import (
+    STRATEGIES,
+    GPTConfig,
+    GPTModel,
+    InsufficientMemoryError,
+    clean_up,
+    forecast,
+    generate,
+    track_memory,
+)
 from gpt2lite.benchmarking import write_random_checkpoint
 from gpt2lite.loading import stream as stream_engine
 
@@ -131,3 +141,45 @@ except InsufficientMemoryError:
     save_pth(GPTModel(config).state_dict(), tmp_path)
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.stdout == "0\n", result.stderr
+
+
+@pytest.mark.parametrize("dialect", ["book", "book-fast", "huggingface"])
+def test_forecasts_are_exact_to_1_percent_on_the_device(dialect: str, tmp_path: Path):
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    arguments = ("forecast_accuracy.py", "--device", "cuda", "--dialects", dialect)
+    assert run_benchmark(*arguments, tmp_path / "found.json")["cases"]
+
+
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "per_tensor"])
+def test_a_cap_on_the_device_is_what_the_forecast_says(strategy: str, tmp_path: Path):
+    path = save_pth(KINDS["ours-pth"][0]().state_dict(), tmp_path)
+    peak = forecast(path, "cuda", config=HEADS)[strategy].peak_device
+    before = clean_up("cuda")
+    with pytest.raises(InsufficientMemoryError, match="nothing was allocated"):
+        GPTModel.from_checkpoint(path, "cuda", strategy, config=HEADS, max_device_memory=peak - 1)
+    assert torch.cuda.max_memory_allocated() == before
+    with track_memory("cuda") as memory:
+        GPTModel.from_checkpoint(path, "cuda", strategy, config=HEADS, max_device_memory=peak)
+    assert memory.peak_device <= peak
+
+
+def test_a_host_cap_below_the_largest_tensor_is_held(tmp_path: Path):
+    """24 MiB in the largest tensor, 4 MiB for the ring."""
+    script = """
+import sys
+from gpt2lite import GPTModel, track_memory
+options = {"device": "cuda", "strategy": "stream", "config": {"n_heads": 4}}
+GPTModel.from_checkpoint(sys.argv[2], max_host_memory="4MiB", **options)
+with track_memory("cuda") as memory:
+    GPTModel.from_checkpoint(sys.argv[1], max_host_memory="4MiB", **options)
+print(memory.peak_host_anonymous)
+"""
+    for name, config in (
+        ("large.pth", GPTConfig(12288, 256, 512, 4, 4)),
+        ("tiny.pth", GPTConfig(99, 9, 64, 4, 2)),
+    ):
+        write_random_checkpoint(config, tmp_path / name)
+    command = [sys.executable, "-c", script, str(tmp_path / "large.pth"), str(tmp_path / "tiny.pth")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) <= (4 + 12) << 20

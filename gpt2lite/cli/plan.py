@@ -65,7 +65,7 @@ def _row(name: str, verdict: Verdict | str) -> list[str]:
         return [name, *["–"] * (len(HEADER) - 2), "not this file"]
     forecast = verdict.forecast
     peaks = (forecast.peak_device, forecast.peak_host_anonymous, forecast.peak_host_reclaimable)
-    stays = forecast.stays_device + forecast.stays_host
+    stays = forecast.stays_device or forecast.stays_host
     fits = f"no: {' and '.join(verdict.lacking)}" if verdict.lacking else "yes"
     return [name, *map(_size, (*peaks, stays, forecast.stays_mapped)), fits]
 

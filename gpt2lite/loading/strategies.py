@@ -310,7 +310,7 @@ def _forecast_stream(plan: LoadPlan) -> Forecast:
     slots, slot_bytes = ring_shape(chunks, plan.ring_bytes)
     if plan.device.type == "cuda":
         ledger.device.touch(slot_bytes)
-        ledger.host.take(power_of_two(slots * slot_bytes))  # page-locked memory comes so, and stays cached
+        ledger.host.take(_power_of_two(slots * slot_bytes))  # page-locked memory comes so, and stays cached
     else:  # a slot is written to as far as the largest of its chunks, which take turns
         turns = (chunks[slot::slots] for slot in range(slots))
         ledger.host.touch(sum(max(chunk.nbytes for chunk in turn) for turn in turns))
@@ -326,7 +326,7 @@ def _enter_unsaved_buffers(plan: LoadPlan, ledger: Ledger) -> None:
         ledger.device.take(nbytes)
 
 
-def power_of_two(nbytes: int) -> int:
+def _power_of_two(nbytes: int) -> int:
     """The next power of two."""
     return 1 << (nbytes - 1).bit_length() if nbytes else 0
 
