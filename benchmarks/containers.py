@@ -15,6 +15,8 @@ import argparse
 import json
 import os
 import random
+import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,13 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from forecast_accuracy import SIZES, in_fork
+from forecast_accuracy import SIZES
 
 from gpt2lite import GPTConfig, GPTModel, InsufficientMemoryError, forecast, save_per_tensor
 from gpt2lite.benchmarking import write_random_checkpoint
 from gpt2lite.checkpoint.reading import drop_cached
 from gpt2lite.cli.env import environment
-from gpt2lite.cli.terminal import bytes_bar, steps_bar
+from gpt2lite.cli.terminal import steps_bar
 from gpt2lite.loading import STRATEGIES
 from gpt2lite.memory import human, parse_size
 
@@ -59,9 +61,10 @@ def memory_cgroup() -> Iterator[Path]:
                 time.sleep(0.02)
 
 
-def enter(folder: Path) -> None:
+def enter(folder: str) -> Path:
     """Move this process into a cgroup; what it holds already stays charged to the old one."""
-    (folder / "cgroup.procs").write_text(str(os.getpid()))
+    (Path(folder) / "cgroup.procs").write_text(str(os.getpid()))
+    return Path(folder)
 
 
 def held(folder: Path) -> int:
@@ -81,41 +84,43 @@ def forget(path: Path) -> None:
 
 
 def load_within(
-    folder: Path, cap: int, path: str, tiny: str, strategy: str, cast: str | None, config: dict[str, Any]
+    folder: str, cap: int, path: str, tiny: str, strategy: str, cast: str | None, config: dict[str, Any]
 ) -> dict[str, Any]:
-    """In the forked process: load inside what it holds after a tiny load, plus `cap`."""
-    dtype = getattr(torch, cast) if cast else None
-    enter(folder)
+    """Load inside what this process holds after a tiny load, plus `cap`."""
+    dtype, cgroup = getattr(torch, cast) if cast else None, enter(folder)
     GPTModel.from_checkpoint(tiny, "cpu", strategy, config=SIZES["tiny"], dtype=dtype)
-    (folder / LIMIT).write_text(str(held(folder) + cap))
+    (cgroup / LIMIT).write_text(str(held(cgroup) + cap))
     try:
-        model = GPTModel.from_checkpoint(path, "cpu", strategy, config=config, dtype=dtype)
+        GPTModel.from_checkpoint(path, "cpu", strategy, config=config, dtype=dtype)
     except InsufficientMemoryError as error:
         return {
             "outcome": "refused" if "nothing was allocated" in str(error) else "ran out",
             "said": str(error),
         }
-    model(torch.zeros(1, 1, dtype=torch.long))
-    return {
-        "outcome": "loaded",
-        "peak": int((folder / PEAK).read_text()),
-        "limit": int((folder / LIMIT).read_text()),
-    }
+    peak, limit = (int((cgroup / name).read_text()) for name in (PEAK, LIMIT))
+    return {"outcome": "loaded", "peak": peak, "limit": limit}
 
 
-def contained(function: Callable[..., dict[str, Any]], *arguments: object) -> dict[str, Any]:
-    """What `function(cgroup, *arguments)` returns in a process of its own, or how that one ended."""
+def fresh(job: str, **arguments: Any) -> Any:
+    """What one of JOBS returns in a process that nothing was forked into, or how that process ended."""
+    command = [sys.executable, __file__, "job", json.dumps({"job": job, **arguments})]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        killed = result.returncode == -signal.SIGKILL
+        return {"outcome": "killed" if killed else "error", "said": result.stderr}
+    return json.loads(result.stdout)
+
+
+def contained(job: str, **arguments: Any) -> dict[str, Any]:
+    """`fresh` with a memory cgroup of its own, which it enters itself."""
     with memory_cgroup() as folder:
-        try:
-            found: dict[str, Any] = in_fork(function, folder, *arguments)
-        except RuntimeError as error:
-            found = {"outcome": "killed" if "killed" in str(error) else "error", "said": str(error)}
+        found: dict[str, Any] = fresh(job, folder=str(folder), **arguments)
     return found
 
 
-def _write(path: str, config: dict[str, Any]) -> None:
-    with bytes_bar("writing") as progress:
-        write_random_checkpoint(GPTConfig.of(config), Path(path), progress)
+def write(path: str, config: dict[str, Any]) -> None:
+    """A random checkpoint in the article's layout."""
+    write_random_checkpoint(GPTConfig.of(config), Path(path))
 
 
 def _model_of(size: str) -> GPTConfig:
@@ -127,8 +132,8 @@ def budgets(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Random caps, strategies and casts."""
     config = _model_of(args.size).as_dict()
     path, tiny = folder / "model.pth", folder / "tiny.pth"
-    in_fork(_write, str(path), config)
-    in_fork(_write, str(tiny), SIZES["tiny"].as_dict() | {"tied_head": False})
+    write(str(path), config)
+    write(str(tiny), SIZES["tiny"].as_dict() | {"tied_head": False})
     for file in (path, tiny):
         save_per_tensor(file, folder / file.stem)
     model_bytes = forecast(path, config=config)["stream"].stays_host
@@ -140,11 +145,9 @@ def budgets(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             source = folder / "model" if strategy == "per_tensor" else path
             small = folder / "tiny" if strategy == "per_tensor" else tiny
             forget(source)
-            cap = int(times * model_bytes)
-            found = contained(load_within, cap, str(source), str(small), strategy, cast, config)
-            runs.append(
-                {"strategy": strategy, "cast": cast, "times_model": round(times, 3), "cap": cap} | found
-            )
+            asked = {"strategy": strategy, "cast": cast, "cap": int(times * model_bytes)}
+            found = contained("load", path=str(source), tiny=str(small), config=config, **asked)
+            runs.append(asked | {"times_model": round(times, 3)} | found)
             bar.update()
     outcomes = Counter(run["outcome"] for run in runs)
     print(f"{args.size}, {human(model_bytes)}, {args.runs} runs: {dict(outcomes)}")
@@ -152,45 +155,46 @@ def budgets(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {"size": args.size, "seed": args.seed, "model_bytes": model_bytes, "runs": runs, "good": good}
 
 
-def _logits(path: str, strategy: str, config: dict[str, Any]) -> list[float]:
+def first_logits(path: str, strategy: str, config: dict[str, Any]) -> list[float]:
+    """Some logits of a forward pass."""
     model = GPTModel.from_checkpoint(path, "cpu", strategy, config=config)
     with torch.inference_mode():
-        return model(torch.tensor([[15496, 11, 314, 716]]) % model.config.vocab_size)[0, -1].tolist()  # type: ignore[no-any-return]
+        ids = torch.tensor([[15496, 11, 314, 716]]) % model.config.vocab_size
+        found: list[float] = model(ids)[0, -1, :64].tolist()
+    return found
 
 
-def _mapped(folder: Path, limit: int, path: str, config: dict[str, Any]) -> dict[str, Any]:
-    enter(folder)
-    (folder / LIMIT).write_text(str(limit))
+def mapped_within(folder: str, limit: int, path: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Map a checkpoint and run it inside a limit."""
+    cgroup = enter(folder)
+    (cgroup / LIMIT).write_text(str(limit))
     began = time.perf_counter()
-    logits = _logits(path, "mmap", config)
+    logits = first_logits(path, "mmap", config)
     seconds = time.perf_counter() - began
-    return {
-        "outcome": "done",
-        "seconds": seconds,
-        "peak": int((folder / PEAK).read_text()),
-        "logits": logits[:64],
-    }
+    return {"outcome": "done", "seconds": seconds, "peak": int((cgroup / PEAK).read_text()), "logits": logits}
 
 
 def mapped(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """A forward pass of a mapped model inside a limit."""
     config, path, limit = _model_of(args.size).as_dict(), folder / "model.pth", parse_size(args.limit)
-    in_fork(_write, str(path), config)
-    expected = in_fork(_first_logits, str(path), config)
+    write(str(path), config)
+    expected = fresh("logits", path=str(path), strategy="stream", config=config)
     forget(path)
-    found = contained(_mapped, limit, str(path), config)
-    logits = found.pop("logits", [])
-    good = logits == expected
+    found = contained("mapped", limit=limit, path=str(path), config=config)
+    good = found.pop("logits", []) == expected
     print(f"{args.size} mapped inside {human(limit)}: {found}, logits equal to a copying load: {good}")
     return {"size": args.size, "limit": limit, "file_bytes": path.stat().st_size, **found, "good": good}
 
 
-def _first_logits(path: str, config: dict[str, Any]) -> list[float]:
-    return _logits(path, "stream", config)[:64]
+JOBS: dict[str, Callable[..., Any]] = {"load": load_within, "mapped": mapped_within, "logits": first_logits}
 
 
 def main() -> int:
     """Run one of the two; 1 if a process was killed, or raised or gave something else."""
+    if sys.argv[1:2] == ["job"]:
+        arguments = json.loads(sys.argv[2])
+        print(json.dumps(JOBS[arguments.pop("job")](**arguments)))
+        return 0
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
