@@ -19,6 +19,9 @@ OFFICIAL_SIZES = {
 OFFICIAL_HEADS = {(n_layers, emb_dim): n_heads for n_layers, emb_dim, n_heads in OFFICIAL_SIZES.values()}
 
 
+ACTIVATIONS = {"gelu_tanh": "tanh", "gelu": "none"}  # our name → torch's `approximate`
+
+
 @dataclass(frozen=True, slots=True)
 class GPTConfig:
     """The shape of a GPT-2, with the field names of the book and the article.
@@ -26,7 +29,9 @@ class GPTConfig:
     `qkv_bias` is the bias of the three attention inputs; `bias` is every other one (attention output,
     feed-forward and norms). With `tied_head` the output head is the token embedding itself: that is how
     OpenAI trained GPT-2, and it saves vocab_size × emb_dim numbers. The article's dict says nothing about
-    it and means an untied head. Raises UsageError for sizes that cannot be.
+    it and means an untied head. `n_classes` above 0 is a classifier: a head of so many rows in place of the
+    vocabulary's, with a bias if `head_bias`. `activation` is "gelu_tanh", as OpenAI, the book and Hugging
+    Face have it, or "gelu", exact, as nanoGPT has it. Raises UsageError for what cannot be.
     """
 
     vocab_size: int
@@ -38,17 +43,28 @@ class GPTConfig:
     qkv_bias: bool = True
     bias: bool = True
     tied_head: bool = False
+    n_classes: int = 0
+    head_bias: bool = False
+    activation: str = "gelu_tanh"
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise UsageError(f"GPTConfig.{name} must be a positive int, got {value!r}")
-        for name in ("qkv_bias", "bias", "tied_head"):
+        for name in ("qkv_bias", "bias", "tied_head", "head_bias"):
             if type(getattr(self, name)) is not bool:
                 raise UsageError(f"GPTConfig.{name} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.drop_rate, (int, float)) or not 0 <= self.drop_rate < 1:
             raise UsageError(f"GPTConfig.drop_rate must be in [0, 1), got {self.drop_rate!r}")
+        if type(self.n_classes) is not int or self.n_classes < 0 or (self.n_classes and self.tied_head):
+            raise UsageError(
+                f"GPTConfig.n_classes must be 0, or more with an untied head, got {self.n_classes!r}"
+            )
+        if self.activation not in ACTIVATIONS:
+            raise UsageError(
+                f"GPTConfig.activation must be of {' '.join(ACTIVATIONS)}, got {self.activation!r}"
+            )
         if self.emb_dim % self.n_heads:
             raise UsageError(f"GPTConfig: emb_dim={self.emb_dim} does not divide by n_heads={self.n_heads}")
 

@@ -30,3 +30,16 @@ class InsufficientMemoryError(GPT2LiteError, MemoryError):
 
 class UsageError(GPT2LiteError, ValueError):
     """An argument has a value that cannot work."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch, Python or the system says that host or device memory ran out."""
+    known = (
+        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    )  # torch's, not imported
+    return known or "allocate memory" in str(error)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its name where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from pathlib import Path
 
 import psutil
 import torch
 
-from gpt2lite.errors import UsageError
+from gpt2lite.errors import InsufficientMemoryError, UsageError, is_out_of_memory
 
 GB = 1024**3
 UNITS = {
@@ -35,12 +36,15 @@ def parse_size(size: int | str) -> int:
 
     Raises UsageError for anything else, and for a size that is not positive.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|)\s*", str(size))
-    nbytes = (
-        int(float(found.group(1)) * UNITS.get(found.group(2), 1)) if found and type(size) in (int, str) else 0
+    found = re.fullmatch(
+        r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([KMGT]i?B|)\s*", size if isinstance(size, str) else ""
     )
+    nbytes = int(Decimal(found.group(1)) * UNITS.get(found.group(2), 1)) if found else 0
+    if type(size) is int:
+        nbytes = size if size < NO_LIMIT else 0
     if nbytes < 1:
-        raise UsageError(f"{size!r} is no amount of memory; write a number of bytes, 512MiB, 2.5GiB or 8GB")
+        shown = "so large a number" if isinstance(size, int) and size >= NO_LIMIT else repr(size)[:40]
+        raise UsageError(f"{shown} is no amount of memory; write a number of bytes, 512MiB, 2.5GiB or 8GB")
     return nbytes
 
 
@@ -48,7 +52,7 @@ def parse_size(size: int | str) -> int:
 class HostMemory:
     """Bytes of host memory: physical, and what this process can still take, and what limits that.
 
-    `swap` is what is free beside it, as far as it can be used: a cgroup's limit ends it.
+    `swap` is what is free beside it and no cgroup forbids; 0 where a cgroup grants less than is available.
     """
 
     total: int
@@ -85,26 +89,32 @@ def _own_cgroups(proc: Path) -> list[tuple[Path, _CgroupFiles]]:
         if controllers and "memory" not in controllers.split(","):
             continue
         for mount in mounts:
-            kind, options = mount[mount.index("-") + 1], mount[-1].split(",")
-            if kind == ("cgroup" if controllers else "cgroup2") and (not controllers or "memory" in options):
+            kind = mount[mount.index("-") + 1] if "-" in mount else ""
+            is_memory = not controllers or "memory" in mount[-1].split(",")
+            if kind == ("cgroup" if controllers else "cgroup2") and is_memory:
                 root, at = Path(mount[3]), Path(mount[4])
                 inside = Path(path).relative_to(root) if Path(path).is_relative_to(root) else Path()
                 found += [(at / level, files) for level in (inside, *inside.parents)]
     return found
 
 
+def _read(path: Path) -> str:
+    """A small file's text, "" where it cannot be read."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
 def _cgroup_available(folder: Path, files: _CgroupFiles) -> int | None:
     """Bytes that a cgroup still grants, its page cache counted as free; None where it sets no limit."""
-    try:
-        said = [(folder / name).read_text().strip() for name in files.limits]
-        usage = int((folder / files.usage).read_text())
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
+    limits = [int(text) for text in (_read(folder / name) for name in files.limits) if text.isdigit()]
+    usage = _read(folder / files.usage)
+    if not usage.isdigit() or min(limits, default=NO_LIMIT) >= NO_LIMIT:
         return None
-    limit = min(NO_LIMIT if text == "max" else int(text) for text in said)
-    if limit >= NO_LIMIT:
-        return None
-    return max(limit - usage + sum(int(stat.get(key, 0)) for key in files.file_backed), 0)
+    stat = dict(line.split(maxsplit=1) for line in _read(folder / "memory.stat").splitlines())
+    cached = sum(int(stat.get(key, 0)) for key in files.file_backed)
+    return max(min(limits) - int(usage) + cached, 0)
 
 
 def cgroup_grants(proc: Path = PROC) -> list[tuple[int, str]]:
@@ -116,9 +126,12 @@ def cgroup_grants(proc: Path = PROC) -> list[tuple[int, str]]:
 def host_memory() -> HostMemory:
     """What this process can really have: the least of physical memory and every enclosing cgroup's rest."""
     physical = psutil.virtual_memory()
-    grants = [(physical.available, "physical memory"), *cgroup_grants()]
-    available, limited_by = min(grants, key=lambda grant: grant[0])
-    swap = psutil.swap_memory().free if (available, limited_by) == grants[0] else 0
+    grants = cgroup_grants()
+    available, limited_by = min(
+        [(physical.available, "physical memory"), *grants], key=lambda grant: grant[0]
+    )
+    beyond = [granted - physical.available for granted, _ in grants]
+    swap = max(min(psutil.swap_memory().free, *beyond, NO_LIMIT), 0)
     return HostMemory(physical.total, available, limited_by, swap)
 
 
@@ -127,7 +140,8 @@ def device_memory(device: torch.device) -> int | None:
 
     What the driver has free and what torch's allocator holds unused, within this process's own fraction.
     """
-    if device.type != "cuda" or not torch.cuda.is_available():
+    count = torch.cuda.device_count() if device.type == "cuda" and torch.cuda.is_available() else 0
+    if (device.index or 0) >= count:
         return None
     free, total = torch.cuda.mem_get_info(device)
     reserved = torch.cuda.memory_reserved(device)
@@ -149,7 +163,7 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a load may take. `swap` is not part of `host`."""
+    """What a load may take. `swap` is not part of `host`; it ends where a cap does."""
 
     host: Limit
     device: Limit
@@ -160,7 +174,7 @@ class Budget:
         return self.host if place == "host" else self.device
 
     def with_swap(self) -> Budget:
-        """The budget of one who counts on swap, where it is physical memory that limits the host."""
+        """The budget of one who counts on swap."""
         return replace(self, host=replace(self.host, nbytes=(self.host.nbytes or 0) + self.swap), swap=0)
 
 
@@ -184,13 +198,11 @@ def find_budget(
 
     Raises UsageError for a cap that is no size.
     """
-    host = host_memory()
-    free = device_memory(device)
-    return Budget(
-        _limit("host", host.available, host.limited_by, max_host_memory),
-        _limit("device", free, str(device), max_device_memory),
-        host.swap,
-    )
+    memory = host_memory()
+    host = _limit("host", memory.available, memory.limited_by, max_host_memory)
+    room = NO_LIMIT if max_host_memory is None else parse_size(max_host_memory) - (host.nbytes or 0)
+    on_device = _limit("device", device_memory(device), str(device), max_device_memory)
+    return Budget(host, on_device, min(memory.swap, room))
 
 
 def name_device(device: str | torch.device) -> torch.device:
@@ -213,11 +225,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise UsageError(f"{device} was asked for, this machine has {have}. Take cpu instead.")
     try:
         return torch.empty(1, device=found).device
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if is_out_of_memory(error) or "out of memory" in str(error):
+            raise InsufficientMemoryError(f"{device} has no memory left for even one number") from None
         raise UsageError(f"{device} was asked for, this machine's torch cannot use it. Use cpu.") from None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch or Python says that host or device memory ran out."""
-    known = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, known) or "DefaultCPUAllocator: can't allocate memory" in str(error)

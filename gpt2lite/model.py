@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2lite.checkpoint import open_checkpoint
-from gpt2lite.config import OFFICIAL_SIZES, GPTConfig
-from gpt2lite.dialects import Reading, find_config, read_dialect, size_of
+from gpt2lite.config import ACTIVATIONS, OFFICIAL_SIZES, GPTConfig
+from gpt2lite.dialects import UNSAYABLE, Reading, find_config, read_dialect, size_of, with_lora_alpha
 from gpt2lite.errors import UsageError
 from gpt2lite.loading import Forecast, LoadPlan, Progress, forecasts, load, make_plan
 from gpt2lite.memory import name_device
@@ -100,14 +100,14 @@ class CausalSelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers around GPT-2's GELU (the tanh approximation)."""
+    """Two linear layers around a GELU (in GPT-2 its tanh approximation)."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         C = config.emb_dim
         self.layers = nn.Sequential(
             Linear(C, 4 * C, bias=config.bias),
-            nn.GELU(approximate="tanh"),
+            nn.GELU(approximate=ACTIVATIONS[config.activation]),
             Linear(4 * C, C, bias=config.bias),
         )
 
@@ -148,7 +148,7 @@ class GPTModel(nn.Module):
         self.drop_emb = nn.Dropout(config.drop_rate)
         self.trf_blocks = nn.Sequential(*[TransformerBlock(config, i) for i in range(config.n_layers)])
         self.final_norm = LayerNorm(config)
-        self.out_head = Linear(config.emb_dim, config.vocab_size, bias=False)
+        self.out_head = Linear(config.emb_dim, config.n_classes or config.vocab_size, bias=config.head_bias)
         if config.tied_head:
             self.out_head.weight = self.tok_emb.weight
         if not self.tok_emb.weight.is_meta:
@@ -163,6 +163,7 @@ class GPTModel(nn.Module):
         *,
         config: GPTConfig | Mapping[str, Any] | None = None,
         dtype: torch.dtype | None = None,
+        lora_alpha: float | None = None,
         max_host_memory: int | str | None = None,
         max_device_memory: int | str | None = None,
         keep_cached: bool = True,
@@ -175,16 +176,17 @@ class GPTModel(nn.Module):
         fastest whose forecast fits into what this process can have, copying (stream, with a ring as small as
         is needed) before mapping (mmap, on the CPU a model that stands on the file).
 
-        `dtype` casts the weights, None keeps the file's. `max_host_memory` and `max_device_memory` (bytes, or
-        "512MiB") cap what the load adds at its peak: the host's stays below the cap plus 24 MiB or 3 %.
-        `keep_cached=False` lets what was read go out of the page cache behind the reads, for containers that
-        count it (stream alone). `progress` is called with (bytes done, bytes in all).
+        `dtype` casts the weights, None keeps the file's. `lora_alpha` is what the book's LoRA layers were
+        made with, which are merged on the way; no file holds it. `max_host_memory` and `max_device_memory`
+        (bytes, or "512MiB") cap what the load adds at its peak: the host's stays below the cap plus 24 MiB or
+        3 %. `keep_cached=False` lets what was read go out of the page cache behind the reads (stream alone),
+        for containers that count it. `progress` is called with (bytes done, bytes in all).
 
         Raises CheckpointError for a file that is damaged or does not fit the model, InsufficientMemoryError,
         before anything is allocated, where no strategy or the one named does not fit in memory, UsageError
         for a wrong argument.
         """
-        reading = read_dialect(open_checkpoint(path))
+        reading = with_lora_alpha(read_dialect(open_checkpoint(path)), lora_alpha)
         found = find_config(reading, config)
         return load(  # type: ignore[return-value]
             reading,
@@ -228,7 +230,7 @@ class GPTModel(nn.Module):
         return self.final_norm(x)
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Token ids (B, T) → logits (B, T, V)."""
+        """Token ids (B, T) → logits (B, T, V), of a classifier (B, T, n_classes)."""
         return self.out_head(self.hidden(ids, cache))
 
 
@@ -244,7 +246,7 @@ def plan_load(
     Raises CheckpointError for a file that is damaged or does not fit, UsageError for a wrong argument.
     """
     reading = read_dialect(open_checkpoint(path))
-    asked = {"n_heads": 1} if config is None else config  # memory does not depend on what files cannot say
+    asked = UNSAYABLE if config is None else UNSAYABLE | config if isinstance(config, dict) else config
     found = find_config(reading, asked)
     hint = partial(_official_hint, found, reading)
     return make_plan(reading, lambda: GPTModel(found), name_device(device), dtype=dtype, hint=hint)

@@ -11,8 +11,10 @@ import sys
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from conftest import TINY
@@ -26,15 +28,17 @@ from gpt2lite import (
     UsageError,
     forecast,
     load_module,
+    loading,
     save_per_tensor,
 )
 from gpt2lite.benchmarking import write_random_checkpoint
+from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, contiguous_stride
 from gpt2lite.cli import main
-from gpt2lite.dialects import read_dialect
+from gpt2lite.dialects import read_dialect, read_names
 from gpt2lite.loading import LoadPlan, choose, forecasts, make_plan
 from gpt2lite.loading.strategies import Strategy
-from gpt2lite.memory import Budget, Limit
+from gpt2lite.memory import Budget, Limit, host_memory
 from gpt2lite.model import plan_load
 
 MIB = 1 << 20
@@ -103,10 +107,19 @@ def run_benchmark(*arguments: object) -> dict[str, Any]:
     return found
 
 
+def lies_in_memory(path: Path) -> bool:
+    """Whether a folder is on a tmpfs, whose mapped pages are no cache of anything."""
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    enclosing = [mount for mount in mounts if path.resolve().is_relative_to(mount[1])]
+    return max(enclosing, key=lambda mount: len(mount[1]))[2] == "tmpfs"
+
+
 @needs_proc
-@pytest.mark.parametrize("dialect", ["book", "book-fast", "huggingface"])
+@pytest.mark.parametrize("dialect", ["book", "book-fast", "huggingface", "nanogpt"])
 def test_forecasts_are_what_is_measured_for_every_strategy_format_and_cast(dialect: str, tmp_path: Path):
     """Within 3 % or 24 MiB of 32 to 260 MiB is what was promised; a third of that is what is found."""
+    if lies_in_memory(tmp_path):
+        pytest.skip("temporary files lie in memory here")
     pytest.importorskip("safetensors", reason="safetensors is not installed")
     found = run_benchmark("forecast_accuracy.py", "--dialects", dialect, tmp_path / "found.json")
     assert len(found["cases"]) == 4 * (
@@ -403,3 +416,123 @@ def test_plan_says_what_is_wrong_with_its_arguments(
 ):
     assert main(["plan", str(pth), *arguments]) == 1
     assert said in capsys.readouterr().err
+
+
+# ---- what a review found -----------------------------------------------------------------------------------
+
+
+def test_the_largest_ring_that_fits_is_taken():
+    plan = plan_of_xl("cuda")
+    assert choose(plan, "stream", Budget(Limit(20 * MIB, ""), Limit(None, "")))[1].ring_bytes == 16 * MIB
+
+
+def test_swap_does_not_lift_a_cap(pth: Path, monkeypatch: pytest.MonkeyPatch):
+    swap = SimpleNamespace(free=8 << 30)
+    monkeypatch.setattr("gpt2lite.memory.psutil.swap_memory", lambda: swap)
+    with pytest.raises(InsufficientMemoryError, match="stream would take"):
+        GPTModel.from_checkpoint(pth, strategy="stream", config=HEADS, max_host_memory="4KiB")
+
+
+def test_both_caps_arrive(pth: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[object] = []
+    real = loading.find_budget
+    monkeypatch.setattr(loading, "find_budget", lambda *caps: seen.append(caps[1:]) or real(*caps))
+    GPTModel.from_checkpoint(pth, config=HEADS, max_host_memory="1GiB", max_device_memory="2GiB")
+    load_module(lambda: GPTModel(TINY), pth, max_host_memory="3GiB", max_device_memory="4GiB")
+    assert seen == [("1GiB", "2GiB"), ("3GiB", "4GiB")]
+
+
+def test_an_error_without_words_is_said_all_the_same(pth: Path, monkeypatch: pytest.MonkeyPatch):
+    def exhausted(plan: object) -> nn.Module:
+        raise MemoryError
+
+    monkeypatch.setitem(STRATEGIES, "meta", Strategy(exhausted, STRATEGIES["meta"].forecast))
+    with pytest.raises(InsufficientMemoryError, match=r"\(MemoryError\)"):
+        GPTModel.from_checkpoint(pth, strategy="meta", config=HEADS)
+
+
+@needs_proc
+@pytest.mark.parametrize(
+    ("strategy", "slack"), [("baseline", 200), ("sequential", 200), ("meta", 200), ("stream", 60)]
+)
+def test_memory_that_runs_out_during_a_load_is_said_so_and_let_go(
+    strategy: str, slack: int, checkpoint: Path
+):
+    """The address space ends below what the forecast, which knows nothing of such a limit, says."""
+    script = """
+import resource, sys
+from pathlib import Path
+from gpt2lite import GPTModel, InsufficientMemoryError
+from gpt2lite.tracking import _status
+options = {"strategy": sys.argv[3], "config": {"n_heads": 8}}
+GPTModel.from_checkpoint(sys.argv[2], **options)
+before = _status()
+resource.setrlimit(resource.RLIMIT_AS, (before["VmSize"] + (int(sys.argv[4]) << 20),) * 2)
+try:
+    GPTModel.from_checkpoint(sys.argv[1], **options)
+except InsufficientMemoryError as error:
+    print(_status()["RssAnon"] - before["RssAnon"])
+"""
+    small = checkpoint.with_name(f"small-{strategy}.pth")
+    write_random_checkpoint(GPTConfig(100, 32, 64, 8, 2), small)
+    command = [sys.executable, "-c", script, str(checkpoint), str(small), strategy, str(slack)]
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) <= 24 * MIB
+
+
+def test_a_file_larger_than_memory_and_swap_can_be_mapped(tmp_path: Path):
+    rows = 2 * host_memory().total // 4096 + (psutil.swap_memory().total // 4096)
+    header = json.dumps({"weight": {"dtype": "F32", "shape": [rows, 1024], "data_offsets": [0, rows * 4096]}})
+    raw = header.encode() + b" " * (-len(header) % 8)
+    path = tmp_path / "huge.safetensors"
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw)
+    try:
+        os.truncate(path, 8 + len(raw) + rows * 4096)
+    except OSError as error:
+        pytest.skip(f"no sparse file of this size here: {error}")
+    module = load_module(lambda: nn.Embedding(rows, 1024, _weight=torch.empty(rows, 1024)), path)
+    assert float(module.weight[rows - 1].detach().sum()) == 0
+
+
+class Wasteful(nn.Module):
+    """A weight that its constructor draws with a function, and an odd buffer that no checkpoint holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(24 << 20))
+        self.register_buffer("positions", torch.arange(256), persistent=False)
+        self.register_buffer("mask", torch.ones(1, 1, 1024).expand(1, 50_000, 1024), persistent=False)
+
+
+def test_what_is_drawn_to_build_a_skeleton_is_let_go_and_shared_memory_counts_once(tmp_path: Path):
+    torch.save({"weight": torch.zeros(24 << 20)}, tmp_path / "model.pth")
+    reading = read_names(open_checkpoint(tmp_path / "model.pth"), ["weight"])
+    found = forecasts(make_plan(reading, Wasteful, torch.device("cpu")))
+    assert found["mmap"].peak_host_anonymous <= MIB
+    module = load_module(Wasteful, tmp_path / "model.pth", strategy="mmap", max_host_memory="1MiB")
+    assert module.positions.tolist() == list(range(256))
+    assert module.mask.shape == (1, 50_000, 1024)
+    assert not module.weight.is_meta
+
+
+def test_views_of_one_storage_are_mapped_once(tmp_path: Path):
+    q, k, v = torch.zeros(1024, 3 * 1024).split(1024, dim=1)
+    torch.save({"q": q, "k": k, "v": v}, tmp_path / "model.pth")
+    reading = read_names(open_checkpoint(tmp_path / "model.pth"), ["q", "k", "v"])
+    build = lambda: nn.ParameterDict({name: torch.empty(1024, 1024) for name in "qkv"})  # noqa: E731
+    plan = make_plan(reading, build, torch.device("cpu"), dtype=torch.bfloat16)
+    assert forecasts(plan)["mmap"].peak_host_reclaimable <= 12 * MIB + 4096
+
+
+def test_dropping_a_cast_is_offered(pth: Path):
+    with pytest.raises(InsufficientMemoryError, match=r"would fit: dtype=None, strategy=\"mmap\""):
+        GPTModel.from_checkpoint(pth, config=HEADS, dtype=torch.float64, max_host_memory="4KiB")
+
+
+def test_advice_can_be_followed(pth: Path):
+    capped = {"config": HEADS, "keep_cached": False, "max_host_memory": "4KiB"}
+    with pytest.raises(InsufficientMemoryError, match=r"would fit: strategy=\"mmap\", keep_cached=True"):
+        GPTModel.from_checkpoint(pth, strategy="stream", **capped)

@@ -809,3 +809,11 @@ def test_per_tensor_reads_what_save_per_tensor_wrote_and_keeps_the_tie(tied_mode
     loaded = GPTModel.from_checkpoint(folder, strategy="per_tensor", config=HEADS)
     assert_equal_bits(loaded, tied_model.state_dict())
     assert loaded.config.tied_head
+
+
+@pytest.mark.parametrize("strategy", ONE_FILE)
+def test_a_tensor_whose_elements_overlap_is_read_as_torch_reads_it(strategy: str, tmp_path: Path):
+    overlapping = torch.arange(8.0).as_strided((2, 2, 2), (3, 3, 1))
+    path = save_pth({"weight": overlapping}, tmp_path)
+    build = lambda: nn.ParameterDict({"weight": torch.empty(2, 2, 2)})  # noqa: E731
+    assert torch.equal(load_module(build, path, strategy=strategy).weight, overlapping)

@@ -201,7 +201,8 @@ for available, name in cgroup_grants():
         result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
         grants = [line.split(maxsplit=1) for line in result.stdout.splitlines()]
         assert [name.rpartition("/")[2] for _, name in grants[:2]] == ["inner", outer.name]
-        assert int(grants[0][0]) < 200 * MIB < 250 * MIB - int(grants[1][0]) + 200 * MIB
+        assert int(grants[0][0]) < 200 * MIB
+        assert int(grants[1][0]) < 250 * MIB
     finally:
         inner.rmdir()
         outer.rmdir()
@@ -226,6 +227,37 @@ def test_version_2_limits_count_at_every_level_and_cache_is_free(tmp_path: Path)
     ]
 
 
+@pytest.mark.parametrize(
+    ("cgroup", "root", "folder"),
+    [
+        ("/docker/abc", "/docker/abc", ""),
+        ("/docker/abc/part", "/docker/abc", "part"),
+        ("/elsewhere", "/docker/abc", ""),
+    ],
+)
+def test_a_mounts_own_root_is_taken_off(cgroup: str, root: str, folder: str, tmp_path: Path):
+    at = tmp_path / "mount" / folder
+    at.mkdir(parents=True)
+    (at / "memory.max").write_text("1000")  # without the other files: no memory.high, no memory.stat
+    (at / "memory.current").write_text("300")
+    (tmp_path / "cgroup").write_text(f"0::{cgroup}\n")
+    mount = f"30 23 0:26 {root} {tmp_path / 'mount'} rw shared:4 - cgroup2 cgroup2 rw\nan odd line\n"
+    (tmp_path / "mountinfo").write_text(mount)
+    assert cgroup_grants(tmp_path) == [(700, f"cgroup {at}")]
+
+
+def test_what_no_forecast_counts_is_left_alone():
+    free = host_memory().available
+    budget = find_budget(torch.device("cpu")).host.nbytes or 0
+    assert budget <= free * 0.98 + (64 << 20)
+
+
+@pytest.mark.parametrize("size", ["9" * 400, 10**5000, 1 << 80], ids=["text", "huge", "large"])
+def test_numbers_beyond_counting_are_refused(size: int | str):
+    with pytest.raises(UsageError, match="is no amount of memory"):
+        parse_size(size)
+
+
 def test_no_cgroups_at_all_grant_everything(tmp_path: Path):
     assert cgroup_grants(tmp_path) == []
 
@@ -248,7 +280,7 @@ def test_a_cap_lowers_a_budget_and_never_raises_it():
     assert 0 < (free.host.nbytes or 0) < host_memory().total
     capped = find_budget(cpu, "1MiB", "2MiB")
     assert (capped.host.nbytes, capped.device.nbytes) == (MIB, 2 * MIB)
-    above = find_budget(cpu, 1 << 60).host
+    above = find_budget(cpu, 1 << 59).host
     assert abs((above.nbytes or 0) - (free.host.nbytes or 0)) < 1 << 30
     assert not capped.host.admits(MIB + 1)
     assert free.device.admits(1 << 60)  # not known: a card that is not here

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -11,9 +13,11 @@ import torch
 from torch import Tensor
 
 from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, flatten
-from gpt2lite.errors import CheckpointError
+from gpt2lite.errors import CheckpointError, first_line, is_out_of_memory
 
 PAGE = 4096
+# Python names it from 3.13 on.
+LINUX_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
 
 
 def memory_of(tensor: Tensor) -> memoryview:
@@ -67,11 +71,10 @@ def _torch_load(path: Path, device: torch.device) -> object:
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        if is_out_of_memory(error):
             raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f'{path}: torch.load refuses it ({reason}); strategy="stream" does not use it'
+            f'{path}: torch.load refuses it ({first_line(error)}); strategy="stream" does not use it'
         ) from None
 
 
@@ -123,6 +126,17 @@ def sizes_read(manifest: Manifest, names: Iterable[str]) -> Sequence[int]:
     return sizes(manifest, names)
 
 
+def _map_file(path: Path) -> torch.UntypedStorage:
+    """A private mapping of a whole file, which may be larger than memory and swap (MAP_NORESERVE)."""
+    with open(path, "rb") as file:
+        if hasattr(mmap, "MAP_PRIVATE"):
+            flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", LINUX_MAP_NORESERVE)
+            mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        else:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    return torch.frombuffer(mapped, dtype=torch.uint8).untyped_storage()
+
+
 def map_tensors(spans: Iterable[TensorSpan]) -> dict[str, Tensor]:
     """Tensors over a private mapping of their files: no bytes are read before they are used.
 
@@ -135,9 +149,7 @@ def map_tensors(spans: Iterable[TensorSpan]) -> dict[str, Tensor]:
     tensors = {}
     for span in spans:
         if span.path not in mapped:
-            nbytes = span.path.stat().st_size
-            whole = torch.from_file(str(span.path), shared=False, size=nbytes, dtype=torch.uint8)
-            mapped[span.path] = whole.untyped_storage()
+            mapped[span.path] = _map_file(span.path)
         storage = mapped[span.path][span.offset : span.offset + span.extent]
         if storage.nbytes() < span.extent:
             raise CheckpointError(f"{span.path}: ends before {span.name}; it was truncated while being read")

@@ -14,8 +14,8 @@ from gpt2lite.cli.env import environment
 from gpt2lite.cli.plot import plot_timelines, require_matplotlib
 from gpt2lite.cli.terminal import (
     EMBEDDED,
+    add_config_arguments,
     add_dtype_argument,
-    add_heads_argument,
     as_json,
     bytes_bar,
     config_of,
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path(tempfile.gettempdir()),
         help="where temporary files go (default: %(default)s)",
     )
-    add_heads_argument(parser)
+    add_config_arguments(parser)
     add_dtype_argument(parser)
 
 

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         ("system", found["system"]),
         ("cpu", f"{found['cpu']}, {found['cores']} cores for this process"),
         ("memory", f"{human(memory['available'])} of {human(memory['total'])} available, limited by {limit}"),
-        ("swap", f"{human(memory['swap'])} free, which budgets do not count"),
+        ("swap", f"{human(memory['swap'])} free, which auto does not count"),
         ("gpu", "; ".join(gpus) or "none that torch can use"),
     ]))  # fmt: skip
     return 0

@@ -15,8 +15,8 @@ import torch
 from gpt2lite.cli.terminal import (
     EMBEDDED,
     add_cap_arguments,
+    add_config_arguments,
     add_dtype_argument,
-    add_heads_argument,
     bytes_bar,
     config_of,
     dtype_of,
@@ -57,7 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto maps the file on CPU, else streams",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default: cpu)")
-    add_heads_argument(parser)
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--lora-alpha", type=float, metavar="A", help="of the book's LoRA layers, if there are any"
+    )
     add_dtype_argument(parser)
     add_cap_arguments(parser)
 
@@ -74,6 +77,7 @@ def _load(args: argparse.Namespace) -> GPTModel:
             strategy,
             config=config_of(args),
             dtype=dtype,
+            lora_alpha=args.lora_alpha,
             max_host_memory=args.max_host_memory,
             max_device_memory=args.max_device_memory,
             progress=progress,

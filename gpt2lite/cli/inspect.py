@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from gpt2lite.checkpoint import Manifest, open_checkpoint
-from gpt2lite.cli.terminal import add_heads_argument, as_json, config_of, facts
-from gpt2lite.dialects import Reading, find_config, read_dialect
+from gpt2lite.cli.terminal import add_config_arguments, as_json, config_of, facts
+from gpt2lite.dialects import UNSAYABLE, Reading, find_config, read_dialect
 from gpt2lite.errors import CheckpointError
 from gpt2lite.memory import human
 
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("path", type=Path, help="a .pth, a .safetensors, or a folder")
     parser.add_argument("--json", action="store_true", help="as JSON")
-    add_heads_argument(parser)
+    add_config_arguments(parser)
 
 
 def _ties(manifest: Manifest) -> list[list[str]]:
@@ -38,6 +38,7 @@ def _oddities(reading: Reading) -> list[str]:
     said = [
         (len(reading.masks), "stored attention masks, which loading skips"),
         (len(reading.passengers), "tensors beside the model (an optimizer?), which loading never reads"),
+        (len(reading.adapters), "LoRA layers, merged on load with the alpha that you give"),
         (len(reading.unexpected), f"unknown tensors: {', '.join(reading.unexpected[:MAX_NAMED])}"),
         (misaligned, "tensors that do not begin at a multiple of their item size"),
         (strided, "tensors that are no contiguous run of bytes"),
@@ -50,7 +51,9 @@ def _config(reading: Reading, args: argparse.Namespace) -> tuple[dict[str, Any],
     try:
         return find_config(reading, config_of(args)).as_dict(), ""
     except CheckpointError as error:
-        return find_config(reading, {"n_heads": 1}).as_dict() | {"n_heads": None}, str(error)
+        said = config_of(args) or {}
+        unsaid = {key: None for key in UNSAYABLE if key not in said}
+        return find_config(reading, UNSAYABLE | said).as_dict() | unsaid, str(error)
 
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from typing import Any
 from gpt2lite.cli.terminal import (
     EMBEDDED,
     add_cap_arguments,
+    add_config_arguments,
     add_dtype_argument,
-    add_heads_argument,
     as_json,
     config_of,
     dtype_of,
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", default="cpu", help="cpu, cuda, cuda:1 …; need not be there (default: cpu)"
     )
     parser.add_argument("--json", action="store_true", help="as JSON")
-    add_heads_argument(parser)
+    add_config_arguments(parser)
     add_dtype_argument(parser)
     add_cap_arguments(parser)
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
+from gpt2lite.config import ACTIVATIONS
+
 DATA = Path(__file__).resolve().parent.parent / "data"
 EMBEDDED = DATA / "embedded.pth"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -57,9 +59,12 @@ def steps_bar(steps: Sequence[str], what: str) -> Any:
     return tqdm(total=len(steps), desc=what, unit="run", leave=False, disable=not sys.stderr.isatty())
 
 
-def add_heads_argument(parser: argparse.ArgumentParser) -> None:
-    """What no checkpoint can say of itself."""
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """What checkpoints cannot always say of themselves."""
     parser.add_argument("--n-heads", type=int, metavar="N", help="attention heads, where the file cannot say")
+    parser.add_argument(
+        "--activation", choices=ACTIVATIONS, help="where the file cannot say (nanoGPT, minGPT)"
+    )
 
 
 def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +84,8 @@ def add_cap_arguments(parser: argparse.ArgumentParser) -> None:
 
 def config_of(args: argparse.Namespace) -> dict[str, Any] | None:
     """The part of the config that the arguments give."""
-    return None if args.n_heads is None else {"n_heads": args.n_heads}
+    said = {"n_heads": args.n_heads, "activation": args.activation}
+    return {key: value for key, value in said.items() if value is not None} or None
 
 
 def dtype_of(args: argparse.Namespace) -> torch.dtype | None:

@@ -10,13 +10,14 @@ from torch import nn
 
 from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.dialects import Reading, read_names
-from gpt2lite.errors import InsufficientMemoryError, UsageError
+from gpt2lite.errors import InsufficientMemoryError, UsageError, first_line, is_out_of_memory
+from gpt2lite.loading.adapters import merge_adapters
 from gpt2lite.loading.choice import Verdict, choose, forecasts, helps, judge
 from gpt2lite.loading.forecast import Forecast
 from gpt2lite.loading.plan import LoadPlan, Progress, make_plan
 from gpt2lite.loading.skeleton import build_on_meta, prove_complete, restore_unsaved_buffers
 from gpt2lite.loading.strategies import AUTO, STRATEGIES
-from gpt2lite.memory import find_budget, is_out_of_memory, resolve_device
+from gpt2lite.memory import find_budget, resolve_device
 
 __all__ = [
     "AUTO",
@@ -56,7 +57,7 @@ def load(
     """
     resolved = resolve_device(device)
     budget = find_budget(resolved, max_host_memory, max_device_memory)
-    if not keep_cached and strategy not in ("auto", "stream"):
+    if not keep_cached and strategy in STRATEGIES.keys() - {"stream"}:
         raise UsageError(f'keep_cached=False goes with strategy="stream" or "auto", not {strategy!r}')
     plan = make_plan(
         reading, build, resolved, dtype=dtype, progress=progress, keep_cached=keep_cached, hint=hint
@@ -67,7 +68,7 @@ def load(
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
     else:
         reading.manifest.check_unchanged()
         dtypes = {name: target.dtype for target in plan.targets for name in target.names}
@@ -76,12 +77,13 @@ def load(
     del plan
     raise InsufficientMemoryError(
         f'{reading.manifest.path}: memory ran out on {device} with strategy="{name}", though the forecast '
-        f"fits: others may have taken it meanwhile ({reason}). Try again, or with dtype=torch.bfloat16."
+        f"fits: others may have taken it meanwhile ({reason}). Try again."
     )
 
 
 def _filled(strategy: str, plan: LoadPlan) -> nn.Module:
     module = STRATEGIES[strategy].load(plan)
+    merge_adapters(plan, module)
     restore_unsaved_buffers(module, plan.build, plan.device)
     return module
 

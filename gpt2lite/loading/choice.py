@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from gpt2lite.errors import InsufficientMemoryError, UsageError
+from gpt2lite.loading.adapters import with_adapters
 from gpt2lite.loading.forecast import Forecast
 from gpt2lite.loading.plan import RINGS, LoadPlan
 from gpt2lite.loading.strategies import AUTO, CPU, STRATEGIES
@@ -32,7 +33,7 @@ def forecasts(plan: LoadPlan) -> dict[str, Forecast]:
     found = {}
     for name, strategy in STRATEGIES.items():
         with suppress(UsageError):
-            found[name] = strategy.forecast(plan)
+            found[name] = with_adapters(plan, strategy.forecast(plan))
     return found
 
 
@@ -55,7 +56,7 @@ def judge(plan: LoadPlan, name: str, budget: Budget) -> Verdict:
 
 def _judge_with(plan: LoadPlan, name: str, budget: Budget, ring_bytes: int) -> Verdict:
     plan = replace(plan, ring_bytes=ring_bytes)
-    forecast = STRATEGIES[name].forecast(plan)
+    forecast = with_adapters(plan, STRATEGIES[name].forecast(plan))
     return Verdict(plan, forecast, _lacking(forecast, budget))
 
 
@@ -96,6 +97,7 @@ def helps(plan: LoadPlan, strategy: str, budget: Budget) -> Iterator[str]:
     half = replace(plan, targets=tuple(replace(t, dtype=_halved(t.dtype)) for t in plan.targets))
     changes = {
         (): plan,
+        ("dtype=None",): replace(plan, targets=tuple(replace(t, dtype=t.span.dtype) for t in plan.targets)),
         ("dtype=torch.bfloat16",): half,
         ('device="cpu"',): replace(plan, device=CPU),
         ('device="cpu"', "dtype=torch.bfloat16"): replace(half, device=CPU),
@@ -106,7 +108,8 @@ def helps(plan: LoadPlan, strategy: str, budget: Budget) -> Iterator[str]:
         fitting = (name for name in AUTO if not judge(changed, name, budget).lacking)
         if not is_none and not any(set(change) > less for less in enough) and (name := next(fitting, None)):
             enough.append(set(change))
-            yield ", ".join([*change, f'strategy="{name}"'])
+            cached = [] if plan.keep_cached or name == "stream" else ["keep_cached=True"]
+            yield ", ".join([*change, f'strategy="{name}"', *cached])
 
 
 def _halved(dtype: torch.dtype) -> torch.dtype:

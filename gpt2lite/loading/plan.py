@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2lite.checkpoint import Manifest, TensorSpan
-from gpt2lite.dialects import Placement, Reading
+from gpt2lite.dialects import Adapter, Placement, Reading
 from gpt2lite.errors import CheckpointError, UsageError
 from gpt2lite.loading.skeleton import build_on_meta, saved_tensors, tied_names
 
@@ -57,6 +57,7 @@ class LoadPlan:
     ring_bytes: int
     progress: Progress
     keep_cached: bool
+    adapters: tuple[Adapter, ...]
 
     @cached_property
     def spans(self) -> dict[str, TensorSpan]:
@@ -99,6 +100,18 @@ def _mismatches(reading: Reading, groups: list[tuple[tuple[str, ...], Tensor]]) 
         if len({tensors[placement.source].address for placement in placed}) > 1:
             sources = " and ".join(placement.source for placement in placed)
             lines.append(f"{sources} are two tensors; the model ties {' and '.join(names)}")
+    for adapter in reading.adapters:
+        a, b, weight = tensors[adapter.a], tensors[adapter.b], tensors[placements[adapter.weight].source]
+        if (
+            len(a.shape) != 2
+            or len(b.shape) != 2
+            or (*b.shape[1:], *a.shape[:1], *a.shape[1:])
+            != (
+                *placements[adapter.weight].shape_of(weight.shape),
+                *b.shape[:1],
+            )
+        ):
+            lines.append(f"{a.name} {a.shape} and {b.name} {b.shape} are no addition to {adapter.weight}")
     return sorted(lines)
 
 
@@ -136,7 +149,9 @@ def make_plan(
     first = {span.address: span for span in reversed(list(reading.manifest.tensors.values()))}
     targets = tuple(_target(reading, first, names, tensor, dtype) for names, tensor in groups)
     report = progress or (lambda done, total: None)
-    return LoadPlan(reading.manifest, build, skeleton, targets, device, RINGS[0], report, keep_cached)
+    return LoadPlan(
+        reading.manifest, build, skeleton, targets, device, RINGS[0], report, keep_cached, reading.adapters
+    )
 
 
 def _target(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from gpt2lite.errors import CheckpointError, UsageError
@@ -61,9 +62,20 @@ def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
     return module
 
 
+def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    """What a module registers instead of a parameter with values, which its checkpoint holds anyway."""
+    if parameter is None or parameter.is_meta:
+        return parameter
+    return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+
+
 def _build_with_values(build: Callable[[], nn.Module]) -> nn.Module:
-    with _OnlyEmptyOnMeta(), _NoInitialisers():
-        return build()
+    hook = register_module_parameter_registration_hook(_to_meta)  # type: ignore[arg-type]
+    try:
+        with _OnlyEmptyOnMeta(), _NoInitialisers():
+            return build()
+    finally:
+        hook.remove()
 
 
 def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -121,14 +133,31 @@ def replace_tensor(module: nn.Module, names: Iterable[str], tensor: Tensor) -> N
         registry[leaf] = tensor
 
 
+def _unsaved(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that no checkpoint holds, under each of their names."""
+    saved = saved_tensors(module)
+    return {name: buffer for name, buffer in _named_tensors(module).items() if name not in saved}
+
+
+def unsaved_buffers(module: nn.Module) -> list[Tensor]:
+    """The buffers that no checkpoint holds, each once."""
+    return [buffer for _, buffer in tied_names(_unsaved(module))]
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the memory that some tensors stand on, each piece of it once; on meta, that they would."""
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
 def restore_unsaved_buffers(module: nn.Module, build: Callable[[], nn.Module], device: torch.device) -> None:
     """Compute again, and move to `device`, the buffers that no checkpoint holds (persistent=False).
 
-    Builds the module a second time, parameters still on meta; costs the buffers twice. GPTModel has none.
+    Builds the module a second time, its parameters going to meta one by one; costs all its buffers on the
+    host, and what its constructor takes beside them. GPTModel has none.
     Raises UsageError for a buffer that is computed from parameters or from memory that is filled later.
     """
-    saved = saved_tensors(module)
-    unsaved = {name: buffer for name, buffer in _named_tensors(module).items() if name not in saved}
+    unsaved = _unsaved(module)
     lost = any(buffer.is_meta for buffer in unsaved.values())
     computed = _named_tensors(_build_with_values(build)) if lost else unsaved
     for names, buffer in tied_names(unsaved):
@@ -139,13 +168,6 @@ def restore_unsaved_buffers(module: nn.Module, build: Callable[[], nn.Module], d
                 'meta; load this module with strategy="sequential" or "baseline"'
             )
         replace_tensor(module, names, value.to(device))
-
-
-def unsaved_buffers(module: nn.Module) -> int:
-    """Bytes of the buffers that no checkpoint holds."""
-    saved = saved_tensors(module)
-    unsaved = {name: buffer for name, buffer in _named_tensors(module).items() if name not in saved}
-    return sum(buffer.nbytes for _, buffer in tied_names(unsaved))
 
 
 def _is_lost(value: object) -> bool:

@@ -19,7 +19,7 @@ from gpt2lite.checkpoint.reading import map_tensors, read_tensors, sizes_read
 from gpt2lite.errors import UsageError
 from gpt2lite.loading.forecast import MIB, Forecast, Ledger, round_up
 from gpt2lite.loading.plan import LoadPlan, Target
-from gpt2lite.loading.skeleton import replace_tensor, saved_tensors, unsaved_buffers
+from gpt2lite.loading.skeleton import replace_tensor, saved_tensors, storage_bytes, unsaved_buffers
 from gpt2lite.loading.stream import Source, fill, make_source, reads, ring_shape
 
 CPU = torch.device("cpu")
@@ -43,7 +43,8 @@ def _built_for_real(plan: LoadPlan) -> nn.Module:
 
 def _enter_built(plan: LoadPlan, ledger: Ledger) -> None:
     built = [(target, target.numel * target.built.itemsize) for target in plan.targets]
-    ledger.host.take(sum(nbytes for _, nbytes in built) + unsaved_buffers(plan.skeleton))
+    unsaved = unsaved_buffers(plan.skeleton)
+    ledger.host.take(sum(nbytes for _, nbytes in built) + storage_bytes(unsaved))
     for target, nbytes in built:
         if ledger.on_cpu and target.dtype == target.built:
             continue
@@ -51,8 +52,10 @@ def _enter_built(plan: LoadPlan, ledger: Ledger) -> None:
             ledger.host.touch(target.nbytes)
         ledger.device.take(target.nbytes)
         ledger.host.give(nbytes)
-    ledger.host.give(unsaved_buffers(plan.skeleton))
-    ledger.device.take(unsaved_buffers(plan.skeleton))
+    for buffer in unsaved if not ledger.on_cpu else ():
+        ledger.device.take(buffer.nbytes)
+    if not ledger.on_cpu:
+        ledger.host.give(storage_bytes(unsaved))
 
 
 # ---- allocating it without ---------------------------------------------------------------------------------
@@ -69,6 +72,19 @@ def _allocated(plan: LoadPlan) -> nn.Module:
 def _enter_allocated(plan: LoadPlan, ledger: Ledger) -> None:
     for target in plan.targets:
         ledger.device.take(target.nbytes)
+
+
+def _enter_unsaved_buffers(plan: LoadPlan, ledger: Ledger) -> None:
+    """What `restore_unsaved_buffers` adds: it builds all buffers again, then moves those that it needs."""
+    unsaved = unsaved_buffers(plan.skeleton)
+    if not unsaved:
+        return
+    needed = storage_bytes(unsaved)
+    ledger.host.touch(storage_bytes(plan.skeleton.buffers()))
+    if ledger.on_cpu:
+        ledger.host.take(needed)
+    for buffer in unsaved if not ledger.on_cpu else ():
+        ledger.device.take(buffer.nbytes)
 
 
 def _large_bytes(plan: LoadPlan) -> int:
@@ -223,16 +239,20 @@ def _is_view(plan: LoadPlan, target: Target, *, again: bool) -> bool:
 def _forecast_mmap(plan: LoadPlan) -> Forecast:
     ledger, stays_mapped = Ledger(plan.device), 0
     touched, to_come = Counter[Path](), Counter(span.path for span in plan.spans.values())
+    reached = Counter[Path]()  # spans come in their order on disk, and may overlap
     for name, targets in _by_span(plan).items():
         stored, are_views = plan.spans[name], [_is_view(plan, t, again=i > 0) for i, t in enumerate(targets)]
         is_read = not ledger.on_cpu or not all(are_views)
-        touched[stored.path] += ledger.mapped.take(stored.extent if is_read else 0)
+        end = stored.offset + stored.extent
+        fresh = max(end - max(stored.offset, reached[stored.path]), 0)
+        reached[stored.path] = max(end, reached[stored.path])
+        touched[stored.path] += ledger.mapped.take(fresh if is_read else 0)
         block = 0 if ledger.on_cpu else ledger.device.take(stored.nbytes)
         for target, is_view in zip(targets, are_views, strict=True):
             ledger.device.take(0 if is_view else target.nbytes)
         if not any(are_views):
             ledger.device.give(block)
-        stays_mapped += stored.extent if ledger.on_cpu and any(are_views) else 0
+        stays_mapped += fresh if ledger.on_cpu and any(are_views) else 0
         to_come[stored.path] -= 1
         if not to_come[stored.path]:  # the file's mapping ends with the last tensor over it
             ledger.mapped.give(touched[stored.path])
@@ -316,14 +336,6 @@ def _forecast_stream(plan: LoadPlan) -> Forecast:
         ledger.host.touch(sum(max(chunk.nbytes for chunk in turn) for turn in turns))
     _enter_unsaved_buffers(plan, ledger)
     return ledger.balance()
-
-
-def _enter_unsaved_buffers(plan: LoadPlan, ledger: Ledger) -> None:
-    """What `restore_unsaved_buffers` adds: it builds the module again, then moves what it needs."""
-    nbytes = unsaved_buffers(plan.skeleton)
-    if nbytes:
-        ledger.host.touch(nbytes)
-        ledger.device.take(nbytes)
 
 
 def _power_of_two(nbytes: int) -> int:

@@ -47,11 +47,7 @@ class Source:
     span: TensorSpan
     shape: tuple[int, ...]
     destinations: tuple[Destination, ...]
-
-    @property
-    def is_row_major(self) -> bool:
-        """Whether the bytes on disk are exactly the elements in the order of `shape`."""
-        return self.span.extent == self.span.nbytes
+    is_row_major: bool  # whether the bytes on disk are exactly the elements in the order of `shape`
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,29 +72,32 @@ class Chunk:
     pieces: tuple[Piece, ...]
 
 
-def _disk_order(span: TensorSpan) -> tuple[int, ...]:
-    """The dimensions from the slowest to the fastest on disk; as they are where no order is row-major."""
+def _disk_order(span: TensorSpan) -> tuple[tuple[int, ...], bool]:
+    """The dimensions from the slowest to the fastest on disk, and whether the elements lie so, without gaps.
+
+    As they are where no order is row-major.
+    """
     order = tuple(sorted(range(len(span.shape)), key=lambda dim: -span.stride[dim]))
     shape = [span.shape[dim] for dim in order]
     steps = contiguous_stride(shape)
     row_major = all(
         size < 2 or span.stride[dim] == step for dim, size, step in zip(order, shape, steps, strict=True)
     )
-    return order if row_major else tuple(range(len(span.shape)))
+    return (order if row_major else tuple(range(len(span.shape)))), row_major
 
 
 def make_source(span: TensorSpan, filled: Iterable[tuple[Target, Tensor]]) -> Source:
     """One stored tensor and the (target, parameter) pairs that it fills."""
-    order = _disk_order(span)
+    order, is_row_major = _disk_order(span)
     shape = tuple(span.shape[dim] for dim in order) or (1,)
     destinations = []
     for target, parameter in filled:
         place = target.placement
         turned = place.unplace(parameter.detach()).permute(order) if order else parameter.detach().view(1)
-        axis = order.index(place.axis) if order else 0
+        axis = order.index(place.axis + place.squeezed) if order else 0
         size = shape[axis] // place.parts
         destinations.append(Destination(turned, axis, place.part * size, (place.part + 1) * size))
-    return Source(span, shape, tuple(destinations))
+    return Source(span, shape, tuple(destinations), is_row_major)
 
 
 def cut(source: Source, max_bytes: int) -> Iterator[Piece]:

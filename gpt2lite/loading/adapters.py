@@ -1,0 +1,61 @@
+"""Low-rank additions (LoRA), merged into the weights that they add to."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from gpt2lite.checkpoint.reading import read_span
+from gpt2lite.dialects import Adapter
+from gpt2lite.loading.forecast import Forecast
+from gpt2lite.loading.plan import LoadPlan
+from gpt2lite.loading.skeleton import saved_tensors
+
+# Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models"; alpha as the book uses it, unscaled.
+
+
+@torch.no_grad()
+def merge_adapters(plan: LoadPlan, module: nn.Module) -> None:
+    """weight += alpha × (a @ b).t() for each, in float32 at least.
+
+    Costs one weight in float32 on the device; a mapped weight becomes anonymous memory. Equal to computing
+    both paths up to rounding.
+    """
+    tensors = saved_tensors(module)
+    for adapter in plan.adapters:
+        assert adapter.alpha is not None, "with_lora_alpha comes before a load"
+        a, b = (_factor(plan, name) for name in (adapter.a, adapter.b))
+        tensors[adapter.weight].add_((a * adapter.alpha @ b).t())
+
+
+def _factor(plan: LoadPlan, name: str) -> Tensor:
+    stored = read_span(plan.manifest.tensors[name])
+    return stored.to(plan.device, torch.promote_types(stored.dtype, torch.float32))
+
+
+def with_adapters(plan: LoadPlan, forecast: Forecast) -> Forecast:
+    """The forecast of a load that ends in merging; the sum is the larger where it is not known which."""
+    if not plan.adapters:
+        return forecast
+    weights = {name: target for target in plan.targets for name in target.names}
+    merged = [weights[adapter.weight] for adapter in plan.adapters]
+    on_cpu, working = plan.device.type == "cpu", max(4 * target.numel for target in merged)
+    copied = sum(target.nbytes for target in merged) if forecast.stays_mapped else 0
+    factors = max(_factor_bytes(plan, adapter) for adapter in plan.adapters)
+    host = forecast.stays_host + copied + factors + (working if on_cpu else 0)
+    device = forecast.stays_device + factors + working
+    return replace(
+        forecast,
+        peak_host_anonymous=max(forecast.peak_host_anonymous, host),
+        peak_device=forecast.peak_device if on_cpu else max(forecast.peak_device, device),
+        stays_host=forecast.stays_host + copied,
+        stays_mapped=forecast.stays_mapped - copied,
+    )
+
+
+def _factor_bytes(plan: LoadPlan, adapter: Adapter) -> int:
+    shapes = (plan.manifest.tensors[name].shape for name in (adapter.a, adapter.b))
+    return sum(8 * math.prod(shape) for shape in shapes)  # as read, and in float32
