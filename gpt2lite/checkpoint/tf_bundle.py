@@ -34,6 +34,7 @@ MAGIC = (0xDB4775248B80FB57).to_bytes(8, "little")
 TRAILER_BYTES = 5  # after each block: a type and a masked CRC-32C of block and type
 UNCOMPRESSED = 0
 MAX_INDEX_BYTES = 1 << 20  # GPT-2 XL with its optimizer takes 60 KB; keys that share grow a thousandfold
+MAX_BLOCKS = 1000  # TensorFlow's hold 256 KiB each; thousands of tiny ones would only cost time
 MAX_VERSION = 1  # of the bundle's format, which has had no other
 CHUNK_BYTES = 1 << 20  # of a tensor, whose sum is being checked
 VARINT, FIXED64, DELIMITED, FIXED32 = 0, 1, 2, 5
@@ -169,8 +170,10 @@ def _table(index: bytes) -> Iterator[tuple[bytes, bytes]]:
     directory, _ = _handle(footer, at)
     _block(index, filters)
     previous, free = None, 0
-    for _, value in _pairs(_block(index, directory)):
+    for number, (_, value) in enumerate(_pairs(_block(index, directory))):
         handle, _ = _handle(value)
+        if number >= MAX_BLOCKS:
+            raise _damaged(f"has more than {MAX_BLOCKS} blocks")
         if handle[0] < free:
             raise _damaged(f"a block begins at byte {handle[0]}, the one before ends at {free}")
         free = sum(handle) + TRAILER_BYTES
@@ -287,7 +290,7 @@ def _check_apart(spans: Iterable[TensorSpan]) -> None:
 
 
 def open_tf_bundle(path: Path) -> Manifest:
-    """The manifest of a TensorFlow V2 checkpoint, by the path of its index, which must end in `.index`.
+    """The manifest of a TensorFlow V2 checkpoint, by the path of its index; its data lie beside it.
 
     Names and shapes are as stored; strings are left out. Reads the index alone, a few KB, and checks its
     sums; `check_crc32c` checks those of the tensors. Raises CheckpointNotFoundError where a data file is

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "path", type=Path, help="a .pth, a .safetensors, a TensorFlow model.ckpt, or a folder"
     )
     parser.add_argument("--json", action="store_true", help="as JSON")
-    parser.add_argument("--check", action="store_true", help="read all data and check the sums of it, if any")
+    parser.add_argument("--check", action="store_true", help="read all data, compare it with the file's sums")
     add_heads_argument(parser)
 
 
@@ -62,7 +62,7 @@ def _checked(manifest: Manifest) -> str:
     """What --check found. Raises CheckpointError for the first tensor that does not agree with its sum."""
     check = CHECKS.get(manifest.format)
     if check is None:
-        return f"not checked: {manifest.format} keeps no sum for each tensor"
+        return f"not checked: only {', '.join(CHECKS)} has sums that are read, this is {manifest.format}"
     with bytes_bar("check") as progress:
         return f"those of {check(manifest, progress)} tensors agree"
 
