@@ -107,6 +107,7 @@ READERS = {
     "torch_zip": (_read_zip, _zip_sizes),
     "safetensors": (_read_spans, _span_sizes),
     "tensor_folder": (_read_folder, _folder_sizes),
+    "tf_bundle": (_read_spans, _span_sizes),
 }
 
 

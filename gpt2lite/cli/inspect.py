@@ -8,18 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from gpt2lite.checkpoint import Manifest, open_checkpoint
-from gpt2lite.cli.terminal import add_config_arguments, as_json, config_of, facts
+from gpt2lite.checkpoint.tf_bundle import check_crc32c
+from gpt2lite.cli.terminal import add_config_arguments, as_json, bytes_bar, config_of, facts
 from gpt2lite.dialects import UNSAYABLE, Reading, find_config, read_dialect
 from gpt2lite.errors import CheckpointError
 from gpt2lite.memory import human
 
 MAX_NAMED = 3
+CHECKS = {"tf_bundle": check_crc32c}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("path", type=Path, help="a .pth, a .safetensors, or a folder")
+    parser.add_argument(
+        "path", type=Path, help="a .pth, a .safetensors, a TensorFlow model.ckpt, or a folder"
+    )
     parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("--check", action="store_true", help="read all data, compare it with the file's sums")
     add_config_arguments(parser)
 
 
@@ -56,9 +61,19 @@ def _config(reading: Reading, args: argparse.Namespace) -> tuple[dict[str, Any],
         return find_config(reading, UNSAYABLE | said).as_dict() | unsaid, str(error)
 
 
+def _checked(manifest: Manifest) -> str:
+    """What --check found. Raises CheckpointError for the first tensor that does not agree with its sum."""
+    check = CHECKS.get(manifest.format)
+    if check is None:
+        return f"not checked: only {', '.join(CHECKS)} has sums that are read, this is {manifest.format}"
+    with bytes_bar("check") as progress:
+        return f"those of {check(manifest, progress)} tensors agree"
+
+
 def describe(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that the command says, as a dict."""
     manifest = open_checkpoint(args.path)
+    sums = {"sums": _checked(manifest)} if args.check else {}
     reading = read_dialect(manifest)
     config, problem = _config(reading, args)
     used = {
@@ -79,6 +94,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         "dtypes": dict(dtypes),
         "ties": _ties(manifest),
         "oddities": _oddities(reading) + ([problem] if problem else []),
+        **sums,
     }
 
 
@@ -99,5 +115,6 @@ def run(args: argparse.Namespace) -> int:
         ("dtypes", ", ".join(f"{name} × {count}" for name, count in found["dtypes"].items())),
         ("ties", "; ".join(" = ".join(names) for names in found["ties"]) or "none"),
         ("oddities", "\n          ".join(found["oddities"]) or "none"),
+        *([("sums", found["sums"])] if args.check else []),
     ]))  # fmt: skip
     return 0
