@@ -60,6 +60,12 @@ def save_pth(state: object, folder: Path) -> Path:
     return folder / "model.pth"
 
 
+def save_legacy(state: object, folder: Path) -> Path:
+    """As torch did before 1.6: data begin where the pickles happen to end."""
+    torch.save(state, folder / "model.pth", _use_new_zipfile_serialization=False)
+    return folder / "model.pth"
+
+
 def save_safetensors(state: dict[str, torch.Tensor], folder: Path) -> Path:
     library = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     library.save_file(
@@ -120,6 +126,8 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Path]]] = {
     "ours-pth": (ours, save_pth),
     "ours-tied-pth": (lambda: ours(tied_head=True), save_pth),
     "ours-no-bias-pth": (lambda: ours(bias=False, qkv_bias=False), save_pth),
+    "ours-legacy-pth": (ours, save_legacy),
+    "ours-tied-legacy-pth": (lambda: ours(tied_head=True), save_legacy),
     "ours-safetensors": (ours, save_safetensors),
     "ours-folder": (ours, save_folder),
     "ours-compiled-pth": (ours, save_compiled),
@@ -134,6 +142,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Path]]] = {
     "fast-safetensors": (book_fast, save_safetensors),
     "fast-folder": (book_fast, save_folder),
     "hf-pth": (huggingface, save_pth),
+    "hf-legacy-pth": (huggingface, save_legacy),
     "hf-no-prefix-pth": (lambda: huggingface(head=False), save_pth),
     "hf-hub-safetensors": (huggingface, save_hub),
     "hf-folder": (huggingface, save_folder),

@@ -8,6 +8,7 @@ from pathlib import Path
 from gpt2lite.checkpoint.manifest import Manifest, TensorSpan
 from gpt2lite.checkpoint.safetensors_file import open_safetensors
 from gpt2lite.checkpoint.tensor_folder import open_tensor_folder
+from gpt2lite.checkpoint.torch_legacy import MAGIC, open_torch_legacy
 from gpt2lite.checkpoint.torch_zip import RESAVE, open_torch_zip
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError
 
@@ -18,6 +19,7 @@ FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 
 OPENERS = {
     "zip": open_torch_zip,
+    "legacy": open_torch_legacy,
     "safetensors": open_safetensors,
     "tensor folder": open_tensor_folder,
 }
@@ -25,17 +27,19 @@ OPENERS = {
 
 def _kind_of_file(path: Path) -> str:
     with open(path, "rb") as file:
-        head = file.read(16)
+        head = file.read(512)
     if not head:
         raise CheckpointError(f"{path}: is empty. Copy or download it again.")
     if head.startswith(b"PK\x03\x04"):
         return "zip"
     if head[8:9] == b"{":
         return "safetensors"
-    if head.startswith(b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"):
+    if head.startswith(b"\x80") and MAGIC in head[:32]:
+        return "legacy"
+    if head[257:262] == b"ustar":
         raise CheckpointError(
-            f"{path}: written before torch 1.6, without byte ranges. Re-save it: "
-            "torch.save(torch.load(path, weights_only=True), path)"
+            f"{path}: a tar archive, written before torch 0.1.10, which torch.load reads only by running it. "
+            f"{RESAVE}"
         )
     if head.startswith(b"\x80"):
         raise CheckpointError(f"{path}: a bare pickle, which only running it could read. {RESAVE}")

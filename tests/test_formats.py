@@ -1,0 +1,320 @@
+"""Other files than one zip or one safetensors: the bytes that were written, else a CheckpointError."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import struct
+import tarfile
+import tracemalloc
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_checkpoint import (
+    HUGE,
+    SAVED_DTYPES,
+    TREES,
+    a_tensor,
+    assert_refused,
+    assert_same_as_torch_load,
+    bytes_of,
+    bytes_read,
+    flips,
+    opens_soundly_or_not_at_all,
+    payloads,
+    sample,
+    tensors_in,
+)
+from torch import nn
+
+from gpt2lite.checkpoint import open_checkpoint
+from gpt2lite.checkpoint.reading import map_tensors, read_span, sizes_read
+from gpt2lite.checkpoint.torch_legacy import MAGIC_NUMBER
+from gpt2lite.errors import CheckpointError
+
+# ---- written before torch 1.6 ------------------------------------------------------------------------------
+
+LEGACY_TREES = {name: make for name, make in TREES.items() if name != "two dtypes on one storage"}
+SYSTEM = {
+    "protocol_version": 1001,
+    "little_endian": True,
+    "type_sizes": {"short": 2, "int": 4, "long": 4},
+}
+
+
+def save_legacy(tree: object, path: Path, protocol: int = 2) -> None:
+    torch.save(tree, path, _use_new_zipfile_serialization=False, pickle_protocol=protocol)
+
+
+@dataclass
+class OldStorage:
+    """Pickles as old torch's reference to a storage, or to a part of it."""
+
+    key: object = "0"
+    numel: object = 6
+    view: object = None
+    tag: object = "storage"
+    kind: type = torch.FloatStorage
+
+
+class OldPickler(pickle.Pickler):
+    def persistent_id(self, obj: object) -> Any:
+        return (
+            (obj.tag, obj.kind, obj.key, "cpu", obj.numel, obj.view) if isinstance(obj, OldStorage) else None
+        )
+
+
+class FiveParts(pickle.Pickler):
+    """As the zip's: no view."""
+
+    def persistent_id(self, obj: object) -> Any:
+        return ("storage", obj.kind, obj.key, "cpu", obj.numel) if isinstance(obj, OldStorage) else None
+
+
+def dumped(tree: object, protocol: int = 2, pickler: type[pickle.Pickler] = OldPickler) -> bytes:
+    buffer = BytesIO()
+    pickler(buffer, protocol).dump(tree)
+    return buffer.getvalue()
+
+
+SIX = struct.pack("<q6f", 6, *range(6))
+
+
+def parts(
+    tree: object = None,
+    *,
+    magic: object = MAGIC_NUMBER,
+    version: object = 1001,
+    system: object = SYSTEM,
+    keys: object = ("0",),
+    data: bytes = SIX,
+) -> bytes:
+    """A legacy file from its parts; as they are, a sound one."""
+    tree = {"w": a_tensor(OldStorage())} if tree is None else tree
+    pickles = (magic, version, system, tree, list(keys) if isinstance(keys, tuple) else keys)
+    return b"".join(part if isinstance(part, bytes) else dumped(part) for part in pickles) + data
+
+
+@pytest.mark.parametrize("make", LEGACY_TREES.values(), ids=LEGACY_TREES)
+def test_whatever_old_torch_saved_is_read_bit_for_bit(make, tmp_path):
+    save_legacy(make(), tmp_path / "model.pth")
+    assert assert_same_as_torch_load(tmp_path / "model.pth").format == "torch_zip"
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")  # torch's own view of complex32
+@pytest.mark.parametrize("name", SAVED_DTYPES)
+def test_every_dtype_in_a_legacy_file_is_read_bit_for_bit(name, tmp_path):
+    """Also those that torch saves into a legacy file and then cannot load, for want of a storage class."""
+    written = sample(getattr(torch, name))
+    save_legacy({"w": written}, tmp_path / "model.pth")
+    span = open_checkpoint(tmp_path / "model.pth").tensors["w"]
+    for found in (read_span(span), map_tensors([span])["w"]):
+        assert (found.dtype, bytes_of(found)) == (written.dtype, bytes_of(written))
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+@pytest.mark.parametrize("make", LEGACY_TREES.values(), ids=LEGACY_TREES)
+def test_legacy_files_of_other_pickle_protocols_are_read_too(make, protocol, tmp_path):
+    """Frames and all: an unpickler that read ahead would lose its place between the pickles."""
+    save_legacy(make(), tmp_path / "model.pth", protocol)
+    expected = tensors_in(torch.load(tmp_path / "model.pth", weights_only=False))
+    spans = open_checkpoint(tmp_path / "model.pth").tensors
+    assert {name: bytes_of(read_span(span)) for name, span in spans.items()} == {
+        name: bytes_of(tensor) for name, tensor in expected.items()
+    }
+
+
+def test_the_parts_are_of_a_sound_legacy_file(tmp_path):
+    """Else a row below could pass for another reason than its own."""
+    (tmp_path / "m.pth").write_bytes(parts())
+    manifest = assert_same_as_torch_load(tmp_path / "m.pth")
+    assert read_span(manifest.tensors["w"]).tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_a_storage_that_old_torch_wrote_as_a_view_is_read(tmp_path):
+    """Elements 2 and 3 of storage 0 under a key of their own, seen by two tensors."""
+    view = OldStorage(view=("9", 2, 3))
+    tree = {"part": a_tensor(view, 0, (3,), (1,)), "last": a_tensor(view, 2, (), ())}
+    (tmp_path / "m.pth").write_bytes(parts(tree | {"w": a_tensor(OldStorage())}))
+    manifest = assert_same_as_torch_load(tmp_path / "m.pth")
+    assert read_span(manifest.tensors["part"]).tolist() == [2, 3, 4]
+    assert list(manifest.storages.values()) == [(24,)]
+
+
+def test_bytes_after_the_last_storage_are_left_alone_as_torch_does(tmp_path):
+    (tmp_path / "m.pth").write_bytes(parts() + parts())
+    assert_same_as_torch_load(tmp_path / "m.pth")
+
+
+def test_the_storages_of_a_legacy_file_are_all_that_torch_load_allocates(tmp_path):
+    """Whole ones, for a view too, and those that no tensor stands on."""
+    tree = {"w": torch.zeros(1000)[:10], "tied": torch.ones(7), "bare": torch.arange(3).untyped_storage()}
+    save_legacy(tree, tmp_path / "m.pth")
+    manifest = open_checkpoint(tmp_path / "m.pth")
+    assert sorted(sizes_read(manifest, ["w"])) == [24, 28, 4000]
+
+
+LEGACY_DAMAGES = {
+    "magic alone": (dumped(MAGIC_NUMBER), "its pickle is damaged"),
+    "another number": (parts(magic=MAGIC_NUMBER << 80), "its magic number is <int>, wanted"),
+    "another version": (parts(version=1002), "its version is 1002, wanted 1001"),
+    "version True": (parts(version=True), "its version is True, wanted 1001"),
+    "big-endian": (parts(system={"little_endian": False}), "a machine of other byte order.*save the weights"),
+    "no machine": (parts(system={}), "a machine that it does not describe"),
+    "machine is a list": (parts(system=[]), "a machine that it does not describe"),
+    "keys of another type": (parts(keys=(0,)), r"its list of storages is \[0\]"),
+    "keys are a dict": (parts(keys={"0": 0}), "its list of storages is <dict>"),
+    "a key too few": (parts(keys=()), r"0 storages does not fit.*describes 1; missing: \['0'\]"),
+    "a key too many": (parts(keys=("0", "1")), r"unknown: \['1'\]"),
+    "a key twice": (parts(keys=("0", "0")), "2 storages does not fit its pickle, which describes 1"),
+    "count too small": (parts(data=b"\x05" + SIX[1:]), "storage 0 has 5 elements of torch.float32, 24 bytes"),
+    "negative count": (parts(data=b"\xff" * 8 + SIX[8:]), "storage 0 has -1 elements"),
+    "no data": (parts(data=b""), "storage 0 lies in bytes .* It is truncated"),
+    "last byte missing": (parts()[:-1], "storage 0 lies in bytes .* It is truncated"),
+    "past its storage": (
+        parts({"w": a_tensor(OldStorage(), 1)}),
+        "w reaches past the end of its storage 0",
+    ),
+    "past its view": (
+        parts({"w": a_tensor(OldStorage(view=("1", 0, 5)))}),
+        "w reaches past the end of its storage 0",
+    ),
+    "view past its storage": (
+        parts({"w": a_tensor(OldStorage(view=("1", 3, 4)))}),
+        r"views storage 0 as \('1', 3, 4\), which is not within it",
+    ),
+    "negative view": (parts({"w": a_tensor(OldStorage(view=("1", -1, 4)))}), "which is not within it"),
+    "view of another kind": (parts({"w": a_tensor(OldStorage(view=7))}), "views storage 0 as 7"),
+    "one view, two places": (
+        parts({"w": [OldStorage(view=("1", 0, 5)), OldStorage(view=("1", 1, 5))]}),
+        "describes storage 1 in two ways",
+    ),
+    "a view under a storage's key": (
+        parts({"w": [OldStorage(), OldStorage(view=("0", 1, 5))]}),
+        "describes storage 0 in two ways",
+    ),
+    "one storage, two sizes": (
+        parts({"w": [OldStorage(), OldStorage(numel=7)]}),
+        "describes storage 0 in two ways",
+    ),
+    "one storage, two dtypes": (
+        parts({"w": [OldStorage(), OldStorage(kind=torch.IntStorage)]}),
+        "describes storage 0 in two ways",
+    ),
+    "a module's source": (parts({"w": OldStorage(tag="module")}), "refers to .*, which is not a storage"),
+    "a zip's storage": (
+        parts(dumped({"w": OldStorage()}, pickler=FiveParts)),
+        r"refers to \('storage', .*\), which is not a storage",
+    ),
+    "negative size": (parts({"w": OldStorage(numel=-6)}), "which is not a storage"),
+    "uncountable": (parts({"w": OldStorage(numel=2**62)}), "which is not a storage"),
+    "huge": (parts({"w": OldStorage(numel=2**60)}), "storage 0 lies in bytes .* It is truncated"),
+    "a whole module": (parts(dumped(nn.Linear(1, 1))), "torch.nn.modules.linear.Linear, which is not data"),
+    "a long string announced": (
+        parts(b"\x80\x02X\xff\xff\xff\x7f."),
+        "its pickles are damaged, or larger than 64 MiB",
+    ),
+}
+
+
+@pytest.mark.parametrize(("data", "message"), LEGACY_DAMAGES.values(), ids=LEGACY_DAMAGES)
+def test_a_bad_legacy_file_is_a_checkpoint_error(data, message, tmp_path):
+    (tmp_path / "model.pth").write_bytes(data)
+    assert_refused(tmp_path / "model.pth", message)
+
+
+@pytest.mark.parametrize("data", [parts({"a": "x" * 600, "b": "y" * 600}), parts(b"\x80\x02I" + b"1" * 1100)])
+def test_the_pickles_of_a_legacy_file_are_limited_together(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("gpt2lite.checkpoint.torch_legacy.MAX_SMALL_BYTES", 1000)
+    (tmp_path / "model.pth").write_bytes(data)
+    assert_refused(tmp_path / "model.pth", "its pickles are damaged, or larger than")
+
+
+def test_a_tar_of_the_first_torch_is_refused_by_name(tmp_path):
+    with tarfile.open(tmp_path / "model.pth", "w") as archive:
+        archive.addfile(tarfile.TarInfo("storages"))
+    assert_refused(tmp_path / "model.pth", "a tar archive, written before torch 0.1.10.*save the weights")
+
+
+@pytest.mark.parametrize("part", ["version", "system", "tree", "keys"])
+def test_no_pickle_of_a_legacy_file_runs_code(part, tmp_path):
+    for payload in payloads(tmp_path / "ran").values():
+        pickled = dumped([payload, MAGIC_NUMBER])
+        (tmp_path / "m.pth").write_bytes(parts(pickled) if part == "tree" else parts(**{part: pickled}))
+        assert_refused(tmp_path / "m.pth", "which is not data and was not run")
+        assert not (tmp_path / "ran").exists()
+
+
+def random_damages(data: bytes, count: int) -> Iterator[bytes]:
+    """One to three bytes changed, or the end cut off, in a different way each time and the same every run."""
+    chance = random.Random(0)
+    for _ in range(count):
+        damaged = bytearray(data)
+        for _ in range(chance.randint(1, 3)):
+            damaged[chance.randrange(len(data))] = chance.randrange(256)
+        yield bytes(damaged[: chance.randrange(len(data))] if chance.random() < 0.2 else damaged)
+
+
+def test_a_damaged_legacy_file_is_a_checkpoint_error_or_harmless(tmp_path):
+    save_legacy({"w": torch.arange(6.0).reshape(2, 3), "tied": torch.ones(2), "step": 7}, tmp_path / "m.pth")
+    data, outcomes = (tmp_path / "m.pth").read_bytes(), set()
+    for damaged in (*flips(data, range(len(data))), *random_damages(data, 1000)):
+        (tmp_path / "m.pth").write_bytes(damaged)
+        outcomes.add(opens_soundly_or_not_at_all(tmp_path / "m.pth"))
+    assert outcomes == {True, False}
+
+
+def test_a_legacy_file_cut_anywhere_is_a_checkpoint_error(tmp_path):
+    save_legacy({"w": torch.arange(600.0), "b": torch.ones(7)}, tmp_path / "m.pth")
+    data = (tmp_path / "m.pth").read_bytes()
+    for size in (*range(0, 600, 7), *range(600, len(data), 100), len(data) - 1):
+        (tmp_path / "m.pth").write_bytes(data[:size])
+        with pytest.raises(
+            CheckpointError, match=r"is empty|begins with|bare pickle|damaged|truncated|was not run"
+        ):
+            open_checkpoint(tmp_path / "m.pth")
+
+
+# ---- what opening costs ------------------------------------------------------------------------------------
+
+
+def large_legacy(path: Path) -> None:
+    """As if 2 GiB of zeros had been written, without writing them."""
+    stored = OldStorage(numel=HUGE // 4)
+    tree = {"w": a_tensor(stored, 0, (HUGE // 4,), (1,))}
+    path.write_bytes(parts(tree, data=struct.pack("<q", HUGE // 4)))
+    os.truncate(path, path.stat().st_size + HUGE)
+
+
+LARGE = {"legacy": (large_legacy, "w")}
+
+
+@pytest.mark.parametrize(("make", "name"), LARGE.values(), ids=LARGE)
+def test_opening_neither_reads_nor_allocates_a_tensor(make, name, tmp_path):
+    make(tmp_path / "large")
+    tracemalloc.start()
+    before = bytes_read() if os.access("/proc/self/io", os.R_OK) else None
+    manifest = open_checkpoint(tmp_path / "large")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert manifest.tensors[name].nbytes == HUGE
+    assert peak < 1e6
+    assert before is None or bytes_read() - before < 1e6
+
+
+@pytest.mark.parametrize(("make", "name"), LARGE.values(), ids=LARGE)
+def test_what_lies_beyond_2_gib_is_found(make, name, tmp_path):
+    make(tmp_path / "large")
+    span = open_checkpoint(tmp_path / "large").tensors[name]
+    last = replace(span, shape=(1,), stride=(1,), offset=span.offset + HUGE - 4)
+    with open(tmp_path / "large", "r+b") as file:
+        file.seek(last.offset)
+        file.write(struct.pack("<f", 2.5))
+    assert map_tensors([span])[name].flatten()[-1] == 2.5
+    assert read_span(last).item() == 2.5
