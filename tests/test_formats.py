@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import random
@@ -16,11 +17,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_checkpoint import (
     HUGE,
     SAVED_DTYPES,
     TREES,
     a_tensor,
+    assert_holds,
     assert_refused,
     assert_same_as_torch_load,
     bytes_of,
@@ -33,7 +36,7 @@ from test_checkpoint import (
 )
 from torch import nn
 
-from gpt2lite.checkpoint import open_checkpoint
+from gpt2lite.checkpoint import FOLDER_FILES, open_checkpoint
 from gpt2lite.checkpoint.reading import map_tensors, read_span, sizes_read
 from gpt2lite.checkpoint.torch_legacy import MAGIC_NUMBER
 from gpt2lite.errors import CheckpointError
@@ -279,6 +282,161 @@ def test_a_legacy_file_cut_anywhere_is_a_checkpoint_error(tmp_path):
             CheckpointError, match=r"is empty|begins with|bare pickle|damaged|truncated|was not run"
         ):
             open_checkpoint(tmp_path / "m.pth")
+
+
+# ---- sharded -----------------------------------------------------------------------------------------------
+
+A, B = torch.arange(6.0).reshape(2, 3), torch.arange(5)
+SHARDS = {"1.safetensors": {"a": A}, "2.safetensors": {"b": B}}
+MAP = {"a": "1.safetensors", "b": "2.safetensors"}
+
+
+def save_shards(
+    folder: Path,
+    weight_map: object = MAP,
+    shards: dict[str, dict[str, torch.Tensor]] = SHARDS,
+    **more: object,
+) -> Path:
+    """Shards and their index; as they are, sound ones."""
+    for name, tensors in shards.items():
+        write = save_file if name.endswith(".safetensors") else save_legacy if "old" in name else torch.save
+        write(tensors, folder / name)
+    index = folder / "model.safetensors.index.json"
+    index.write_bytes(
+        weight_map
+        if isinstance(weight_map, bytes)
+        else json.dumps(more | {"weight_map": weight_map}).encode()
+    )
+    return index
+
+
+@pytest.mark.parametrize("as_folder", [True, False], ids=["folder", "index"])
+def test_shards_are_read_as_one(as_folder, tmp_path):
+    index = save_shards(tmp_path, metadata={"total_size": 64, "n_head": 4, "list": []})
+    manifest = open_checkpoint(tmp_path if as_folder else index)
+    assert_holds(manifest, {"a": A, "b": B})
+    assert (manifest.path, manifest.format) == (index, "safetensors")
+    assert manifest.values == {"metadata.total_size": 64, "metadata.n_head": 4}
+    assert {path.name for path in manifest.files} == {index.name, *SHARDS}
+
+
+def test_pickled_shards_are_read_as_one_whether_zips_or_not(tmp_path):
+    shards = {"1.bin": {"a": A, "tied": A}, "2-old.bin": {"b": B}}
+    index = save_shards(tmp_path, {"a": "1.bin", "b": "2-old.bin", "tied": "1.bin"}, shards)
+    manifest = open_checkpoint(index.rename(tmp_path / "pytorch_model.bin.index.json"))
+    assert_holds(manifest, {"a": A, "b": B, "tied": A})
+    assert manifest.tensors["a"].address == manifest.tensors["tied"].address
+    assert sorted(sizes_read(manifest, ["a"])) == [24, 40]
+    assert open_checkpoint(tmp_path).path == manifest.path
+
+
+@pytest.mark.parametrize("name", ["./1.safetensors", "sub/1.safetensors", ".//sub/../1.safetensors"])
+def test_a_shard_may_lie_in_a_subfolder_and_is_not_looked_for_above(name, tmp_path):
+    (tmp_path / "sub").mkdir()
+    index = save_shards(tmp_path, MAP | {"a": name})
+    (tmp_path / "sub" / "1.safetensors").write_bytes((tmp_path / "1.safetensors").read_bytes())
+    if ".." in name:
+        assert_refused(index, "which is no file in this folder")
+    else:
+        assert_holds(open_checkpoint(index), {"a": A, "b": B})
+
+
+def test_shards_may_be_links_as_in_the_hub_s_cache(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    save_shards(tmp_path / "blobs")
+    for file in (tmp_path / "blobs").iterdir():
+        (tmp_path / "snapshot" / file.name).symlink_to(file)
+    assert_holds(open_checkpoint(tmp_path / "snapshot"), {"a": A, "b": B})
+
+
+def test_a_whole_file_is_preferred_to_shards_and_safetensors_to_pickles(tmp_path):
+    index, preferred = save_shards(tmp_path), []
+    (tmp_path / "pytorch_model.bin.index.json").write_bytes(index.read_bytes())
+    torch.save({"a": A}, tmp_path / "pytorch_model.bin")
+    save_file({"a": A}, tmp_path / "model.safetensors")
+    for _ in range(4):
+        preferred.append(open_checkpoint(tmp_path).path.name)
+        (tmp_path / preferred[-1]).unlink()
+    assert preferred == list(FOLDER_FILES)
+
+
+def test_a_changed_shard_is_noticed(tmp_path):
+    manifest = open_checkpoint(save_shards(tmp_path))
+    manifest.check_unchanged()
+    save_file({"b": torch.ones(9)}, tmp_path / "2.safetensors")
+    with pytest.raises(CheckpointError, match=r"2.safetensors: changed while it was being read"):
+        manifest.check_unchanged()
+
+
+def placed_in(shard: object) -> dict[str, Any]:
+    return {"weight_map": MAP | {"a": shard}}
+
+
+BAD_SHARDS = {
+    "not JSON": ({"weight_map": b'{"weight_map": {"a": "1.safetensors"'}, "not sound JSON"),
+    "not UTF-8": ({"weight_map": b'{"weight_map": {"\xff": "1.safetensors"}}'}, "not sound JSON"),
+    "a name twice": ({"weight_map": b'{"weight_map": {"a": "1", "a": "2"}}'}, "a key occurs twice"),
+    "deep": ({"weight_map": b'{"a":' * 100_000}, "not sound JSON"),
+    "no map": ({"weight_map": b'{"architectures": ["GPT2LMHeadModel"]}'}, "no weight_map that names tensors"),
+    "map is a list": ({"weight_map": ["a"]}, "no weight_map that names tensors"),
+    "empty map": ({"weight_map": {}}, "no weight_map that names tensors"),
+    "absolute": (placed_in("/etc/1.safetensors"), "is said to be in '/etc/1.safetensors', which is no file"),
+    "climbs": (placed_in("../1.safetensors"), "a: is said to be in '../1.safetensors', which is no file"),
+    "drive": (placed_in("C:1.safetensors"), "a: is said to be in 'C:1.safetensors', which is no file"),
+    "backslash": (placed_in("..\\1.safetensors"), "which is no file in this folder"),
+    "number": (placed_in(1), "a: is said to be in '1', which is no file in this folder"),
+    "nothing": (placed_in(""), "a: is said to be in '', which is no file in this folder"),
+    "missing": (placed_in("3.safetensors"), "'3.safetensors': no such file"),
+    "a folder": (placed_in("."), "is said to be in '.', which is no file"),
+    "zero byte": (placed_in("1.safe\0tensors"), r"'1.safe\\x00tensors': no such file"),
+    "half a character": (placed_in("\ud800"), r"'\\ud800': no such file"),
+    "long name": (placed_in("x" * 300), "no such file"),
+    "itself": (placed_in("model.safetensors.index.json"), "an index, where a shard is wanted"),
+    "not in its shard": (
+        {"weight_map": MAP | {"c": "2.safetensors"}},
+        "c: is not in 2.safetensors, where the index looks for it",
+    ),
+    "not named": ({"weight_map": {"a": "1.safetensors"}, "shards": {"1.safetensors": {"a": A, "b": B}}},
+        "b: is in 1.safetensors, the index does not name it"),
+    "in two shards": (
+        {"shards": {"1.safetensors": {"a": A}, "2.safetensors": {"a": A, "b": B}}},
+        "a: is in 2.safetensors, the index looks for it in 1.safetensors",
+    ),
+    "two formats": (
+        {"weight_map": {"a": "1.bin", "b": "2.safetensors"}, "shards": SHARDS | {"1.bin": {"a": A}}},
+        "the shards are of 2 formats, safetensors and torch_zip; wanted one",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_SHARDS.values(), ids=BAD_SHARDS)
+def test_bad_shards_are_a_checkpoint_error(arguments, message, tmp_path):
+    assert_refused(save_shards(tmp_path, **arguments), message)
+
+
+def test_a_damaged_shard_is_named(tmp_path):
+    index = save_shards(tmp_path)
+    os.truncate(tmp_path / "2.safetensors", 90)
+    assert_refused(index, r"1 place\(s\)[^\n]*\n  .*2.safetensors: .*truncated")
+
+
+def test_all_that_is_wrong_with_shards_is_said_at_once(tmp_path):
+    weight_map = {"a": "2.safetensors", "c": "3.safetensors", "d": "/4.safetensors"}
+    with pytest.raises(CheckpointError, match=r"does not fit its shards in 4 place\(s\)") as caught:
+        open_checkpoint(save_shards(tmp_path, weight_map))
+    assert str(caught.value).splitlines()[1:] == [
+        "  d: is said to be in '/4.safetensors', which is no file in this folder",
+        "  '3.safetensors': no such file",
+        "  a: is not in 2.safetensors, where the index looks for it",
+        "  b: is in 2.safetensors, the index does not name it",
+    ]
+
+
+def test_a_huge_index_is_not_read(tmp_path):
+    index = save_shards(tmp_path)
+    os.truncate(index, HUGE)
+    assert_refused(index, "an index ends at 64 MiB")
 
 
 # ---- what opening costs ------------------------------------------------------------------------------------

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from gpt2lite.checkpoint.manifest import Manifest, TensorSpan
 from gpt2lite.checkpoint.safetensors_file import open_safetensors
+from gpt2lite.checkpoint.sharded import INDEX_SUFFIX, open_sharded
 from gpt2lite.checkpoint.tensor_folder import open_tensor_folder
 from gpt2lite.checkpoint.torch_legacy import MAGIC, open_torch_legacy
 from gpt2lite.checkpoint.torch_zip import RESAVE, open_torch_zip
@@ -14,13 +17,27 @@ from gpt2lite.errors import CheckpointError, CheckpointNotFoundError
 
 __all__ = ["Manifest", "TensorSpan", "open_checkpoint", "side_file"]
 
-# A folder from the Hub holds its weights under one of these names.
-FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+# A folder from the Hub holds its weights under one of these names; the first that is there counts.
+FOLDER_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
-OPENERS = {
+
+def _open_shard(path: Path) -> Manifest:
+    kind = _kind_of_file(path)
+    if kind == "sharded":
+        raise CheckpointError(f"{path}: an index, where a shard is wanted")
+    return OPENERS[kind](path)
+
+
+OPENERS: dict[str, Callable[[Path], Manifest]] = {
     "zip": open_torch_zip,
     "legacy": open_torch_legacy,
     "safetensors": open_safetensors,
+    "sharded": partial(open_sharded, open_shard=_open_shard),
     "tensor folder": open_tensor_folder,
 }
 
@@ -32,6 +49,8 @@ def _kind_of_file(path: Path) -> str:
         raise CheckpointError(f"{path}: is empty. Copy or download it again.")
     if head.startswith(b"PK\x03\x04"):
         return "zip"
+    if head.lstrip()[:1] == b"{" and b"\0" not in head[:8]:  # not the length of a safetensors header
+        return "sharded"
     if head[8:9] == b"{":
         return "safetensors"
     if head.startswith(b"\x80") and MAGIC in head[:32]:
@@ -65,9 +84,15 @@ def _locate(path: Path) -> tuple[Path, str]:
 
 
 def side_file(path: Path, suffix: str) -> Path:
-    """What lies beside a checkpoint and belongs to it: `model.pth` → `model.json`, `hub/` → `hub.json`."""
+    """What lies beside a checkpoint and belongs to it: `model.pth` → `model.json`, `hub/` → `hub.json`.
+
+    Beside an index it has the name that it would have beside the whole: `model.safetensors.index.json` →
+    `model.json`.
+    """
     path = path.absolute()
-    return path.with_name(path.name + suffix) if path.is_dir() else path.with_suffix(suffix)
+    if path.is_dir():
+        return path.with_name(path.name + suffix)
+    return path.with_name(path.name.removesuffix(INDEX_SUFFIX)).with_suffix(suffix)
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Manifest:
