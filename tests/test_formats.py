@@ -439,6 +439,128 @@ def test_a_huge_index_is_not_read(tmp_path):
     assert_refused(index, "an index ends at 64 MiB")
 
 
+# ---- llm.c -------------------------------------------------------------------------------------------------
+
+VERSIONS = {3: torch.float32, 5: torch.bfloat16}
+SMALL = {
+    "T": 8,
+    "V": 11,
+    "L": 3,
+    "heads": 2,
+    "C": 4,
+    "Vp": 16,
+}  # in the header's order
+
+
+def llmc_header(version: int = 3, magic: int = 20240326, rest: int = 0, **numbers: int) -> bytes:
+    return struct.pack("<256i", magic, version, *(SMALL | numbers).values(), rest, *[0] * 247)
+
+
+def llmc_blocks(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The sixteen, stacked over the layers, in order, as the format's description has them."""
+    T, L, C, Vp = SMALL["T"], SMALL["L"], SMALL["C"], SMALL["Vp"]
+    shapes = {
+        "wte": (Vp, C), "wpe": (T, C), "ln1w": (L, C), "ln1b": (L, C), "qkvw": (L, 3 * C, C),
+        "qkvb": (L, 3 * C), "attprojw": (L, C, C), "attprojb": (L, C), "ln2w": (L, C), "ln2b": (L, C),
+        "fcw": (L, 4 * C, C), "fcb": (L, 4 * C), "fcprojw": (L, C, 4 * C), "fcprojb": (L, C),
+        "lnfw": (C,), "lnfb": (C,),
+    }  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+def llmc_data(dtype: torch.dtype = torch.float32) -> bytes:
+    return bytes(byte for block in llmc_blocks(dtype).values() for byte in bytes_of(block))
+
+
+def nanogpt_names(blocks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """By hand: the reference that the table is checked against."""
+    found = {"wte.weight": blocks["wte"][: SMALL["V"]], "wpe.weight": blocks["wpe"]}
+    found |= {"ln_f.weight": blocks["lnfw"], "ln_f.bias": blocks["lnfb"]}
+    leaves = {"ln1": "ln_1", "qkv": "attn.c_attn", "attproj": "attn.c_proj", "ln2": "ln_2", "fc": "mlp.c_fc"}
+    for i in range(SMALL["L"]):
+        for theirs, leaf in (leaves | {"fcproj": "mlp.c_proj"}).items():
+            found[f"h.{i}.{leaf}.weight"] = blocks[f"{theirs}w"][i]
+            found[f"h.{i}.{leaf}.bias"] = blocks[f"{theirs}b"][i]
+    return found
+
+
+@pytest.mark.parametrize(("version", "dtype"), VERSIONS.items())
+def test_llm_c_is_read_layer_by_layer_under_nanogpt_s_names(version, dtype, tmp_path):
+    (tmp_path / "gpt2.bin").write_bytes(llmc_header(version) + llmc_data(dtype))
+    manifest = open_checkpoint(tmp_path / "gpt2.bin")
+    assert_holds(manifest, nanogpt_names(llmc_blocks(dtype)))
+    assert manifest.format == "llmc"
+    assert manifest.values == {"n_head": 2, "format": "llm.c", "vocab_size": 11, "block_size": 8}
+    assert list(sizes_read(manifest, ["wte.weight"])) == [11 * 4 * dtype.itemsize]
+
+
+def test_the_padding_of_llm_c_s_vocabulary_may_be_none(tmp_path):
+    blocks = llmc_blocks(torch.float32)
+    data = llmc_data()[5 * 4 * 4 :]  # as if five rows had never been
+    (tmp_path / "gpt2.bin").write_bytes(llmc_header(Vp=11) + data)
+    spans = open_checkpoint(tmp_path / "gpt2.bin").tensors
+    assert torch.equal(read_span(spans["wte.weight"]), blocks["wte"][5:])
+    assert torch.equal(read_span(spans["ln_f.bias"]), blocks["lnfb"])
+
+
+def test_a_context_of_123_does_not_make_llm_c_safetensors(tmp_path):
+    """Its ninth byte is then the brace that begins a safetensors header."""
+    data = llmc_header(T=123) + bytes(115 * 4 * 4) + llmc_data()
+    assert data[8:9] == b"{"
+    (tmp_path / "gpt2.bin").write_bytes(data)
+    assert open_checkpoint(tmp_path / "gpt2.bin").format == "llmc"
+
+
+def whole(**numbers: int) -> bytes:
+    return llmc_header(**numbers) + llmc_data()
+
+
+SIZE = len(whole())
+LLMC_DAMAGES = {
+    "another file of llm.c": (whole(magic=20240520), "begins with"),
+    "unpadded": (whole(version=1), "version 1; wanted version 3 .* or 5"),
+    "a version to come": (whole(version=7), "version 7; wanted version 3 .* or 5"),
+    "version 0": (whole(version=0), "begins with"),
+    "negative version": (whole(version=-3), "version -3; wanted"),
+    "no context": (whole(T=0), "block_size is 0, wanted at least 1"),
+    "no vocabulary": (whole(V=0), "vocab_size is 0, wanted at least 1"),
+    "negative layers": (whole(L=-3), "n_layer is -3, wanted at least 1"),
+    "many layers": (whole(L=10_001), "n_layer is 10001, wanted at most 10000"),
+    "no heads": (whole(heads=0), "n_head is 0, wanted at least 1"),
+    "heads do not divide": (whole(heads=3), "n_embd 4 is no multiple of n_head 3"),
+    "more heads than channels": (whole(heads=8), "n_embd 4 is no multiple of n_head 8"),
+    "padding takes away": (whole(Vp=10), "padded_vocab_size is 10, wanted at least vocab_size 11"),
+    "all at once": (whole(L=0, heads=3, Vp=1), "n_layer is 0.*; padded_vocab_size is 1.*; n_embd 4 is no"),
+    "a ninth number": (whole(rest=1), "goes on after eight numbers"),
+    "huge": (whole(T=2**31 - 1, V=2**31 - 1, Vp=2**31 - 1, L=10_000), "describes .* bytes, the file has"),
+    "one row more": (whole(T=9), f"describes {SIZE + 16} bytes, the file has {SIZE}"),
+    "the other dtype": (whole(version=5), f"the file has {SIZE}"),
+    "last byte missing": (whole()[:-1], f"describes {SIZE} bytes, the file has {SIZE - 1}. It is truncated"),
+    "a byte more": (whole() + b"0", f"describes {SIZE} bytes, the file has {SIZE + 1}"),
+    "header alone": (llmc_header(), "the file has 1024"),
+    "header cut": (llmc_header()[:1000], "ends within its llm.c header, at byte 1000 of 1024"),
+}
+
+
+@pytest.mark.parametrize(("data", "message"), LLMC_DAMAGES.values(), ids=LLMC_DAMAGES)
+def test_bad_llm_c_is_a_checkpoint_error(data, message, tmp_path):
+    (tmp_path / "gpt2.bin").write_bytes(data)
+    assert_refused(tmp_path / "gpt2.bin", message)
+
+
+def test_a_damaged_llm_c_header_is_a_checkpoint_error_or_harmless(tmp_path):
+    """Harmless: what leaves every size as it is, like another divisor for the heads."""
+    outcomes = {True: 0, False: 0}
+    header, data = whole()[:1024], whole()[1024:]
+    damages = [damaged + data for damaged in flips(header, range(1024))]
+    damages += [damaged + header[32:] + data for damaged in random_damages(header[:32], 500)]
+    for damaged in damages:
+        (tmp_path / "gpt2.bin").write_bytes(damaged)
+        outcomes[opens_soundly_or_not_at_all(tmp_path / "gpt2.bin")] += 1
+    assert outcomes[False] > 20 * outcomes[True] > 0
+
+
 # ---- what opening costs ------------------------------------------------------------------------------------
 
 
@@ -450,7 +572,13 @@ def large_legacy(path: Path) -> None:
     os.truncate(path, path.stat().st_size + HUGE)
 
 
-LARGE = {"legacy": (large_legacy, "w")}
+def large_llmc(path: Path) -> None:
+    """One layer of four channels, and a context of 2 GiB."""
+    path.write_bytes(llmc_header(V=1, Vp=1, T=HUGE // 16, L=1))
+    os.truncate(path, 1024 + HUGE + 4 * (4 + 13 * 4 + 12 * 4 * 4 + 2 * 4))
+
+
+LARGE = {"legacy": (large_legacy, "w"), "llm.c": (large_llmc, "wpe.weight")}
 
 
 @pytest.mark.parametrize(("make", "name"), LARGE.values(), ids=LARGE)

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from gpt2lite.checkpoint import llmc_bin, torch_legacy
 from gpt2lite.checkpoint.manifest import Manifest, TensorSpan
 from gpt2lite.checkpoint.safetensors_file import open_safetensors
 from gpt2lite.checkpoint.sharded import INDEX_SUFFIX, open_sharded
 from gpt2lite.checkpoint.tensor_folder import open_tensor_folder
-from gpt2lite.checkpoint.torch_legacy import MAGIC, open_torch_legacy
 from gpt2lite.checkpoint.torch_zip import RESAVE, open_torch_zip
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError
 
@@ -35,9 +35,10 @@ def _open_shard(path: Path) -> Manifest:
 
 OPENERS: dict[str, Callable[[Path], Manifest]] = {
     "zip": open_torch_zip,
-    "legacy": open_torch_legacy,
+    "legacy": torch_legacy.open_torch_legacy,
     "safetensors": open_safetensors,
     "sharded": partial(open_sharded, open_shard=_open_shard),
+    "llmc": llmc_bin.open_llmc,
     "tensor folder": open_tensor_folder,
 }
 
@@ -49,11 +50,13 @@ def _kind_of_file(path: Path) -> str:
         raise CheckpointError(f"{path}: is empty. Copy or download it again.")
     if head.startswith(b"PK\x03\x04"):
         return "zip"
+    if head.startswith(llmc_bin.MAGIC) and head[4:8] != bytes(4):
+        return "llmc"
     if head.lstrip()[:1] == b"{" and b"\0" not in head[:8]:  # not the length of a safetensors header
         return "sharded"
     if head[8:9] == b"{":
         return "safetensors"
-    if head.startswith(b"\x80") and MAGIC in head[:32]:
+    if head.startswith(b"\x80") and torch_legacy.MAGIC in head[:32]:
         return "legacy"
     if head[257:262] == b"ustar":
         raise CheckpointError(
@@ -63,7 +66,8 @@ def _kind_of_file(path: Path) -> str:
     if head.startswith(b"\x80"):
         raise CheckpointError(f"{path}: a bare pickle, which only running it could read. {RESAVE}")
     raise CheckpointError(
-        f"{path}: begins with {head[:8]!r}, wanted a torch.save zip (PK) or a safetensors header"
+        f"{path}: begins with {head[:8]!r}, wanted a file of torch.save (zip or older), "
+        "safetensors, an index of shards, or llm.c's .bin"
     )
 
 

@@ -107,6 +107,7 @@ def _span_sizes(manifest: Manifest, names: Iterable[str]) -> Sequence[int]:
 READERS = {
     "torch_zip": (_read_zip, _zip_sizes),
     "safetensors": (_read_spans, _span_sizes),
+    "llmc": (_read_spans, _span_sizes),
     "tensor_folder": (_read_folder, _folder_sizes),
 }
 
