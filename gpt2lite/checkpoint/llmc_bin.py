@@ -5,6 +5,7 @@ Weights are (out, in) as in nanoGPT, whose names they get. Format: llm.c, `train
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -105,13 +106,20 @@ def _read_header(path: Path) -> Header:
     return header
 
 
+def _blocks(header: Header) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """Name, shape and how often for every block, in the order of the file."""
+    for name, words in BLOCKS:
+        shape = tuple(header.sizes[word] for word in words)
+        yield name, shape, header.n_layer if "{i}" in name else 1
+
+
 def _spans(path: Path, header: Header) -> Iterator[TensorSpan]:
     """Every layer's part of every block, one after the other as they lie in the file."""
     offset = HEADER.size
-    for name, words in BLOCKS:
-        shape = tuple(header.sizes[word] for word in words)
-        for i in range(header.n_layer if "{i}" in name else 1):
-            span = TensorSpan(name.format(i=i), header.dtype, shape, contiguous_stride(shape), path, offset)
+    for name, shape, count in _blocks(header):
+        for i in range(count):
+            stride = contiguous_stride(shape)
+            span = TensorSpan(name.format(i=i), header.dtype, shape, stride, path, offset)
             yield span
             offset += span.nbytes
 
@@ -124,13 +132,14 @@ def open_llmc(path: Path) -> Manifest:
     """
     state = FileState.of(path)
     header = _read_header(path)
-    spans = {span.name: span for span in _spans(path, header)}
-    end = spans["ln_f.bias"].offset + spans["ln_f.bias"].nbytes
+    numel = sum(math.prod(shape) * count for _, shape, count in _blocks(header))
+    end = HEADER.size + numel * header.dtype.itemsize
     if end != state.size:
         raise CheckpointError(
             f"{path}: its llm.c header describes {end} bytes, the file has {state.size}. "
             "It is truncated or damaged: copy or download it again."
         )
+    spans = {span.name: span for span in _spans(path, header)}
     spans["wte.weight"] = replace(spans["wte.weight"], shape=(header.vocab_size, header.n_embd))
     values: dict[str, object] = {
         "n_head": header.n_head,
