@@ -9,6 +9,18 @@ GPT2LiteError
 Every message says where, what was wanted, what was found, and what to do next.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+MAX_LISTED = 20
+
+
+def listed(lines: Sequence[str]) -> str:
+    """The end of a message that reports everything at once: a line each, up to MAX_LISTED."""
+    more = [f"… and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
+    return "".join(f"\n  {line}" for line in [*lines[:MAX_LISTED], *more])
+
 
 class GPT2LiteError(Exception):
     """The root: catch this to catch everything that gpt2lite raises on purpose."""

@@ -60,6 +60,12 @@ def save_pth(state: object, folder: Path) -> Path:
     return folder / "model.pth"
 
 
+def save_legacy(state: object, folder: Path) -> Path:
+    """As torch did before 1.6: data begin where the pickles happen to end."""
+    torch.save(state, folder / "model.pth", _use_new_zipfile_serialization=False)
+    return folder / "model.pth"
+
+
 def save_safetensors(state: dict[str, torch.Tensor], folder: Path) -> Path:
     library = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     library.save_file(
@@ -92,6 +98,30 @@ def save_hub(state: dict[str, torch.Tensor], folder: Path) -> Path:
     return path
 
 
+def save_sharded_by_transformers(state: dict[str, torch.Tensor], folder: Path) -> Path:
+    """What `save_pretrained` writes for a model larger than a shard, its head count in config.json."""
+    model = huggingface()
+    model.load_state_dict(state)
+    model.save_pretrained(folder / "hub", max_shard_size="100KB")
+    assert len(list((folder / "hub").glob("*.safetensors"))) > 2
+    return folder / "hub"
+
+
+def save_sharded_bin(state: dict[str, torch.Tensor], folder: Path) -> Path:
+    """As transformers wrote it when it still wrote pickles; returns the index itself."""
+    pointers = [tensor.data_ptr() for tensor in state.values()]
+    shard_of = {  # tied tensors lie in one shard
+        name: f"pytorch_model-{pointers.index(tensor.data_ptr()) % 3 + 1:05}-of-00003.bin"
+        for name, tensor in state.items()
+    }
+    for shard in set(shard_of.values()):
+        torch.save({name: state[name] for name in state if shard_of[name] == shard}, folder / shard)
+    total = sum(tensor.nbytes for tensor in state.values())
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": shard_of}))
+    return index
+
+
 def save_wrapped(state: dict[str, torch.Tensor], folder: Path) -> Path:
     optimizer = {
         "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(101, 48)}},
@@ -120,6 +150,8 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Path]]] = {
     "ours-pth": (ours, save_pth),
     "ours-tied-pth": (lambda: ours(tied_head=True), save_pth),
     "ours-no-bias-pth": (lambda: ours(bias=False, qkv_bias=False), save_pth),
+    "ours-legacy-pth": (ours, save_legacy),
+    "ours-tied-legacy-pth": (lambda: ours(tied_head=True), save_legacy),
     "ours-safetensors": (ours, save_safetensors),
     "ours-folder": (ours, save_folder),
     "ours-compiled-pth": (ours, save_compiled),
@@ -134,8 +166,11 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Path]]] = {
     "fast-safetensors": (book_fast, save_safetensors),
     "fast-folder": (book_fast, save_folder),
     "hf-pth": (huggingface, save_pth),
+    "hf-legacy-pth": (huggingface, save_legacy),
     "hf-no-prefix-pth": (lambda: huggingface(head=False), save_pth),
     "hf-hub-safetensors": (huggingface, save_hub),
+    "hf-sharded-safetensors": (huggingface, save_sharded_by_transformers),
+    "hf-sharded-bin": (huggingface, save_sharded_bin),
     "hf-folder": (huggingface, save_folder),
 }
 
@@ -714,6 +749,12 @@ def test_the_head_count_is_found_in_a_side_file_a_wrapper_or_a_config_json(model
     folder.mkdir()
     huggingface().save_pretrained(folder)
     assert GPTModel.from_checkpoint(folder).config.n_heads == 4
+
+    sharded = save_sharded_by_transformers(huggingface().state_dict(), tmp_path / "sharded")
+    assert GPTModel.from_checkpoint(sharded).config.n_heads == 4
+    (sharded / "config.json").rename(sharded / "model.json")
+    index = sharded / "model.safetensors.index.json"
+    assert GPTModel.from_checkpoint(index).config.n_heads == 4
 
 
 def test_the_nearer_to_the_weights_the_more_a_head_count_counts(model: GPTModel, tmp_path: Path):

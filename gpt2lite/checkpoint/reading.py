@@ -79,8 +79,12 @@ def _torch_load(path: Path, device: torch.device) -> object:
 
 
 def _read_zip(manifest: Manifest, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
-    tensors, _ = flatten(_torch_load(manifest.path, device), Tensor)
-    return tensors  # type: ignore[return-value]  # all of them: a state dict keeps its masks to the end
+    """All tensors of all files: a state dict keeps its masks to the end."""
+    state: dict[str, Tensor] = {}
+    for path in manifest.storages:
+        tensors, _ = flatten(_torch_load(path, device), Tensor)
+        state |= tensors  # type: ignore[arg-type]
+    return state
 
 
 def _read_folder(manifest: Manifest, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
@@ -92,7 +96,7 @@ def _read_spans(manifest: Manifest, names: Iterable[str], device: torch.device) 
 
 
 def _zip_sizes(manifest: Manifest, names: Iterable[str]) -> Sequence[int]:
-    return manifest.storages[manifest.path]
+    return [size for sizes in manifest.storages.values() for size in sizes]
 
 
 def _folder_sizes(manifest: Manifest, names: Iterable[str]) -> Sequence[int]:
@@ -106,6 +110,7 @@ def _span_sizes(manifest: Manifest, names: Iterable[str]) -> Sequence[int]:
 READERS = {
     "torch_zip": (_read_zip, _zip_sizes),
     "safetensors": (_read_spans, _span_sizes),
+    "llmc": (_read_spans, _span_sizes),
     "tensor_folder": (_read_folder, _folder_sizes),
     "tf_bundle": (_read_spans, _span_sizes),
 }

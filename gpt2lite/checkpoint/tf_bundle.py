@@ -7,6 +7,7 @@ https://github.com/tensorflow/tensorflow/blob/master/tensorflow/core/protobuf/te
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ MAX_VERSION = 1  # of the bundle's format, which has had no other
 CHUNK_BYTES = 1 << 20  # of a tensor, whose sum is being checked
 VARINT, FIXED64, DELIMITED, FIXED32 = 0, 1, 2, 5
 WIDTHS = {FIXED64: 8, FIXED32: 4}
+MAX_NOTE = 1 << 16  # characters of the file `checkpoint` that are read
 MAX_SHOWN = 80  # characters of a name that may be anything
 SLICES, UNKNOWN_RANK = 7, 3  # fields
 STRING = 7  # the only dtype that is not a run of numbers; TensorFlow 2 keeps a description of objects in one
@@ -287,6 +289,28 @@ def _check_apart(spans: Iterable[TensorSpan]) -> None:
                 f"{span.path}: {span.name} begins at byte {span.offset}, inside of the tensor before it"
             )
         ends[span.path] = span.offset + span.nbytes
+
+
+def index_of(prefix: Path) -> Path:
+    """What TensorFlow's users call a checkpoint, `model.ckpt`, is no file; its index is."""
+    return prefix.with_name(prefix.name + ".index")
+
+
+def current_index(folder: Path, indices: list[Path]) -> Path:
+    """The only index of a folder, or the one that TensorFlow's own note `checkpoint` says is current."""
+    if len(indices) == 1:
+        return indices[0]
+    note = folder / "checkpoint"
+    if note.is_file():
+        with open(note, encoding="utf-8", errors="replace") as file:
+            said = re.search(r'^model_checkpoint_path: "([^"\n]*)"', file.read(MAX_NOTE), re.MULTILINE)
+        current = folder / f"{Path(said[1]).name}.index" if said else None
+        if current in indices:
+            return current
+    raise CheckpointError(
+        f"{folder}: holds several TensorFlow checkpoints, and its file `checkpoint` names none of them. "
+        f"Name one: {', '.join(index.name for index in indices[:5])}"
+    )
 
 
 def open_tf_bundle(path: Path) -> Manifest:

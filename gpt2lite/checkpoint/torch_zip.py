@@ -76,11 +76,15 @@ STORAGE_DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A storage as the pickle names it: the zip entry `data/<key>`, `nbytes` long."""
+    """A storage as the pickle names it: `nbytes` from byte `start` of what is kept under `key`.
+
+    In a zip that is the whole entry `data/<key>`.
+    """
 
     key: str
     dtype: torch.dtype
     nbytes: int
+    start: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +115,7 @@ def _is_plain(value: object) -> bool:
     return isinstance(value, (str, float, NoneType, torch.dtype))
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A short repr; of a nest, whose own might not end, the type alone."""
     parts = value if isinstance(value, (tuple, list)) else (value,)
     return repr(value)[:200] if all(map(_is_plain, parts)) else f"<{type(value).__name__}>"
@@ -126,13 +130,13 @@ def _tensor(
     metadata: object = None,
 ) -> TensorRecord:
     if not isinstance(storage, Storage):
-        raise CheckpointError(f"a tensor is built on {_shown(storage)}, not on a storage")
+        raise CheckpointError(f"a tensor is built on {shown(storage)}, not on a storage")
     dtype = storage.dtype if dtype is None else dtype
     if not isinstance(dtype, torch.dtype):
-        raise CheckpointError(f"a tensor has dtype {_shown(dtype)}, which is none of torch's")
+        raise CheckpointError(f"a tensor has dtype {shown(dtype)}, which is none of torch's")
     if metadata:
         raise CheckpointError(
-            f"a tensor carries {_shown(metadata)} (conjugated or negated lazily), which is not read"
+            f"a tensor carries {shown(metadata)} (conjugated or negated lazily), which is not read"
         )
     if (
         not are_sizes(shape)
@@ -143,7 +147,7 @@ def _tensor(
         or not is_countable(shape, dtype)
     ):
         raise CheckpointError(
-            f"a tensor has shape {_shown(shape)}, strides {_shown(stride)}, offset {_shown(offset)}, "
+            f"a tensor has shape {shown(shape)}, strides {shown(stride)}, offset {shown(offset)}, "
             "which no tensor can have"
         )
     return TensorRecord(storage, dtype, offset, shape, stride)
@@ -162,19 +166,19 @@ def _parameter(data, grad, hooks, state=None):  # type: ignore[no-untyped-def]
 
 
 def _device(kind: object, index: object = None) -> str:
-    return _shown(kind).strip("'") + (f":{_shown(index)}" if index is not None else "")
+    return shown(kind).strip("'") + (f":{shown(index)}" if index is not None else "")
 
 
 def _check_keys(keys: Iterable[object]) -> None:
     """Only plain keys and flat tuples: to hash a nest of tuples can take for ever, or end the process."""
     for key in keys:
         if not all(map(_is_plain, key if isinstance(key, tuple) else (key,))):
-            raise CheckpointError(f"a dict in its pickle has the key {_shown(key)}, which is not plain")
+            raise CheckpointError(f"a dict in its pickle has the key {shown(key)}, which is not plain")
 
 
 def _ordered_dict(pairs: object = ()) -> OrderedDict[Any, Any]:
     if not isinstance(pairs, (list, tuple)):
-        raise CheckpointError(f"its pickle makes an OrderedDict of {_shown(pairs)}")
+        raise CheckpointError(f"its pickle makes an OrderedDict of {shown(pairs)}")
     _check_keys(key for key, _ in pairs)
     return OrderedDict(pairs)
 
@@ -217,7 +221,7 @@ class DescribingUnpickler(pickle._Unpickler):
         """Forget the attributes of a state dict (its `_metadata`); refuse to alter anything else."""
         self.stack.pop()
         if not isinstance(self.stack[-1], OrderedDict):
-            raise CheckpointError(f"its pickle wants to alter {_shown(self.stack[-1])}, which was not done")
+            raise CheckpointError(f"its pickle wants to alter {shown(self.stack[-1])}, which was not done")
 
     def load_setitem(self) -> None:
         """One key and value into a dict."""
@@ -231,7 +235,7 @@ class DescribingUnpickler(pickle._Unpickler):
 
     def _set_items(self, keys: list[object], values: list[object]) -> None:
         if not isinstance(self.stack[-1], dict):
-            raise CheckpointError(f"its pickle wants to alter {_shown(self.stack[-1])}, which was not done")
+            raise CheckpointError(f"its pickle wants to alter {shown(self.stack[-1])}, which was not done")
         _check_keys(keys)
         self.stack[-1].update(zip(keys, values, strict=True))
 
@@ -250,7 +254,7 @@ class DescribingUnpickler(pickle._Unpickler):
                 (numel,)
             ) and is_countable((numel,), dtype):
                 return Storage(key, dtype, numel * dtype.itemsize)
-        raise CheckpointError(f"its pickle refers to {_shown(pid)}, which is not a storage")
+        raise CheckpointError(f"its pickle refers to {shown(pid)}, which is not a storage")
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,9 +294,10 @@ def _read_directory(path: Path, file: io.BufferedIOBase, archive: zipfile.ZipFil
     return entries
 
 
-def _unpickle(path: Path, data: bytes) -> object:
+def describe(path: Path, unpickler: DescribingUnpickler) -> object:
+    """The next object of a pickle of `path`; reads no further than its end. Raises CheckpointError alone."""
     try:
-        return DescribingUnpickler(io.BytesIO(data), encoding="utf-8").load()
+        return unpickler.load()
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except Exception as error:  # a damaged pickle can raise anything; none of it is ours
@@ -315,7 +320,7 @@ def _read_archive(path: Path) -> tuple[object, dict[str, Entry]]:
         ) from None
     if order != b"little":
         raise CheckpointError(f"{path}: written on a machine of other byte order, {order[:20]!r}. {RESAVE}")
-    return _unpickle(path, pickled), entries
+    return describe(path, DescribingUnpickler(io.BytesIO(pickled), encoding="utf-8")), entries
 
 
 def _read_small(path: Path, file: io.BufferedIOBase, entries: dict[str, Entry], name: str) -> bytes:
@@ -330,6 +335,24 @@ def _read_small(path: Path, file: io.BufferedIOBase, entries: dict[str, Entry], 
     return data
 
 
+def described_tensors(path: Path, tree: object) -> tuple[dict[str, TensorRecord], dict[str, object]]:
+    """The tensors and the plain values of a described object, each by its dotted name."""
+    try:
+        return flatten(tree, TensorRecord)  # type: ignore[return-value]
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def place(path: Path, name: str, record: TensorRecord, begin: int) -> TensorSpan:
+    """The span of a tensor, what is kept under its storage's key beginning at byte `begin` of the file."""
+    storage, start = record.storage, record.offset * record.dtype.itemsize
+    offset = begin + storage.start + start
+    span = TensorSpan(name, record.dtype, record.shape, record.stride, path, offset)
+    if start + span.extent > storage.nbytes:
+        raise CheckpointError(f"{path}: {name} reaches past the end of its storage {storage.key}")
+    return span
+
+
 def _span(path: Path, name: str, record: TensorRecord, entries: dict[str, Entry]) -> TensorSpan:
     entry = entries.get(f"data/{record.storage.key}")
     if entry is None or entry.nbytes < record.storage.nbytes:
@@ -337,22 +360,15 @@ def _span(path: Path, name: str, record: TensorRecord, entries: dict[str, Entry]
         raise CheckpointError(
             f"{path}: {name} needs data/{record.storage.key} of {record.storage.nbytes} bytes, which {found}"
         )
-    start = record.offset * record.dtype.itemsize
-    span = TensorSpan(name, record.dtype, record.shape, record.stride, path, entry.offset + start)
-    if start + span.extent > record.storage.nbytes:
-        raise CheckpointError(f"{path}: {name} reaches past the end of its storage data/{record.storage.key}")
-    return span
+    return place(path, name, record, entry.offset)
 
 
 def open_torch_zip(path: Path) -> Manifest:
     """The manifest of a zip `.pth`. Raises CheckpointError for anything but tensors and plain data."""
     state = FileState.of(path)
     tree, entries = _read_archive(path)
-    try:
-        records, values = flatten(tree, TensorRecord)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    spans = {name: _span(path, name, record, entries) for name, record in records.items()}  # type: ignore[arg-type]
-    storages = {record.storage.key: record.storage.nbytes for record in records.values()}  # type: ignore[attr-defined]
+    records, values = described_tensors(path, tree)
+    spans = {name: _span(path, name, record, entries) for name, record in records.items()}
+    storages = {record.storage.key: record.storage.nbytes for record in records.values()}
     sizes = tuple(storages.values())
     return validate(Manifest(path, "torch_zip", spans, values, {path: state}, {path: sizes}))

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from gpt2lite.checkpoint import Manifest, TensorSpan
 from gpt2lite.dialects import Adapter, Placement, Reading
-from gpt2lite.errors import CheckpointError, UsageError
+from gpt2lite.errors import CheckpointError, UsageError, listed
 from gpt2lite.loading.skeleton import build_on_meta, saved_tensors, tied_names
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
-MAX_LISTED = 20
 RINGS = tuple(1 << power for power in range(26, 20, -1))  # bytes of the staging ring, 64 MiB down to 2 MiB
 
 
@@ -118,10 +117,8 @@ def _mismatches(reading: Reading, groups: list[tuple[tuple[str, ...], Tensor]]) 
 def _check(reading: Reading, groups: list[tuple[tuple[str, ...], Tensor]], hint: Callable[[], str]) -> None:
     lines = _mismatches(reading, groups)
     if lines:
-        more = [f"… and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
-        listed = "\n  ".join(lines[:MAX_LISTED] + more)
         raise CheckpointError(
-            f"{reading.manifest.path}: does not fit the model in {len(lines)} place(s){hint()}\n  {listed}"
+            f"{reading.manifest.path}: does not fit the model in {len(lines)} place(s){hint()}{listed(lines)}"
         )
 
 

@@ -277,7 +277,7 @@ def per_tensor(plan: LoadPlan) -> nn.Module:
 def _require_folder(plan: LoadPlan) -> None:
     if plan.manifest.format != "tensor_folder":
         raise UsageError(
-            f'{plan.manifest.path} is one file, strategy="per_tensor" reads a folder with a file a tensor. '
+            f'{plan.manifest.path}: strategy="per_tensor" reads a folder with a file a tensor, this is none. '
             'Make one with gpt2lite.save_per_tensor(path, folder), or take strategy="stream", which needs no '
             "other file."
         )
