@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter, defaultdict
-from pathlib import Path
 from typing import Any
 
 from gpt2lite.checkpoint import Manifest, open_checkpoint
-from gpt2lite.cli.terminal import add_heads_argument, as_json, config_of, facts
+from gpt2lite.cli.terminal import (
+    add_heads_argument,
+    add_revision_argument,
+    as_json,
+    config_of,
+    facts,
+    local_path,
+)
 from gpt2lite.dialects import Reading, find_config, read_dialect
 from gpt2lite.errors import CheckpointError
 from gpt2lite.memory import human
@@ -18,8 +24,11 @@ MAX_NAMED = 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("path", type=Path, help="a .pth, a .safetensors, or a folder")
+    parser.add_argument(
+        "path", help="a .pth, a .safetensors, a folder, or a model on the Hub: gpt2 … gpt2-xl, owner/name"
+    )
     parser.add_argument("--json", action="store_true", help="as JSON")
+    add_revision_argument(parser)
     add_heads_argument(parser)
 
 
@@ -55,7 +64,7 @@ def _config(reading: Reading, args: argparse.Namespace) -> tuple[dict[str, Any],
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that the command says, as a dict."""
-    manifest = open_checkpoint(args.path)
+    manifest = open_checkpoint(local_path(args.path, args.revision))
     reading = read_dialect(manifest)
     config, problem = _config(reading, args)
     used = {

@@ -57,6 +57,23 @@ def steps_bar(steps: Sequence[str], what: str) -> Any:
     return tqdm(total=len(steps), desc=what, unit="run", leave=False, disable=not sys.stderr.isatty())
 
 
+def add_revision_argument(parser: argparse.ArgumentParser) -> None:
+    """Which state of a model on the Hub."""
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a model on the Hub")
+
+
+def local_path(name: str | Path, revision: str | None) -> Path:
+    """A path as it is, or where the Hub's model of this name lies once it is fetched.
+
+    The client draws its own bars, and those only where standard error is a terminal.
+    """
+    if revision is None and Path(name).exists():
+        return Path(name)
+    from gpt2lite.hub import fetch  # here, since the client takes half a second to import
+
+    return fetch(name, revision=revision)
+
+
 def add_heads_argument(parser: argparse.ArgumentParser) -> None:
     """What no checkpoint can say of itself."""
     parser.add_argument("--n-heads", type=int, metavar="N", help="attention heads, where the file cannot say")
