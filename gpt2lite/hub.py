@@ -123,7 +123,7 @@ def _shards(weights: Path) -> list[str]:
     if not weights.name.endswith(INDEX):
         return []
     try:
-        return sorted(set(json.loads(weights.read_bytes())["weight_map"].values()))
+        return sorted(set(map(str, json.loads(weights.read_bytes())["weight_map"].values())))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{weights}: no index of shards; wanted JSON with a weight_map") from None
 
