@@ -201,6 +201,54 @@ class GPTModel(nn.Module):
             hint=partial(_official_hint, found, reading),
         )
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        device: str | torch.device = "cpu",
+        strategy: str = "auto",
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        config: GPTConfig | Mapping[str, Any] | None = None,
+        dtype: torch.dtype | None = None,
+        max_host_memory: int | str | None = None,
+        max_device_memory: int | str | None = None,
+        keep_cached: bool = True,
+        progress: Progress | None = None,
+    ) -> GPTModel:
+        """A GPT-2 by its name on the Hub: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" or "owner/name".
+
+        A path that is there wins over a name. Fetches config and weights into the client's cache once
+        (`gpt2lite.hub.fetch` says what `revision`, `token`, `cache_dir` and `local_files_only` mean), which
+        takes disk, no memory; the rest is `from_checkpoint`, with its arguments, costs and errors.
+
+        Raises CheckpointNotFoundError where nothing has this name, CheckpointError also where the Hub
+        cannot be reached and the cache does not have it.
+        """
+        from gpt2lite.hub import fetch  # here, since the client takes half a second to import
+
+        path = fetch(
+            name,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        return cls.from_checkpoint(
+            path,
+            device,
+            strategy,
+            config=config,
+            dtype=dtype,
+            max_host_memory=max_host_memory,
+            max_device_memory=max_device_memory,
+            keep_cached=keep_cached,
+            progress=progress,
+        )
+
     @torch.no_grad()
     def initialise(self) -> None:
         """Draw GPT-2's initial values: normal(0, 0.02), the shortcuts' last layers / sqrt(2 × n_layers)."""

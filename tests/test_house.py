@@ -15,7 +15,7 @@ PACKAGE = Path(gpt2lite.__file__).parent
 # may import each other.
 FLOORS = [
     {"errors", "_version", "_torch", "sampler"},
-    {"config", "checkpoint", "memory"},
+    {"config", "checkpoint", "memory", "hub"},
     {"dialects", "tokenizer", "tracking"},
     {"loading"},
     {"model"},

@@ -22,6 +22,7 @@ COMMANDS = {
 EPILOG = """examples:
   gpt2lite generate
   gpt2lite generate --model model.pth --prompt "Every effort" --temperature 0.8 --top-k 40
+  gpt2lite generate --model gpt2
   gpt2lite plan model.pth --device cuda --max-device-memory 8GiB
   gpt2lite bench --size gpt2-xl --device cuda
   gpt2lite inspect model.pth"""

@@ -16,9 +16,11 @@ from gpt2lite.cli.terminal import (
     EMBEDDED,
     add_config_arguments,
     add_dtype_argument,
+    add_revision_argument,
     as_json,
     bytes_bar,
     config_of,
+    local_path,
     steps_bar,
     table,
 )
@@ -39,7 +41,11 @@ parameter bit for bit as plain torch loads it, logits within 1e-4 (0.05 for 16 b
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("path", type=Path, nargs="?", help="a checkpoint (default: the embedded model)")
+    source.add_argument(
+        "path",
+        nargs="?",
+        help="a checkpoint, or a model on the Hub: gpt2 … gpt2-xl, owner/name (default: the embedded model)",
+    )
     source.add_argument(
         "--size",
         choices=OFFICIAL_SIZES,
@@ -63,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path(tempfile.gettempdir()),
         help="where temporary files go (default: %(default)s)",
     )
+    add_revision_argument(parser)
     add_config_arguments(parser)
     add_dtype_argument(parser)
 
@@ -150,7 +157,8 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print; 1 if a strategy failed or was not exact."""
     _check(args)
     subject = f"random {args.size}" if args.size else str(args.path or "the embedded model")
-    results = _measure_random(args) if args.size else _measure(args.path or EMBEDDED, args)
+    path = local_path(args.path or EMBEDDED, args.revision)
+    results = _measure_random(args) if args.size else _measure(path, args)
     measured = [result for result in results if isinstance(result, Measurement)]
     kept = as_json(_record(results, subject, args.device))
     if args.json == "-":

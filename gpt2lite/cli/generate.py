@@ -17,9 +17,11 @@ from gpt2lite.cli.terminal import (
     add_cap_arguments,
     add_config_arguments,
     add_dtype_argument,
+    add_revision_argument,
     bytes_bar,
     config_of,
     dtype_of,
+    local_path,
 )
 from gpt2lite.errors import UsageError
 from gpt2lite.generation import generate_tokens
@@ -36,7 +38,10 @@ DEFAULT_NEW_TOKENS = 240
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument(
-        "--model", type=Path, default=EMBEDDED, metavar="PATH", help="default: the embedded model"
+        "--model",
+        default=EMBEDDED,
+        metavar="PATH|NAME",
+        help="a checkpoint, or a model on the Hub: gpt2 … gpt2-xl, owner/name (default: the embedded model)",
     )
     parser.add_argument("--prompt", help=f"default: {EMBEDDED_PROMPT!r}, {DEFAULT_PROMPT!r} for other models")
     parser.add_argument(
@@ -57,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto maps the file on CPU, else streams",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default: cpu)")
+    add_revision_argument(parser)
     add_config_arguments(parser)
     parser.add_argument(
         "--lora-alpha", type=float, metavar="A", help="of the book's LoRA layers, if there are any"
@@ -65,14 +71,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_cap_arguments(parser)
 
 
-def _load(args: argparse.Namespace) -> GPTModel:
+def _load(path: Path, args: argparse.Namespace) -> GPTModel:
     """On the CPU auto maps, since nothing here writes to the file."""
     device = resolve_device(args.device)
     strategy = "mmap" if args.strategy == "auto" and device.type == "cpu" else args.strategy
-    dtype = dtype_of(args) or (torch.float32 if args.model == EMBEDDED else None)
+    dtype = dtype_of(args) or (torch.float32 if path == EMBEDDED else None)
     with bytes_bar("loading") as progress:
         return GPTModel.from_checkpoint(
-            args.model,
+            path,
             device,
             strategy,
             config=config_of(args),
@@ -94,18 +100,19 @@ def _text(tokens: Iterator[torch.Tensor], encoding: tiktoken.Encoding) -> Iterat
     yield decoder.decode(b"", final=True)
 
 
-def _prompt_ids(args: argparse.Namespace, encoding: tiktoken.Encoding) -> tuple[str, torch.Tensor]:
-    default = EMBEDDED_PROMPT if args.model == EMBEDDED else DEFAULT_PROMPT
-    prompt = default if args.prompt is None else args.prompt
+def _prompt_ids(prompt: str, encoding: tiktoken.Encoding) -> torch.Tensor:
     ids = encoding.encode_ordinary(prompt) or [encoding.eot_token]
-    return prompt, torch.tensor([ids])
+    return torch.tensor([ids])
 
 
 def run(args: argparse.Namespace) -> int:
     """Print prompt and continuation as it comes."""
-    model = _load(args)
-    encoding = tokenizer_for(args.model, model.config.vocab_size)
-    prompt, ids = _prompt_ids(args, encoding)
+    path = local_path(args.model, args.revision)
+    model = _load(path, args)
+    encoding = tokenizer_for(path, model.config.vocab_size)
+    default = EMBEDDED_PROMPT if path == EMBEDDED else DEFAULT_PROMPT
+    prompt = default if args.prompt is None else args.prompt
+    ids = _prompt_ids(prompt, encoding)
     room = model.config.context_length - ids.shape[1]
     if room < 1:
         raise UsageError(

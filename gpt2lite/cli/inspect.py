@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter, defaultdict
-from pathlib import Path
 from typing import Any
 
 from gpt2lite.checkpoint import Manifest, open_checkpoint
 from gpt2lite.checkpoint.tf_bundle import check_crc32c
-from gpt2lite.cli.terminal import add_config_arguments, as_json, bytes_bar, config_of, facts
+from gpt2lite.cli.terminal import (
+    add_config_arguments,
+    add_revision_argument,
+    as_json,
+    bytes_bar,
+    config_of,
+    facts,
+    local_path,
+)
 from gpt2lite.dialects import UNSAYABLE, Reading, find_config, read_dialect
 from gpt2lite.errors import CheckpointError
 from gpt2lite.memory import human
@@ -21,10 +28,12 @@ CHECKS = {"tf_bundle": check_crc32c}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument(
-        "path", type=Path, help="a .pth, a .safetensors, a TensorFlow model.ckpt, or a folder"
+        "path",
+        help="a .pth, a .safetensors, a TensorFlow model.ckpt, a folder, or a model on the Hub: gpt2 …",
     )
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.add_argument("--check", action="store_true", help="read all data, compare it with the file's sums")
+    add_revision_argument(parser)
     add_config_arguments(parser)
 
 
@@ -72,7 +81,7 @@ def _checked(manifest: Manifest) -> str:
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that the command says, as a dict."""
-    manifest = open_checkpoint(args.path)
+    manifest = open_checkpoint(local_path(args.path, args.revision))
     sums = {"sums": _checked(manifest)} if args.check else {}
     reading = read_dialect(manifest)
     config, problem = _config(reading, args)

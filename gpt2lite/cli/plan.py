@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from gpt2lite.cli.terminal import (
@@ -12,10 +11,12 @@ from gpt2lite.cli.terminal import (
     add_cap_arguments,
     add_config_arguments,
     add_dtype_argument,
+    add_revision_argument,
     as_json,
     config_of,
     dtype_of,
     facts,
+    local_path,
     table,
 )
 from gpt2lite.errors import InsufficientMemoryError, UsageError
@@ -34,12 +35,16 @@ what can be had, or a cap."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument(
-        "path", type=Path, nargs="?", default=EMBEDDED, help="a checkpoint (default: the embedded model)"
+        "path",
+        nargs="?",
+        default=EMBEDDED,
+        help="a checkpoint, or a model on the Hub: gpt2 … gpt2-xl, owner/name (default: the embedded model)",
     )
     parser.add_argument(
         "--device", default="cpu", help="cpu, cuda, cuda:1 …; need not be there (default: cpu)"
     )
     parser.add_argument("--json", action="store_true", help="as JSON")
+    add_revision_argument(parser)
     add_config_arguments(parser)
     add_dtype_argument(parser)
     add_cap_arguments(parser)
@@ -101,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
     """Print forecasts, what there is, what fits; 1 if auto would take nothing."""
     device = name_device(args.device)
     budget = find_budget(device, args.max_host_memory, args.max_device_memory)
-    plan = plan_load(args.path, device, config=config_of(args), dtype=dtype_of(args))
+    path = local_path(args.path, args.revision)
+    plan = plan_load(path, device, config=config_of(args), dtype=dtype_of(args))
     verdicts = _judge_all(plan, budget)
     auto = _auto(plan, budget)
     if args.json:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
+from gpt2lite.checkpoint.tf_bundle import index_of
 from gpt2lite.config import ACTIVATIONS
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -57,6 +58,24 @@ def bytes_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 def steps_bar(steps: Sequence[str], what: str) -> Any:
     """A bar over named steps; `set_postfix_str` says which one runs."""
     return tqdm(total=len(steps), desc=what, unit="run", leave=False, disable=not sys.stderr.isatty())
+
+
+def add_revision_argument(parser: argparse.ArgumentParser) -> None:
+    """Which state of a model on the Hub."""
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a model on the Hub")
+
+
+def local_path(name: str | Path, revision: str | None) -> Path:
+    """A path as it is, or where the Hub's model of this name lies once it is fetched.
+
+    The client draws its own bars, and those only where standard error is a terminal.
+    """
+    path = Path(name)
+    if revision is None and (path.exists() or index_of(path).is_file()):
+        return path
+    from gpt2lite.hub import fetch  # here, since the client takes half a second to import
+
+    return fetch(name, revision=revision)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,552 @@
+"""The real huggingface_hub client against a server on loopback that answers as the Hub does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from functools import cached_property
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import torch
+from huggingface_hub import constants
+from test_cli import has_gpt2_encoding
+
+from gpt2lite import CheckpointError, CheckpointNotFoundError, GPTModel, UsageError
+from gpt2lite.cli import main
+from gpt2lite.hub import OFFICIAL, fetch, fetch_file
+from gpt2lite.tokenizer import GPT2_FILES
+
+Repo = dict[str, dict[str, bytes]]  # revision → file name → content
+HEADS = {"n_heads": 4}
+NO_USE = {"tf_model.h5": b"tensorflow", "onnx/model.onnx": b"onnx", "flax_model.msgpack": b"flax"}
+CUT = 11 << 20  # behind the client's first whole chunk of 10 MiB, which is all that it resumes from
+
+
+def commit_of(name: str, revision: str) -> str:
+    return hashlib.sha1(f"{name}@{revision}".encode()).hexdigest()
+
+
+class Hub:
+    """What the server has, what it refuses, and what it was asked for."""
+
+    def __init__(self) -> None:
+        self.repos: dict[str, Repo] = {}
+        self.gated: set[str] = set()
+        self.private: dict[str, str] = {}  # repository → the token that opens it
+        self.status: int | None = None  # answer everything with it
+        self.cuts = 0  # connections still to be cut in the middle of a file
+        self.asked: list[tuple[str, str, str | None]] = []  # method, path, Range
+
+    def fetched(self) -> set[str]:
+        return {
+            path.rsplit("/", 1)[1] for method, path, _ in self.asked if method == "GET" and "/cdn/" in path
+        }
+
+    def serve(self) -> None:
+        hub = self
+        handler = type("Handler", (Handler,), {"hub": hub})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.server.daemon_threads = True
+        threading.Thread(
+            target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
+
+    @cached_property
+    def cdn(self) -> str:
+        """Another host, as the Hub's is: a redirect to its own host the client follows without a look."""
+        return f"http://localhost:{self.server.server_port}/cdn"
+
+    @cached_property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_port}"
+
+    def stop(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """`/api/models/R[/revision/V]`, and `/R/resolve/V/F`, which leads to `/cdn/R/V/F` and its byte ranges."""
+
+    hub: Hub
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.hub.asked.append((self.command, self.path, self.headers.get("Range")))
+        path = unquote(urlsplit(self.path).path)
+        if self.hub.status:
+            return self.answer(self.hub.status)
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+            return self.info(match[1], match[2] or "main")
+        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            return self.resolve(*match.groups())
+        if match := re.fullmatch(r"/cdn/([^/]+/[^/]+)/([^/]+)/(.+)", path):
+            return self.content(self.hub.repos[match[1]][match[2]][match[3]])
+        return self.answer(404)
+
+    do_HEAD = do_GET
+
+    def answer(self, status: int, content: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def refuse(self, status: int, code: str) -> None:
+        self.answer(status, json.dumps({"error": code}).encode(), X_Error_Code=code, X_Error_Message=code)
+
+    def revision(self, name: str, wanted: str) -> str | None:
+        """The revision's name, or None and a refusal."""
+        bearer = self.headers.get("Authorization")
+        if name not in self.hub.repos or self.hub.private.get(name, bearer) not in (bearer, str(bearer)[7:]):
+            self.refuse(404 if bearer else 401, "RepoNotFound")
+            return None
+        for revision in self.hub.repos[name]:
+            if wanted in (revision, commit_of(name, revision)):
+                return revision
+        return self.refuse(404, "RevisionNotFound")
+
+    def info(self, name: str, wanted: str) -> None:
+        if revision := self.revision(name, wanted):
+            siblings = [{"rfilename": file} for file in self.hub.repos[name][revision]]
+            found = {"id": name, "sha": commit_of(name, revision), "siblings": siblings}
+            self.answer(200, json.dumps(found).encode(), Content_Type="application/json")
+
+    def resolve(self, name: str, wanted: str, file: str) -> None:
+        if not (revision := self.revision(name, wanted)):
+            return None
+        if name in self.hub.gated:
+            return self.refuse(403 if self.headers.get("Authorization") else 401, "GatedRepo")
+        if file not in self.hub.repos[name][revision]:
+            return self.refuse(404, "EntryNotFound")
+        content = self.hub.repos[name][revision][file]
+        return self.answer(
+            302,
+            Location=f"{self.hub.cdn}/{name}/{revision}/{file}",
+            X_Repo_Commit=commit_of(name, revision),
+            X_Linked_Etag=f'"{hashlib.sha256(content).hexdigest()}"',
+            X_Linked_Size=str(len(content)),
+        )
+
+    def content(self, content: bytes) -> None:
+        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
+        status, part = (206, content[start:]) if "Range" in self.headers else (200, content)
+        ranged = (
+            {"Content_Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if status == 206 else {}
+        )
+        if self.hub.cuts and len(part) > CUT and self.command == "GET":
+            self.hub.cuts -= 1
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(part)))
+            self.end_headers()
+            self.wfile.write(part[:CUT])
+            self.close_connection = True
+            return
+        self.answer(status, part, ETag='"x"', Accept_Ranges="bytes", **ranged)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="session")
+def peer(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A model of transformers', its files in one piece and in shards; one piece is more than 10 MiB."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=50257, n_positions=64, n_embd=64, n_head=4, n_layer=2, bos_token_id=0, eos_token_id=0
+    )
+    model, folder = transformers.GPT2LMHeadModel(config).eval(), tmp_path_factory.mktemp("peer")
+    model.save_pretrained(folder / "single")
+    model.save_pretrained(folder / "sharded", max_shard_size="200KB")
+    return SimpleNamespace(
+        model=model, single=files_of(folder / "single"), sharded=files_of(folder / "sharded")
+    )
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    hub = Hub()
+    hub.serve()
+    yield hub
+    hub.stop()
+
+
+@pytest.fixture
+def client(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The client of this process turned to the server, with an empty cache; no other host can be reached."""
+    connect = socket.socket.connect
+
+    def only_loopback(self: socket.socket, address: Any) -> None:
+        assert address[0] in ("127.0.0.1", "::1"), f"a test wanted to reach {address}"
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", only_loopback)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def tiny(hub: Hub, client: Path, peer: SimpleNamespace) -> str:
+    hub.repos["owner/tiny"] = {"main": peer.single | NO_USE}
+    return "owner/tiny"
+
+
+def small(**files: bytes) -> Repo:
+    return {"main": {name.replace("__", "."): content for name, content in files.items()}}
+
+
+def run(hub: Hub, home: Path, *words: object, **more: str) -> subprocess.CompletedProcess[str]:
+    """A fresh process whose Hub is the server and whose way to anywhere else is a closed port."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    closed = {
+        "HTTPS_PROXY": "http://127.0.0.1:9",
+        "NO_PROXY": "127.0.0.1,localhost",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    environment = {**inherited, **closed, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), **more}
+    return subprocess.run(
+        [sys.executable, *map(str, words)], capture_output=True, text=True, env=environment, timeout=120
+    )
+
+
+def same_logits(ours: GPTModel, peer: SimpleNamespace) -> None:
+    ids = torch.arange(0, 50000, 1000)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), peer.model(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_by_its_name_gives_transformers_logits(tiny: str, peer: SimpleNamespace):
+    same_logits(GPTModel.from_pretrained(tiny), peer)
+
+
+def test_only_config_and_one_set_of_weights_are_fetched(tiny: str, hub: Hub):
+    hub.repos[tiny]["main"] |= {"pytorch_model.bin": b"the same once more"}
+    folder = fetch(tiny)
+    assert hub.fetched() == {"config.json", "model.safetensors"}
+    assert {path.name for path in folder.iterdir()} == hub.fetched()
+
+
+def test_a_second_time_nothing_is_fetched(tiny: str, hub: Hub):
+    first = fetch(tiny)
+    hub.asked.clear()
+    assert fetch(tiny) == first
+    assert hub.fetched() == set()
+
+
+def test_shards_are_fetched_with_their_index(hub: Hub, client: Path, peer: SimpleNamespace):
+    stray = {"model-00001-of-00099.safetensors": b"of an older set"}
+    hub.repos["owner/sharded"] = {"main": peer.sharded | NO_USE | stray}
+    folder = fetch("owner/sharded")
+    wanted = {name for name in peer.sharded if "model" in name} | {"config.json"}
+    assert len(wanted) > 3
+    assert {path.name for path in folder.iterdir()} == wanted
+
+
+@pytest.mark.parametrize(
+    ("files", "wanted"),
+    [
+        ({"pytorch_model.bin", "config.json"}, {"pytorch_model.bin", "config.json"}),
+        ({"model.safetensors"}, {"model.safetensors"}),
+        ({"model.safetensors", "model.safetensors.index.json", "a"}, {"model.safetensors"}),
+        (
+            {"pytorch_model.bin.index.json", "a", "b", "c"},
+            {"pytorch_model.bin.index.json", "a", "b"},
+        ),
+        (
+            {"model.safetensors.index.json", "a", "b", "pytorch_model.bin"},
+            {"model.safetensors.index.json", "a", "b"},
+        ),
+    ],
+    ids=lambda names: "+".join(sorted(names)),
+)
+def test_weights_are_taken_in_this_order(files: set[str], wanted: set[str], hub: Hub, client: Path):
+    index = json.dumps({"weight_map": {"x": "a", "y": "b", "z": "a"}}).encode()
+    hub.repos["owner/m"] = {"main": {name: index if "index" in name else name.encode() for name in files}}
+    folder = fetch("owner/m")
+    assert {path.name for path in folder.iterdir()} == wanted == hub.fetched()
+
+
+def test_the_cache_serves_when_the_server_is_gone(tiny: str, hub: Hub, peer: SimpleNamespace):
+    first = fetch(tiny)
+    hub.stop()
+    assert fetch(tiny) == first
+    same_logits(GPTModel.from_pretrained(tiny), peer)
+
+
+def test_local_files_only_asks_the_server_nothing(tiny: str, hub: Hub):
+    first = fetch(tiny)
+    hub.asked.clear()
+    assert fetch(tiny, local_files_only=True) == first
+    assert hub.asked == []
+
+
+def test_offline_mode_takes_the_cache_and_else_says_what_to_do(
+    tiny: str, hub: Hub, monkeypatch: pytest.MonkeyPatch
+):
+    first = fetch(tiny)
+    hub.asked.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert fetch(tiny) == first
+    with pytest.raises(CheckpointError, match=r"owner/more: not in the cache .*HF_HUB_OFFLINE forbids"):
+        fetch("owner/more")
+    assert hub.asked == []
+
+
+def test_local_files_only_without_the_files_is_one_clear_error(client: Path):
+    message = "owner/tiny: not in the cache .*local_files_only=True forbids .*pass the folder"
+    with pytest.raises(CheckpointError, match=message):
+        fetch("owner/tiny", local_files_only=True)
+
+
+def test_a_cache_that_lacks_a_shard_is_not_taken(hub: Hub, client: Path, peer: SimpleNamespace):
+    hub.repos["owner/sharded"] = {"main": dict(peer.sharded)}
+    folder = fetch("owner/sharded")
+    assert fetch("owner/sharded", local_files_only=True) == folder
+    next(folder.glob("*-of-*")).unlink()
+    with pytest.raises(CheckpointError, match="owner/sharded: not in the cache"):
+        fetch("owner/sharded", local_files_only=True)
+
+
+def test_a_download_that_was_cut_is_resumed_where_it_stopped(tiny: str, hub: Hub, peer: SimpleNamespace):
+    hub.cuts = 1
+    folder = fetch(tiny)
+    ranges = [span for method, path, span in hub.asked if method == "GET" and path.endswith(".safetensors")]
+    assert ranges == [None, f"bytes={constants.DOWNLOAD_CHUNK_SIZE}-"]
+    assert (folder / "model.safetensors").read_bytes() == peer.single["model.safetensors"]
+
+
+def test_a_revision_is_a_branch_a_tag_or_a_commit(tiny: str, hub: Hub):
+    hub.repos[tiny]["v1.0"] = {"model.safetensors": b"older", "config.json": b"{}"}
+    tagged = fetch(tiny, revision="v1.0")
+    assert (tagged / "model.safetensors").read_bytes() == b"older"
+    assert fetch(tiny, revision=commit_of(tiny, "v1.0")) == tagged != fetch(tiny)
+    assert fetch(tiny, revision="v1.0", local_files_only=True) == tagged
+
+
+def test_an_official_name_stands_for_its_repository(hub: Hub, client: Path):
+    hub.repos[OFFICIAL["gpt2-xl"]] = small(model__safetensors=b"weights")
+    assert (fetch("gpt2-xl") / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_a_token_opens_what_is_private(hub: Hub, client: Path):
+    hub.repos["owner/mine"] = small(model__safetensors=b"weights")
+    hub.private["owner/mine"] = "hf_right"
+    with pytest.raises(CheckpointNotFoundError, match=r"if it is private, run `hf auth login`.*HF_TOKEN"):
+        fetch("owner/mine")
+    with pytest.raises(CheckpointNotFoundError, match="if it is private"):
+        fetch("owner/mine", token="hf_wrong")
+    assert (fetch("owner/mine", token="hf_right") / "model.safetensors").is_file()
+
+
+def test_another_cache_can_be_named(tiny: str, tmp_path: Path):
+    folder = fetch(tiny, cache_dir=tmp_path / "mine")
+    assert tmp_path / "mine" in folder.parents
+    assert fetch(tiny, cache_dir=tmp_path / "mine", local_files_only=True) == folder
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        (
+            "owner/none",
+            CheckpointNotFoundError,
+            "owner/none: no such file or folder, and no such model on http",
+        ),
+        (
+            "owner/empty",
+            CheckpointNotFoundError,
+            r"owner/empty: holds no weights .*model.safetensors or .*found README.md, tf_model.h5",
+        ),
+        ("owner/gated", CheckpointError, r"owner/gated: is gated, .*Accept its terms .*HF_TOKEN"),
+        ("owner/lost", CheckpointError, r"owner/lost: pytorch_model.bin.index.json names .* not there: a, b"),
+        ("owner/odd", CheckpointError, r"owner/odd: .* names files that are not there: 1, \['a'\]"),
+        ("owner/bad", CheckpointError, "no index of shards; wanted JSON with a weight_map"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_clear_error(
+    name: str, kind: type[Exception], message: str, hub: Hub, client: Path
+):
+    hub.repos["owner/empty"] = small(README__md=b"words", tf_model__h5=b"tensorflow")
+    hub.repos["owner/gated"] = small(model__safetensors=b"weights", config__json=b"{}")
+    hub.gated.add("owner/gated")
+    index = json.dumps({"weight_map": {"x": "a", "y": "b"}}).encode()
+    hub.repos["owner/lost"] = small(pytorch_model__bin__index__json=index)
+    odd = json.dumps({"weight_map": {"x": 1, "y": ["a"]}}).encode()
+    hub.repos["owner/odd"] = small(pytorch_model__bin__index__json=odd)
+    hub.repos["owner/bad"] = small(pytorch_model__bin__index__json=b"[1")
+    with pytest.raises(kind, match=message) as raised:
+        fetch(name)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_unknown_revision_is_one_clear_error_even_where_something_is_cached(tiny: str):
+    fetch(tiny)
+    with pytest.raises(CheckpointNotFoundError, match="owner/tiny: has no revision 'v9'; wanted a branch"):
+        fetch(tiny, revision="v9")
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (503, r"owner/tiny: \S+ answered 503. Try again later, or download it on a machine that can"),
+        (403, r"owner/tiny: \S+ answered 403. If it is about rights, run"),
+        (200, r"owner/tiny: cannot be fetched from \S+ \(JSONDecodeError: "),
+    ],
+)
+def test_a_server_that_fails_is_named_with_its_answer(status: int, message: str, hub: Hub, client: Path):
+    hub.status = status
+    with pytest.raises(CheckpointError, match=message):
+        fetch("owner/tiny")
+
+
+def test_a_server_that_is_down_is_said_with_the_way_around(
+    hub: Hub, client: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
+        with pytest.raises(CheckpointError, match=r"cannot be fetched .*ConnectError.*pass the folder"):
+            fetch("owner/tiny")
+
+
+def test_a_cache_that_cannot_be_written_is_named(tiny: str, tmp_path: Path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CheckpointError, match=r"cannot be kept in .*file: .*Pass another cache_dir"):
+        fetch(tiny, cache_dir=tmp_path / "file")
+
+
+def test_a_path_that_is_there_wins_and_comes_back_as_it_is(
+    hub: Hub, client: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("owner/tiny").mkdir(parents=True)
+    Path("gpt2").write_text("a file")
+    assert fetch("owner/tiny") == Path("owner/tiny")
+    assert fetch("gpt2") == Path("gpt2")
+    assert fetch(tmp_path / "gpt2") == tmp_path / "gpt2"
+    with pytest.raises(UsageError, match="gpt2: is on this disk, where revision='v1' means nothing"):
+        fetch("gpt2", revision="v1")
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.pth", "model.pth: no such file or folder$"),
+        ("owner/model.safetensors", "no such file or folder$"),
+        ("./owner/tiny", "./owner/tiny: no such file or folder$"),
+        ("../tiny", "no such file or folder$"),
+        ("/owner/tiny", "no such file or folder$"),
+        ("gpt3", "gpt3: no such file or folder, and no name of a model on the Hub.*gpt2-xl or owner/name"),
+        ("a/b/c", "no name of a model"),
+        ("owner/a--b", "no name of a model"),
+        ("owner/a..b", "no name of a model"),
+        ("owner/tiny\n", "no name of a model"),
+        ("-owner/tiny", "no name of a model"),
+        ("owner/" + "a" * 91, "no name of a model"),
+    ],
+)
+def test_what_is_no_repositorys_name_is_never_asked_for(name: str, message: str, hub: Hub, client: Path):
+    with pytest.raises(CheckpointNotFoundError, match=message):
+        fetch(name)
+    assert hub.asked == []
+
+
+def test_a_single_file_comes_from_the_cache_once_it_was_fetched(hub: Hub, client: Path):
+    hub.repos["owner/words"] = small(vocab__json=b"{}")
+    first = fetch_file("owner/words", "vocab.json")
+    hub.asked.clear()
+    assert fetch_file("owner/words", "vocab.json") == first
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan"])
+def test_the_commands_take_names_and_revisions(
+    command: str, hub: Hub, tiny: str, capsys: pytest.CaptureFixture[str]
+):
+    hub.repos[tiny]["v1"] = hub.repos[tiny]["main"]
+    assert main([command, tiny, "--json", "--revision", "v1"]) == 0
+    output = capsys.readouterr()
+    assert commit_of(tiny, "v1") in json.loads(output.out)["path"]
+    assert output.err == ""
+
+
+@pytest.mark.parametrize("words", [["inspect"], ["plan"], ["bench"], ["generate", "--model"]])
+def test_the_commands_say_in_one_line_that_a_name_is_unknown(
+    words: list[str], client: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main([*words, "owner/none"]) == 1
+    assert re.fullmatch(r"gpt2lite: owner/none: no such file or folder, .*\n", capsys.readouterr().err)
+
+
+def test_bench_measures_a_model_of_the_hub(hub: Hub, tiny: str, tmp_path: Path):
+    words = ("bench", tiny, "--strategies", "mmap", "--folder", tmp_path)
+    result = run(hub, tmp_path, "-m", "gpt2lite", *words)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith(f"{tiny}, ")
+
+
+@has_gpt2_encoding
+def test_generate_writes_with_a_model_of_the_hub(hub: Hub, tiny: str, tmp_path: Path):
+    words = ("generate", "--model", tiny, "--n-heads", "4", "--max-new-tokens", "3")
+    result = run(hub, tmp_path, "-m", "gpt2lite", *words)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("Hello, I am")
+
+
+ENCODE = "from gpt2lite.tokenizer import gpt2_encoding as e; print(e().encode('Hello, I am'))"
+
+
+@has_gpt2_encoding
+def test_the_hubs_vocabulary_stands_in_for_tiktokens_download(hub: Hub, tmp_path: Path):
+    cache = Path(os.environ["TIKTOKEN_CACHE_DIR"])
+    files = {hub_name: (cache / cached_name).read_bytes() for cached_name, hub_name, _ in GPT2_FILES}
+    hub.repos[OFFICIAL["gpt2"]] = {"main": files}
+    empty = tmp_path / "tiktoken"
+    result = run(hub, tmp_path, "-c", ENCODE, TIKTOKEN_CACHE_DIR=str(empty))
+    assert (result.returncode, result.stdout) == (0, "[15496, 11, 314, 716]\n"), result.stderr
+    assert {path.name for path in empty.iterdir()} == {cached_name for cached_name, *_ in GPT2_FILES}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"merges.txt": b"other merges"}, r"merges.txt has sha256 \w{8}…, wanted 1ce16647…"),
+        ({}, "answered 404|no such model on http"),
+    ],
+)
+def test_without_the_right_vocabulary_the_error_says_how_to_do_without_a_network(
+    files: dict[str, bytes], message: str, hub: Hub, tmp_path: Path
+):
+    if files:
+        hub.repos[OFFICIAL["gpt2"]] = {"main": files}
+    empty = tmp_path / "tiktoken"
+    result = run(hub, tmp_path, "-c", ENCODE, TIKTOKEN_CACHE_DIR=str(empty))
+    said = result.stderr.splitlines()[-1]
+    assert "CheckpointError: tiktoken could not fetch its gpt2 encoding" in said
+    assert "set TIKTOKEN_CACHE_DIR to the cache folder of a machine that has loaded it once" in said
+    assert re.search(message, said)
+    assert not empty.exists()
