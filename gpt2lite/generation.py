@@ -39,6 +39,8 @@ def _check(
     model: GPTModel, ids: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, seed: int | None
 ) -> None:
     config = model.config
+    if config.n_classes:
+        raise UsageError(f"this model is a classifier of {config.n_classes} classes and writes no text")
     found = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
     if found == type(ids).__name__ or ids.dim() != 2 or not ids.numel() or ids.dtype not in INTEGERS:
         raise UsageError(f"ids must be a tensor of integers of shape (batch, tokens ≥ 1), got {found}")

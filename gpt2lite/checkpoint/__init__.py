@@ -71,8 +71,8 @@ def _kind_of_file(path: Path) -> str:
     if head.startswith(b"\x80"):
         raise CheckpointError(f"{path}: a bare pickle, which only running it could read. {RESAVE}")
     raise CheckpointError(
-        f"{path}: begins with {head[:8]!r}, wanted a file of torch.save (zip or older), safetensors, an index "
-        "of shards, the index of a TensorFlow checkpoint (not its data), or llm.c's .bin"
+        f"{path}: begins with {head[:8]!r}, wanted a file of torch.save (zip or older), safetensors, an "
+        "index of shards, the index of a TensorFlow checkpoint (not its data), or llm.c's .bin"
     )
 
 

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument(
         "path",
-        help="a .pth, a .safetensors, a TensorFlow model.ckpt, a folder, or a model on the Hub: gpt2 …",
+        help="a .pth, a .safetensors, a TensorFlow model.ckpt, a folder, or a Hub model: gpt2 …",
     )
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.add_argument("--check", action="store_true", help="read all data, compare it with the file's sums")

@@ -14,6 +14,7 @@ from gpt2lite.loading.forecast import Forecast
 from gpt2lite.loading.plan import LoadPlan
 from gpt2lite.loading.skeleton import saved_tensors
 
+WORKING_BYTES = 1 << 20  # of a sum, computed rows at a time
 # Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models"; alpha as the book uses it, unscaled.
 
 
@@ -21,14 +22,16 @@ from gpt2lite.loading.skeleton import saved_tensors
 def merge_adapters(plan: LoadPlan, module: nn.Module) -> None:
     """weight += alpha × (a @ b).t() for each, in float32 at least.
 
-    Costs one weight in float32 on the device; a mapped weight becomes anonymous memory. Equal to computing
-    both paths up to rounding.
+    Costs WORKING_BYTES on the device; a mapped weight becomes anonymous memory. Equal to computing both paths
+    up to rounding.
     """
     tensors = saved_tensors(module)
     for adapter in plan.adapters:
         assert adapter.alpha is not None, "with_lora_alpha comes before a load"
         a, b = (_factor(plan, name) for name in (adapter.a, adapter.b))
-        tensors[adapter.weight].add_((a * adapter.alpha @ b).t())
+        rows = max(WORKING_BYTES // (a.shape[0] * a.itemsize), 1)
+        for weight, b_part in zip(tensors[adapter.weight].split(rows), b.split(rows, dim=1), strict=True):
+            weight.add_(b_part.t() @ a.t(), alpha=adapter.alpha)
 
 
 def _factor(plan: LoadPlan, name: str) -> Tensor:
@@ -42,7 +45,7 @@ def with_adapters(plan: LoadPlan, forecast: Forecast) -> Forecast:
         return forecast
     weights = {name: target for target in plan.targets for name in target.names}
     merged = [weights[adapter.weight] for adapter in plan.adapters]
-    on_cpu, working = plan.device.type == "cpu", max(4 * target.numel for target in merged)
+    on_cpu, working = plan.device.type == "cpu", WORKING_BYTES
     copied = sum(target.nbytes for target in merged) if forecast.stays_mapped else 0
     factors = max(_factor_bytes(plan, adapter) for adapter in plan.adapters)
     host = forecast.stays_host + copied + factors + (working if on_cpu else 0)
