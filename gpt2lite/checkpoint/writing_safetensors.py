@@ -49,15 +49,13 @@ def _write_all(file: int, data: bytes | memoryview) -> None:
 def fill_safetensors(path: Path, tensors: Sequence[TensorToWrite], progress: Progress) -> None:
     """Write a new `.safetensors` file, a few chunks in memory at a time.
 
-    The format cannot tie: tensors that share another's bytes are written again. The disk's room is taken
-    first. Raises UsageError for a dtype that the format lacks, OSError for a disk without room.
+    The format cannot tie: tensors that share another's bytes are written again. Raises UsageError for a
+    dtype that the format lacks.
     """
     header = _header(tensors)
     total, done = sum(tensor.nbytes for tensor in tensors), 0
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file, 0, len(header) + total)
         _write_all(file, header)
         for chunk in chunks_ahead(chunk for tensor in tensors for chunk in tensor.chunks()):
             _write_all(file, chunk)
