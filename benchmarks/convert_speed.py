@@ -2,8 +2,8 @@
 
     python benchmarks/convert_speed.py --size gpt2-xl --json benchmarks/results/convert-cpu-gpt2-xl.json
 
-The source is random, in the article's layout; each conversion has a fresh process and is not verified. Only the
-ratio carries over to another disk. Exits with 1 where memory or the ratio is above what is wanted.
+The source is random, in the article's layout; each conversion has a fresh process and is not verified. Only
+the ratio carries over to another disk. Exits with 1 where memory or the ratio is above what is wanted.
 """
 
 from __future__ import annotations
@@ -30,15 +30,22 @@ from gpt2lite.memory import human
 MIB = 1 << 20
 WANTED_PEAK, WANTED_RATIO = 200 * MIB, 1.3
 RUN = """
-import json, sys, time
+import sys, time
+from gpt2lite import convert
+source, destination, tiny = sys.argv[1:]
+convert(tiny, tiny + ".safetensors", to="huggingface", config={"n_heads": 2}, verify=False)
+began = time.perf_counter()
+convert(source, destination, to="huggingface", verify=False)
+print(time.perf_counter() - began)
+"""
+TRACK = """
+import sys
 from gpt2lite import convert, track_memory
 source, destination, tiny = sys.argv[1:]
 convert(tiny, tiny + ".safetensors", to="huggingface", config={"n_heads": 2}, verify=False)
 with track_memory() as memory:
-    began = time.perf_counter()
     convert(source, destination, to="huggingface", verify=False)
-    seconds = time.perf_counter() - began
-print(json.dumps([seconds, memory.peak_host_anonymous]))
+print(memory.peak_host_anonymous)
 """
 
 
@@ -67,12 +74,10 @@ def copy(source: Path, destination: Path) -> float:
     return time.perf_counter() - began
 
 
-def convert(source: Path, destination: Path, tiny: Path) -> tuple[float, int]:
-    """Seconds and peak of one conversion in a fresh process."""
-    command = [sys.executable, "-c", RUN, str(source), str(destination), str(tiny)]
-    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    seconds, peak = json.loads(result.stdout)
-    return seconds, peak
+def convert(script: str, source: Path, destination: Path, tiny: Path) -> float:
+    """What one conversion in a fresh process prints: RUN its seconds, TRACK its peak."""
+    command = [sys.executable, "-c", script, str(source), str(destination), str(tiny)]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def measure(size: str, folder: Path, runs: int) -> Result:
@@ -84,14 +89,15 @@ def measure(size: str, folder: Path, runs: int) -> Result:
         write_random_checkpoint(config, source, progress)
     os.sync()
     copies, conversions = [], []
+    peak = int(convert(TRACK, source, made, tiny))
+    written = made.stat().st_size
+    made.unlink()
     for _ in range(runs):
         copies.append(copy(source, folder / "copy"))
         (folder / "copy").unlink()
-        conversions.append(convert(source, made, tiny))
-        written = made.stat().st_size
+        conversions.append(convert(RUN, source, made, tiny))
         made.unlink()
-    seconds = [each for each, _ in conversions]
-    return Result(size, source.stat().st_size, written, copies, seconds, max(peak for _, peak in conversions))
+    return Result(size, source.stat().st_size, written, copies, conversions, peak)
 
 
 def main() -> int:

@@ -58,6 +58,11 @@ def _flush(path: Path) -> None:
             os.fsync(opened.fileno())
 
 
+def _require_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UsageError(f"the folder {folder} does not exist; make it first")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block succeeds and vanishes when not.
@@ -65,8 +70,7 @@ def replacing(path: Path) -> Iterator[Path]:
     What is written there is on the disk before it is renamed. A process that is killed leaves the old file
     and a folder `.<name>.….part` beside it.
     """
-    if not path.parent.is_dir():
-        raise UsageError(f"{path}: the folder {path.parent} does not exist")
+    _require_folder(path.parent)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     try:
         yield temporary / path.name
@@ -235,7 +239,8 @@ def save_per_tensor(
 
 
 def require_space(folder: Path, nbytes: int) -> None:
-    """Raise OSError before writing `nbytes` where the disk has no room for them."""
+    """Raise OSError before writing `nbytes` if the disk has no room, UsageError if there is no folder."""
+    _require_folder(folder)
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise OSError(

@@ -74,14 +74,16 @@ def write_safetensors(path: Path, tensors: Sequence[TensorToWrite], progress: Pr
 def divide(tensors: Iterable[TensorToWrite], max_bytes: int) -> list[list[TensorToWrite]]:
     """Tensors in order, in shards of at most `max_bytes`; what is larger has a shard of its own."""
     shards: list[list[TensorToWrite]] = []
-    room = -1
+    current: list[TensorToWrite] = []
     for tensor in tensors:
-        if tensor.nbytes > room:
-            shards.append([])
-            room = max_bytes
-        shards[-1].append(tensor)
-        room -= tensor.nbytes
-    return shards
+        if tensor.nbytes > max_bytes:
+            shards.append([tensor])
+            continue
+        if sum(each.nbytes for each in current) + tensor.nbytes > max_bytes:
+            shards.append(current)
+            current = []
+        current.append(tensor)
+    return [*shards, current] if current else shards
 
 
 def fill_safetensors_folder(
