@@ -250,7 +250,7 @@ def test_the_data_of_a_safetensors_file_begin_aligned(pth: Path):
         ("nowhere/out.pth", {}, "the folder .*nowhere does not exist"),
         ("other.pth", {}, "other.json: is there and holds no config"),
         ("out.pth", {"dtype": torch.int8}, "dtype must be a floating-point"),
-        ("out.pth", {"config": {"tied_head": True}}, "are two tensors; the model ties"),
+        ("out.pth", {"config": {"n_heads": 4, "tied_head": True}}, "are two tensors; the model ties"),
     ],
 )
 def test_what_cannot_be_done_is_one_error_before_anything_is_written(
