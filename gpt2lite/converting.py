@@ -430,7 +430,7 @@ def convert(
     casts; otherwise no value changes, and biases that a target has and the source lacks are zeros. `config`
     says what the source cannot, such as {"n_heads": 4}.
 
-    Maps the source and holds a few chunks of 8 MiB in memory, whatever the model. The destination appears
+    Maps the source and holds two chunks of 8 MiB in memory, whatever the model. The destination appears
     whole or not at all, an old file stays until then; with `verify` only after every tensor was read back
     from the disk and its hash compared. `progress` is called with (bytes done, bytes in all).
 

@@ -210,7 +210,7 @@ class GPTModel(nn.Module):
 
         `from_checkpoint` of it needs nothing said. The file is replaced whole or not at all, so a model that
         stands on `model.pth` (strategy="mmap") can be saved over it. A tied head stays tied: in a `.pth` one
-        storage, in safetensors no second copy. Holds a few chunks of 8 MiB on the host. Raises UsageError for
+        storage, in safetensors no second copy. Holds two chunks of 8 MiB on the host. Raises UsageError for
         another suffix, a folder that is not there, or weights on meta, OSError for a full disk.
         """
         path = Path(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial, reduce
 
@@ -100,13 +99,3 @@ def tensors_of(state: Mapping[str, Tensor]) -> list[TensorToWrite]:
         shares = shared if shared != name else ""
         found.append(TensorToWrite(name, written.dtype, tuple(tensor.shape), written.chunks, shares))
     return found
-
-
-def chunks_ahead(chunks: Iterable[memoryview]) -> Iterator[memoryview]:
-    """`chunks`, each made by a thread while the one before it is used."""
-    iterator = iter(chunks)
-    with ThreadPoolExecutor(1) as maker:
-        coming = maker.submit(next, iterator, None)
-        while (chunk := coming.result()) is not None:
-            coming = maker.submit(next, iterator, None)
-            yield chunk

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2lite.checkpoint import open_checkpoint, side_file
-from gpt2lite.checkpoint.chunks import TensorToWrite, chunks_ahead
+from gpt2lite.checkpoint.chunks import TensorToWrite
 from gpt2lite.checkpoint.manifest import contiguous_stride
 from gpt2lite.checkpoint.reading import read_span
 from gpt2lite.errors import UsageError
@@ -135,25 +135,16 @@ def _stored_once(tensors: Sequence[TensorToWrite]) -> list[TensorToWrite]:
     return [tensor for tensor in tensors if not tensor.shares]
 
 
-def _take(chunks: Iterator[memoryview], nbytes: int) -> Iterator[memoryview]:
-    """The next `nbytes` of `chunks`."""
-    while nbytes:
-        chunk = next(chunks)
-        nbytes -= len(chunk)
-        yield chunk
-
-
 def fill_torch_zip(
     path: Path, tensors: Sequence[TensorToWrite], progress: Progress, arrange: Arrange = OrderedDict
 ) -> None:
     """Write a new file as `torch.save` does; `arrange` puts the state dict into what surrounds it.
 
-    Tensors that share another's bytes are stored with it. Holds a few chunks in memory.
+    Tensors that share another's bytes are stored with it. Holds one chunk in memory.
     """
     stored = _stored_once(tensors)
     keys = {tensor.name: str(i) for i, tensor in enumerate(stored)}
     described = OrderedDict((t.name, _Described(keys[t.shares or t.name], t)) for t in tensors)
-    chunks = chunks_ahead(chunk for tensor in stored for chunk in tensor.chunks())
     total, done = sum(tensor.nbytes for tensor in stored), 0
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         with archive.open(zipfile.ZipInfo("archive/data.pkl"), "w") as entry:
@@ -161,7 +152,7 @@ def fill_torch_zip(
         archive.writestr("archive/byteorder", "little")
         for i, tensor in enumerate(stored):
             with archive.open(_entry(archive, f"archive/data/{i}", tensor.nbytes), "w") as entry:
-                for chunk in _take(chunks, tensor.nbytes):
+                for chunk in tensor.chunks():
                     entry.write(chunk)
                     done += len(chunk)
                     progress(done, total)
@@ -169,7 +160,7 @@ def fill_torch_zip(
 
 
 def write_torch_zip(path: Path, tensors: Sequence[TensorToWrite], progress: Progress) -> None:
-    """Write a state dict as `torch.save` does, a few chunks in memory at a time.
+    """Write a state dict as `torch.save` does, a chunk in memory at a time.
 
     torch.load, also with mmap, and every reader of `.pth` opens it. The file appears whole or not at all.
     """

@@ -5,19 +5,23 @@ Format: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gpt2lite.checkpoint.chunks import TensorToWrite, chunks_ahead
+from gpt2lite.checkpoint.chunks import TensorToWrite
 from gpt2lite.checkpoint.safetensors_file import DTYPES
 from gpt2lite.checkpoint.writing import Progress, replacing
 from gpt2lite.errors import UsageError
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 ALIGNMENT = 8
+FLUSH_BYTES = 64 << 20
 ONE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -46,8 +50,31 @@ def _write_all(file: int, data: bytes | memoryview) -> None:
         left = left[os.write(file, left) :]
 
 
+@contextmanager
+def _flushed_meanwhile(file: int) -> Iterator[Callable[[int], None]]:
+    """A function to tell what was written: a thread has the disk take it while more is made.
+
+    Threads that make chunks ahead were slower: they and the writer fight for the process's page tables.
+    """
+    with ThreadPoolExecutor(1) as flusher:
+        pending: list[Future[None]] = []
+        waiting = 0
+
+        def wrote(nbytes: int) -> None:
+            nonlocal waiting
+            waiting += nbytes
+            if waiting >= FLUSH_BYTES and (not pending or pending[0].done()):
+                for flush in pending:
+                    flush.result()
+                pending[:], waiting = [flusher.submit(os.fsync, file)], 0
+
+        yield wrote
+        for flush in pending:  # whose error no later fsync would say again
+            flush.result()
+
+
 def fill_safetensors(path: Path, tensors: Sequence[TensorToWrite], progress: Progress) -> None:
-    """Write a new `.safetensors` file, a few chunks in memory at a time.
+    """Write a new `.safetensors` file, a chunk in memory at a time.
 
     The format cannot tie: tensors that share another's bytes are written again. Raises UsageError for a
     dtype that the format lacks.
@@ -56,11 +83,13 @@ def fill_safetensors(path: Path, tensors: Sequence[TensorToWrite], progress: Pro
     total, done = sum(tensor.nbytes for tensor in tensors), 0
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        _write_all(file, header)
-        for chunk in chunks_ahead(chunk for tensor in tensors for chunk in tensor.chunks()):
-            _write_all(file, chunk)
-            done += len(chunk)
-            progress(done, total)
+        with _flushed_meanwhile(file) as wrote:
+            _write_all(file, header)
+            for chunk in itertools.chain.from_iterable(tensor.chunks() for tensor in tensors):
+                _write_all(file, chunk)
+                wrote(len(chunk))
+                done += len(chunk)
+                progress(done, total)
     finally:
         os.close(file)
 
