@@ -4,6 +4,7 @@ from gpt2lite import _torch  # noqa: F401  # first, before another module import
 from gpt2lite._version import __version__
 from gpt2lite.checkpoint.writing import save_per_tensor
 from gpt2lite.config import GPTConfig
+from gpt2lite.converting import convert
 from gpt2lite.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -29,6 +30,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "clean_up",
+    "convert",
     "forecast",
     "generate",
     "load_module",

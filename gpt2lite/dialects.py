@@ -324,7 +324,8 @@ def _block_of(name: str) -> int:
     return int(found.group(1)) if found else -1
 
 
-def _expand(rows: Iterable[Row], n_layers: int) -> Iterable[Row]:
+def expand_rows(rows: Iterable[Row], n_layers: int) -> Iterable[Row]:
+    """Rows with every `{i}` replaced by every block's number."""
     for theirs, ours, placement in rows:
         for i in range(n_layers) if "{i}" in theirs else (0,):
             yield theirs.format(i=i), ours.format(i=i), placement
@@ -343,7 +344,7 @@ def read_dialect(manifest: Manifest) -> Reading:
         raise CheckpointError(
             f"{manifest.path}: names block {n_layers - 1}, but has only {len(names)} tensors"
         )
-    rows = [row for row in _expand(dialect.rows, n_layers) if row[0] in names]
+    rows = [row for row in expand_rows(dialect.rows, n_layers) if row[0] in names]
     placements = {ours: replace(placement, source=names[theirs]) for theirs, ours, placement in rows}
     for absent, present in (("out_head.weight", "tok_emb.weight"), ("tok_emb.weight", "out_head.weight")):
         if present in placements:

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2lite.checkpoint import open_checkpoint
+from gpt2lite.checkpoint.chunks import tensors_of
+from gpt2lite.checkpoint.writing import read_side_fields, require_space, write_side_fields, write_torch_zip
+from gpt2lite.checkpoint.writing_safetensors import write_safetensors
 from gpt2lite.config import ACTIVATIONS, OFFICIAL_SIZES, GPTConfig
 from gpt2lite.dialects import UNSAYABLE, Reading, find_config, read_dialect, size_of, with_lora_alpha
 from gpt2lite.errors import UsageError
 from gpt2lite.loading import Forecast, LoadPlan, Progress, forecasts, load, make_plan
 from gpt2lite.memory import name_device
+
+SAVERS = {".pth": (write_torch_zip, True), ".safetensors": (write_safetensors, False)}  # whether it can tie
 
 
 class Linear(nn.Linear):
@@ -250,6 +256,25 @@ class GPTModel(nn.Module):
             keep_cached=keep_cached,
             progress=progress,
         )
+
+    def save_checkpoint(self, path: str | os.PathLike[str], *, progress: Progress | None = None) -> Path:
+        """Write the weights to a `.pth` or `.safetensors`, and the config to `<stem>.json` beside it.
+
+        `from_checkpoint` of it needs nothing said. The file is replaced whole or not at all, so a model that
+        stands on `model.pth` (strategy="mmap") can be saved over it. A tied head stays tied: in a `.pth` one
+        storage, in safetensors no second copy. Holds two chunks of 8 MiB on the host. Raises UsageError for
+        another suffix, a folder that is not there, or weights on meta, OSError for a full disk.
+        """
+        path = Path(path)
+        if path.suffix not in SAVERS:
+            raise UsageError(f"{path}: a checkpoint's name ends in {' or '.join(SAVERS)}")
+        read_side_fields(path)
+        write, ties = SAVERS[path.suffix]
+        tensors = [tensor for tensor in tensors_of(self.state_dict()) if ties or not tensor.shares]
+        require_space(path.absolute().parent, sum(tensor.nbytes for tensor in tensors if not tensor.shares))
+        write(path, tensors, progress or (lambda done, total: None))
+        write_side_fields(path, self.config.as_dict())
+        return path
 
     @torch.no_grad()
     def initialise(self) -> None:

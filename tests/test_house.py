@@ -19,7 +19,7 @@ FLOORS = [
     {"dialects", "tokenizer", "tracking"},
     {"loading"},
     {"model"},
-    {"generation"},
+    {"converting", "generation"},
     {"benchmarking"},
     {"cli"},
     {"__init__", "__main__"},

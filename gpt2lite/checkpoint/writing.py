@@ -1,11 +1,13 @@
 """Writers: tensor by tensor, so that a file larger than memory can be written, and never half a file.
 
-Everything is written under a temporary name beside its destination and renamed at the end.
+Everything is written under a temporary name beside its destination and renamed at the end: `fill_…` functions
+write where they are told, `replacing` gives them the place.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import pickle
 import shutil
@@ -13,7 +15,7 @@ import struct
 import tempfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,43 +24,60 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpt2lite.checkpoint import open_checkpoint
+from gpt2lite.checkpoint import open_checkpoint, side_file
+from gpt2lite.checkpoint.chunks import TensorToWrite
 from gpt2lite.checkpoint.manifest import contiguous_stride
 from gpt2lite.checkpoint.reading import read_span
 from gpt2lite.errors import UsageError
 
+__all__ = [
+    "ALIGNMENT",
+    "Progress",
+    "TensorToWrite",
+    "fill_tensor_folder",
+    "fill_torch_zip",
+    "read_side_fields",
+    "replacing",
+    "require_space",
+    "save_per_tensor",
+    "write_side_fields",
+    "write_torch_zip",
+]
+
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 ALIGNMENT = 64  # torch.save's own, so that mapped tensors are aligned
 LOCAL_HEADER_BYTES = 30
 ZIP64_EXTRA_BYTES = 20
 STORAGES = torch.storage._dtype_to_storage_type_map()  # newer dtypes than these have no class of their own
 
 
+def _flush(path: Path) -> None:
+    """Have the disk hold a file, or every file of a folder, before its name says that it does."""
+    for file in path.iterdir() if path.is_dir() else (path,):
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+
+
+def _require_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UsageError(f"the folder {folder} does not exist; make it first")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block succeeds and vanishes when not."""
-    if not path.parent.is_dir():
-        raise UsageError(f"{path}: the folder {path.parent} does not exist")
+    """A temporary path beside `path` that takes its place when the block succeeds and vanishes when not.
+
+    What is written there is on the disk before it is renamed. A process that is killed leaves the old file
+    and a folder `.<name>.….part` beside it.
+    """
+    _require_folder(path.parent)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     try:
         yield temporary / path.name
+        _flush(temporary / path.name)
         os.replace(temporary / path.name, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-@dataclass(frozen=True, slots=True)
-class TensorToWrite:
-    """A tensor that will be written: `chunks()` yields its bytes in order, row-major."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    chunks: Callable[[], Iterable[memoryview]]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of data."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,24 +128,66 @@ def _entry(archive: zipfile.ZipFile, name: str, nbytes: int) -> zipfile.ZipInfo:
     return info
 
 
-def write_torch_zip(path: Path, tensors: list[TensorToWrite], progress: Callable[[int, int], None]) -> None:
-    """Write a state dict as `torch.save` does, one chunk in memory at a time.
+Arrange = Callable[[dict[str, Any]], object]  # a state dict → what the pickle holds
 
-    torch.load, also with mmap, and every reader of `.pth` opens it. The file appears whole or not at all.
+
+def _stored_once(tensors: Sequence[TensorToWrite]) -> list[TensorToWrite]:
+    return [tensor for tensor in tensors if not tensor.shares]
+
+
+def fill_torch_zip(
+    path: Path, tensors: Sequence[TensorToWrite], progress: Progress, arrange: Arrange = OrderedDict
+) -> None:
+    """Write a new file as `torch.save` does; `arrange` puts the state dict into what surrounds it.
+
+    Tensors that share another's bytes are stored with it. Holds one chunk in memory.
     """
-    described = OrderedDict((tensor.name, _Described(str(i), tensor)) for i, tensor in enumerate(tensors))
-    total, done = sum(tensor.nbytes for tensor in tensors), 0
-    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+    stored = _stored_once(tensors)
+    keys = {tensor.name: str(i) for i, tensor in enumerate(stored)}
+    described = OrderedDict((t.name, _Described(keys[t.shares or t.name], t)) for t in tensors)
+    total, done = sum(tensor.nbytes for tensor in stored), 0
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         with archive.open(zipfile.ZipInfo("archive/data.pkl"), "w") as entry:
-            _DescribingPickler(entry, protocol=2).dump(described)
+            _DescribingPickler(entry, protocol=2).dump(arrange(described))
         archive.writestr("archive/byteorder", "little")
-        for i, tensor in enumerate(tensors):
+        for i, tensor in enumerate(stored):
             with archive.open(_entry(archive, f"archive/data/{i}", tensor.nbytes), "w") as entry:
                 for chunk in tensor.chunks():
                     entry.write(chunk)
                     done += len(chunk)
                     progress(done, total)
         archive.writestr("archive/version", "3\n")
+
+
+def write_torch_zip(path: Path, tensors: Sequence[TensorToWrite], progress: Progress) -> None:
+    """Write a state dict as `torch.save` does, a chunk in memory at a time.
+
+    torch.load, also with mmap, and every reader of `.pth` opens it. The file appears whole or not at all.
+    """
+    with replacing(path) as temporary:
+        fill_torch_zip(temporary, tensors, progress)
+
+
+def _require_file_name(folder: Path, name: str) -> None:
+    if not name or name.startswith(".") or set(name) & {os.sep, "\0"}:
+        raise UsageError(f"{folder}: a tensor is called {name!r}, which is no file name")
+
+
+def fill_tensor_folder(folder: Path, tensors: Sequence[TensorToWrite], progress: Progress) -> None:
+    """Write `<name>.pt` for every tensor, those that share another's bytes left out, into a new folder.
+
+    Raises UsageError for a name that is no file name.
+    """
+    stored = _stored_once(tensors)
+    total, done = sum(tensor.nbytes for tensor in stored), 0
+    folder.mkdir()
+    for tensor in stored:
+        _require_file_name(folder, tensor.name)
+        fill_torch_zip(
+            folder / f"{tensor.name}.pt", [tensor], lambda *_: None, lambda state: next(iter(state.values()))
+        )
+        done += tensor.nbytes
+        progress(done, total)
 
 
 def _distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -163,14 +224,14 @@ def save_per_tensor(
     with replacing(folder) as temporary:
         temporary.mkdir()
         for name, tensor in _tensors_of(model_or_path):
-            if not name or name.startswith(".") or set(name) & {os.sep, "\0"}:
-                raise UsageError(f"{folder}: a tensor is called {name!r}, which is no file name")
+            _require_file_name(folder, name)
             torch.save(tensor, temporary / f"{name}.pt")
     return folder
 
 
 def require_space(folder: Path, nbytes: int) -> None:
-    """Raise OSError before writing `nbytes` where the disk has no room for them."""
+    """Raise OSError before writing `nbytes` if the disk has no room, UsageError if there is no folder."""
+    _require_folder(folder)
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise OSError(
@@ -178,3 +239,29 @@ def require_space(folder: Path, nbytes: int) -> None:
             f"{nbytes / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free",
             str(folder),
         )
+
+
+def read_side_fields(checkpoint: Path) -> dict[str, Any]:
+    """What the side file `<stem>.json` of a checkpoint holds, {} where there is none.
+
+    Raises UsageError for a file of that name that is something else, so that nobody writes over it.
+    """
+    path = side_file(checkpoint, ".json")
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UsageError(f"{path}: is there and holds no config; it would be written over. Move it away")
+    return found
+
+
+def write_side_fields(checkpoint: Path, fields: dict[str, Any]) -> None:
+    """Put `fields` into the side file of a checkpoint that is there; what else it says stays."""
+    known = read_side_fields(checkpoint)
+    if known | fields != known:
+        path = side_file(checkpoint, ".json")
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(known | fields, indent=2) + "\n", encoding="utf-8")

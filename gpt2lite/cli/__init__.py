@@ -16,6 +16,7 @@ COMMANDS = {
     "generate": "write text with a model, the embedded one by default",
     "bench": "measure what every way of loading costs in memory and time",
     "plan": "say what a load will cost before it begins, what fits, and what auto takes",
+    "convert": "write a checkpoint with another program's names, layout and file format",
     "inspect": "say what a checkpoint is, from its headers alone",
     "env": "say what this machine is and what memory can be had",
 }
@@ -25,6 +26,7 @@ EPILOG = """examples:
   gpt2lite generate --model gpt2
   gpt2lite plan model.pth --device cuda --max-device-memory 8GiB
   gpt2lite bench --size gpt2-xl --device cuda
+  gpt2lite convert model.pth gpt2-folder --to hf
   gpt2lite inspect model.pth"""
 
 

@@ -1,0 +1,509 @@
+"""Conversions against the peers' own classes, cut short in every way, and within memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, randomise
+from safetensors.torch import load_file
+from test_loading import HEADS, KINDS, book, expected_parameters, huggingface, ours, save_pth
+
+import gpt2lite.converting as converting
+from gpt2lite import CheckpointError, GPTConfig, GPTModel, UsageError, convert
+from gpt2lite.benchmarking import write_random_checkpoint
+from gpt2lite.checkpoint import chunks
+from gpt2lite.cli import main
+from gpt2lite.dialects import BLOCK, DIALECTS, PLAIN, TORCH_NORM, Dialect, _fused, _pairs, _row
+
+MIB = 1 << 20
+MEDIUM = GPTConfig(8000, 512, 512, 8, 6)
+
+
+def nanogpt_table() -> Dialect:
+    """The (out, in) table, where the package has none yet; its marker is never found."""
+    rows = [
+        _row("wte.weight", "tok_emb.weight"),
+        _row("wpe.weight", "pos_emb.weight"),
+        *_pairs("h.{i}.ln_1", f"{BLOCK}.norm1", TORCH_NORM),
+        *_fused("h.{i}.attn.c_attn.weight", "trf_blocks.{i}.att.{}.weight", axis=0),
+        *_fused("h.{i}.attn.c_attn.bias", "trf_blocks.{i}.att.{}.bias", axis=0),
+        *_pairs("h.{i}.attn.c_proj", f"{BLOCK}.att.out_proj", PLAIN),
+        *_pairs("h.{i}.ln_2", f"{BLOCK}.norm2", TORCH_NORM),
+        *_pairs("h.{i}.mlp.c_fc", f"{BLOCK}.ff.layers.0", PLAIN),
+        *_pairs("h.{i}.mlp.c_proj", f"{BLOCK}.ff.layers.2", PLAIN),
+        *_pairs("ln_f", "final_norm", TORCH_NORM),
+        _row("lm_head.weight", "out_head.weight"),
+    ]
+    return Dialect(rows, marker="\0")
+
+
+@pytest.fixture(autouse=True)
+def nanogpt(monkeypatch: pytest.MonkeyPatch) -> None:
+    if "nanogpt" not in DIALECTS:
+        monkeypatch.setitem(DIALECTS, "nanogpt", nanogpt_table())
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(chunks, "TILE", (7, 5))
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def assert_loads_as(path: Path, expected: dict[str, torch.Tensor]) -> GPTModel:
+    """Loads with nothing said, with these bits; biases that are not expected are zeros."""
+    loaded = GPTModel.from_checkpoint(path)
+    state = loaded.state_dict()
+    assert not expected.keys() - state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(tensor, expected.get(name, torch.zeros_like(tensor))), name
+    return loaded
+
+
+# ---- against the peers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("qkv_bias", [True, False])
+@pytest.mark.parametrize("format", ["pth", "safetensors"])
+def test_the_books_class_takes_every_tensor(format: str, qkv_bias: bool, pth: Path, ids: torch.Tensor):
+    model = ours(qkv_bias=qkv_bias)
+    save_pth(model.state_dict(), pth.parent)
+    made = convert(pth, pth.parent / f"book.{format}", config=HEADS)
+    state = torch.load(made, weights_only=True) if format == "pth" else load_file(made)
+    peer = book(qkv_bias=qkv_bias)
+    peer.load_state_dict(state, strict=True)
+    assert (peer(ids) - model(ids)).abs().max() <= 1e-4
+
+
+def test_a_mask_is_the_books(pth: Path):
+    state = torch.load(convert(pth, pth.parent / "book.pth", config=HEADS), weights_only=True)
+    assert torch.equal(state["trf_blocks.1.att.mask"], book().state_dict()["trf_blocks.1.att.mask"])
+
+
+@pytest.mark.parametrize("size", [None, "20KiB"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_loads_the_folder_and_gives_the_same_logits(
+    size: str | None, tied: bool, tmp_path: Path, ids: torch.Tensor
+):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    model = ours(tied_head=tied)
+    folder = convert(
+        save_pth(model.state_dict(), tmp_path), tmp_path / "hf", to="huggingface", config=HEADS,
+        max_shard_size=size,
+    )  # fmt: skip
+    peer, said = transformers.GPT2LMHeadModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(said[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert (peer.eval()(ids).logits - model(ids)).abs().max() <= 1e-4
+    assert (peer.lm_head.weight is peer.transformer.wte.weight) == tied
+    assert (len(list(folder.glob("*.safetensors"))) == 1) == (size is None)
+
+
+def test_the_names_are_those_that_transformers_saves(tied_model: GPTModel, tmp_path: Path):
+    huggingface().save_pretrained(tmp_path / "theirs")
+    source = save_pth(tied_model.state_dict(), tmp_path)
+    convert(source, tmp_path / "mine", to="huggingface", config=HEADS)
+    theirs, mine = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "mine"))
+    assert {name: t.shape for name, t in mine.items()} == {name: t.shape for name, t in theirs.items()}
+
+
+def load_whole(pth: Path) -> dict[str, torch.Tensor]:
+    whole = load_file(convert(pth, pth.parent / "whole.safetensors", to="huggingface", config=HEADS))
+    order = {name: n for n, name in enumerate(json_header(pth.parent / "whole.safetensors"))}
+    return dict(sorted(whole.items(), key=lambda item: order[item[0]]))
+
+
+def json_header(path: Path) -> dict[str, object]:
+    raw = path.read_bytes()
+    return json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+
+
+def test_shards_and_index_are_as_huggingface_divides_them(pth: Path):
+    split = pytest.importorskip("huggingface_hub").split_torch_state_dict_into_shards
+    folder = convert(pth, pth.parent / "hf", to="huggingface", config=HEADS, max_shard_size=19_000)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    shards = {path.name: load_file(path) for path in folder.glob("*.safetensors")}
+    assert sorted(shards)[0] == f"model-00001-of-{len(shards):05}.safetensors"
+    assert index["weight_map"] == {name: file for file, state in shards.items() for name in state}
+    sizes = {file: sum(t.nbytes for t in state.values()) for file, state in shards.items()}
+    assert index["metadata"] == {"total_size": sum(sizes.values())}
+    whole = load_whole(pth)
+    theirs = split(whole, filename_pattern="model{suffix}.safetensors", max_shard_size=19_000)
+    assert {file: sorted(state) for file, state in shards.items()} == {
+        file: sorted(names) for file, names in theirs.filename_to_tensors.items()
+    }
+
+
+def test_nanogpt_gets_its_wrapper_and_out_in_weights(tied_model: GPTModel, tmp_path: Path):
+    made = convert(save_pth(tied_model.state_dict(), tmp_path), tmp_path / "c.pt", to="nanogpt", config=HEADS)
+    saved, state = torch.load(made, weights_only=True), tied_model.state_dict()
+    assert saved["model_args"] == {
+        "n_layer": 3, "n_head": 4, "n_embd": 48, "block_size": 32, "bias": True, "vocab_size": 101,
+        "dropout": 0.0,
+    }  # fmt: skip
+    stored = saved["model"]
+    assert stored["lm_head.weight"].data_ptr() == stored["transformer.wte.weight"].data_ptr()
+    fused = torch.cat([state[f"trf_blocks.2.att.W_{leaf}.weight"] for leaf in ("query", "key", "value")])
+    assert torch.equal(stored["transformer.h.2.attn.c_attn.weight"], fused)
+    assert torch.equal(stored["transformer.h.0.mlp.c_proj.weight"], state["trf_blocks.0.ff.layers.2.weight"])
+    assert len(stored) == 3 + 2 + 3 * 12
+
+
+def test_a_head_that_equals_the_embedding_is_nanogpts_tie_and_another_is_refused(tmp_path: Path):
+    model = ours()
+    with pytest.raises(UsageError, match="nanogpt has no output head apart from its token embedding"):
+        convert(save_pth(model.state_dict(), tmp_path), tmp_path / "c.pt", to="nanogpt", config=HEADS)
+    assert names_in(tmp_path) == {"model.pth"}
+    model.out_head.weight.data.copy_(model.tok_emb.weight)
+    convert(save_pth(model.state_dict(), tmp_path), tmp_path / "c.pt", to="nanogpt", config=HEADS)
+
+
+# ---- every kind to every target, and back ------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("format", ["pth", "safetensors", "per-tensor"])
+@pytest.mark.parametrize("to", ["book", "huggingface"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_goes_to_every_target_and_back_with_the_same_bits(
+    kind: str, to: str, format: str, tmp_path: Path
+):
+    make, save = KINDS[kind]
+    peer = make()
+    source = save(peer.state_dict(), tmp_path)
+    (tmp_path / "out").mkdir()
+    made = tmp_path / "out" / {"pth": "a.pth", "safetensors": "folder", "per-tensor": "parts"}[format]
+    convert(source, made, to=to, format=format, config=HEADS)
+    expected = expected_parameters(peer.state_dict())
+    there = assert_loads_as(made, expected)
+    back = convert(made, tmp_path / "out" / "back.pth")
+    assert_loads_as(back, expected)
+    if format != "safetensors" or to == "huggingface":  # the book's names in safetensors are both copies
+        assert there.config.tied_head == GPTModel.from_checkpoint(source, config=HEADS).config.tied_head
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("kind", ["ours-tied-pth", "ours-no-bias-pth", "hf-hub-safetensors", "hf-folder"])
+def test_nanogpt_gets_every_bit(kind: str, tmp_path: Path):
+    make, save = KINDS[kind]
+    peer = make()
+    if kind == "ours-no-bias-pth":
+        peer.out_head.weight.data.copy_(peer.tok_emb.weight)
+    source = save(peer.state_dict(), tmp_path)
+    stored = torch.load(convert(source, tmp_path / "n.pt", to="nanogpt", config=HEADS), weights_only=True)
+    assert stored["model_args"]["bias"] == (kind != "ours-no-bias-pth")
+    wanted = expected_parameters(peer.state_dict())
+    rows = DIALECTS["nanogpt"].rows
+    for theirs, mine, placement in rows:
+        for i in range(TINY.n_layers):
+            prefix = "" if mine == "out_head.weight" else "transformer."
+            if mine.format(i=i) in wanted:
+                found = placement.of(stored["model"][prefix + theirs.format(i=i)])
+                assert torch.equal(found, wanted[mine.format(i=i)])
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("to", ["book", "huggingface"])
+def test_a_cast_is_torchs(to: str, pth: Path, model: GPTModel):
+    made = convert(pth, pth.parent / "half.safetensors", to=to, dtype=torch.bfloat16, config=HEADS)
+    loaded = GPTModel.from_checkpoint(made)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor.bfloat16()), name
+
+
+def test_a_tied_head_is_one_storage_in_the_books_pth(tied_model: GPTModel, tmp_path: Path):
+    source = save_pth(tied_model.state_dict(), tmp_path)
+    state = torch.load(convert(source, tmp_path / "b.pth", config=HEADS), weights_only=True)
+    assert state["out_head.weight"].data_ptr() == state["tok_emb.weight"].data_ptr()
+
+
+def test_the_data_of_a_safetensors_file_begin_aligned(pth: Path):
+    raw = convert(pth, pth.parent / "a.safetensors", config=HEADS).read_bytes()
+    assert int.from_bytes(raw[:8], "little") % 8 == 0
+
+
+# ---- refusals ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("destination", "arguments", "message"),
+    [
+        ("model.pth", {}, "model.pth: is the source itself"),
+        ("out.pth", {"to": "llama"}, "no target is called 'llama'; there are"),
+        ("out.pth", {"format": "zip"}, "no format is called 'zip'; there are pth, safetensors, per-tensor"),
+        ("out.pth", {"format": "safetensors"}, "its suffix says pth, format says safetensors"),
+        ("out.pth", {"max_shard_size": "1MiB"}, "shards go into a folder"),
+        ("out", {"max_shard_size": "much"}, "'much' is no amount of memory"),
+        ("there", {}, "there: is there already; name a folder that is not"),
+        ("there", {"format": "pth"}, "is no file"),
+        ("nowhere/out.pth", {}, "the folder .*nowhere does not exist"),
+        ("other.pth", {}, "other.json: is there and holds no config"),
+        ("out.pth", {"dtype": torch.int8}, "dtype must be a floating-point"),
+        ("out.pth", {"config": {"n_heads": 4, "tied_head": True}}, "are two tensors; the model ties"),
+    ],
+)
+def test_what_cannot_be_done_is_one_error_before_anything_is_written(
+    destination: str, arguments: dict[str, object], message: str, pth: Path
+):
+    (pth.parent / "there").mkdir()
+    (pth.parent / "other.json").write_text("[1, 2]")
+    before = names_in(pth.parent)
+    with pytest.raises((UsageError, CheckpointError), match=message):
+        convert(pth, pth.parent / destination, **{"config": HEADS, **arguments})
+    assert names_in(pth.parent) == before
+
+
+def test_a_link_to_the_source_is_the_source(pth: Path):
+    os.link(pth, pth.parent / "link.pth")
+    with pytest.raises(UsageError, match="is the source itself"):
+        convert(pth, pth.parent / "link.pth", config=HEADS)
+
+
+def test_too_little_disk_is_an_error_before_writing(pth: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
+    with pytest.raises(OSError, match="are to be written"):
+        convert(pth, pth.parent / "out.pth", config=HEADS)
+    assert names_in(pth.parent) == {"model.pth"}
+
+
+def test_a_side_file_keeps_what_else_it_says(pth: Path):
+    (pth.parent / "out.json").write_text('{"author": "me", "n_heads": 2}')
+    convert(pth, pth.parent / "out.pth", config=HEADS)
+    assert json.loads((pth.parent / "out.json").read_text()) == {"author": "me", **TINY.as_dict()}
+
+
+# ---- faults and cuts ---------------------------------------------------------------------------------------
+
+
+def flip_once(after: int) -> Callable[[int, memoryview], int]:
+    """os.write that flips a bit of the first large write."""
+    write, left = os.write, [after]
+
+    def flipped(file: int, data: memoryview) -> int:
+        left[0] -= len(data)
+        if left[0] < 0:
+            left[0] = 1 << 60
+            data = bytearray(data)
+            data[len(data) // 2] ^= 4
+        return write(file, data)
+
+    return flipped
+
+
+@pytest.mark.parametrize("destination", ["out.safetensors", "out"])
+def test_verify_finds_a_flipped_bit_and_keeps_the_old(
+    destination: str, pth: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (pth.parent / "out.safetensors").write_text("old")
+    monkeypatch.setattr(os, "write", flip_once(50_000))
+    with pytest.raises(CheckpointError, match=r"read back, .* differ\(s\) from what was written"):
+        convert(pth, pth.parent / destination, to="huggingface", config=HEADS)
+    assert names_in(pth.parent) == {"model.pth", "out.safetensors"}
+    assert (pth.parent / "out.safetensors").read_text() == "old"
+
+
+def test_verify_finds_a_flipped_bit_in_a_zip(pth: Path, monkeypatch: pytest.MonkeyPatch):
+    fill = converting.fill_torch_zip
+
+    def fill_and_flip(path: Path, *rest: object) -> None:
+        fill(path, *rest)
+        raw = bytearray(path.read_bytes())
+        raw[len(raw) // 2] ^= 1
+        path.write_bytes(raw)
+
+    monkeypatch.setattr(converting, "fill_torch_zip", fill_and_flip)
+    with pytest.raises(CheckpointError, match="read back"):
+        convert(pth, pth.parent / "out.pth", config=HEADS)
+    assert names_in(pth.parent) == {"model.pth"}
+    assert convert(pth, pth.parent / "out.pth", config=HEADS, verify=False).exists()
+
+
+def test_a_source_that_changes_meanwhile_leaves_nothing(pth: Path):
+    def touch(done: int, total: int) -> None:
+        os.utime(pth, (1, 1))
+
+    with pytest.raises(CheckpointError, match="changed while it was being read"):
+        convert(pth, pth.parent / "out", config=HEADS, progress=touch)
+    assert names_in(pth.parent) == {"model.pth"}
+
+
+SLOWLY = """
+import sys, time
+from gpt2lite import convert
+def wait(done, total):
+    print("begun", flush=True)
+    time.sleep(60)
+convert(sys.argv[1], sys.argv[2], to="huggingface", config={"n_heads": 4}, progress=wait)
+"""
+
+
+@pytest.fixture
+def begun(pth: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+    """Start a conversion that has written a part and waits."""
+    started = []
+
+    def start(destination: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", SLOWLY, str(pth), str(pth.parent / destination)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("destination", ["out.pth", "out.safetensors"])
+def test_a_kill_in_the_middle_leaves_the_old_file(destination: str, begun, pth: Path):
+    (pth.parent / destination).write_text("old")
+    process = begun(destination)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (pth.parent / destination).read_text() == "old"
+    assert not (pth.parent / "out.json").exists()
+
+
+@pytest.mark.parametrize("destination", ["out.pth", "out.safetensors", "out"])
+def test_ctrl_c_in_the_middle_leaves_nothing(destination: str, begun, pth: Path):
+    process = begun(destination)
+    process.send_signal(signal.SIGINT)
+    process.wait(30)
+    assert process.returncode != 0
+    assert names_in(pth.parent) == {"model.pth"}
+
+
+def test_a_disk_that_fills_half_way_leaves_the_old_file(pth: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(file: int, data: memoryview) -> int:
+        raise OSError(28, "No space left on device")
+
+    (pth.parent / "out.safetensors").write_text("old")
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        convert(pth, pth.parent / "out.safetensors", config=HEADS)
+    monkeypatch.undo()
+    assert names_in(pth.parent) == {"model.pth", "out.safetensors"}
+
+
+# ---- memory ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc on this system")
+@pytest.mark.parametrize("destination", ["out.safetensors", "out.pth"])
+def test_converting_holds_a_few_chunks_and_not_the_model(destination: str, tmp_path: Path):
+    script = """
+import sys
+from gpt2lite import convert, track_memory
+small, source, made = sys.argv[1:]
+convert(small, small + "." + made.rpartition(".")[2], to="huggingface", config={"n_heads": 8})
+with track_memory() as memory:
+    convert(source, made, to="huggingface", config={"n_heads": 8})
+print(memory.peak_host_anonymous)
+"""
+    write_random_checkpoint(GPTConfig(100, 32, 64, 8, 2), tmp_path / "small")
+    write_random_checkpoint(MEDIUM, tmp_path / "model.pth")
+    words = [str(tmp_path / name) for name in ("small", "model.pth", destination)]
+    result = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True)
+    assert int(result.stdout) <= 64 * MIB
+
+
+# ---- save_checkpoint ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["saved.pth", "saved.safetensors"])
+def test_what_is_saved_loads_with_nothing_said(name: str, tied: bool, tmp_path: Path):
+    model = randomise(GPTModel(replace(TINY, tied_head=tied, drop_rate=0.1)))
+    loaded = assert_loads_as(model.save_checkpoint(tmp_path / name), model.state_dict())
+    assert loaded.config == model.config
+    assert names_in(tmp_path) == {name, "saved.json"}
+    assert (loaded.out_head.weight is loaded.tok_emb.weight) == tied
+
+
+def test_a_model_with_turned_weights_is_saved(tmp_path: Path):
+    state = huggingface().state_dict()
+    loaded = GPTModel.from_checkpoint(save_pth(state, tmp_path), strategy="mmap", config=HEADS)
+    assert_loads_as(loaded.save_checkpoint(tmp_path / "saved.pth"), expected_parameters(state))
+
+
+OVER_ITSELF = """
+import sys, torch
+from gpt2lite import GPTModel
+path = sys.argv[1]
+model = GPTModel.from_checkpoint(path, strategy="mmap", config={"n_heads": 4})
+with torch.no_grad():
+    model.pos_emb.weight.add_(1)
+before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+for _ in range(2):
+    model.save_checkpoint(path)
+    again = GPTModel.from_checkpoint(path).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in before.items())
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+print("done")
+"""
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
+def test_a_model_that_stands_on_a_file_is_saved_over_it(name: str, model: GPTModel, tmp_path: Path):
+    path = model.save_checkpoint(tmp_path / name)
+    result = subprocess.run(
+        [sys.executable, "-c", OVER_ITSELF, str(path)], capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "done\n", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("model.bin", "a checkpoint's name ends in .pth or .safetensors"), ("no/m.pth", "does not exist")],
+)
+def test_a_wrong_place_to_save_is_a_usage_error(name: str, message: str, model: GPTModel, tmp_path: Path):
+    with pytest.raises(UsageError, match=message):
+        model.save_checkpoint(tmp_path / name)
+    assert names_in(tmp_path) == set()
+
+
+def test_a_model_on_meta_has_nothing_to_save(tmp_path: Path):
+    with torch.device("meta"):
+        model = GPTModel(TINY)
+    with pytest.raises(UsageError, match="is on the meta device and has no values to write"):
+        model.save_checkpoint(tmp_path / "model.pth")
+
+
+# ---- the command -------------------------------------------------------------------------------------------
+
+
+def test_the_command_says_what_it_made(pth: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["convert", str(pth), str(pth.parent / "hf"), "--to", "hf", "--n-heads", "4"]
+    assert main([*words, "--max-shard-size", "100KiB", "--dtype", "float16"]) == 0
+    said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert said["source"] == f"{pth} (book, torch_zip)"
+    assert said["destination"] == str(pth.parent / "hf")
+    assert (said["dialect"], said["format"]) == ("huggingface", "safetensors")
+    assert said["verified"] == "yes, every tensor read back"
+    assert said["size"].endswith("in 41 tensors")
+
+
+def test_the_script_converts_without_reading_back(pth: Path):
+    script = Path(__file__).resolve().parent.parent / "scripts" / "convert.py"
+    words = [str(pth), str(pth.parent / "x.pth"), "--n-heads", "4", "--no-verify"]
+    result = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.splitlines()[-1].split() == ["verified", "no"]
+
+
+def test_the_command_refuses_in_one_line(pth: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["convert", str(pth), str(pth), "--n-heads", "4"]) == 1
+    assert capsys.readouterr().err == f"gpt2lite: {pth}: is the source itself; name another place\n"
