@@ -61,7 +61,7 @@ def _transformers_config(config: GPTConfig, dtype: torch.dtype) -> dict[str, Any
         "n_embd": config.emb_dim,
         "n_layer": config.n_layers,
         "n_head": config.n_heads,
-        "activation_function": "gelu_new",
+        "activation_function": "gelu_new" if config.activation == "gelu_tanh" else "gelu",
         "layer_norm_epsilon": 1e-5,
         "tie_word_embeddings": config.tied_head,
         **drops,
@@ -210,6 +210,10 @@ def _with_zeros(views: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Ten
 def _target_config(found: GPTConfig, to: str, views: Mapping[str, Tensor]) -> GPTConfig:
     """The config in which a target holds this model. Raises UsageError where it cannot."""
     config = TARGETS[to].fields(found)
+    if found.n_classes and to != "book":
+        raise UsageError(f"{to} has no head of {found.n_classes} classes, as this model has")
+    if found.activation != "gelu_tanh" and to == "book":
+        raise UsageError("the book's model computes GELU by tanh, this one exactly; take another target")
     if config.tied_head and not found.tied_head and not torch.equal(views[HEAD], views[EMBEDDING]):
         raise UsageError(f"{to} has no output head apart from its token embedding, as this model has")
     return config
@@ -273,6 +277,11 @@ def plan_conversion(
     format = _format_of(destination, format)
     max_shard_bytes = parse_size(max_shard_size) if max_shard_size is not None else None
     reading = read_dialect(open_checkpoint(source))
+    if reading.adapters:
+        raise UsageError(
+            f"{reading.manifest.path}: holds LoRA layers; merge them first: "
+            "GPTModel.from_checkpoint(…, lora_alpha=…).save_checkpoint(…)"
+        )
     found = find_config(reading, config)
     _check_destination(reading.manifest, destination, format, max_shard_bytes)
     views = _views(source, found, dtype)

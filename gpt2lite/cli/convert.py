@@ -6,12 +6,14 @@ import argparse
 from pathlib import Path
 
 from gpt2lite.cli.terminal import (
+    add_config_arguments,
     add_dtype_argument,
-    add_heads_argument,
+    add_revision_argument,
     bytes_bar,
     config_of,
     dtype_of,
     facts,
+    local_path,
 )
 from gpt2lite.converting import WRITERS, plan_conversion, run_conversion
 from gpt2lite.memory import human
@@ -21,7 +23,7 @@ NAMES = {"book": "book", "hf": "huggingface", "nanogpt": "nanogpt"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("source", type=Path, help="a .pth, a .safetensors, or a folder")
+    parser.add_argument("source", help="a checkpoint of any kind, or a model on the Hub: gpt2 …, owner/name")
     parser.add_argument(
         "destination", type=Path, help="a .pth, a .safetensors, or a folder that is not there yet"
     )
@@ -33,14 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-shard-size", metavar="SIZE", help="divide a folder's safetensors, as 2GiB or 5GB"
     )
     parser.add_argument("--no-verify", action="store_true", help="do not read the result back")
-    add_heads_argument(parser)
+    add_revision_argument(parser)
+    add_config_arguments(parser)
     add_dtype_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and say what was made."""
     job = plan_conversion(
-        args.source,
+        local_path(args.source, args.revision),
         args.destination,
         to=NAMES[args.to],
         format=args.format,
