@@ -93,10 +93,9 @@ def load_within(
     try:
         GPTModel.from_checkpoint(path, "cpu", strategy, config=config, dtype=dtype)
     except InsufficientMemoryError as error:
-        return {
-            "outcome": "refused" if "nothing was allocated" in str(error) else "ran out",
-            "said": str(error),
-        }
+        first, *more = str(error).splitlines()
+        outcome = "refused" if "nothing was allocated" in first else "ran out"
+        return {"outcome": outcome, "said": "; ".join(line.strip() for line in more[:1])}
     peak, limit = (int((cgroup / name).read_text()) for name in (PEAK, LIMIT))
     return {"outcome": "loaded", "peak": peak, "limit": limit}
 

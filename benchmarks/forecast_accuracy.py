@@ -35,6 +35,7 @@ MIB = 1 << 20
 SIZES = {"tiny": GPTConfig(64, 16, 16, 2, 2), "small": GPTConfig(8000, 512, 512, 8, 4)} | {
     name: GPTConfig.named(name) for name in OFFICIAL_SIZES
 }
+WRITTEN = [key for key in DIALECTS if key != "openai"]  # TensorFlow's names are no names of files
 FORMATS = ("pth", "pth with optimizer", "safetensors", "folder")
 VARIANTS = (
     ("float32", None),
@@ -50,13 +51,10 @@ def layout(dialect: str, config: GPTConfig) -> dict[str, tuple[int, ...]]:
         ours = {name: tuple(tensor.shape) for name, tensor in GPTModel(config).state_dict().items()}
     shapes: dict[str, tuple[int, ...]] = {}
     for theirs, mine, placement in DIALECTS[dialect].rows:
-        for i in range(config.n_layers):
-            name, shape = theirs.format(i=i), ours[mine.format(i=i)]
-            if mine == "out_head.weight" and config.tied_head:
-                continue
-            stored = list(reversed(shape) if placement.transposed else shape)
-            stored[placement.axis] *= placement.parts
-            shapes[name] = tuple(stored)
+        for i in range(config.n_layers) if "{i}" in mine else (0,):
+            shape = ours.get(mine.format(i=i))
+            if shape and (mine != "out_head.weight" or not config.tied_head):
+                shapes[theirs.format(i=i)] = placement.stored_shape(shape)
     for suffix in DIALECTS[dialect].masks[:1]:
         block = DIALECTS[dialect].marker.rsplit(".", 3)[0].replace("0", "{i}")
         for i in range(config.n_layers):
@@ -182,7 +180,7 @@ def main() -> int:
     )
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--device", default="cpu")
-    for name, known in (("strategies", STRATEGIES), ("dialects", DIALECTS), ("formats", FORMATS)):
+    for name, known in (("strategies", STRATEGIES), ("dialects", WRITTEN), ("formats", FORMATS)):
         parser.add_argument(f"--{name}", nargs="+", default=list(known), choices=list(known), metavar="NAME")
     parser.add_argument("--untied", action="store_true", help="a head of its own, as the article's model has")
     parser.add_argument("--json", type=Path, metavar="FILE.json")

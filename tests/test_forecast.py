@@ -356,7 +356,7 @@ def test_only_stream_can_let_the_page_cache_go(pth: Path):
 
 
 def test_random_budgets_in_containers_end_in_a_load_or_a_refusal(tmp_path: Path):
-    found = run_benchmark("containers.py", "budgets", "--runs", "21", tmp_path / "found.json")
+    found = run_benchmark("containers.py", "budgets", "--runs", "14", tmp_path / "found.json")
     assert {run["outcome"] for run in found["runs"]} == {"loaded", "refused"}
 
 
