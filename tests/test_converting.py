@@ -22,34 +22,10 @@ from gpt2lite import CheckpointError, GPTConfig, GPTModel, UsageError, convert
 from gpt2lite.benchmarking import write_random_checkpoint
 from gpt2lite.checkpoint import chunks
 from gpt2lite.cli import main
-from gpt2lite.dialects import BLOCK, DIALECTS, PLAIN, TORCH_NORM, Dialect, _fused, _pairs, _row
+from gpt2lite.dialects import DIALECTS
 
 MIB = 1 << 20
 MEDIUM = GPTConfig(8000, 512, 512, 8, 6)
-
-
-def nanogpt_table() -> Dialect:
-    """The (out, in) table, where the package has none yet; its marker is never found."""
-    rows = [
-        _row("wte.weight", "tok_emb.weight"),
-        _row("wpe.weight", "pos_emb.weight"),
-        *_pairs("h.{i}.ln_1", f"{BLOCK}.norm1", TORCH_NORM),
-        *_fused("h.{i}.attn.c_attn.weight", "trf_blocks.{i}.att.{}.weight", axis=0),
-        *_fused("h.{i}.attn.c_attn.bias", "trf_blocks.{i}.att.{}.bias", axis=0),
-        *_pairs("h.{i}.attn.c_proj", f"{BLOCK}.att.out_proj", PLAIN),
-        *_pairs("h.{i}.ln_2", f"{BLOCK}.norm2", TORCH_NORM),
-        *_pairs("h.{i}.mlp.c_fc", f"{BLOCK}.ff.layers.0", PLAIN),
-        *_pairs("h.{i}.mlp.c_proj", f"{BLOCK}.ff.layers.2", PLAIN),
-        *_pairs("ln_f", "final_norm", TORCH_NORM),
-        _row("lm_head.weight", "out_head.weight"),
-    ]
-    return Dialect(rows, marker="\0")
-
-
-@pytest.fixture(autouse=True)
-def nanogpt(monkeypatch: pytest.MonkeyPatch) -> None:
-    if "nanogpt" not in DIALECTS:
-        monkeypatch.setitem(DIALECTS, "nanogpt", nanogpt_table())
 
 
 @pytest.fixture
@@ -167,6 +143,37 @@ def test_a_head_that_equals_the_embedding_is_nanogpts_tie_and_another_is_refused
     assert names_in(tmp_path) == {"model.pth"}
     model.out_head.weight.data.copy_(model.tok_emb.weight)
     convert(save_pth(model.state_dict(), tmp_path), tmp_path / "c.pt", to="nanogpt", config=HEADS)
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu"])
+def test_nanogpts_file_comes_back_with_the_same_logits(activation: str, tmp_path: Path, ids: torch.Tensor):
+    """nanoGPT computes with the exact GELU; the side file remembers what the weights were trained with."""
+    model = randomise(GPTModel(GPTConfig.of(TINY.as_dict() | {"tied_head": True, "activation": activation})))
+    source = model.save_checkpoint(tmp_path / "model.pth")
+    made = convert(source, tmp_path / "ckpt.pt", to="nanogpt")
+    assert torch.equal(GPTModel.from_checkpoint(made)(ids), model(ids))
+    back = convert(made, tmp_path / "folder", to="huggingface")
+    assert torch.equal(GPTModel.from_checkpoint(back)(ids), model(ids))
+    made.with_suffix(".json").unlink()
+    assert GPTModel.from_checkpoint(made).config.activation == "gelu"  # alone it is nanoGPT's
+
+
+@pytest.mark.parametrize(
+    ("config", "to", "said"),
+    [
+        ({"n_classes": 2}, "huggingface", "huggingface has no head of 2 classes"),
+        ({"activation": "gelu"}, "book", "the book's model computes GELU by tanh"),
+    ],
+)
+def test_what_a_target_cannot_compute_is_refused(
+    config: dict[str, object], to: str, said: str, tmp_path: Path
+):
+    source = randomise(GPTModel(GPTConfig.of(TINY.as_dict() | config))).save_checkpoint(
+        tmp_path / "model.pth"
+    )
+    with pytest.raises(UsageError, match=said):
+        convert(source, tmp_path / "out.pth", to=to)
+    assert names_in(tmp_path) == {"model.pth", "model.json"}
 
 
 # ---- every kind to every target, and back ------------------------------------------------------------------
