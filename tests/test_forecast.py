@@ -44,6 +44,7 @@ from gpt2lite.model import plan_load
 MIB = 1 << 20
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 RESULTS = BENCHMARKS / "results"
+ALL_FORMATS = ("pth", "pth with optimizer", "safetensors", "folder")
 HEADS = {"n_heads": TINY.n_heads}
 ONE_FILE = [name for name in STRATEGIES if name != "per_tensor"]
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc on this system")
@@ -118,10 +119,10 @@ def lies_in_memory(path: Path) -> bool:
 @pytest.mark.parametrize(
     ("dialect", "formats"),
     [
-        ("book", ("pth", "pth with optimizer", "safetensors", "folder")),
-        ("huggingface", ("pth", "pth with optimizer", "safetensors", "folder")),
-        ("book-fast", ("safetensors", "folder")),
-        ("nanogpt", ("pth with optimizer",)),
+        ("book", ALL_FORMATS),
+        ("huggingface", ALL_FORMATS),
+        ("book-fast", ALL_FORMATS),
+        ("nanogpt", ("pth with optimizer",)),  # the rest is as Hugging Face's
     ],
 )
 def test_forecasts_are_what_is_measured_for_every_strategy_format_and_cast(
