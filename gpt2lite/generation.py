@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor
 
+from gpt2lite.config import GPTConfig
 from gpt2lite.errors import UsageError
 from gpt2lite.model import GPTModel, KVCache
 
@@ -35,12 +36,17 @@ def sample(
     return torch.multinomial(kept.softmax(-1), 1, generator=generator)
 
 
+def require_language_head(config: GPTConfig) -> None:
+    """Raise UsageError for a classifier, which has no words to give."""
+    if config.n_classes:
+        raise UsageError(f"this model is a classifier of {config.n_classes} classes and writes no text")
+
+
 def _check(
     model: GPTModel, ids: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, seed: int | None
 ) -> None:
     config = model.config
-    if config.n_classes:
-        raise UsageError(f"this model is a classifier of {config.n_classes} classes and writes no text")
+    require_language_head(config)
     found = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
     if found == type(ids).__name__ or ids.dim() != 2 or not ids.numel() or ids.dtype not in INTEGERS:
         raise UsageError(f"ids must be a tensor of integers of shape (batch, tokens ≥ 1), got {found}")

@@ -26,6 +26,8 @@ LEFT_ALONE = {"host": (24 << 20, 0.03), "device": (32 << 20, 0.01)}
 
 def human(nbytes: float) -> str:
     """Bytes for people: '622.0 MiB', '6.13 GiB'."""
+    if 0 < abs(nbytes) < 1024:
+        return f"{nbytes:.0f} B"
     if abs(nbytes) >= GB:
         return f"{nbytes / GB:.2f} GiB"
     return f"{nbytes / 1024**2:.1f} MiB" if abs(nbytes) >= 1024**2 else f"{nbytes / 1024:.1f} KiB"

@@ -24,7 +24,7 @@ from gpt2lite.cli.terminal import (
     local_path,
 )
 from gpt2lite.errors import UsageError
-from gpt2lite.generation import generate_tokens
+from gpt2lite.generation import generate_tokens, require_language_head
 from gpt2lite.loading import STRATEGIES
 from gpt2lite.memory import resolve_device
 from gpt2lite.model import GPTModel
@@ -109,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
     """Print prompt and continuation as it comes."""
     path = local_path(args.model, args.revision)
     model = _load(path, args)
+    require_language_head(model.config)
     encoding = tokenizer_for(path, model.config.vocab_size)
     default = EMBEDDED_PROMPT if path == EMBEDDED else DEFAULT_PROMPT
     prompt = default if args.prompt is None else args.prompt

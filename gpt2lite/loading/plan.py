@@ -101,15 +101,11 @@ def _mismatches(reading: Reading, groups: list[tuple[tuple[str, ...], Tensor]]) 
             lines.append(f"{sources} are two tensors; the model ties {' and '.join(names)}")
     for adapter in reading.adapters:
         a, b, weight = tensors[adapter.a], tensors[adapter.b], tensors[placements[adapter.weight].source]
-        if (
-            len(a.shape) != 2
-            or len(b.shape) != 2
-            or (*b.shape[1:], *a.shape[:1], *a.shape[1:])
-            != (
-                *placements[adapter.weight].shape_of(weight.shape),
-                *b.shape[:1],
-            )
-        ):
+        shape, are_matrices = (
+            placements[adapter.weight].shape_of(weight.shape),
+            len(a.shape) == len(b.shape) == 2,
+        )
+        if not are_matrices or (b.shape[1], *a.shape) != (*shape, b.shape[0]):
             lines.append(f"{a.name} {a.shape} and {b.name} {b.shape} are no addition to {adapter.weight}")
     return sorted(lines)
 
