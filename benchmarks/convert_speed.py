@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -29,24 +28,22 @@ from gpt2lite.memory import human
 
 MIB = 1 << 20
 WANTED_PEAK, WANTED_RATIO = 200 * MIB, 1.3
-RUN = """
-import sys, time
-from gpt2lite import convert
-source, destination, tiny = sys.argv[1:]
-convert(tiny, tiny + ".safetensors", to="huggingface", config={"n_heads": 2}, verify=False)
-began = time.perf_counter()
-convert(source, destination, to="huggingface", verify=False)
-print(time.perf_counter() - began)
-"""
-TRACK = """
-import sys
+SPARE = 1 << 30
+PREPARE = """
+import subprocess, sys, time
 from gpt2lite import convert, track_memory
-source, destination, tiny = sys.argv[1:]
+from machine import warm_memory
+source, destination, tiny, nbytes = sys.argv[1:]
 convert(tiny, tiny + ".safetensors", to="huggingface", config={"n_heads": 2}, verify=False)
-with track_memory() as memory:
-    convert(source, destination, to="huggingface", verify=False)
-print(memory.peak_host_anonymous)
 """
+START = "warm_memory(int(nbytes)); began = time.perf_counter()\n"
+STOP = "print(time.perf_counter() - began)"
+COPY = """
+subprocess.run(["cp", source, destination], check=True)
+subprocess.run(["sync", destination], check=True)
+"""
+CONVERT = 'convert(source, destination, to="huggingface", verify=False)\n'
+TRACK = f"with track_memory() as memory:\n    {CONVERT}print(memory.peak_host_anonymous)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +52,6 @@ class Result:
 
     size: str
     source_bytes: int
-    written_bytes: int
     copy_seconds: list[float]
     convert_seconds: list[float]
     peak_host_anonymous: int
@@ -66,18 +62,14 @@ class Result:
         return median(self.convert_seconds) / median(self.copy_seconds)
 
 
-def copy(source: Path, destination: Path) -> float:
-    """Seconds of `cp source destination && sync destination`."""
-    began = time.perf_counter()
-    subprocess.run(["cp", str(source), str(destination)], check=True)
-    subprocess.run(["sync", str(destination)], check=True)
-    return time.perf_counter() - began
-
-
-def convert(script: str, source: Path, destination: Path, tiny: Path) -> float:
-    """What one conversion in a fresh process prints: RUN its seconds, TRACK its peak."""
-    command = [sys.executable, "-c", script, str(source), str(destination), str(tiny)]
-    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+def run(script: str, source: Path, destination: Path, tiny: Path) -> float:
+    """What a script prints in a fresh process; what it wrote is removed."""
+    nbytes = source.stat().st_size + SPARE
+    command = [sys.executable, "-c", PREPARE + script, *map(str, (source, destination, tiny, nbytes))]
+    folder = Path(__file__).parent
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=folder).stdout
+    destination.unlink()
+    return float(printed)
 
 
 def measure(size: str, folder: Path, runs: int) -> Result:
@@ -89,15 +81,11 @@ def measure(size: str, folder: Path, runs: int) -> Result:
         write_random_checkpoint(config, source, progress)
     os.sync()
     copies, conversions = [], []
-    peak = int(convert(TRACK, source, made, tiny))
-    written = made.stat().st_size
-    made.unlink()
+    peak = int(run(TRACK, source, made, tiny))
     for _ in range(runs):
-        copies.append(copy(source, folder / "copy"))
-        (folder / "copy").unlink()
-        conversions.append(convert(RUN, source, made, tiny))
-        made.unlink()
-    return Result(size, source.stat().st_size, written, copies, conversions, peak)
+        copies.append(run(START + COPY + STOP, source, made, tiny))
+        conversions.append(run(START + CONVERT + STOP, source, made, tiny))
+    return Result(size, source.stat().st_size, copies, conversions, peak)
 
 
 def main() -> int:
@@ -117,7 +105,6 @@ def main() -> int:
         shutil.rmtree(folder)
     print(facts([
         ("read", human(found.source_bytes)),
-        ("written", human(found.written_bytes)),
         ("cp and sync, s", " ".join(f"{seconds:.1f}" for seconds in found.copy_seconds)),
         ("convert, s", " ".join(f"{seconds:.1f}" for seconds in found.convert_seconds)),
         ("ratio", f"{found.ratio:.2f} of the medians; wanted at most {WANTED_RATIO}"),

@@ -343,18 +343,20 @@ def test_what_was_read_can_leave_the_page_cache(dtype: torch.dtype | None, check
     size = checkpoint.stat().st_size
     with open(checkpoint, "rb") as file:
         os.fsync(file.fileno())  # what is not yet written out cannot be let go
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if pages_cached(checkpoint) > size // 4:
+            pytest.skip("this file system does not give cached pages back")
         while file.read(1 << 24):
             pass
-    if pages_cached(checkpoint) < size:
+    if pages_cached(checkpoint) < size * 3 // 4:
         pytest.skip("this system keeps no page cache of this file")
     options = {"config": {"n_heads": 8}, "dtype": dtype}
     GPTModel.from_checkpoint(checkpoint, **options)
-    assert pages_cached(checkpoint) >= size
+    assert pages_cached(checkpoint) >= size * 3 // 4  # not all: the kernel may take pages at any time
     GPTModel.from_checkpoint(checkpoint, **options, keep_cached=False)
-    left = pages_cached(checkpoint)
-    if left >= size:
-        pytest.skip("this file system does not give cached pages back")
-    assert left <= 12 * MIB  # 8 of masks, which are not read, and pages that the kernel holds together
+    assert (
+        pages_cached(checkpoint) <= size // 4
+    )  # masks, which are not read, and what the kernel holds together
 
 
 def test_only_stream_can_let_the_page_cache_go(pth: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial, reduce
 
@@ -73,6 +74,16 @@ def chunks_of(parts: Sequence[Tensor], axis: int, dtype: torch.dtype) -> Iterato
     """
     for sheet in [[part] for part in parts] if axis == 0 else [parts]:
         yield from _row_chunks(sheet, dtype)
+
+
+def made_ahead(chunks: Iterable[memoryview]) -> Iterator[memoryview]:
+    """The same chunks in the same order, the next made in a thread while one is written: two at a time."""
+    coming = iter(chunks)
+    with ThreadPoolExecutor(1) as maker:
+        following = maker.submit(next, coming, None)
+        while (chunk := following.result()) is not None:
+            following = maker.submit(next, coming, None)
+            yield chunk
 
 
 def join(

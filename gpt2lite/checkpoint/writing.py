@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2lite.checkpoint import open_checkpoint, side_file
-from gpt2lite.checkpoint.chunks import TensorToWrite
+from gpt2lite.checkpoint.chunks import TensorToWrite, made_ahead
 from gpt2lite.checkpoint.manifest import contiguous_stride
 from gpt2lite.checkpoint.reading import read_span
 from gpt2lite.errors import UsageError
@@ -140,7 +140,7 @@ def fill_torch_zip(
 ) -> None:
     """Write a new file as `torch.save` does; `arrange` puts the state dict into what surrounds it.
 
-    Tensors that share another's bytes are stored with it. Holds one chunk in memory.
+    Tensors that share another's bytes are stored with it. Holds two chunks in memory.
     """
     stored = _stored_once(tensors)
     keys = {tensor.name: str(i) for i, tensor in enumerate(stored)}
@@ -152,7 +152,7 @@ def fill_torch_zip(
         archive.writestr("archive/byteorder", "little")
         for i, tensor in enumerate(stored):
             with archive.open(_entry(archive, f"archive/data/{i}", tensor.nbytes), "w") as entry:
-                for chunk in tensor.chunks():
+                for chunk in made_ahead(tensor.chunks()):
                     entry.write(chunk)
                     done += len(chunk)
                     progress(done, total)
@@ -160,7 +160,7 @@ def fill_torch_zip(
 
 
 def write_torch_zip(path: Path, tensors: Sequence[TensorToWrite], progress: Progress) -> None:
-    """Write a state dict as `torch.save` does, a chunk in memory at a time.
+    """Write a state dict as `torch.save` does, two chunks in memory at a time.
 
     torch.load, also with mmap, and every reader of `.pth` opens it. The file appears whole or not at all.
     """

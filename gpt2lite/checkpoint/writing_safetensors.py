@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gpt2lite.checkpoint.chunks import TensorToWrite
+from gpt2lite.checkpoint.chunks import TensorToWrite, made_ahead
 from gpt2lite.checkpoint.safetensors_file import DTYPES
 from gpt2lite.checkpoint.writing import Progress, replacing
 from gpt2lite.errors import UsageError
@@ -52,10 +52,7 @@ def _write_all(file: int, data: bytes | memoryview) -> None:
 
 @contextmanager
 def _flushed_meanwhile(file: int) -> Iterator[Callable[[int], None]]:
-    """A function to tell what was written: a thread has the disk take it while more is made.
-
-    Threads that make chunks ahead were slower: they and the writer fight for the process's page tables.
-    """
+    """A function to tell what was written: a thread has the disk take it while more is made."""
     with ThreadPoolExecutor(1) as flusher:
         pending: list[Future[None]] = []
         waiting = 0
@@ -74,7 +71,7 @@ def _flushed_meanwhile(file: int) -> Iterator[Callable[[int], None]]:
 
 
 def fill_safetensors(path: Path, tensors: Sequence[TensorToWrite], progress: Progress) -> None:
-    """Write a new `.safetensors` file, a chunk in memory at a time.
+    """Write a new `.safetensors` file, two chunks in memory at a time.
 
     The format cannot tie: tensors that share another's bytes are written again. Raises UsageError for a
     dtype that the format lacks.
@@ -85,7 +82,8 @@ def fill_safetensors(path: Path, tensors: Sequence[TensorToWrite], progress: Pro
     try:
         with _flushed_meanwhile(file) as wrote:
             _write_all(file, header)
-            for chunk in itertools.chain.from_iterable(tensor.chunks() for tensor in tensors):
+            chunks = itertools.chain.from_iterable(tensor.chunks() for tensor in tensors)
+            for chunk in made_ahead(chunks):
                 _write_all(file, chunk)
                 wrote(len(chunk))
                 done += len(chunk)
