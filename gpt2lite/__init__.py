@@ -13,7 +13,7 @@ from gpt2lite.errors import (
     UsageError,
 )
 from gpt2lite.generation import generate
-from gpt2lite.loading import STRATEGIES, Forecast, load_module
+from gpt2lite.loading import STRATEGIES, Forecast, Tuning, load_module
 from gpt2lite.model import GPTModel, forecast
 from gpt2lite.tracking import MemoryUse, clean_up, track_memory
 
@@ -27,6 +27,7 @@ __all__ = [
     "GPTModel",
     "InsufficientMemoryError",
     "MemoryUse",
+    "Tuning",
     "UsageError",
     "__version__",
     "clean_up",

@@ -21,10 +21,11 @@ from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.checkpoint.chunks import tensors_of
 from gpt2lite.checkpoint.writing import read_side_fields, require_space, write_side_fields, write_torch_zip
 from gpt2lite.checkpoint.writing_safetensors import write_safetensors
+from gpt2lite.collector import collector_paused
 from gpt2lite.config import ACTIVATIONS, OFFICIAL_SIZES, GPTConfig
 from gpt2lite.dialects import UNSAYABLE, Reading, find_config, read_dialect, size_of, with_lora_alpha
 from gpt2lite.errors import UsageError
-from gpt2lite.loading import Forecast, LoadPlan, Progress, forecasts, load, make_plan
+from gpt2lite.loading import Forecast, LoadPlan, Progress, Tuning, forecasts, load, make_plan
 from gpt2lite.memory import name_device
 
 SAVERS = {".pth": (write_torch_zip, True), ".safetensors": (write_safetensors, False)}  # whether it can tie
@@ -161,6 +162,7 @@ class GPTModel(nn.Module):
             self.initialise()
 
     @classmethod
+    @collector_paused()
     def from_checkpoint(
         cls,
         path: str | os.PathLike[str],
@@ -172,7 +174,7 @@ class GPTModel(nn.Module):
         lora_alpha: float | None = None,
         max_host_memory: int | str | None = None,
         max_device_memory: int | str | None = None,
-        keep_cached: bool = True,
+        tuning: Tuning | None = None,
         progress: Progress | None = None,
     ) -> GPTModel:
         """A GPT-2 from any checkpoint that `gpt2lite.dialects` knows, in eval mode.
@@ -185,8 +187,8 @@ class GPTModel(nn.Module):
         `dtype` casts the weights, None keeps the file's. `lora_alpha` is what the book's LoRA layers were
         made with, which are merged on the way; no file holds it. `max_host_memory` and `max_device_memory`
         (bytes, or "512MiB") cap what the load adds at its peak: the host's stays below the cap plus 24 MiB or
-        3 %. `keep_cached=False` lets what was read go out of the page cache behind the reads (stream alone),
-        for containers that count it. `progress` is called with (bytes done, bytes in all).
+        3 %. `tuning` says how bytes are read where the machine's own choice will not do (`gpt2lite.Tuning`).
+        `progress` is called with (bytes done, bytes in all).
 
         Raises CheckpointError for a file that is damaged or does not fit the model, InsufficientMemoryError,
         before anything is allocated, where no strategy or the one named does not fit in memory, UsageError
@@ -202,7 +204,7 @@ class GPTModel(nn.Module):
             dtype=dtype,
             max_host_memory=max_host_memory,
             max_device_memory=max_device_memory,
-            keep_cached=keep_cached,
+            tuning=tuning,
             progress=progress,
             hint=partial(_official_hint, found, reading),
         )
@@ -223,7 +225,7 @@ class GPTModel(nn.Module):
         lora_alpha: float | None = None,
         max_host_memory: int | str | None = None,
         max_device_memory: int | str | None = None,
-        keep_cached: bool = True,
+        tuning: Tuning | None = None,
         progress: Progress | None = None,
     ) -> GPTModel:
         """A GPT-2 by its name on the Hub: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" or "owner/name".
@@ -253,7 +255,7 @@ class GPTModel(nn.Module):
             lora_alpha=lora_alpha,
             max_host_memory=max_host_memory,
             max_device_memory=max_device_memory,
-            keep_cached=keep_cached,
+            tuning=tuning,
             progress=progress,
         )
 
@@ -315,6 +317,7 @@ def plan_load(
     *,
     config: GPTConfig | Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
+    tuning: Tuning | None = None,
 ) -> LoadPlan:
     """What `GPTModel.from_checkpoint` would do, from headers alone; the device need not be there.
 
@@ -324,7 +327,8 @@ def plan_load(
     asked = UNSAYABLE if config is None else UNSAYABLE | config if isinstance(config, dict) else config
     found = find_config(reading, asked)
     hint = partial(_official_hint, found, reading)
-    return make_plan(reading, lambda: GPTModel(found), name_device(device), dtype=dtype, hint=hint)
+    build = lambda: GPTModel(found)  # noqa: E731
+    return make_plan(reading, build, name_device(device), dtype=dtype, tuning=tuning, hint=hint)
 
 
 def forecast(
@@ -333,6 +337,7 @@ def forecast(
     *,
     config: GPTConfig | Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
+    tuning: Tuning | None = None,
 ) -> dict[str, Forecast]:
     """What each strategy would add to host and device memory, from headers alone, in milliseconds.
 
@@ -340,7 +345,7 @@ def forecast(
     within 3 % or 24 MiB, on a CUDA device within 1 %. The device need not be there. A strategy that cannot
     read this checkpoint is left out (per_tensor reads folders only). Raises as `plan_load`.
     """
-    return forecasts(plan_load(path, device, config=config, dtype=dtype))
+    return forecasts(plan_load(path, device, config=config, dtype=dtype, tuning=tuning))
 
 
 def _official_hint(config: GPTConfig, reading: Reading) -> str:

@@ -51,8 +51,13 @@ def ids(config: GPTConfig) -> torch.Tensor:
 
 
 @pytest.fixture
-def unwritten_memory_is_nan() -> Iterator[None]:
-    """torch.empty hands out NaN, so that what a strategy forgets to fill shows in every comparison."""
+def unwritten_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fresh memory holds NaN, so that what a strategy forgets to fill shows in every comparison."""
+
+    def allocate_nan(nbytes: int) -> torch.UntypedStorage:
+        return torch.full((max(nbytes, 1),), 0xFF, dtype=torch.uint8).untyped_storage()
+
+    monkeypatch.setattr("gpt2lite.loading.pages.allocate_pages", allocate_nan)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

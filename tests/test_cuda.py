@@ -16,6 +16,7 @@ from gpt2lite import (
     GPTConfig,
     GPTModel,
     InsufficientMemoryError,
+    Tuning,
     clean_up,
     forecast,
     generate,
@@ -52,14 +53,14 @@ def test_every_strategy_gives_the_bits_of_plain_torch_on_cuda(
 @pytest.mark.parametrize("kind", ["ours-pth", "hf-hub-safetensors", "fast-pth", "ours-tied-pth"])
 @pytest.mark.parametrize("ring_bytes", [64, 4096, 1 << 16])
 def test_a_ring_that_is_reused_many_times_never_overwrites_what_is_being_copied(
-    kind: str, ring_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, ring_bytes: int, tmp_path: Path
 ):
-    monkeypatch.setattr("gpt2lite.loading.choice.RINGS", (ring_bytes,))
+    tuning = Tuning(chunk_bytes=ring_bytes, ring_bytes=ring_bytes)
     make, save = KINDS[kind]
     peer = make()
     path = save(peer.state_dict(), tmp_path)
     for dtype in (None, torch.float16):
-        loaded = GPTModel.from_checkpoint(path, "cuda", "stream", config=HEADS, dtype=dtype)
+        loaded = GPTModel.from_checkpoint(path, "cuda", "stream", config=HEADS, dtype=dtype, tuning=tuning)
         assert_equal_bits(on_host(loaded), expected_parameters(peer.state_dict()), dtype)
 
 
@@ -72,11 +73,11 @@ def test_a_slow_device_does_not_let_a_slot_be_overwritten(tmp_path: Path, monkey
         real(self, chunk, slot)
 
     monkeypatch.setattr(stream_engine.Ring, "deliver", late)
-    monkeypatch.setattr("gpt2lite.loading.choice.RINGS", (1 << 16,))
+    tuning = Tuning(ring_bytes=1 << 16)
     make, save = KINDS["ours-pth"]
     peer = make()
     path = save(peer.state_dict(), tmp_path)
-    loaded = GPTModel.from_checkpoint(path, "cuda", "stream", config=HEADS)
+    loaded = GPTModel.from_checkpoint(path, "cuda", "stream", config=HEADS, tuning=tuning)
     assert_equal_bits(on_host(loaded), peer.state_dict())
 
 

@@ -25,6 +25,7 @@ from gpt2lite import (
     GPTConfig,
     GPTModel,
     InsufficientMemoryError,
+    Tuning,
     UsageError,
     forecast,
     load_module,
@@ -285,7 +286,7 @@ def test_a_device_is_served_under_a_host_cap_far_below_the_largest_tensor():
     """Towards a GPU only the ring is on the host; planned here without one."""
     plan = plan_of_xl("cuda")
     name, fitted = choose(plan, "auto", Budget(Limit(3 * MIB, ""), Limit(None, "")))
-    assert (name, fitted.ring_bytes) == ("stream", 2 * MIB)
+    assert (name, fitted.tuning.ring_bytes) == ("stream", 2 * MIB)
     with pytest.raises(InsufficientMemoryError, match=r"2\.0 MiB of host memory"):
         choose(plan, "stream", Budget(Limit(MIB // 2, ""), Limit(None, "")))
 
@@ -353,7 +354,7 @@ def test_what_was_read_can_leave_the_page_cache(dtype: torch.dtype | None, check
     options = {"config": {"n_heads": 8}, "dtype": dtype}
     GPTModel.from_checkpoint(checkpoint, **options)
     assert pages_cached(checkpoint) >= size * 3 // 4  # not all: the kernel may take pages at any time
-    GPTModel.from_checkpoint(checkpoint, **options, keep_cached=False)
+    GPTModel.from_checkpoint(checkpoint, **options, tuning=Tuning(keep_cached=False))
     assert (
         pages_cached(checkpoint) <= size // 4
     )  # masks, which are not read, and what the kernel holds together
@@ -361,7 +362,7 @@ def test_what_was_read_can_leave_the_page_cache(dtype: torch.dtype | None, check
 
 def test_only_stream_can_let_the_page_cache_go(pth: Path):
     with pytest.raises(UsageError, match="keep_cached=False goes with"):
-        GPTModel.from_checkpoint(pth, strategy="baseline", config=HEADS, keep_cached=False)
+        GPTModel.from_checkpoint(pth, strategy="baseline", config=HEADS, tuning=Tuning(keep_cached=False))
 
 
 # ---- containers --------------------------------------------------------------------------------------------
@@ -435,7 +436,9 @@ def test_plan_says_what_is_wrong_with_its_arguments(
 
 def test_the_largest_ring_that_fits_is_taken():
     plan = plan_of_xl("cuda")
-    assert choose(plan, "stream", Budget(Limit(20 * MIB, ""), Limit(None, "")))[1].ring_bytes == 16 * MIB
+    assert (
+        choose(plan, "stream", Budget(Limit(20 * MIB, ""), Limit(None, "")))[1].tuning.ring_bytes == 16 * MIB
+    )
 
 
 def test_swap_does_not_lift_a_cap(pth: Path, monkeypatch: pytest.MonkeyPatch):
@@ -545,6 +548,8 @@ def test_dropping_a_cast_is_offered(pth: Path):
 
 
 def test_advice_can_be_followed(pth: Path):
-    capped = {"config": HEADS, "keep_cached": False, "max_host_memory": "4KiB"}
-    with pytest.raises(InsufficientMemoryError, match=r"would fit: strategy=\"mmap\", keep_cached=True"):
+    capped = {"config": HEADS, "tuning": Tuning(keep_cached=False), "max_host_memory": "4KiB"}
+    with pytest.raises(
+        InsufficientMemoryError, match=r"would fit: strategy=\"mmap\", Tuning\(keep_cached=True\)"
+    ):
         GPTModel.from_checkpoint(pth, strategy="stream", **capped)

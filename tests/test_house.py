@@ -14,7 +14,7 @@ PACKAGE = Path(gpt2lite.__file__).parent
 # Every room, and the rooms that it may import from (DESIGN: imports point one way). A package's own modules
 # may import each other.
 FLOORS = [
-    {"errors", "_version", "_torch", "sampler"},
+    {"errors", "_version", "_torch", "sampler", "collector"},
     {"config", "checkpoint", "memory", "hub"},
     {"dialects", "tokenizer", "tracking"},
     {"loading"},

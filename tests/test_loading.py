@@ -21,6 +21,7 @@ from gpt2lite import (
     GPTConfig,
     GPTModel,
     InsufficientMemoryError,
+    Tuning,
     UsageError,
     load_module,
     save_per_tensor,
@@ -326,8 +327,9 @@ def test_mapped_parameters_are_the_files_pages_and_writing_to_them_leaves_the_fi
     assert_equal_bits(GPTModel.from_checkpoint(pth, config=HEADS), model.state_dict())
 
 
-def test_saving_one_mapped_parameter_does_not_write_the_whole_file(pth: Path, tmp_path: Path):
-    loaded = GPTModel.from_checkpoint(pth, strategy="mmap", config=HEADS)
+@pytest.mark.parametrize("strategy", ["mmap", "stream"])
+def test_saving_one_parameter_does_not_write_the_whole_memory(strategy: str, pth: Path, tmp_path: Path):
+    loaded = GPTModel.from_checkpoint(pth, strategy=strategy, config=HEADS)
     torch.save(loaded.final_norm.scale, tmp_path / "one.pt")
     assert (tmp_path / "one.pt").stat().st_size < 4000
 
@@ -392,7 +394,7 @@ def test_what_torch_save_writes_loads_in_the_books_own_class(pth: Path, model: G
 def test_a_ring_smaller_than_a_tensor_or_even_a_row_still_fills_every_bit(
     kind: str, ring_bytes: int, dtype: torch.dtype | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("gpt2lite.loading.choice.RINGS", (ring_bytes,))
+    tuning = Tuning(chunk_bytes=ring_bytes, ring_bytes=ring_bytes)
     allocated = []
     allocate = stream_engine.allocate_ring
     monkeypatch.setattr(
@@ -401,7 +403,7 @@ def test_a_ring_smaller_than_a_tensor_or_even_a_row_still_fills_every_bit(
     make, save = KINDS[kind]
     peer = make()
     path = save(peer.state_dict(), tmp_path)
-    loaded = GPTModel.from_checkpoint(path, strategy="stream", config=HEADS, dtype=dtype)
+    loaded = GPTModel.from_checkpoint(path, strategy="stream", config=HEADS, dtype=dtype, tuning=tuning)
     assert_equal_bits(loaded, expected_parameters(peer.state_dict()), dtype)
     assert all(nbytes <= ring_bytes for nbytes in allocated)
 
@@ -444,11 +446,10 @@ def odd_state() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("ring_bytes", [64, 1 << 20])
 @pytest.mark.parametrize("dtype", [None, torch.float64])
 def test_strided_scalar_empty_and_integer_tensors_load_into_any_module(
-    strategy: str, ring_bytes: int, dtype: torch.dtype | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    strategy: str, ring_bytes: int, dtype: torch.dtype | None, tmp_path: Path
 ):
-    monkeypatch.setattr("gpt2lite.loading.choice.RINGS", (ring_bytes,))
-    state = odd_state()
-    loaded = load_module(Odd, save_pth(state, tmp_path), strategy=strategy, dtype=dtype)
+    state, tuning = odd_state(), Tuning(chunk_bytes=ring_bytes, ring_bytes=ring_bytes)
+    loaded = load_module(Odd, save_pth(state, tmp_path), strategy=strategy, dtype=dtype, tuning=tuning)
     for name, tensor in state.items():
         wanted = dtype if dtype and tensor.is_floating_point() else tensor.dtype
         assert torch.equal(loaded.state_dict()[name], tensor.to(wanted)), name
@@ -466,9 +467,9 @@ def test_an_error_of_a_reader_is_raised_and_stops_the_others(pth: Path, monkeypa
     monkeypatch.setattr(stream_engine, "read_bytes_into", failing)
     for dtype in (None, torch.bfloat16):  # read in place, and through the ring
         calls.clear()
-        monkeypatch.setattr("gpt2lite.loading.choice.RINGS", (4096,))
+        tuning = Tuning(chunk_bytes=4096, ring_bytes=4096)
         with pytest.raises(OSError, match="the disk is gone"):
-            GPTModel.from_checkpoint(pth, config=HEADS, dtype=dtype)
+            GPTModel.from_checkpoint(pth, config=HEADS, dtype=dtype, tuning=tuning)
 
 
 def test_a_file_that_changes_during_the_load_is_an_error(pth: Path, monkeypatch: pytest.MonkeyPatch):
@@ -668,10 +669,10 @@ def test_columns_of_a_huge_storage_do_not_multiply_the_ring(tmp_path: Path, monk
     monkeypatch.setattr(
         stream_engine, "allocate_ring", lambda n, *, pinned: allocated.append(n) or allocate(n, pinned=pinned)
     )
-    monkeypatch.setattr("gpt2lite.loading.choice.RINGS", (1 << 12,))
+    tuning = Tuning(ring_bytes=1 << 12)
     storage = torch.randn(256, 64)
     state = {f"columns.{i}": storage[:, i : i + 1] for i in range(4)}
-    assert_equal_bits(load_module(Columns, save_pth(state, tmp_path)), state)
+    assert_equal_bits(load_module(Columns, save_pth(state, tmp_path), tuning=tuning), state)
     assert allocated == [-(-(255 * 64 + 1) * 4 // 16) * 16]  # one slot, as large as what must be read whole
 
 

@@ -7,6 +7,7 @@ import mmap
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -16,7 +17,8 @@ from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, flatten
 from gpt2lite.errors import CheckpointError, first_line, is_out_of_memory
 
 PAGE = 4096
-# Python names it from 3.13 on.
+# Python names them from 3.13 on, and later.
+MADV_WILLNEED, MADV_POPULATE_READ = 3, 22
 LINUX_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
 
 
@@ -53,6 +55,12 @@ def drop_cached(file: int, offset: int = 0, nbytes: int = 0) -> None:
         begin = offset // PAGE * PAGE  # outwards, since the kernel would round inwards
         length = -(-(offset + nbytes) // PAGE) * PAGE - begin if nbytes else 0
         os.posix_fadvise(file, begin, length, os.POSIX_FADV_DONTNEED)
+
+
+def forget_cached(path: Path) -> None:
+    """Give the cached pages of a whole file back."""
+    with open(path, "rb") as file:
+        drop_cached(file.fileno())
 
 
 def as_strided(flat: Tensor, span: TensorSpan) -> Tensor:
@@ -141,6 +149,27 @@ def _map_file(path: Path) -> torch.UntypedStorage:
         else:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     return torch.frombuffer(mapped, dtype=torch.uint8).untyped_storage()
+
+
+def prefetch(tensors: Iterable[Tensor], readers: int, chunk_bytes: int) -> None:
+    """Read what mapped tensors stand on and enter it into the page tables, where the system can be told so.
+
+    `readers` threads; takes page cache and nothing else. (Linux 5.14; before, the disk is only told.)
+    """
+    if sys.platform != "linux":
+        return
+    advise = ctypes.CDLL(None).madvise
+
+    def touch(begin: int, end: int) -> None:
+        for advice in (MADV_WILLNEED, MADV_POPULATE_READ):
+            advise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)
+
+    with ThreadPoolExecutor(readers) as pool:
+        for tensor in tensors:
+            begin = tensor.data_ptr() // PAGE * PAGE
+            end = tensor.data_ptr() + tensor.untyped_storage().nbytes()
+            for at in range(begin, end, chunk_bytes):
+                pool.submit(touch, at, min(at + chunk_bytes, end))
 
 
 def map_tensors(spans: Iterable[TensorSpan]) -> dict[str, Tensor]:

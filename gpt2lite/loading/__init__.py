@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gpt2lite.checkpoint import open_checkpoint
+from gpt2lite.collector import collector_paused
 from gpt2lite.dialects import Reading, read_names
 from gpt2lite.errors import InsufficientMemoryError, UsageError, first_line, is_out_of_memory
 from gpt2lite.loading.adapters import merge_adapters
@@ -17,6 +18,7 @@ from gpt2lite.loading.forecast import Forecast
 from gpt2lite.loading.plan import LoadPlan, Progress, make_plan
 from gpt2lite.loading.skeleton import build_on_meta, prove_complete, restore_unsaved_buffers
 from gpt2lite.loading.strategies import AUTO, STRATEGIES
+from gpt2lite.loading.tuning import Tuning
 from gpt2lite.memory import find_budget, resolve_device
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "Forecast",
     "LoadPlan",
     "Progress",
+    "Tuning",
     "Verdict",
     "choose",
     "forecasts",
@@ -45,7 +48,7 @@ def load(
     dtype: torch.dtype | None = None,
     max_host_memory: int | str | None = None,
     max_device_memory: int | str | None = None,
-    keep_cached: bool = True,
+    tuning: Tuning | None = None,
     progress: Progress | None = None,
     hint: Callable[[], str] = str,
 ) -> nn.Module:
@@ -57,11 +60,12 @@ def load(
     """
     resolved = resolve_device(device)
     budget = find_budget(resolved, max_host_memory, max_device_memory)
-    if not keep_cached and strategy in STRATEGIES.keys() - {"stream"}:
-        raise UsageError(f'keep_cached=False goes with strategy="stream" or "auto", not {strategy!r}')
-    plan = make_plan(
-        reading, build, resolved, dtype=dtype, progress=progress, keep_cached=keep_cached, hint=hint
-    )
+    tuning = tuning or Tuning()
+    for said, goes_with in ((not tuning.keep_cached, "stream"), (tuning.prefetch, "mmap")):
+        if said and strategy in STRATEGIES.keys() - {goes_with}:
+            option = "keep_cached=False" if goes_with == "stream" else "prefetch=True"
+            raise UsageError(f'{option} goes with strategy="{goes_with}" or "auto", not {strategy!r}')
+    plan = make_plan(reading, build, resolved, dtype=dtype, progress=progress, tuning=tuning, hint=hint)
     name, plan = choose(plan, strategy, budget)
     try:
         module = _filled(name, plan)
@@ -88,6 +92,7 @@ def _filled(strategy: str, plan: LoadPlan) -> nn.Module:
     return module
 
 
+@collector_paused()
 def load_module(
     build: Callable[[], nn.Module],
     path: str | os.PathLike[str],
@@ -97,7 +102,7 @@ def load_module(
     dtype: torch.dtype | None = None,
     max_host_memory: int | str | None = None,
     max_device_memory: int | str | None = None,
-    keep_cached: bool = True,
+    tuning: Tuning | None = None,
     progress: Progress | None = None,
 ) -> nn.Module:
     """Load a checkpoint into any module: `build()` returns one, the names in the file are its own.
@@ -113,6 +118,6 @@ def load_module(
         dtype=dtype,
         max_host_memory=max_host_memory,
         max_device_memory=max_device_memory,
-        keep_cached=keep_cached,
+        tuning=tuning,
         progress=progress,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ import torch
 from gpt2lite.errors import InsufficientMemoryError, UsageError
 from gpt2lite.loading.adapters import with_adapters
 from gpt2lite.loading.forecast import Forecast
-from gpt2lite.loading.plan import RINGS, LoadPlan
+from gpt2lite.loading.plan import SMALLEST_RING, LoadPlan
 from gpt2lite.loading.strategies import AUTO, CPU, STRATEGIES
 from gpt2lite.memory import Budget, human
 
@@ -44,18 +45,27 @@ def _lacking(forecast: Forecast, budget: Budget) -> dict[str, int]:
 
 def judge(plan: LoadPlan, name: str, budget: Budget) -> Verdict:
     """Whether a strategy fits, its ring made as small as needed. Raises UsageError where it cannot run."""
-    largest = _judge_with(plan, name, budget, RINGS[0])
+    sizes = _ring_sizes(plan.tuning.ring_bytes)
+    largest = _judge_with(plan, name, budget, sizes[0])
     if not largest.lacking:
         return largest
-    smallest = _judge_with(plan, name, budget, RINGS[-1])
+    smallest = _judge_with(plan, name, budget, sizes[-1])
     if smallest.lacking:
         return smallest
-    between = (_judge_with(plan, name, budget, ring) for ring in RINGS[1:])
+    between = (_judge_with(plan, name, budget, ring) for ring in sizes[1:])
     return next(verdict for verdict in between if not verdict.lacking)
 
 
+def _ring_sizes(largest: int) -> list[int]:
+    """The ring that is wanted, and its halves down to the smallest that is worth having."""
+    halves = itertools.takewhile(
+        lambda size: size >= SMALLEST_RING, (largest >> n for n in itertools.count())
+    )
+    return [*halves] or [largest]
+
+
 def _judge_with(plan: LoadPlan, name: str, budget: Budget, ring_bytes: int) -> Verdict:
-    plan = replace(plan, ring_bytes=ring_bytes)
+    plan = replace(plan, tuning=replace(plan.tuning, ring_bytes=ring_bytes))
     forecast = with_adapters(plan, STRATEGIES[name].forecast(plan))
     return Verdict(plan, forecast, _lacking(forecast, budget))
 
@@ -108,7 +118,7 @@ def helps(plan: LoadPlan, strategy: str, budget: Budget) -> Iterator[str]:
         fitting = (name for name in AUTO if not judge(changed, name, budget).lacking)
         if not is_none and not any(set(change) > less for less in enough) and (name := next(fitting, None)):
             enough.append(set(change))
-            cached = [] if plan.keep_cached or name == "stream" else ["keep_cached=True"]
+            cached = [] if plan.tuning.keep_cached or name == "stream" else ["Tuning(keep_cached=True)"]
             yield ", ".join([*change, f'strategy="{name}"', *cached])
 
 

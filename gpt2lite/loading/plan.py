@@ -14,9 +14,10 @@ from gpt2lite.checkpoint import Manifest, TensorSpan
 from gpt2lite.dialects import Adapter, Placement, Reading
 from gpt2lite.errors import CheckpointError, UsageError, listed
 from gpt2lite.loading.skeleton import build_on_meta, saved_tensors, tied_names
+from gpt2lite.loading.tuning import MIB, Tuning
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
-RINGS = tuple(1 << power for power in range(26, 20, -1))  # bytes of the staging ring, 64 MiB down to 2 MiB
+SMALLEST_RING = 2 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +54,8 @@ class LoadPlan:
     skeleton: nn.Module
     targets: tuple[Target, ...]
     device: torch.device
-    ring_bytes: int
+    tuning: Tuning
     progress: Progress
-    keep_cached: bool
     adapters: tuple[Adapter, ...]
 
     @cached_property
@@ -125,7 +125,7 @@ def make_plan(
     *,
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
-    keep_cached: bool = True,
+    tuning: Tuning | None = None,
     hint: Callable[[], str] = str,
 ) -> LoadPlan:
     """Match a checkpoint with the module that `build` makes; nothing but the skeleton on meta is allocated.
@@ -143,7 +143,7 @@ def make_plan(
     targets = tuple(_target(reading, first, names, tensor, dtype) for names, tensor in groups)
     report = progress or (lambda done, total: None)
     return LoadPlan(
-        reading.manifest, build, skeleton, targets, device, RINGS[0], report, keep_cached, reading.adapters
+        reading.manifest, build, skeleton, targets, device, tuning or Tuning(), report, reading.adapters
     )
 
 

@@ -15,12 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gpt2lite.checkpoint.reading import map_tensors, read_tensors, sizes_read
+from gpt2lite.checkpoint.reading import map_tensors, prefetch, read_tensors, sizes_read
 from gpt2lite.errors import UsageError
 from gpt2lite.loading.forecast import MIB, Forecast, Ledger, round_up
+from gpt2lite.loading.pages import allocate_together
 from gpt2lite.loading.plan import LoadPlan, Target
 from gpt2lite.loading.skeleton import replace_tensor, saved_tensors, storage_bytes, unsaved_buffers
-from gpt2lite.loading.stream import Source, fill, make_source, reads, ring_shape
+from gpt2lite.loading.stream import LANE_BUFFERS, Source, fill, make_source, reads, ring_shape
 
 CPU = torch.device("cpu")
 
@@ -65,6 +66,13 @@ def _allocated(plan: LoadPlan) -> nn.Module:
     """The skeleton with memory on the device, one by one, tied ones once: `to_empty` without its holes."""
     for target in plan.targets:
         memory = torch.empty(target.shape, dtype=target.dtype, device=plan.device)
+        replace_tensor(plan.skeleton, target.names, memory)
+    return plan.skeleton
+
+
+def _allocated_together(plan: LoadPlan) -> nn.Module:
+    """The skeleton with host memory in one piece, on huge pages."""
+    for target, memory in allocate_together(plan.targets):
         replace_tensor(plan.skeleton, target.names, memory)
     return plan.skeleton
 
@@ -204,6 +212,8 @@ def mmap(plan: LoadPlan) -> nn.Module:
     transposed.
     """
     mapped, done = map_tensors(plan.spans.values()), 0
+    if plan.tuning.prefetch:
+        prefetch(mapped.values(), plan.tuning.readers, plan.tuning.chunk_bytes)
     total = sum(span.nbytes for span in plan.spans.values())
     for name, targets in _by_span(plan).items():
         _assign(plan, mapped.pop(name).to(plan.device), targets)
@@ -242,7 +252,7 @@ def _forecast_mmap(plan: LoadPlan) -> Forecast:
     reached = Counter[Path]()  # spans come in their order on disk, and may overlap
     for name, targets in _by_span(plan).items():
         stored, are_views = plan.spans[name], [_is_view(plan, t, again=i > 0) for i, t in enumerate(targets)]
-        is_read = not ledger.on_cpu or not all(are_views)
+        is_read = not ledger.on_cpu or not all(are_views) or plan.tuning.prefetch
         end = stored.offset + stored.extent
         fresh = max(end - max(stored.offset, reached[stored.path]), 0)
         reached[stored.path] = max(end, reached[stored.path])
@@ -254,7 +264,9 @@ def _forecast_mmap(plan: LoadPlan) -> Forecast:
             ledger.device.give(block)
         stays_mapped += fresh if ledger.on_cpu and any(are_views) else 0
         to_come[stored.path] -= 1
-        if not to_come[stored.path]:  # the file's mapping ends with the last tensor over it
+        if (
+            not to_come[stored.path] and not plan.tuning.prefetch
+        ):  # the file's mapping ends with the last tensor over it
             ledger.mapped.give(touched[stored.path])
     _enter_unsaved_buffers(plan, ledger)
     return ledger.balance(stays_mapped=stays_mapped)
@@ -303,13 +315,12 @@ def _forecast_per_tensor(plan: LoadPlan) -> Forecast:
 def stream(plan: LoadPlan) -> nn.Module:
     """Build on meta, allocate on the device, read byte ranges of the ordinary file through a small ring.
 
-    Device: the model once, plus a quarter of the ring. Host: the ring (64 MiB), or less; on a CPU target the
-    parameters' own memory is what is read into.
+    Device: the model once, plus two chunks (16 MiB). Host: the ring (64 MiB), or less; on a CPU target the
+    parameters' own memory, one piece on huge pages, is what is read into.
     """
     _reserve_one_segment(plan)
-    module = _allocated(plan)
-    sources = _sources(plan, saved_tensors(module))
-    fill(sources, plan.device, plan.ring_bytes, plan.progress, keep_cached=plan.keep_cached)
+    module = _allocated_together(plan) if plan.device == CPU else _allocated(plan)
+    fill(_sources(plan, saved_tensors(module)), plan.device, plan.tuning, plan.progress)
     return module
 
 
@@ -326,10 +337,10 @@ def _forecast_stream(plan: LoadPlan) -> Forecast:
         ledger.device.touch(_large_bytes(plan))
     _enter_allocated(plan, ledger)
     on_meta = {t.names[0]: torch.empty(t.shape, dtype=t.dtype, device="meta") for t in plan.targets}
-    _, chunks = reads(_sources(plan, on_meta), plan.device, plan.ring_bytes)
-    slots, slot_bytes = ring_shape(chunks, plan.ring_bytes)
+    _, chunks = reads(_sources(plan, on_meta), plan.device, plan.tuning)
+    slots, slot_bytes = ring_shape(chunks, plan.tuning)
     if plan.device.type == "cuda":
-        ledger.device.touch(slot_bytes)
+        ledger.device.touch(LANE_BUFFERS * slot_bytes)
         ledger.host.take(_power_of_two(slots * slot_bytes))  # page-locked memory comes so, and stays cached
     else:  # a slot is written to as far as the largest of its chunks, which take turns
         turns = (chunks[slot::slots] for slot in range(slots))

@@ -9,7 +9,6 @@ the parameter's own memory.
 from __future__ import annotations
 
 import math
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,13 +20,14 @@ import torch
 from torch import Tensor
 
 from gpt2lite.checkpoint.manifest import TensorSpan, contiguous_stride
-from gpt2lite.checkpoint.reading import as_strided, memory_of, read_bytes_into
+from gpt2lite.checkpoint.reading import as_strided, forget_cached, memory_of, read_bytes_into
 from gpt2lite.loading.plan import Progress, Target
+from gpt2lite.loading.tuning import Tuning
 
-SLOTS = 4
+FEWEST_SLOTS = 8
 MAX_GAP = 4096  # between two tensors that one read takes together: a zip header, some padding
+LANE_BUFFERS = 2  # on a CUDA device, each as large as a slot
 MAX_ITEM_BYTES = 16  # complex128; slots begin at multiples of it, so that bytes can be viewed as any dtype
-READER_THREADS = min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,17 +210,48 @@ def _read_chunk(chunk: Chunk, slot: Tensor, keep_cached: bool) -> int:
     return chunk.nbytes
 
 
-class Ring:
-    """Equal host buffers in one allocation, page-locked and with one twin on the device where that is CUDA.
+class Lane:
+    """The way onto a CUDA device: two buffers there, filled by turns on a stream of its own.
 
-    Costs `count × slot_bytes` on the host and, for a CUDA device, `slot_bytes` there.
+    So one is copied to over the bus while the other is scattered on the stream of whoever loads.
+    """
+
+    def __init__(self, slot_bytes: int, device: torch.device) -> None:
+        self.device = device
+        self.buffers = torch.empty(LANE_BUFFERS * slot_bytes, dtype=torch.uint8, device=device).split(
+            slot_bytes
+        )
+        self.copying = torch.cuda.Stream(device)
+        self.copying.wait_stream(torch.cuda.current_stream(device))  # that is where the buffers were made
+        self.scattered: dict[int, torch.cuda.Event] = {}
+        self.turn = 0
+
+    def carry(self, flat: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+        """Start a copy of page-locked bytes; what the current stream is given next waits for its event."""
+        self.turn = (self.turn + 1) % LANE_BUFFERS
+        with torch.cuda.stream(self.copying):
+            if self.turn in self.scattered:
+                self.copying.wait_event(self.scattered[self.turn])
+            there = self.buffers[self.turn][: flat.numel()].copy_(flat, non_blocking=True)
+            copied = self.copying.record_event()
+        torch.cuda.current_stream(self.device).wait_event(copied)
+        return there, copied
+
+    def release(self) -> None:
+        """The buffer that was filled last may be filled again once the current stream has come so far."""
+        self.scattered[self.turn] = torch.cuda.current_stream(self.device).record_event()
+
+
+class Ring:
+    """Equal host buffers in one allocation, page-locked and with a lane to the device where that is CUDA.
+
+    Costs `count × slot_bytes` on the host and, for a CUDA device, LANE_BUFFERS × `slot_bytes` there.
     """
 
     def __init__(self, count: int, slot_bytes: int, device: torch.device) -> None:
-        self.on_cuda = device.type == "cuda"
-        memory = allocate_ring(count * slot_bytes, pinned=self.on_cuda)
-        self.slots = deque(memory.split(slot_bytes))
-        self.twin = torch.empty(slot_bytes, dtype=torch.uint8, device=device) if self.on_cuda else None
+        on_cuda = device.type == "cuda"
+        self.slots = deque(allocate_ring(count * slot_bytes, pinned=on_cuda).split(slot_bytes))
+        self.lane = Lane(slot_bytes, device) if on_cuda else None
         self.copied: dict[int, torch.cuda.Event] = {}
 
     def take(self) -> Tensor:
@@ -235,14 +266,14 @@ class Ring:
     def deliver(self, chunk: Chunk, slot: Tensor) -> None:
         """Copy a chunk that lies in `slot` to its parameters, and queue the slot for its next use."""
         flat = slot[: chunk.nbytes]
-        if self.twin is not None:
-            flat = self.twin[: chunk.nbytes].copy_(flat, non_blocking=True)
-            event = self.copied[slot.data_ptr()] = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(self.twin.device))
+        if self.lane:
+            flat, self.copied[slot.data_ptr()] = self.lane.carry(flat)
         for piece in chunk.pieces:
             begin = piece.offset - chunk.offset
             for rows, values in landings(piece, values_of(piece, flat[begin : begin + piece.nbytes])):
                 rows.copy_(values)
+        if self.lane:
+            self.lane.release()
         self.slots.append(slot)
 
 
@@ -271,19 +302,23 @@ def _deliver_all(
         yield chunk.nbytes
 
 
-def ring_shape(chunks: list[Chunk], ring_bytes: int) -> tuple[int, int]:
+def ring_shape(chunks: list[Chunk], tuning: Tuning) -> tuple[int, int]:
     """(slots, bytes of each): no more and no larger than the chunks need; one for a chunk above the ring."""
     largest = max((chunk.nbytes for chunk in chunks), default=0)
     slot_bytes = -(-largest // MAX_ITEM_BYTES) * MAX_ITEM_BYTES
-    return (max(min(SLOTS, len(chunks), ring_bytes // slot_bytes), 1), slot_bytes) if chunks else (0, 0)
+    return (max(min(len(chunks), tuning.ring_bytes // slot_bytes), 1), slot_bytes) if chunks else (0, 0)
 
 
-def reads(sources: list[Source], device: torch.device, ring_bytes: int) -> tuple[list[Piece], list[Chunk]]:
+def reads(sources: list[Source], device: torch.device, tuning: Tuning) -> tuple[list[Piece], list[Chunk]]:
     """What is read straight into its parameter, and what goes through the ring."""
-    slot_bytes = max(ring_bytes // SLOTS // MAX_ITEM_BYTES, 1) * MAX_ITEM_BYTES
+    chunk_bytes = min(tuning.chunk_bytes, tuning.ring_bytes // FEWEST_SLOTS)
+    slot_bytes = max(chunk_bytes // MAX_ITEM_BYTES, 1) * MAX_ITEM_BYTES
     in_place = [device.type == "cpu" and _is_direct(source) for source in sources]
     direct = [
-        p for source, yes in zip(sources, in_place, strict=True) if yes for p in cut(source, slot_bytes)
+        p
+        for source, yes in zip(sources, in_place, strict=True)
+        if yes
+        for p in cut(source, tuning.chunk_bytes)
     ]
     staged = (
         p for source, yes in zip(sources, in_place, strict=True) if not yes for p in cut(source, slot_bytes)
@@ -294,25 +329,23 @@ def reads(sources: list[Source], device: torch.device, ring_bytes: int) -> tuple
 def fill(
     sources: list[Source],
     device: torch.device,
-    ring_bytes: int,
+    tuning: Tuning,
     progress: Progress,
-    *,
-    keep_cached: bool = True,
 ) -> None:
     """Read every source into its parameters.
 
-    Host memory: the ring, `ring_bytes` at most, or nothing where everything is read in place; more only for a
-    tensor that no order of its dimensions makes contiguous, which is read whole. CUDA memory: a quarter of
-    the ring. Raises CheckpointError where a file ends early; the error of a reader is raised as it is.
+    Host memory: the ring, or nothing where everything is read in place; more only for a tensor that no order
+    of its dimensions makes contiguous, which is read whole. CUDA memory: two chunks. Raises CheckpointError
+    where a file ends early; the error of a reader is raised as it is.
     """
-    direct, chunks = reads(sources, device, ring_bytes)
+    direct, chunks = reads(sources, device, tuning)
     total = sum(piece.nbytes for piece in direct) + sum(chunk.nbytes for chunk in chunks)
-    pool = ThreadPoolExecutor(READER_THREADS, thread_name_prefix="gpt2lite-reader")
+    pool = ThreadPoolExecutor(tuning.readers, thread_name_prefix="gpt2lite-reader")
     done = 0
     try:
-        read_directly = pool.map(_read_direct, direct, repeat(keep_cached))
-        ring = Ring(*ring_shape(chunks, ring_bytes), device) if chunks else None
-        staged = _deliver_all(chunks, ring, pool, keep_cached) if ring else ()
+        read_directly = pool.map(_read_direct, direct, repeat(tuning.keep_cached))
+        ring = Ring(*ring_shape(chunks, tuning), device) if chunks else None
+        staged = _deliver_all(chunks, ring, pool, tuning.keep_cached) if ring else ()
         for nbytes in chain(read_directly, staged):
             done += nbytes
             progress(done, total)
@@ -320,3 +353,6 @@ def fill(
         pool.shutdown(wait=True, cancel_futures=True)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+        if not tuning.keep_cached:  # again: pages that two reads share, and what the system read ahead
+            for path in {source.span.path for source in sources}:
+                forget_cached(path)

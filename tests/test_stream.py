@@ -1,0 +1,265 @@
+"""The stream engine under trouble, the memory that it fills, and what `prefetch` reads."""
+
+from __future__ import annotations
+
+import builtins
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_forecast import needs_proc, pages_cached
+from test_loading import HEADS, KINDS, assert_equal_bits, expected_parameters
+
+from gpt2lite import GPTConfig, GPTModel, Tuning, UsageError, forecast, track_memory
+from gpt2lite.benchmarking import write_random_checkpoint
+from gpt2lite.checkpoint import reading
+from gpt2lite.loading import stream as stream_engine
+
+MIB = 1 << 20
+SMALL = Tuning(readers=4, chunk_bytes=4096, ring_bytes=1 << 15)
+CASTS = [None, torch.bfloat16]  # read in place, and through the ring
+
+
+@pytest.fixture(params=["ours-pth", "hf-hub-safetensors", "fast-folder"])
+def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    make, save = KINDS[request.param]
+    state = make().state_dict()
+    return save(state, tmp_path), expected_parameters(state)
+
+
+class Troubled:
+    """A file whose reads come late, now and then, and are as short as a system's may be."""
+
+    def __init__(self, file: Any, chance: random.Random) -> None:
+        self.file, self.chance = file, chance
+
+    def __enter__(self) -> Troubled:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def readinto(self, memory: memoryview) -> int:
+        if self.chance.random() < 0.05:
+            time.sleep(self.chance.random() / 200)
+        return self.file.readinto(memory[: self.chance.randint(1, len(memory))])
+
+
+@pytest.mark.usefixtures("unwritten_memory_is_nan")
+@pytest.mark.parametrize("dtype", CASTS)
+def test_late_and_short_reads_change_no_bit(
+    case: tuple[Path, dict[str, torch.Tensor]], dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+):
+    path, expected = case
+    chance = random.Random(7)
+    troubled = lambda *args, **kwargs: Troubled(builtins.open(*args, **kwargs), chance)  # noqa: E731, SIM115
+    plain = GPTModel.from_checkpoint(path, config=HEADS, dtype=dtype)
+    monkeypatch.setattr(reading, "open", troubled, raising=False)
+    loaded = GPTModel.from_checkpoint(path, strategy="stream", config=HEADS, dtype=dtype, tuning=SMALL)
+    assert_equal_bits(loaded, expected, dtype)
+    assert_equal_bits(loaded, plain.state_dict())
+
+
+@pytest.fixture
+def interrupted() -> Iterator[list[int]]:
+    """A signal every half a millisecond."""
+    if not hasattr(signal, "setitimer"):
+        pytest.skip("this system has no interval timer")
+    seen: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda number, frame: seen.append(number))
+    signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+    yield seen
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("dtype", CASTS)
+def test_signals_change_no_bit(
+    case: tuple[Path, dict[str, torch.Tensor]], dtype: torch.dtype | None, interrupted: list[int]
+):
+    path, expected = case
+    loaded = GPTModel.from_checkpoint(path, strategy="stream", config=HEADS, dtype=dtype, tuning=SMALL)
+    assert_equal_bits(loaded, expected, dtype)
+    assert interrupted
+
+
+@pytest.mark.usefixtures("unwritten_memory_is_nan")
+@pytest.mark.parametrize("readers", [1, 8])
+@pytest.mark.parametrize("dtype", CASTS)
+def test_a_ring_of_one_slot_fills_every_bit(
+    case: tuple[Path, dict[str, torch.Tensor]],
+    dtype: torch.dtype | None,
+    readers: int,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    path, expected = case
+    monkeypatch.setattr(stream_engine, "FEWEST_SLOTS", 1)
+    real, counts = stream_engine.Ring.__init__, []
+
+    def counting(self: stream_engine.Ring, count: int, *args: Any) -> None:
+        counts.append(count)
+        real(self, count, *args)
+
+    monkeypatch.setattr(stream_engine.Ring, "__init__", counting)
+    tuning = Tuning(readers=readers, chunk_bytes=4096, ring_bytes=4096)
+    loaded = GPTModel.from_checkpoint(path, strategy="stream", config=HEADS, dtype=dtype, tuning=tuning)
+    assert_equal_bits(loaded, expected, dtype)
+    assert set(counts) <= {1}
+    assert counts or dtype is None
+
+
+def readers_left() -> list[str]:
+    return [each.name for each in threading.enumerate() if each.name.startswith("gpt2lite-reader")]
+
+
+@pytest.mark.parametrize("where", ["a reader", "a copy"])
+def test_an_error_leaves_no_thread_and_no_open_file(
+    where: str, case: tuple[Path, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+):
+    path, _ = case
+
+    def failing(*_: object, **__: object) -> None:
+        raise ZeroDivisionError(f"{where} broke")
+
+    if where == "a reader":
+        monkeypatch.setattr(stream_engine, "read_bytes_into", failing)
+    else:
+        monkeypatch.setattr(stream_engine, "landings", failing)
+    folder = Path("/proc/self/fd")
+    before = len(list(folder.iterdir())) if folder.exists() else 0
+    with pytest.raises(ZeroDivisionError, match=f"{where} broke"):
+        GPTModel.from_checkpoint(
+            path, strategy="stream", config=HEADS, dtype=torch.bfloat16, tuning=Tuning(ring_bytes=1 << 15)
+        )
+    assert readers_left() == []
+    assert not folder.exists() or len(list(folder.iterdir())) == before
+
+
+def test_a_system_that_grants_no_memory_is_one_clear_error(tmp_path: Path):
+    resource = pytest.importorskip("resource", reason="this system has no resource limits")
+    script = f"""
+import resource, sys
+from gpt2lite import GPTModel, InsufficientMemoryError
+used = int(open("/proc/self/statm").read().split()[0]) * {resource.getpagesize()}
+resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), -1))
+try:
+    GPTModel.from_checkpoint(sys.argv[1], strategy="stream", config={{"n_heads": 8}})
+except InsufficientMemoryError as error:
+    print(error)
+"""
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("no /proc on this system")
+    path = tmp_path / "model.pth"
+    write_random_checkpoint(GPTConfig(8000, 512, 512, 8, 8), path)
+    result = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True)
+    assert "memory ran out on cpu" in result.stdout, result.stderr
+
+
+# ---- the memory that is filled -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", CASTS)
+def test_query_key_and_value_are_neighbours_in_memory(
+    case: tuple[Path, dict[str, torch.Tensor]], dtype: torch.dtype | None
+):
+    loaded = GPTModel.from_checkpoint(case[0], strategy="stream", config=HEADS, dtype=dtype)
+    for block in loaded.trf_blocks:
+        query, key, value = block.att.W_query.weight, block.att.W_key.weight, block.att.W_value.weight
+        nbytes = query.numel() * query.element_size()
+        assert key.data_ptr() - query.data_ptr() == value.data_ptr() - key.data_ptr() == nbytes
+
+
+def test_parameters_are_aligned_and_do_not_overlap(case: tuple[Path, dict[str, torch.Tensor]]):
+    loaded = GPTModel.from_checkpoint(case[0], strategy="stream", config=HEADS)
+    found = sorted((p.data_ptr(), p.numel() * p.element_size()) for p in loaded.parameters())
+    assert all(begin % 64 == 0 for begin, _ in found)
+    assert all(begin + size <= following for (begin, size), (following, _) in itertools.pairwise(found))
+
+
+# ---- prefetch ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "model.pth"
+    write_random_checkpoint(GPTConfig(8000, 512, 512, 8, 8), path)
+    return path
+
+
+def forget(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        reading.drop_cached(file.fileno())
+    if pages_cached(path) > path.stat().st_size // 4:
+        pytest.skip("this file system does not give cached pages back")
+
+
+@needs_proc
+def test_prefetch_reads_what_is_mapped_and_mmap_alone_does_not(large: Path):
+    wanted = forecast(large, config={"n_heads": 8})["mmap"].stays_mapped
+    for prefetch in (False, True):
+        forget(large)
+        loaded = GPTModel.from_checkpoint(
+            large, strategy="mmap", config={"n_heads": 8}, tuning=Tuning(prefetch=prefetch)
+        )
+        assert (pages_cached(large) >= 0.9 * wanted) is prefetch
+    assert_equal_bits(loaded, GPTModel.from_checkpoint(large, config={"n_heads": 8}).state_dict())
+
+
+@needs_proc
+def test_what_prefetch_maps_is_foretold(large: Path):
+    options = {"config": {"n_heads": 8}, "tuning": Tuning(prefetch=True)}
+    foretold = forecast(large, **options)["mmap"]
+    with track_memory() as memory:
+        loaded = GPTModel.from_checkpoint(large, strategy="mmap", **options)
+    assert loaded.config.n_layers == 8
+    assert abs(memory.peak_host_reclaimable - foretold.peak_host_reclaimable) <= 16 * MIB
+    assert foretold.peak_host_anonymous == 0
+
+
+@pytest.mark.parametrize("dtype", CASTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_prefetching_changes_no_bit(kind: str, dtype: torch.dtype | None, tmp_path: Path):
+    make, save = KINDS[kind]
+    state = make().state_dict()
+    tuning = Tuning(prefetch=True, chunk_bytes=4096)
+    loaded = GPTModel.from_checkpoint(
+        save(state, tmp_path), strategy="mmap", config=HEADS, dtype=dtype, tuning=tuning
+    )
+    assert_equal_bits(loaded, expected_parameters(state), dtype)
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"readers": 0}, "readers must be a whole number in 1 … 64, got 0"),
+        ({"readers": 1.5}, "readers must be a whole number"),
+        ({"readers": True}, "readers must be a whole number"),
+        ({"chunk_bytes": 1}, "chunk_bytes must be a whole number in 64"),
+        ({"ring_bytes": "64MiB"}, "ring_bytes must be a whole number"),
+    ],
+)
+def test_numbers_that_cannot_work_are_refused(arguments: dict[str, Any], said: str):
+    with pytest.raises(UsageError, match=said):
+        Tuning(**arguments)
+
+
+def test_prefetch_goes_with_mmap_alone(case: tuple[Path, dict[str, torch.Tensor]]):
+    with pytest.raises(UsageError, match='prefetch=True goes with strategy="mmap" or "auto"'):
+        GPTModel.from_checkpoint(case[0], strategy="stream", config=HEADS, tuning=Tuning(prefetch=True))
