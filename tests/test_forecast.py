@@ -129,15 +129,19 @@ def lies_in_memory(path: Path) -> bool:
 def test_forecasts_are_what_is_measured_for_every_strategy_format_and_cast(
     dialect: str, formats: tuple[str, ...], tmp_path: Path
 ):
-    """Within 3 % or 24 MiB of 32 to 260 MiB is what was promised; a third of that is what is found."""
+    """Within 3 % or 24 MiB of 32 to 260 MiB is what was promised; a third of that is what is found.
+
+    But where anonymous and mapped memory change together: what the sampler misses then counts to both.
+    """
     if lies_in_memory(tmp_path):
         pytest.skip("temporary files lie in memory here")
     pytest.importorskip("safetensors", reason="safetensors is not installed")
     arguments = ("--dialects", dialect, "--formats", *formats)
     found = run_benchmark("forecast_accuracy.py", *arguments, tmp_path / "found.json")
     assert len(found["cases"]) == 4 * (5 * len(formats) + ("folder" in formats))  # variants × strategies
-    worst = max(abs(case["foretold_host"] - case["measured_host"]) for case in found["cases"])
-    assert worst <= 8 * MIB
+    for case in found["cases"]:
+        allowed = (24 if case["strategy"] == "mmap" else 8) * MIB
+        assert abs(case["foretold_host"] - case["measured_host"]) <= allowed, case
 
 
 @needs_proc
