@@ -28,7 +28,6 @@ from gpt2lite.memory import human
 
 MIB = 1 << 20
 WANTED_PEAK, WANTED_RATIO = 200 * MIB, 1.3
-SPARE = 1 << 30
 PREPARE = """
 import subprocess, sys, time
 from gpt2lite import convert, track_memory
@@ -64,7 +63,7 @@ class Result:
 
 def run(script: str, source: Path, destination: Path, tiny: Path) -> float:
     """What a script prints in a fresh process; what it wrote is removed."""
-    nbytes = source.stat().st_size + SPARE
+    nbytes = source.stat().st_size
     command = [sys.executable, "-c", PREPARE + script, *map(str, (source, destination, tiny, nbytes))]
     folder = Path(__file__).parent
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=folder).stdout
