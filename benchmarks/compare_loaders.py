@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from machine import LIMITS, read, warm_memory
@@ -134,20 +134,27 @@ def run_ai(files: Files, device: str) -> Any:
         return dict(streamer.get_tensors())
 
 
-LOADERS: dict[str, Callable[[Files, str], Any]] = {
-    "stream": ours("stream"),
-    "mmap": ours("mmap"),
-    "mmap, prefetch": ours("mmap", prefetch=True),
-    "mmap, Hub layout": ours_from_hub_layout,
-    "torch.load": torch_load,
-    "torch.load(mmap=True)": torch_load_mmap,
-    "article's baseline": articles_baseline,
-    "safetensors load_file": safetensors_mapped,
-    "safetensors, copied": safetensors_copied,
-    "transformers": from_pretrained,
-    "accelerate": accelerate,
-    "fastsafetensors": fastsafetensors,
-    "Run:ai streamer": run_ai,
+class Loader(NamedTuple):
+    """A way to load, and the file that it reads."""
+
+    load: Callable[[Files, str], Any]
+    reads: str
+
+
+LOADERS = {
+    "stream": Loader(ours("stream"), "pth"),
+    "mmap": Loader(ours("mmap"), "pth"),
+    "mmap, prefetch": Loader(ours("mmap", prefetch=True), "pth"),
+    "mmap, Hub layout": Loader(ours_from_hub_layout, "hub"),
+    "torch.load": Loader(torch_load, "pth"),
+    "torch.load(mmap=True)": Loader(torch_load_mmap, "pth"),
+    "article's baseline": Loader(articles_baseline, "pth"),
+    "safetensors load_file": Loader(safetensors_mapped, "hub"),
+    "safetensors, copied": Loader(safetensors_copied, "hub"),
+    "transformers": Loader(from_pretrained, "hub"),
+    "accelerate": Loader(accelerate, "hub"),
+    "fastsafetensors": Loader(fastsafetensors, "hub"),
+    "Run:ai streamer": Loader(run_ai, "hub"),
 }
 
 # (what, against what, cold?, which figure, at most): ratios of medians within the run.
@@ -176,17 +183,24 @@ def first_logits(loaded: Any) -> None:
         loaded(torch.tensor(PROMPT, device=weight.device)[:, :8] % vocabulary)
 
 
+def settle(files: Files, reads: str, cold: bool) -> None:
+    """Have the page cache hold the file that will be read, or no file at all."""
+    paths = {"pth": Path(files.pth), "hub": Path(files.hub) / "model.safetensors"}
+    for path in paths.values():
+        forget_cached(path)
+    if not cold:
+        read(paths[reads], "cpu", Tuning(), threads=1)
+
+
 def measure(name: str, files: Files, tiny: Files, device: str, cold: bool, track: bool) -> dict[str, Any]:
     """Load once. Exits with SKIPPED, the reason on standard error, where the peer cannot."""
-    load = LOADERS[name]
+    load, reads = LOADERS[name]
     try:
         first_logits(load(tiny, device))
     except (ImportError, RuntimeError, AttributeError, OSError) as error:
         print(f"{type(error).__name__}: {error}".splitlines()[0], file=sys.stderr)
         sys.exit(SKIPPED)
-    paths = [Path(files.pth), Path(files.hub) / "model.safetensors"]
-    for path in paths:
-        forget_cached(path) if cold else read(path, device, Tuning(), threads=1)
+    settle(files, reads, cold)
     synchronize = torch.cuda.synchronize if device != "cpu" else lambda: None
     if track:
         with track_memory(device) as memory:
@@ -196,7 +210,7 @@ def measure(name: str, files: Files, tiny: Files, device: str, cold: bool, track
             "file": memory.peak_host_reclaimable,
             "device": memory.peak_device,
         }
-    warm_memory(paths[0].stat().st_size)
+    warm_memory(Path(files.pth).stat().st_size)
     began = time.perf_counter()
     loaded = load(files, device)
     synchronize()
@@ -210,7 +224,7 @@ def measure(name: str, files: Files, tiny: Files, device: str, cold: bool, track
 def measure_limit(name: str, files: Files, device: str, cold: bool) -> dict[str, Any]:
     """What the machine itself takes for the same bytes."""
     path = Path(files.pth)
-    forget_cached(path) if cold else read(path, device, Tuning(), threads=1)
+    settle(files, "pth", cold)
     warm_memory(path.stat().st_size)
     seconds = LIMITS[name](path, device, Tuning())
     if seconds is None:
@@ -284,7 +298,7 @@ class Outcome:
 
 def compare(args: argparse.Namespace, files: Files, tiny: Files) -> Iterator[Outcome]:
     """Take turns, `runs` times warm and cold; then each loader's peaks."""
-    names = [*LOADERS, *LIMITS]
+    names = [name for name in (*LOADERS, *LIMITS) if name not in args.without]
     times: dict[str, dict[str, list[float]]] = {name: {} for name in names}
     reasons: dict[str, str] = {}
     common = {"files": asdict(files), "tiny": asdict(tiny), "device": args.device}
@@ -303,7 +317,7 @@ def compare(args: argparse.Namespace, files: Files, tiny: Files) -> Iterator[Out
                 for figure, seconds in found.items():
                     if seconds is not None:
                         times[name].setdefault("cold " * cold + figure, []).append(seconds)
-    for name in (*LOADERS, *LIMITS):
+    for name in (each for each in (*LOADERS, *LIMITS) if each in times):
         peaks = {} if name in LIMITS or name in reasons else run(name=name, cold=False, track=True, **common)
         yield Outcome(name, times[name], peaks if isinstance(peaks, dict) else {}, reasons.get(name, ""))
 
@@ -337,7 +351,7 @@ def verdicts(outcomes: list[Outcome]) -> Iterator[tuple[str, bool]]:
     by_name = {outcome.name: outcome for outcome in outcomes}
     for what, against, cold, figure, at_most in WANTED:
         key = "cold " * cold + figure
-        ours, theirs = by_name[what].seconds(key), by_name[against].seconds(key)
+        ours, theirs = (by_name[each].seconds(key) if each in by_name else None for each in (what, against))
         if ours and theirs:
             ratio = ours / theirs
             label = f"{what} / {against}, {'cold' if cold else 'warm'}, {figure}"
@@ -379,6 +393,10 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--runs", type=int, default=5, help="with the file cached (default: %(default)s)")
     parser.add_argument("--cold", type=int, default=3, help="with it dropped (default: %(default)s)")
+    known = [*LOADERS, *LIMITS]
+    parser.add_argument(
+        "--without", nargs="+", default=[], choices=known, metavar="NAME", help=f"of {', '.join(known)}"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE.json")
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))

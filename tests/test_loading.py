@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import os
 import subprocess
@@ -26,6 +27,7 @@ from gpt2lite import (
     load_module,
     save_per_tensor,
 )
+from gpt2lite.checkpoint import reading
 from gpt2lite.loading import stream as stream_engine
 
 ONE_FILE = [name for name in STRATEGIES if name != "per_tensor"]
@@ -456,15 +458,16 @@ def test_strided_scalar_empty_and_integer_tensors_load_into_any_module(
 
 
 def test_an_error_of_a_reader_is_raised_and_stops_the_others(pth: Path, monkeypatch: pytest.MonkeyPatch):
-    real, calls = stream_engine.read_bytes_into, []
+    real, calls = reading.read_file_into, []
 
-    def failing(memory: memoryview, path: Path, offset: int, **options: bool) -> None:
+    def failing(memory: memoryview, file: io.FileIO, offset: int) -> None:
         calls.append(offset)
         if len(calls) == 5:
             raise OSError(5, "the disk is gone")
-        real(memory, path, offset, **options)
+        real(memory, file, offset)
 
-    monkeypatch.setattr(stream_engine, "read_bytes_into", failing)
+    for module in (stream_engine, reading):
+        monkeypatch.setattr(module, "read_file_into", failing)
     for dtype in (None, torch.bfloat16):  # read in place, and through the ring
         calls.clear()
         tuning = Tuning(chunk_bytes=4096, ring_bytes=4096)
@@ -473,13 +476,13 @@ def test_an_error_of_a_reader_is_raised_and_stops_the_others(pth: Path, monkeypa
 
 
 def test_a_file_that_changes_during_the_load_is_an_error(pth: Path, monkeypatch: pytest.MonkeyPatch):
-    real = stream_engine.read_bytes_into
+    real = stream_engine.read_file_into
 
-    def touching(memory: memoryview, path: Path, offset: int, **options: bool) -> None:
-        os.utime(path, ns=(1, 1))
-        real(memory, path, offset, **options)
+    def touching(memory: memoryview, file: io.FileIO, offset: int) -> None:
+        os.utime(pth, ns=(1, 1))
+        real(memory, file, offset)
 
-    monkeypatch.setattr(stream_engine, "read_bytes_into", touching)
+    monkeypatch.setattr(stream_engine, "read_file_into", touching)
     with pytest.raises(CheckpointError, match=r"model.pth: changed while it was being read"):
         GPTModel.from_checkpoint(pth, config=HEADS)
 

@@ -67,7 +67,8 @@ def test_late_and_short_reads_change_no_bit(
     chance = random.Random(7)
     troubled = lambda *args, **kwargs: Troubled(builtins.open(*args, **kwargs), chance)  # noqa: E731, SIM115
     plain = GPTModel.from_checkpoint(path, config=HEADS, dtype=dtype)
-    monkeypatch.setattr(reading, "open", troubled, raising=False)
+    for module in (reading, stream_engine):
+        monkeypatch.setattr(module, "open", troubled, raising=False)
     loaded = GPTModel.from_checkpoint(path, strategy="stream", config=HEADS, dtype=dtype, tuning=SMALL)
     assert_equal_bits(loaded, expected, dtype)
     assert_equal_bits(loaded, plain.state_dict())
@@ -125,7 +126,16 @@ def readers_left() -> list[str]:
     return [each.name for each in threading.enumerate() if each.name.startswith("gpt2lite-reader")]
 
 
-@pytest.mark.parametrize("where", ["a reader", "a copy"])
+@pytest.mark.parametrize("count", [1, 3, 4, 64])
+def test_shares_are_runs_in_order_of_about_as_many_bytes(count: int):
+    pieces = [stream_engine.Piece(None, (), 0, 1, i, nbytes) for i, nbytes in enumerate([7, 1, 9, 3] * 5)]  # type: ignore[arg-type]
+    found = stream_engine.shares(pieces, count)
+    assert [piece for share in found for piece in share] == pieces
+    assert len(found) <= count
+    assert max(sum(p.nbytes for p in share) for share in found) <= 100 / count + 9
+
+
+@pytest.mark.parametrize("where", ["a reader in place", "a reader", "a copy"])
 def test_an_error_leaves_no_thread_and_no_open_file(
     where: str, case: tuple[Path, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
 ):
@@ -134,15 +144,21 @@ def test_an_error_leaves_no_thread_and_no_open_file(
     def failing(*_: object, **__: object) -> None:
         raise ZeroDivisionError(f"{where} broke")
 
-    if where == "a reader":
-        monkeypatch.setattr(stream_engine, "read_bytes_into", failing)
+    if where == "a reader in place":
+        monkeypatch.setattr(stream_engine, "read_file_into", failing)
+    elif where == "a reader":
+        monkeypatch.setattr(reading, "read_file_into", failing)
     else:
         monkeypatch.setattr(stream_engine, "landings", failing)
     folder = Path("/proc/self/fd")
     before = len(list(folder.iterdir())) if folder.exists() else 0
     with pytest.raises(ZeroDivisionError, match=f"{where} broke"):
         GPTModel.from_checkpoint(
-            path, strategy="stream", config=HEADS, dtype=torch.bfloat16, tuning=Tuning(ring_bytes=1 << 15)
+            path,
+            strategy="stream",
+            config=HEADS,
+            dtype=None if where == "a reader in place" else torch.bfloat16,
+            tuning=Tuning(ring_bytes=1 << 15),
         )
     assert readers_left() == []
     assert not folder.exists() or len(list(folder.iterdir())) == before

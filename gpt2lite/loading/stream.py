@@ -13,14 +13,23 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import chain, groupby, takewhile
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Event
 
 import torch
 from torch import Tensor
 
 from gpt2lite.checkpoint.manifest import TensorSpan, contiguous_stride
-from gpt2lite.checkpoint.reading import as_strided, forget_cached, memory_of, read_bytes_into
+from gpt2lite.checkpoint.reading import (
+    as_strided,
+    drop_cached,
+    forget_cached,
+    memory_of,
+    read_bytes_into,
+    read_file_into,
+)
 from gpt2lite.loading.plan import Progress, Target
 from gpt2lite.loading.tuning import Tuning
 
@@ -199,10 +208,48 @@ def _is_direct(source: Source) -> bool:
     )
 
 
-def _read_direct(piece: Piece, keep_cached: bool) -> int:
-    rows = piece.source.destinations[0].tensor[piece.prefix][piece.start : piece.stop]
-    read_bytes_into(memory_of(rows), piece.source.span.path, piece.offset, keep_cached=keep_cached)
-    return piece.nbytes
+def shares(pieces: list[Piece], count: int) -> list[list[Piece]]:
+    """Runs of neighbours on disk for `count` readers, of about as many bytes each."""
+    total, before = sum(piece.nbytes for piece in pieces), 0
+    found: list[list[Piece]] = [[] for _ in range(count)]
+    for piece in pieces:
+        found[before * count // total].append(piece)
+        before += piece.nbytes
+    return [share for share in found if share]
+
+
+def _read_share(share: list[Piece], done: SimpleQueue[int | BaseException], stop: Event, keep: bool) -> None:
+    """One reader's part of what needs no buffer, in order, so that the system can read ahead for it.
+
+    Tells how many bytes it has read, or why it cannot go on.
+    """
+    try:
+        for path, pieces in groupby(share, lambda piece: piece.source.span.path):
+            with open(path, "rb", buffering=0) as file:
+                for piece in takewhile(lambda _: not stop.is_set(), pieces):
+                    rows = piece.source.destinations[0].tensor[piece.prefix][piece.start : piece.stop]
+                    read_file_into(memory_of(rows), file, piece.offset)
+                    if not keep:
+                        drop_cached(file.fileno(), piece.offset, piece.nbytes)
+                    done.put(piece.nbytes)
+    except BaseException as error:
+        done.put(error)
+
+
+def _read_in_place(pieces: list[Piece], pool: ThreadPoolExecutor, tuning: Tuning) -> Iterator[int]:
+    """Read what needs no buffer; yields the bytes of each piece. Stops all readers when one fails."""
+    done: SimpleQueue[int | BaseException] = SimpleQueue()
+    stop = Event()
+    try:
+        for share in shares(pieces, tuning.readers):
+            pool.submit(_read_share, share, done, stop, tuning.keep_cached)
+        for _ in pieces:
+            said = done.get()
+            if isinstance(said, BaseException):
+                raise said
+            yield said
+    finally:
+        stop.set()
 
 
 def _read_chunk(chunk: Chunk, slot: Tensor, keep_cached: bool) -> int:
@@ -343,10 +390,10 @@ def fill(
     pool = ThreadPoolExecutor(tuning.readers, thread_name_prefix="gpt2lite-reader")
     done = 0
     try:
-        read_directly = pool.map(_read_direct, direct, repeat(tuning.keep_cached))
+        in_place = _read_in_place(direct, pool, tuning)
         ring = Ring(*ring_shape(chunks, tuning), device) if chunks else None
         staged = _deliver_all(chunks, ring, pool, tuning.keep_cached) if ring else ()
-        for nbytes in chain(read_directly, staged):
+        for nbytes in chain(in_place, staged):
             done += nbytes
             progress(done, total)
     finally:
