@@ -340,7 +340,7 @@ def _forecast_stream(plan: LoadPlan) -> Forecast:
     _, chunks = reads(_sources(plan, on_meta), plan.device, plan.tuning)
     slots, slot_bytes = ring_shape(chunks, plan.tuning)
     if plan.device.type == "cuda":
-        ledger.device.touch(LANE_BUFFERS * slot_bytes)
+        ledger.device.touch(min(slots, LANE_BUFFERS) * slot_bytes)
         ledger.host.take(_power_of_two(slots * slot_bytes))  # page-locked memory comes so, and stays cached
     else:  # a slot is written to as far as the largest of its chunks, which take turns
         turns = (chunks[slot::slots] for slot in range(slots))

@@ -258,16 +258,14 @@ def _read_chunk(chunk: Chunk, slot: Tensor, keep_cached: bool) -> int:
 
 
 class Lane:
-    """The way onto a CUDA device: two buffers there, filled by turns on a stream of its own.
+    """The way onto a CUDA device: buffers there, filled by turns on a stream of their own.
 
-    So one is copied to over the bus while the other is scattered on the stream of whoever loads.
+    So one is filled over the bus while another is scattered on the stream of whoever loads.
     """
 
-    def __init__(self, slot_bytes: int, device: torch.device) -> None:
+    def __init__(self, count: int, nbytes: int, device: torch.device) -> None:
         self.device = device
-        self.buffers = torch.empty(LANE_BUFFERS * slot_bytes, dtype=torch.uint8, device=device).split(
-            slot_bytes
-        )
+        self.buffers = torch.empty(count * nbytes, dtype=torch.uint8, device=device).split(nbytes)
         self.copying = torch.cuda.Stream(device)
         self.copying.wait_stream(torch.cuda.current_stream(device))  # that is where the buffers were made
         self.scattered: dict[int, torch.cuda.Event] = {}
@@ -275,7 +273,7 @@ class Lane:
 
     def carry(self, flat: Tensor) -> tuple[Tensor, torch.cuda.Event]:
         """Start a copy of page-locked bytes; what the current stream is given next waits for its event."""
-        self.turn = (self.turn + 1) % LANE_BUFFERS
+        self.turn = (self.turn + 1) % len(self.buffers)
         with torch.cuda.stream(self.copying):
             if self.turn in self.scattered:
                 self.copying.wait_event(self.scattered[self.turn])
@@ -292,13 +290,13 @@ class Lane:
 class Ring:
     """Equal host buffers in one allocation, page-locked and with a lane to the device where that is CUDA.
 
-    Costs `count × slot_bytes` on the host and, for a CUDA device, LANE_BUFFERS × `slot_bytes` there.
+    Costs `count × slot_bytes` on the host and, for a CUDA device, two of them there (or `count`, if less).
     """
 
     def __init__(self, count: int, slot_bytes: int, device: torch.device) -> None:
         on_cuda = device.type == "cuda"
         self.slots = deque(allocate_ring(count * slot_bytes, pinned=on_cuda).split(slot_bytes))
-        self.lane = Lane(slot_bytes, device) if on_cuda else None
+        self.lane = Lane(min(count, LANE_BUFFERS), slot_bytes, device) if on_cuda else None
         self.copied: dict[int, torch.cuda.Event] = {}
 
     def take(self) -> Tensor:
