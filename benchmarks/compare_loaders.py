@@ -164,6 +164,7 @@ WANTED = (
     ("stream", "read into fresh memory", False, "load", 1 / 0.8),
     ("stream", "read into fresh huge pages", False, "load", 1 / 0.8),
     ("mmap", "transformers", False, "load", 0.5),
+    ("mmap, Hub layout", "transformers", False, "load", 0.5),  # the very file that the peer maps
     ("mmap", "transformers", False, "logits", 1.0),
     ("mmap, Hub layout", "torch.load(mmap=True)", False, "load", 2.0),
     ("stream", "read, 1 thread", True, "load", 1 / 0.9),
