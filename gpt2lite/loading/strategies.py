@@ -19,9 +19,10 @@ from gpt2lite.checkpoint.reading import map_tensors, prefetch, read_tensors, siz
 from gpt2lite.errors import UsageError
 from gpt2lite.loading.forecast import MIB, Forecast, Ledger, round_up
 from gpt2lite.loading.pages import allocate_together
+from gpt2lite.loading.pieces import Source, make_source
 from gpt2lite.loading.plan import LoadPlan, Target
 from gpt2lite.loading.skeleton import replace_tensor, saved_tensors, storage_bytes, unsaved_buffers
-from gpt2lite.loading.stream import LANE_BUFFERS, Source, fill, make_source, reads, ring_shape
+from gpt2lite.loading.stream import LANE_BUFFERS, fill, reads, ring_shape
 
 CPU = torch.device("cpu")
 
