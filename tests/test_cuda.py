@@ -55,7 +55,7 @@ def test_every_strategy_gives_the_bits_of_plain_torch_on_cuda(
 def test_a_ring_that_is_reused_many_times_never_overwrites_what_is_being_copied(
     kind: str, ring_bytes: int, tmp_path: Path
 ):
-    tuning = Tuning(chunk_bytes=ring_bytes, ring_bytes=ring_bytes)
+    tuning = Tuning(chunk_bytes=max(ring_bytes, 4096), ring_bytes=ring_bytes)
     make, save = KINDS[kind]
     peer = make()
     path = save(peer.state_dict(), tmp_path)
@@ -70,6 +70,8 @@ def test_a_slow_device_does_not_let_a_slot_be_overwritten(tmp_path: Path, monkey
 
     def late(self: stream_engine.Ring, chunk: stream_engine.Chunk, slot: torch.Tensor) -> None:
         torch.cuda._sleep(2_000_000)
+        with torch.cuda.stream(self.lane.copying):
+            torch.cuda._sleep(3_000_000)
         real(self, chunk, slot)
 
     monkeypatch.setattr(stream_engine.Ring, "deliver", late)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import gc
 import itertools
 import os
 import random
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,10 @@ import torch
 from test_forecast import needs_proc, pages_cached
 from test_loading import HEADS, KINDS, assert_equal_bits, expected_parameters
 
-from gpt2lite import GPTConfig, GPTModel, Tuning, UsageError, forecast, track_memory
+from gpt2lite import GPTConfig, GPTModel, Tuning, UsageError, forecast, load_module, track_memory
 from gpt2lite.benchmarking import write_random_checkpoint
 from gpt2lite.checkpoint import reading
+from gpt2lite.collector import collector_paused
 from gpt2lite.loading import stream as stream_engine
 
 MIB = 1 << 20
@@ -164,6 +167,81 @@ def test_an_error_leaves_no_thread_and_no_open_file(
     assert not folder.exists() or len(list(folder.iterdir())) == before
 
 
+@pytest.mark.parametrize("dtype", CASTS)
+def test_an_error_of_the_callers_progress_stops_the_readers(
+    dtype: torch.dtype | None, case: tuple[Path, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+):
+    real, calls = reading.read_file_into, []
+
+    def slow(memory: memoryview, file: Any, offset: int) -> None:
+        calls.append(offset)
+        time.sleep(0.002)
+        real(memory, file, offset)
+
+    for module in (stream_engine, reading):
+        monkeypatch.setattr(module, "read_file_into", slow)
+
+    def failing(done: int, total: int) -> None:
+        raise ZeroDivisionError("enough")
+
+    options = {"dtype": dtype, "tuning": SMALL, "config": HEADS}
+    GPTModel.from_checkpoint(case[0], strategy="stream", **options)
+    whole = len(calls)
+    calls.clear()
+    with pytest.raises(ZeroDivisionError, match="enough"):
+        GPTModel.from_checkpoint(case[0], strategy="stream", **options, progress=failing)
+    assert len(calls) < whole
+    assert readers_left() == []
+
+
+def test_an_error_that_is_kept_does_not_hold_the_model_once_it_is_gone(
+    case: tuple[Path, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+):
+    """Without the garbage collector's help."""
+    held = []
+
+    def failing(memory: memoryview, *_: object) -> None:
+        held.append(weakref.ref(memory.obj))
+        raise ZeroDivisionError("broke")
+
+    monkeypatch.setattr(stream_engine, "read_file_into", failing)
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(ZeroDivisionError, match="broke"):
+            GPTModel.from_checkpoint(case[0], strategy="stream", config=HEADS)
+        assert held
+        assert [each for each in held if each() is not None] == []
+    finally:
+        gc.enable()
+
+
+def test_overlapping_loads_leave_the_collector_as_it_was():
+    first, second = collector_paused(), collector_paused()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not gc.isenabled()
+    second.__exit__(None, None, None)
+    assert gc.isenabled()
+
+
+class Empty(torch.nn.Module):
+    """Nothing, of two dtypes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("counts", torch.empty(0, dtype=torch.int64))
+        self.register_buffer("values", torch.empty(0, 3))
+
+
+def test_empty_tensors_of_two_dtypes_can_be_saved_again(tmp_path: Path):
+    torch.save(Empty().state_dict(), tmp_path / "model.pth")
+    loaded = load_module(Empty, tmp_path / "model.pth", strategy="stream")
+    torch.save(loaded.state_dict(), tmp_path / "again.pth")
+    assert torch.load(tmp_path / "again.pth", weights_only=True)["values"].shape == (0, 3)
+
+
 def test_a_system_that_grants_no_memory_is_one_clear_error(tmp_path: Path):
     resource = pytest.importorskip("resource", reason="this system has no resource limits")
     script = f"""
@@ -224,12 +302,16 @@ def forget(path: Path) -> None:
 
 
 @needs_proc
-def test_prefetch_reads_what_is_mapped_and_mmap_alone_does_not(large: Path):
+@pytest.mark.parametrize("chunk_bytes", [Tuning().chunk_bytes, 10_000_001])
+def test_prefetch_reads_what_is_mapped_and_mmap_alone_does_not(chunk_bytes: int, large: Path):
     wanted = forecast(large, config={"n_heads": 8})["mmap"].stays_mapped
     for prefetch in (False, True):
         forget(large)
         loaded = GPTModel.from_checkpoint(
-            large, strategy="mmap", config={"n_heads": 8}, tuning=Tuning(prefetch=prefetch)
+            large,
+            strategy="mmap",
+            config={"n_heads": 8},
+            tuning=Tuning(prefetch=prefetch, chunk_bytes=chunk_bytes),
         )
         assert (pages_cached(large) >= 0.9 * wanted) is prefetch
     assert_equal_bits(loaded, GPTModel.from_checkpoint(large, config={"n_heads": 8}).state_dict())
@@ -267,13 +349,18 @@ def test_prefetching_changes_no_bit(kind: str, dtype: torch.dtype | None, tmp_pa
         ({"readers": 0}, "readers must be a whole number in 1 … 64, got 0"),
         ({"readers": 1.5}, "readers must be a whole number"),
         ({"readers": True}, "readers must be a whole number"),
-        ({"chunk_bytes": 1}, "chunk_bytes must be a whole number in 64"),
+        ({"chunk_bytes": 64}, "chunk_bytes must be a whole number in 4096"),
         ({"ring_bytes": "64MiB"}, "ring_bytes must be a whole number"),
     ],
 )
 def test_numbers_that_cannot_work_are_refused(arguments: dict[str, Any], said: str):
     with pytest.raises(UsageError, match=said):
         Tuning(**arguments)
+
+
+def test_what_is_no_tuning_is_refused(case: tuple[Path, dict[str, torch.Tensor]]):
+    with pytest.raises(UsageError, match=r"tuning must be a gpt2lite.Tuning, got dict"):
+        GPTModel.from_checkpoint(case[0], config=HEADS, tuning={"readers": 2})  # type: ignore[arg-type]
 
 
 def test_prefetch_goes_with_mmap_alone(case: tuple[Path, dict[str, torch.Tensor]]):

@@ -79,10 +79,16 @@ def chunks_of(parts: Sequence[Tensor], axis: int, dtype: torch.dtype) -> Iterato
 def made_ahead(chunks: Iterable[memoryview]) -> Iterator[memoryview]:
     """The same chunks in the same order, the next made in a thread while one is written: two at a time."""
     coming = iter(chunks)
+    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+
+    def make() -> memoryview | None:
+        with torch.cuda.stream(stream):  # the caller's: a thread has another one, which waits for nothing
+            return next(coming, None)
+
     with ThreadPoolExecutor(1) as maker:
-        following = maker.submit(next, coming, None)
+        following = maker.submit(make)
         while (chunk := following.result()) is not None:
-            following = maker.submit(next, coming, None)
+            following = maker.submit(make)
             yield chunk
 
 

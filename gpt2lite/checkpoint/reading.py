@@ -169,17 +169,22 @@ def prefetch(tensors: Iterable[Tensor], readers: int, chunk_bytes: int) -> None:
     if sys.platform != "linux":
         return
     advise = ctypes.CDLL(None).madvise
+    page, step = mmap.PAGESIZE, max(chunk_bytes, STEP) // mmap.PAGESIZE * mmap.PAGESIZE
 
     def touch(begin: int, end: int) -> None:
         for advice in (MADV_WILLNEED, MADV_POPULATE_READ):
             advise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)
 
-    with ThreadPoolExecutor(readers) as pool:
+    pool = ThreadPoolExecutor(readers)
+    try:
         for tensor in tensors:
-            begin = tensor.data_ptr() // PAGE * PAGE
+            begin = tensor.data_ptr() // page * page
             end = tensor.data_ptr() + tensor.untyped_storage().nbytes()
-            for at in range(begin, end, chunk_bytes):
-                pool.submit(touch, at, min(at + chunk_bytes, end))
+            for at in range(begin, end, step):
+                pool.submit(touch, at, min(at + step, end))
+        pool.shutdown(wait=True)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def map_tensors(spans: Iterable[TensorSpan]) -> dict[str, Tensor]:

@@ -60,7 +60,9 @@ def load(
     """
     resolved = resolve_device(device)
     budget = find_budget(resolved, max_host_memory, max_device_memory)
-    tuning = tuning or Tuning()
+    tuning = Tuning() if tuning is None else tuning
+    if not isinstance(tuning, Tuning):
+        raise UsageError(f"tuning must be a gpt2lite.Tuning, got {type(tuning).__name__}")
     for said, goes_with in ((not tuning.keep_cached, "stream"), (tuning.prefetch, "mmap")):
         if said and strategy in STRATEGIES.keys() - {goes_with}:
             option = "keep_cached=False" if goes_with == "stream" else "prefetch=True"

@@ -118,8 +118,8 @@ def helps(plan: LoadPlan, strategy: str, budget: Budget) -> Iterator[str]:
         fitting = (name for name in AUTO if not judge(changed, name, budget).lacking)
         if not is_none and not any(set(change) > less for less in enough) and (name := next(fitting, None)):
             enough.append(set(change))
-            cached = [] if plan.tuning.keep_cached or name == "stream" else ["Tuning(keep_cached=True)"]
-            yield ", ".join([*change, f'strategy="{name}"', *cached])
+            refused = plan.tuning.prefetch if name == "stream" else not plan.tuning.keep_cached
+            yield ", ".join([*change, f'strategy="{name}"', *["tuning=Tuning()"] * refused])
 
 
 def _halved(dtype: torch.dtype) -> torch.dtype:

@@ -1,8 +1,8 @@
 """Host memory for all parameters at once, on huge pages where the system has them.
 
 Fresh memory costs more than reading into it: the kernel clears it, and takes one fault for each page. Pages
-of 2 MiB instead of 4 KiB took a gpt2-xl from 1.6 to 0.5 s (two cores, file cached); tensors allocated one by
-one have too few of them that are aligned (0.7 s).
+of 2 MiB instead of 4 KiB read a gpt2-xl in 0.6 instead of 1.5 s (two cores, file cached); tensors allocated
+one by one have fewer of them that are aligned.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def allocate_pages(nbytes: int) -> torch.UntypedStorage:
 
 
 def _room(target: Target) -> int:
-    return -(-target.nbytes // ALIGNMENT) * ALIGNMENT
+    return max(-(-target.nbytes // ALIGNMENT), 1) * ALIGNMENT  # an empty one has an address of its own, too
 
 
 def allocate_together(targets: Sequence[Target]) -> Iterator[tuple[Target, Tensor]]:

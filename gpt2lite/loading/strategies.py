@@ -317,7 +317,8 @@ def stream(plan: LoadPlan) -> nn.Module:
     """Build on meta, allocate on the device, read byte ranges of the ordinary file through a small ring.
 
     Device: the model once, plus two chunks (16 MiB). Host: the ring (64 MiB), or less; on a CPU target the
-    parameters' own memory, one piece on huge pages, is what is read into.
+    parameters' own memory, one piece on huge pages, is what is read into; it is given back when the last of
+    them is gone, and none of them can be resized.
     """
     _reserve_one_segment(plan)
     module = _allocated_together(plan) if plan.device == CPU else _allocated(plan)

@@ -8,9 +8,10 @@ parameter's own memory.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain, groupby, takewhile
+from contextlib import suppress
+from itertools import chain, groupby
 from queue import SimpleQueue
 from threading import Event
 
@@ -29,42 +30,51 @@ from gpt2lite.loading.plan import Progress
 from gpt2lite.loading.tuning import Tuning
 
 FEWEST_SLOTS = 8
+FAILED = -1
 LANE_BUFFERS = 2  # on a CUDA device, each as large as a slot
 MAX_ITEM_BYTES = 16  # complex128; slots begin at multiples of it, so that bytes can be viewed as any dtype
 
 
-def _read_share(share: list[Piece], done: SimpleQueue[int | BaseException], stop: Event, keep: bool) -> None:
+def _read_share(share: list[Piece], done: SimpleQueue[int], stop: Event, keep_cached: bool) -> None:
     """One reader's part of what needs no buffer, in order, so that the system can read ahead for it.
 
-    Tells how many bytes it has read, or why it cannot go on.
+    Tells how many bytes it has read, or FAILED.
     """
     try:
         for path, pieces in groupby(share, lambda piece: piece.source.span.path):
             with open(path, "rb", buffering=0) as file:
-                for piece in takewhile(lambda _: not stop.is_set(), pieces):
+                for piece in pieces:
+                    if stop.is_set():
+                        return
                     rows = piece.source.destinations[0].tensor[piece.prefix][piece.start : piece.stop]
                     read_file_into(memory_of(rows), file, piece.offset)
-                    if not keep:
+                    if not keep_cached:
                         drop_cached(file.fileno(), piece.offset, piece.nbytes)
                     done.put(piece.nbytes)
-    except BaseException as error:
-        done.put(error)
+    except BaseException:
+        stop.set()
+        done.put(FAILED)
+        raise
 
 
-def _read_in_place(pieces: list[Piece], pool: ThreadPoolExecutor, tuning: Tuning) -> Iterator[int]:
+def _read_in_place(
+    pieces: list[Piece], pool: ThreadPoolExecutor, tuning: Tuning
+) -> Generator[int, None, None]:
     """Read what needs no buffer; yields the bytes of each piece. Stops all readers when one fails."""
-    done: SimpleQueue[int | BaseException] = SimpleQueue()
-    stop = Event()
+    done: SimpleQueue[int] = SimpleQueue()
+    stop, futures = Event(), list[Future[None]]()
     try:
         for share in shares(pieces, tuning.readers):
-            pool.submit(_read_share, share, done, stop, tuning.keep_cached)
+            futures.append(pool.submit(_read_share, share, done, stop, tuning.keep_cached))
         for _ in pieces:
-            said = done.get()
-            if isinstance(said, BaseException):
-                raise said
-            yield said
+            nbytes = done.get()
+            if nbytes == FAILED:
+                for _ in map(Future.result, futures):  # raises what that reader did
+                    continue
+            yield nbytes
     finally:
         stop.set()
+        futures.clear()  # or an error holds this frame, this frame the error, and both the parameters
 
 
 def _read_chunk(chunk: Chunk, slot: Tensor, keep_cached: bool) -> int:
@@ -113,6 +123,7 @@ class Ring:
         self.slots = deque(allocate_ring(count * slot_bytes, pinned=on_cuda).split(slot_bytes))
         self.lane = Lane(min(count, LANE_BUFFERS), slot_bytes, device) if on_cuda else None
         self.copied: dict[int, torch.cuda.Event] = {}
+        self.spare = 1 if on_cuda else 0  # the slot whose copy has just begun: to take it is to wait for that
 
     def take(self) -> Tensor:
         """The oldest slot, once its last copy is done."""
@@ -153,13 +164,13 @@ def _deliver_all(
     """Read ahead into every free slot, deliver in order; yields the bytes of each chunk delivered."""
     waiting, ahead = deque(chunks), deque[tuple[Chunk, Tensor, Future[int]]]()
     while waiting or ahead:
-        while waiting and ring.slots:
+        while waiting and (len(ring.slots) > ring.spare or (ring.slots and not ahead)):
             chunk, slot = waiting.popleft(), ring.take()
             ahead.append((chunk, slot, pool.submit(_read_chunk, chunk, slot, keep_cached)))
         chunk, slot, reading = ahead.popleft()
-        reading.result()
+        nbytes = reading.result()
         ring.deliver(chunk, slot)
-        yield chunk.nbytes
+        yield nbytes
 
 
 def ring_shape(chunks: list[Chunk], tuning: Tuning) -> tuple[int, int]:
@@ -201,18 +212,19 @@ def fill(
     direct, chunks = reads(sources, device, tuning)
     total = sum(piece.nbytes for piece in direct) + sum(chunk.nbytes for chunk in chunks)
     pool = ThreadPoolExecutor(tuning.readers, thread_name_prefix="gpt2lite-reader")
-    done = 0
+    done, in_place = 0, _read_in_place(direct, pool, tuning)
     try:
-        in_place = _read_in_place(direct, pool, tuning)
         ring = Ring(*ring_shape(chunks, tuning), device) if chunks else None
         staged = _deliver_all(chunks, ring, pool, tuning.keep_cached) if ring else ()
         for nbytes in chain(in_place, staged):
             done += nbytes
             progress(done, total)
     finally:
+        in_place.close()
         pool.shutdown(wait=True, cancel_futures=True)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         if not tuning.keep_cached:  # again: pages that two reads share, and what the system read ahead
             for path in {source.span.path for source in sources}:
-                forget_cached(path)
+                with suppress(OSError):
+                    forget_cached(path)

@@ -17,20 +17,21 @@ def _cpus() -> int:
 
 
 def _readers() -> int:
-    """Four keep a disk busy whatever the processors; beyond eight nothing was gained."""
+    """Four keep a disk busy whatever the processors; eight are many for one bus."""
     return max(4, min(_cpus(), 8))
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """How `stream` and `mmap` read; the defaults are what `benchmarks/sweep_stream.py` found best.
+    """How `stream` and `mmap` read; `benchmarks/sweep_stream.py` shows what the numbers do.
 
-    `readers` threads read at once, `chunk_bytes` at most with one call. What cannot be read into its place
-    goes through a ring of chunks of `ring_bytes` in all, which is host memory (made smaller where that is
-    short). `keep_cached=False` lets what `stream` read go out of the page cache behind the reads, for
-    containers that count it. `prefetch` has `mmap` read and map everything before it returns, so that the
-    first logits do not wait for the disk or for one fault a page; what it reads can be reclaimed like the
-    rest. Raises UsageError for numbers that cannot work.
+    `readers` threads read at once, `chunk_bytes` at most before they look up (for progress, or an error).
+    What cannot be read into its place goes through a ring of `ring_bytes` of host memory (made smaller where
+    that is short), an eighth of it at a time. `keep_cached=False` lets the file that `stream` read go out of
+    the page cache, behind the reads and all of it at the end, for containers that count it. `prefetch` has
+    `mmap` read and map everything before it returns, so that the first logits do not wait for the disk or
+    for one fault a page; what it reads can be reclaimed like the rest. Raises UsageError for numbers that
+    cannot work.
     """
 
     readers: int = field(default_factory=_readers)
@@ -42,7 +43,7 @@ class Tuning:
     def __post_init__(self) -> None:
         for name, least, most in (
             ("readers", 1, MOST_READERS),
-            ("chunk_bytes", 64, 1 << 30),
+            ("chunk_bytes", 4096, 1 << 30),
             ("ring_bytes", 64, 1 << 36),
         ):
             value = getattr(self, name)
