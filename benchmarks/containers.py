@@ -31,7 +31,7 @@ from forecast_accuracy import SIZES
 
 from gpt2lite import GPTConfig, GPTModel, InsufficientMemoryError, forecast, save_per_tensor
 from gpt2lite.benchmarking import write_random_checkpoint
-from gpt2lite.checkpoint.reading import drop_cached
+from gpt2lite.checkpoint.reading import forget_cached
 from gpt2lite.cli.env import environment
 from gpt2lite.cli.terminal import steps_bar
 from gpt2lite.loading import STRATEGIES
@@ -78,9 +78,7 @@ def held(folder: Path) -> int:
 def forget(path: Path) -> None:
     """Drop a checkpoint from the page cache, so that whoever reads it is charged for it."""
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        with open(file, "rb") as opened:
-            os.fsync(opened.fileno())
-            drop_cached(opened.fileno())
+        forget_cached(file)
 
 
 def load_within(

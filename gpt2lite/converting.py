@@ -21,7 +21,7 @@ from torch import Tensor
 from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.checkpoint.chunks import CHUNK_BYTES, TensorToWrite, join
 from gpt2lite.checkpoint.manifest import Manifest
-from gpt2lite.checkpoint.reading import drop_cached, map_tensors, memory_of, read_bytes_into
+from gpt2lite.checkpoint.reading import forget_cached, map_tensors, memory_of, read_bytes_into
 from gpt2lite.checkpoint.writing import (
     Progress,
     fill_tensor_folder,
@@ -370,13 +370,6 @@ def _written_files(job: Conversion, path: Path) -> list[Path]:
     return sorted(path.glob("*.safetensors")) if shards else [path]
 
 
-def _forget_cached(manifest: Manifest) -> None:
-    for path in manifest.files:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-            drop_cached(file.fileno())
-
-
 def verify(job: Conversion, path: Path, digests: Mapping[str, Callable[[], bytes]]) -> None:
     """Read back what was written and compare names, dtypes, shapes and every byte's hash.
 
@@ -385,7 +378,8 @@ def verify(job: Conversion, path: Path, digests: Mapping[str, Callable[[], bytes
     manifests = [open_checkpoint(file) for file in _written_files(job, path)]
     spans = {name: span for manifest in manifests for name, span in manifest.tensors.items()}
     for manifest in manifests:
-        _forget_cached(manifest)
+        for file in manifest.files:
+            forget_cached(file)
     inside = f"{TARGETS[job.to].wrapper}." if job.format == "pth" and TARGETS[job.to].wrapper else ""
     wanted = {inside + tensor.name: tensor for tensor in job.tensors}
     wrong = sorted(spans.keys() ^ wanted.keys())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import gc
 import itertools
-import os
 import random
 import signal
 import subprocess
@@ -294,9 +293,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def forget(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        reading.drop_cached(file.fileno())
+    reading.forget_cached(path)
     if pages_cached(path) > path.stat().st_size // 4:
         pytest.skip("this file system does not give cached pages back")
 
@@ -351,6 +348,8 @@ def test_prefetching_changes_no_bit(kind: str, dtype: torch.dtype | None, tmp_pa
         ({"readers": True}, "readers must be a whole number"),
         ({"chunk_bytes": 64}, "chunk_bytes must be a whole number in 4096"),
         ({"ring_bytes": "64MiB"}, "ring_bytes must be a whole number"),
+        ({"prefetch": "no"}, "prefetch must be True or False, got 'no'"),
+        ({"keep_cached": 0}, "keep_cached must be True or False, got 0"),
     ],
 )
 def test_numbers_that_cannot_work_are_refused(arguments: dict[str, Any], said: str):
@@ -361,6 +360,8 @@ def test_numbers_that_cannot_work_are_refused(arguments: dict[str, Any], said: s
 def test_what_is_no_tuning_is_refused(case: tuple[Path, dict[str, torch.Tensor]]):
     with pytest.raises(UsageError, match=r"tuning must be a gpt2lite.Tuning, got dict"):
         GPTModel.from_checkpoint(case[0], config=HEADS, tuning={"readers": 2})  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"tuning must be a gpt2lite.Tuning, got dict"):
+        forecast(case[0], config=HEADS, tuning={"readers": 2})  # type: ignore[arg-type]
 
 
 def test_prefetch_goes_with_mmap_alone(case: tuple[Path, dict[str, torch.Tensor]]):

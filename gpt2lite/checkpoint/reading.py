@@ -68,8 +68,9 @@ def drop_cached(file: int, offset: int = 0, nbytes: int = 0) -> None:
 
 
 def forget_cached(path: Path) -> None:
-    """Give the cached pages of a whole file back."""
+    """Give the cached pages of a whole file back, once the disk has them."""
     with open(path, "rb") as file:
+        os.fsync(file.fileno())
         drop_cached(file.fileno())
 
 

@@ -60,14 +60,11 @@ def load(
     """
     resolved = resolve_device(device)
     budget = find_budget(resolved, max_host_memory, max_device_memory)
-    tuning = Tuning() if tuning is None else tuning
-    if not isinstance(tuning, Tuning):
-        raise UsageError(f"tuning must be a gpt2lite.Tuning, got {type(tuning).__name__}")
-    for said, goes_with in ((not tuning.keep_cached, "stream"), (tuning.prefetch, "mmap")):
+    plan = make_plan(reading, build, resolved, dtype=dtype, progress=progress, tuning=tuning, hint=hint)
+    for said, goes_with in ((not plan.tuning.keep_cached, "stream"), (plan.tuning.prefetch, "mmap")):
         if said and strategy in STRATEGIES.keys() - {goes_with}:
             option = "keep_cached=False" if goes_with == "stream" else "prefetch=True"
             raise UsageError(f'{option} goes with strategy="{goes_with}" or "auto", not {strategy!r}')
-    plan = make_plan(reading, build, resolved, dtype=dtype, progress=progress, tuning=tuning, hint=hint)
     name, plan = choose(plan, strategy, budget)
     try:
         module = _filled(name, plan)

@@ -136,6 +136,8 @@ def make_plan(
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UsageError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}")
+    if not isinstance(tuning, Tuning | None):
+        raise UsageError(f"tuning must be a gpt2lite.Tuning, got {type(tuning).__name__}")
     skeleton = build_on_meta(build)
     groups = tied_names(saved_tensors(skeleton))
     _check(reading, groups, hint)

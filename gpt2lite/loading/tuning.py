@@ -49,3 +49,6 @@ class Tuning:
             value = getattr(self, name)
             if type(value) is not int or not least <= value <= most:
                 raise UsageError(f"Tuning: {name} must be a whole number in {least} … {most}, got {value!r}")
+        for name in ("keep_cached", "prefetch"):
+            if type(getattr(self, name)) is not bool:
+                raise UsageError(f"Tuning: {name} must be True or False, got {getattr(self, name)!r}")
