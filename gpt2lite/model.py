@@ -25,6 +25,7 @@ from gpt2lite.collector import collector_paused
 from gpt2lite.config import ACTIVATIONS, OFFICIAL_SIZES, GPTConfig
 from gpt2lite.dialects import UNSAYABLE, Reading, find_config, read_dialect, size_of, with_lora_alpha
 from gpt2lite.errors import UsageError
+from gpt2lite.generation import KVCache, generate, generate_tokens
 from gpt2lite.loading import Forecast, LoadPlan, Progress, Tuning, forecasts, load, make_plan
 from gpt2lite.memory import name_device
 
@@ -58,27 +59,6 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.scale.shape, self.scale, self.shift, 1e-5)
 
 
-class KVCache:
-    """Keys and values of every token seen so far, allocated once for at most `capacity` tokens.
-
-    Costs 2 × n_layers × batch × capacity × emb_dim elements of the model's dtype; `length` counts the
-    tokens that it holds.
-    """
-
-    def __init__(self, config: GPTConfig, batch: int, capacity: int, like: Tensor) -> None:
-        shape = (config.n_layers, 2, batch, config.n_heads, capacity, config.head_dim)
-        self.memory = torch.empty(shape, dtype=like.dtype, device=like.device)
-        self.length = 0
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, H, T, D) behind `length` and return all S = length + T; `length` itself stays."""
-        end = self.length + k.shape[2]
-        keys, values = self.memory[layer, 0], self.memory[layer, 1]
-        keys[:, :, self.length : end] = k
-        values[:, :, self.length : end] = v
-        return keys[:, :, :end], values[:, :, :end]
-
-
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which a token sees itself and what stands before it."""
 
@@ -91,18 +71,19 @@ class CausalSelfAttention(nn.Module):
         self.W_value = Linear(C, C, bias=config.qkv_bias)
         self.out_proj = Linear(C, C, bias=config.bias)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """(B, T, C) → (B, T, C); with a cache, the T tokens follow those that it holds."""
+    def forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
+        """(B, T, C) → (B, T, C); with a cache, the T tokens follow those that it holds.
+
+        `mask`, (T, S) or (B, 1, T, S), says which tokens each may see; None: itself and all before it.
+        """
         B, T, C = x.shape
         projections = (W(x).view(B, T, self.n_heads, -1) for W in (self.W_query, self.W_key, self.W_value))
         q, k, v = (projected.transpose(1, 2) for projected in projections)  # (B, H, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, H, S, D)
-        S = k.shape[2]
-        # is_causal aligns the mask to the first key, so it is right only where nothing precedes the T tokens
-        mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T) if 1 < T < S else None
         drop = self.drop_rate if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, drop, is_causal=T == S)
+        # is_causal aligns to the first key: it is right where nothing precedes the T tokens
+        y = F.scaled_dot_product_attention(q, k, v, mask, drop, is_causal=mask is None and T > 1)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -134,9 +115,9 @@ class TransformerBlock(nn.Module):
         self.norm2 = LayerNorm(config)
         self.drop_resid = nn.Dropout(config.drop_rate)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
         """(B, T, C) → (B, T, C)."""
-        x = x + self.drop_resid(self.att(self.norm1(x), cache))
+        x = x + self.drop_resid(self.att(self.norm1(x), cache, mask))
         return x + self.drop_resid(self.ff(self.norm2(x)))
 
 
@@ -146,6 +127,9 @@ class GPTModel(nn.Module):
     Allocates 4 bytes a parameter (6.23 GB for the tied gpt2-xl) and draws GPT-2's initial values; under
     `torch.device("meta")` it allocates and draws nothing and takes milliseconds.
     """
+
+    generate = generate
+    generate_tokens = generate_tokens
 
     def __init__(self, config: GPTConfig | Mapping[str, Any]) -> None:
         super().__init__()
@@ -294,16 +278,16 @@ class GPTModel(nn.Module):
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Token ids (B, T) → what the head reads, (B, T, C); a cache is extended by T tokens."""
-        start = cache.length if cache else 0
-        T = ids.shape[1]
+        T, start = ids.shape[1], cache.length if cache else 0
         if start + T > self.config.context_length:
             raise UsageError(f"{start + T} tokens do not fit the context of {self.config.context_length}")
-        positions = torch.arange(start, start + T, device=ids.device)
+        positions = cache.positions(T) if cache else torch.arange(T, device=ids.device)
+        mask = cache.mask(T) if cache else None
         x = self.drop_emb(self.tok_emb(ids) + self.pos_emb(positions))
         for block in self.trf_blocks:
-            x = block(x, cache)
-        if cache is not None:
-            cache.length += T
+            x = block(x, cache, mask)
+        if cache:
+            cache.advance(T)
         return self.final_norm(x)
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from stories import stories
 from torch import Tensor
 
+from gpt2lite import generate
 from gpt2lite.config import GPTConfig
-from gpt2lite.generation import generate
 from gpt2lite.model import GPTModel
 from gpt2lite.tokenizer import END_OF_TEXT, WORDS_AND_SPACES, read_encoding
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import gpt2lite.model
+from gpt2lite import generate
 from gpt2lite.config import GPTConfig
-from gpt2lite.generation import generate
 from gpt2lite.model import GPTModel
 from gpt2lite.tokenizer import END_OF_TEXT, read_encoding
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import codecs
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 import torch
@@ -22,9 +24,11 @@ from gpt2lite.cli.terminal import (
     config_of,
     dtype_of,
     local_path,
+    steps_bar,
 )
 from gpt2lite.errors import UsageError
-from gpt2lite.generation import generate_tokens, require_language_head
+from gpt2lite.generation import ENGINES, require_language_head
+from gpt2lite.generation.text import stream_text
 from gpt2lite.loading import STRATEGIES
 from gpt2lite.memory import resolve_device
 from gpt2lite.model import GPTModel
@@ -33,6 +37,9 @@ from gpt2lite.tokenizer import tokenizer_for
 EMBEDDED_PROMPT = "Once upon a time"
 DEFAULT_PROMPT = "Hello, I am"
 DEFAULT_NEW_TOKENS = 240
+ROWS_AT_ONCE = 8
+RULE = "─" * 40 + "\n"
+PATIENCE = 2.0  # seconds without a second token before it is said what takes so long
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a checkpoint, or a model on the Hub: gpt2 … gpt2-xl, owner/name (default: the embedded model)",
     )
     parser.add_argument("--prompt", help=f"default: {EMBEDDED_PROMPT!r}, {DEFAULT_PROMPT!r} for other models")
+    parser.add_argument("--prompts", metavar="FILE", help="a prompt a line; - reads standard input")
+    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts for each prompt")
     parser.add_argument(
         "--max-new-tokens",
         type=int,
@@ -54,7 +63,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--temperature", type=float, default=0.0, help="0 is greedy (default), 1 as the model has it"
     )
     parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens")
-    parser.add_argument("--seed", type=int, help="the same seed, the same text")
+    parser.add_argument("--top-p", type=float, metavar="P", help="among the likeliest that have P together")
+    parser.add_argument("--min-p", type=float, metavar="P", help="among those with P times the likeliest's")
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: less of what was there"
+    )
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before it; can be given again"
+    )
+    parser.add_argument(
+        "--seed", type=int, help="the same seed, the same text; the next text has the next seed"
+    )
+    parser.add_argument(
+        "--window",
+        type=int,
+        metavar="N",
+        help="go on past the context: when it is full, read the last N tokens again",
+    )
     parser.add_argument(
         "--strategy",
         choices=("auto", *STRATEGIES),
@@ -62,6 +87,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto maps the file on CPU, else streams",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default: cpu)")
+    parser.add_argument(
+        "--engine",
+        choices=("auto", *ENGINES),
+        default="auto",
+        help="what runs a token (default: the fastest)",
+    )
     add_revision_argument(parser)
     add_config_arguments(parser)
     parser.add_argument(
@@ -90,50 +121,123 @@ def _load(path: Path, args: argparse.Namespace) -> GPTModel:
         )
 
 
-def _text(tokens: Iterator[torch.Tensor], encoding: tiktoken.Encoding) -> Iterator[str]:
-    """Characters as soon as all their bytes are there; ends before the end-of-text token."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in tokens:
-        if int(token) == encoding.eot_token:
-            break
-        yield decoder.decode(encoding.decode_single_token_bytes(int(token)))
-    yield decoder.decode(b"", final=True)
+def _prompts(args: argparse.Namespace, default: str) -> list[str]:
+    """What to write on from, each as often as it is asked for."""
+    if args.prompts is not None and args.prompt is not None:
+        raise UsageError("--prompt and --prompts exclude each other")
+    if args.num_samples < 1:
+        raise UsageError(f"--num-samples must be at least 1, got {args.num_samples}")
+    if args.num_samples > 1 and args.temperature == 0:
+        raise UsageError("greedy samples are all the same: --num-samples needs a --temperature above 0")
+    prompts = [default if args.prompt is None else args.prompt]
+    if args.prompts is not None:
+        try:
+            read = sys.stdin.read() if args.prompts == "-" else Path(args.prompts).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{args.prompts}: not UTF-8 ({error})") from None
+        prompts = [line for line in read.splitlines() if line.strip()]
+        if not prompts:
+            raise UsageError(f"{args.prompts}: no line with a prompt")
+    return [prompt for prompt in prompts for _ in range(args.num_samples)]
 
 
-def _prompt_ids(prompt: str, encoding: tiktoken.Encoding) -> torch.Tensor:
-    ids = encoding.encode_ordinary(prompt) or [encoding.eot_token]
-    return torch.tensor([ids])
+def _ids(prompt: str, encoding: tiktoken.Encoding) -> list[int]:
+    return encoding.encode_ordinary(prompt) or [encoding.eot_token]
+
+
+def _room(ids: Sequence[Sequence[int]], context: int, args: argparse.Namespace) -> int:
+    """How many tokens to write. Raises UsageError for a prompt that fills the context."""
+    if args.max_new_tokens is not None or args.window is not None:
+        return DEFAULT_NEW_TOKENS if args.max_new_tokens is None else args.max_new_tokens
+    longest = max(map(len, ids))
+    if longest >= context:
+        raise UsageError(
+            f"the prompt has {longest} tokens, the context {context}; shorten it, or pass --window"
+        )
+    return min(DEFAULT_NEW_TOKENS, context - longest)
+
+
+@contextmanager
+def _said_if_slow() -> Iterator[threading.Timer]:
+    """On a terminal says, where nothing comes, what the first run does; yields the timer to cancel."""
+    note = "[the first run compiles its loops for this processor, which takes half a minute]"
+    timer = threading.Timer(PATIENCE, lambda: print(note, file=sys.stderr, flush=True))
+    if sys.stderr.isatty():
+        timer.start()
+    try:
+        yield timer
+    finally:
+        timer.cancel()
+
+
+def _write_one(
+    prompt: str, tokens: Iterator[torch.Tensor], encoding: tiktoken.Encoding, stops: list[str]
+) -> int:
+    """Print a text as it comes; returns the number of its tokens."""
+    count = 0
+    with _said_if_slow() as slow:
+
+        def counted() -> Iterator[int]:
+            nonlocal count
+            for token in tokens:
+                count += 1
+                if count == 2:
+                    slow.cancel()
+                yield int(token)
+
+        print(prompt, end="", flush=True)
+        for piece in stream_text(counted(), encoding, stops):
+            print(piece, end="", flush=True)
+        print()
+    return count
+
+
+def _write_all(
+    model: GPTModel,
+    prompts: list[str],
+    ids: list[list[int]],
+    room: int,
+    seed: int | None,
+    encoding: tiktoken.Encoding,
+    stops: list[str],
+    options: dict[str, Any],
+) -> int:
+    """Print texts, a few rows at a time, a rule between them; returns the number of their tokens."""
+    count, places = 0, range(len(prompts))
+    with steps_bar(prompts, "writing") as bar:
+        for start in places[::ROWS_AT_ONCE]:
+            own_seed = None if seed is None else seed + start
+            rows = model.generate(ids[start : start + ROWS_AT_ONCE], room, seed=own_seed, **options)
+            for place, row in zip(places[start:], rows, strict=False):
+                new = row[len(ids[place]) :].tolist()
+                count += len(new)
+                print(RULE * bool(place) + prompts[place] + "".join(stream_text(new, encoding, stops)))
+                bar.update()
+    return count
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print prompt and continuation as it comes."""
+    """Print prompts and continuations: one as it comes, more of them in batches."""
     path = local_path(args.model, args.revision)
     model = _load(path, args)
     require_language_head(model.config)
     encoding = tokenizer_for(path, model.config.vocab_size)
-    default = EMBEDDED_PROMPT if path == EMBEDDED else DEFAULT_PROMPT
-    prompt = default if args.prompt is None else args.prompt
-    ids = _prompt_ids(prompt, encoding)
-    room = model.config.context_length - ids.shape[1]
-    if room < 1:
-        raise UsageError(
-            f"the prompt has {ids.shape[1]} tokens, the context {model.config.context_length}; shorten it"
-        )
-    tokens = generate_tokens(
-        model,
-        ids,
-        min(DEFAULT_NEW_TOKENS, room) if args.max_new_tokens is None else args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        seed=args.seed,
-        vocabulary=encoding.n_vocab,
-    )
-    began, count = time.perf_counter(), -1  # the last piece is no token
-    print(prompt, end="", flush=True)
-    for piece in _text(tokens, encoding):
-        print(piece, end="", flush=True)
-        count += 1
-    print()
+    prompts = _prompts(args, EMBEDDED_PROMPT if path == EMBEDDED else DEFAULT_PROMPT)
+    ids = [_ids(prompt, encoding) for prompt in prompts]
+    room = _room(ids, model.config.context_length, args)
+    options: dict[str, Any] = {
+        **{name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p")},
+        **{name: getattr(args, name) for name in ("repetition_penalty", "window", "engine")},
+        "stop": [encoding.eot_token, *args.stop],
+        "encoding": encoding,
+    }
+    began, count = time.perf_counter(), 0
+    if len(prompts) == 1:
+        tokens = model.generate_tokens(ids, room, seed=args.seed, **options)
+        count = _write_one(prompts[0], tokens, encoding, args.stop)
+    else:
+        count = _write_all(model, prompts, ids, room, args.seed, encoding, args.stop, options)
     if sys.stderr.isatty():
-        print(f"\n{count / (time.perf_counter() - began):.1f} tokens/s", file=sys.stderr)
+        seconds = time.perf_counter() - began
+        print(f"\n{count} tokens, {count / seconds:.1f} tokens/s", file=sys.stderr)
     return 0

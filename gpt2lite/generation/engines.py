@@ -1,0 +1,202 @@
+"""What runs one token after the prompt: torch itself, numba's loops on the CPU, a CUDA graph."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gpt2lite.errors import UsageError
+from gpt2lite.generation.cache import CursorCache, KVCache
+from gpt2lite.quantization import Int8Linear
+
+if TYPE_CHECKING:
+    from gpt2lite.generation.kernels import Matrix
+
+Step = Callable[[Tensor], Tensor]  # ids (B, 1) → logits (B, V); the cache grows by one token
+MAX_BATCH = 8  # above it torch, which works on blocks of rows, reads a weight's row for all of them at once
+FEWEST_FOR_GRAPH = 16  # tokens that pay for recording one
+ONE_AT_A_TIME = threading.Lock()  # not all of numba's thread pools can be entered twice
+
+
+def last_logits(model: Any, ids: Tensor, cache: KVCache) -> Tensor:
+    """Ids (B, T) → logits (B, V) of the last of them; the head sees no other."""
+    return model.out_head(model.hidden(ids, cache)[:, -1])
+
+
+# ---- torch -------------------------------------------------------------------------------------------------
+
+
+def _torch_step(model: Any, cache: KVCache) -> Step:
+    return lambda ids: last_logits(model, ids, cache)
+
+
+# ---- numba -------------------------------------------------------------------------------------------------
+
+
+def _is_plain(linear: Any) -> bool:
+    """Whether a layer computes what the loops do: no LoRA around it, no other dtype or order."""
+    if isinstance(linear, Int8Linear):
+        return True
+    if type(linear).forward is not nn.Linear.forward:
+        return False
+    weight = linear.weight
+    return weight.dtype in (torch.float32, torch.bfloat16) and 1 in weight.stride()
+
+
+def _lacks_for_numba(model: Any, batch: int) -> str:
+    """Why the loops cannot run this model; empty where they can."""
+    linears = [
+        linear
+        for block in model.trf_blocks
+        for linear in (
+            *(block.att.W_query, block.att.W_key, block.att.W_value, block.att.out_proj),
+            *(block.ff.layers[0], block.ff.layers[2]),
+        )
+    ]
+    dtypes = {linear.weight.dtype for linear in (*linears, model.out_head)}
+    if model.pos_emb.weight.device.type != "cpu":
+        return "the model is not on the CPU"
+    if batch > MAX_BATCH:
+        return f"a batch of {batch} is more than {MAX_BATCH}"
+    if len(dtypes) > 1 or not all(map(_is_plain, (*linears, model.out_head))):
+        return "its layers are not all plain, in float32, bfloat16 or int8"
+    if model.pos_emb.weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"it computes in {model.pos_emb.weight.dtype}"
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        return "it has forward hooks"
+    if model.training and model.config.drop_rate:
+        return "it is in training mode"
+    try:
+        import gpt2lite.generation.kernels  # noqa: F401  # here, since numba takes half a second
+    except ImportError as error:
+        return f"numba cannot be imported ({error}): pip install 'gpt2lite[cpu]'"
+    return ""
+
+
+def _flat(weight: Tensor) -> tuple[Any, int, bool]:
+    """A weight's own memory as one row of numbers, its step, whether it stands column by column."""
+    weight = weight.detach()
+    (n_out, n_in), (by_row, by_column) = weight.shape, weight.stride()
+    transposed = by_column != 1
+    step = by_column if transposed else by_row
+    extent = (n_in - 1) * step + n_out if transposed else (n_out - 1) * step + n_in
+    flat = weight.as_strided((extent,), (1,))
+    if flat.dtype == torch.bfloat16:
+        flat = flat.view(torch.uint16)
+    return flat.numpy(), step, transposed
+
+
+def _vector(tensor: Tensor | None, size: int, default: float) -> Any:
+    made = torch.full((size,), default) if tensor is None else tensor.detach().to(torch.float32, copy=True)
+    return made.numpy()
+
+
+def _matrix(linear: Any) -> Matrix:
+    from gpt2lite.generation.kernels import Matrix
+
+    size = linear.weight.shape[0]
+    scale = _vector(getattr(linear, "scale", None), size, 1.0)
+    return Matrix(*_flat(linear.weight), scale, _vector(linear.bias, size, 0.0))
+
+
+def _numba_step(model: Any, cache: KVCache) -> Step:
+    from gpt2lite.generation import kernels
+
+    def norm(layer: Any) -> tuple[Any, Any]:
+        size = model.config.emb_dim
+        return _vector(layer.scale, size, 1.0), _vector(layer.shift, size, 0.0)
+
+    blocks = [
+        kernels.Block(  # type: ignore[call-arg]  # a map has no length
+            *norm(block.norm1),
+            *map(_matrix, (block.att.W_query, block.att.W_key, block.att.W_value, block.att.out_proj)),
+            *norm(block.norm2),
+            *map(_matrix, (block.ff.layers[0], block.ff.layers[2])),
+        )
+        for block in model.trf_blocks
+    ]
+    final, head = norm(model.final_norm), _matrix(model.out_head)
+    activation = {"gelu_tanh": kernels.GELU_TANH, "gelu": kernels.GELU_EXACT}[model.config.activation]
+    memory = cache.memory.view(torch.uint16) if cache.memory.dtype == torch.bfloat16 else cache.memory
+    layers = list(memory.numpy())
+    batch = cache.memory.shape[2]
+    parts = kernels.use_threads(torch.get_num_threads())
+
+    def step(ids: Tensor) -> Tensor:
+        pads = torch.zeros(batch, dtype=torch.int64) if cache.pads is None else cache.pads
+        x = (model.tok_emb(ids) + model.pos_emb(cache.positions(1)))[:, 0].float().contiguous()
+        logits = torch.empty(batch, model.out_head.weight.shape[0])
+        with ONE_AT_A_TIME:
+            for block, memory in zip(blocks, layers, strict=True):
+                kernels.run_block(block, x.numpy(), memory, cache.length, pads.numpy(), activation, parts)
+            kernels.run_head(*final, head, x.numpy(), logits.numpy(), parts)
+        cache.advance(1)
+        return logits
+
+    return step
+
+
+# ---- CUDA graphs -------------------------------------------------------------------------------------------
+
+
+def _lacks_for_graph(model: Any, batch: int) -> str:
+    return "" if model.pos_emb.weight.is_cuda else "the model is not on a CUDA device"
+
+
+def _graph_step(model: Any, cache: KVCache) -> Step:
+    """One token recorded as a CUDA graph, which replays it without Python or launches between its kernels."""
+    moving = CursorCache(cache)
+    ids = torch.zeros((cache.memory.shape[2], 1), dtype=torch.int64, device=cache.memory.device)
+    side = torch.cuda.Stream(ids.device)
+    side.wait_stream(torch.cuda.current_stream(ids.device))
+    with torch.cuda.stream(side):
+        for _ in range(2):  # libraries allocate their workspaces outside of the graph
+            last_logits(model, ids, moving)
+            moving.cursor.fill_(cache.length)
+    torch.cuda.current_stream(ids.device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = last_logits(model, ids, moving)
+    moving.cursor.fill_(cache.length)
+
+    def step(token: Tensor) -> Tensor:
+        ids.copy_(token)
+        graph.replay()
+        cache.advance(1)
+        return logits
+
+    return step
+
+
+# ---- the choice --------------------------------------------------------------------------------------------
+
+ENGINES: dict[str, tuple[Callable[[Any, int], str], Callable[[Any, KVCache], Step]]] = {
+    "numba": (_lacks_for_numba, _numba_step),
+    "cuda_graph": (_lacks_for_graph, _graph_step),
+    "torch": (lambda model, batch: "", _torch_step),
+}
+
+
+def choose_engine(model: Any, batch: int, tokens: int, engine: str) -> str:
+    """The name of the one to take: "auto" is the first that can run this model and is worth it.
+
+    Raises UsageError for an unknown one, or one that cannot.
+    """
+    if engine not in ("auto", *ENGINES):
+        raise UsageError(f"no engine is called {engine!r}; there are auto, {', '.join(ENGINES)}")
+    if engine != "auto":
+        lacks = ENGINES[engine][0](model, batch)
+        if lacks:
+            raise UsageError(f'engine="{engine}" cannot run this model: {lacks}')
+        return engine
+    able = [name for name, (lacks, _) in ENGINES.items() if not lacks(model, batch)]
+    return next(name for name in able if name != "cuda_graph" or tokens >= FEWEST_FOR_GRAPH)
+
+
+def make_step(model: Any, cache: KVCache, engine: str) -> Step:
+    """A step that goes on from what the cache holds."""
+    return ENGINES[engine][1](model, cache)

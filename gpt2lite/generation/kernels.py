@@ -1,0 +1,234 @@
+"""One new token on the CPU, at the speed of memory: what torch does in many calls, as loops over the weights.
+
+numba compiles these functions when they are first called and keeps the result beside this file. x is (B, C)
+in fp32; a weight is fp32, bf16 (its bits, as uint16) or int8, in (out, in) or, as the official files have it,
+(in, out) order, and is read once, where it lies.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+from numba import njit, prange, types
+from numba.extending import overload
+
+EPSILON = np.float32(1e-5)
+GELU_SLOPE, GELU_CUBE = np.float32(-2 * math.sqrt(2 / math.pi)), np.float32(0.044715)
+HALF, ROOT_HALF = np.float32(0.5), np.float32(math.sqrt(0.5))
+NONE, GELU_TANH, GELU_EXACT, ADD = range(4)
+Array = Any  # np.ndarray of numba's choosing
+
+
+class Matrix(NamedTuple):
+    """A linear layer: y = scale × (W x) + bias; W[o, i] is `flat[o * step + i]`, or `flat[i * step + o]`."""
+
+    flat: Array
+    step: int
+    transposed: bool
+    scale: Array
+    bias: Array
+
+
+class Block(NamedTuple):
+    """The weights of a transformer block, in the order in which they are used."""
+
+    scale1: Array
+    shift1: Array
+    query: Matrix
+    key: Matrix
+    value: Matrix
+    out_proj: Matrix
+    scale2: Array
+    shift2: Array
+    expand: Matrix
+    contract: Matrix
+
+
+def use_threads(count: int) -> int:
+    """Run in at most `count` threads from now on; how many those are."""
+    count = min(count, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+    numba.set_num_threads(count)
+    return count
+
+
+def _number(weight: Any) -> Any:
+    """A stored weight as fp32."""
+
+
+@overload(_number, inline="always")
+def _number_of(weight):  # type: ignore[no-untyped-def]  # numba compares the signatures
+    if weight == types.uint16:  # the upper half of a float's bits
+        return lambda weight: np.uint32(np.uint32(weight) << np.uint32(16)).view(np.float32)
+    return lambda weight: np.float32(weight)
+
+
+def _store(values: Array, into: Array) -> None:
+    """fp32 numbers into the cache, in its dtype."""
+
+
+@overload(_store)
+def _store_of(values, into):  # type: ignore[no-untyped-def]
+    if into.dtype == types.uint16:
+
+        def store(values, into):  # type: ignore[no-untyped-def]
+            for i in range(values.size):
+                bits = np.float32(values[i]).view(np.uint32)
+                nearest = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))  # ties to even
+                into[i] = np.uint16(nearest >> np.uint32(16))
+
+        return store
+
+    def copy(values, into):  # type: ignore[no-untyped-def]
+        into[:] = values
+
+    return copy
+
+
+@njit(fastmath=True, cache=True)
+def _rows(flat: Array, step: int, x: Array, y: Array, start: int, stop: int) -> None:
+    """y[:, start:stop] of a weight that is stored row by row: dot products."""
+    batch, n = x.shape
+    for o in range(start, stop):
+        row = flat[o * step : o * step + n]
+        for b in range(batch):
+            vector, total = x[b], np.float32(0)
+            for i in range(n):
+                total += _number(row[i]) * vector[i]
+            y[b, o] = total
+
+
+@njit(fastmath=True, cache=True)
+def _columns(flat: Array, step: int, x: Array, y: Array, start: int, stop: int) -> None:
+    """y[:, start:stop] of a weight that is stored column by column: sums of columns, eight at a time."""
+    batch, n_in = x.shape
+    n = stop - start
+    y[:, start:stop] = 0
+    whole = n_in // 8 * 8
+    for i in range(0, whole, 8):
+        at = i * step + start
+        w0, w1 = flat[at : at + n], flat[at + step : at + step + n]
+        w2, w3 = flat[at + 2 * step : at + 2 * step + n], flat[at + 3 * step : at + 3 * step + n]
+        w4, w5 = flat[at + 4 * step : at + 4 * step + n], flat[at + 5 * step : at + 5 * step + n]
+        w6, w7 = flat[at + 6 * step : at + 6 * step + n], flat[at + 7 * step : at + 7 * step + n]
+        for b in range(batch):
+            x0, x1, x2, x3 = x[b, i], x[b, i + 1], x[b, i + 2], x[b, i + 3]
+            x4, x5, x6, x7 = x[b, i + 4], x[b, i + 5], x[b, i + 6], x[b, i + 7]
+            total = y[b, start:stop]
+            for o in range(n):
+                first = x0 * _number(w0[o]) + x1 * _number(w1[o]) + x2 * _number(w2[o]) + x3 * _number(w3[o])
+                second = x4 * _number(w4[o]) + x5 * _number(w5[o]) + x6 * _number(w6[o]) + x7 * _number(w7[o])
+                total[o] += first + second
+    for i in range(whole, n_in):
+        column = flat[i * step + start : i * step + stop]
+        for b in range(batch):
+            total = y[b, start:stop]
+            for o in range(n):
+                total[o] += x[b, i] * _number(column[o])
+
+
+@njit(parallel=True, fastmath=True, cache=True)
+def _linear(matrix: Matrix, x: Array, y: Array, activation: int, parts: int) -> None:
+    """y (B, out) = activation(W x + bias), or for ADD what y was and W x + bias."""
+    flat, step, transposed, scale, bias = matrix
+    batch, n_out = y.shape
+    products = np.empty_like(y) if activation == ADD else y
+    for part in prange(parts):
+        start, stop = n_out * part // parts, n_out * (part + 1) // parts
+        if transposed:
+            _columns(flat, step, x, products, start, stop)
+        else:
+            _rows(flat, step, x, products, start, stop)
+        for b in range(batch):
+            for o in range(start, stop):
+                v = products[b, o] * scale[o] + bias[o]
+                if activation == GELU_TANH:
+                    v = v / (np.float32(1) + math.exp(GELU_SLOPE * (v + GELU_CUBE * v * v * v)))
+                elif activation == GELU_EXACT:
+                    v = HALF * v * (np.float32(1) + math.erf(v * ROOT_HALF))
+                y[b, o] = y[b, o] + v if activation == ADD else v
+
+
+@njit(fastmath=True, cache=True)
+def _norm(x: Array, scale: Array, shift: Array, y: Array) -> None:
+    """Layer normalisation of each row."""
+    batch, n = x.shape
+    for b in range(batch):
+        row, mean, square = x[b], np.float32(0), np.float32(0)
+        for i in range(n):
+            mean += row[i]
+        mean /= n
+        for i in range(n):
+            square += (row[i] - mean) ** 2
+        factor = np.float32(1) / math.sqrt(square / n + EPSILON)
+        for i in range(n):
+            y[b, i] = (row[i] - mean) * factor * scale[i] + shift[i]
+
+
+@njit(fastmath=True, cache=True)
+def _attend(query: Array, keys: Array, values: Array, scores: Array, y: Array) -> None:
+    """One head of one row: softmax(query keys / √D) values, into y (D,)."""
+    n, width = keys.shape
+    factor, largest = np.float32(1) / math.sqrt(np.float32(width)), np.float32(-np.inf)
+    for s in range(n):
+        key, total = keys[s], np.float32(0)
+        for d in range(width):
+            total += query[d] * _number(key[d])
+        scores[s] = total * factor
+        largest = max(largest, scores[s])
+    whole = np.float32(0)
+    for s in range(n):
+        scores[s] = math.exp(scores[s] - largest)
+        whole += scores[s]
+    y[:] = 0
+    for s in range(n):
+        share, value = scores[s] / whole, values[s]
+        for d in range(width):
+            y[d] += share * _number(value[d])
+
+
+@njit(parallel=True, fastmath=True, cache=True)
+def _attention(
+    query: Array, key: Array, value: Array, cache: Array, length: int, pads: Array, y: Array, parts: int
+) -> None:
+    """All heads of all rows, after their new key and value are put into the cache."""
+    batch, n_heads, capacity, width = cache.shape[1:]
+    scores = np.empty((parts, capacity), np.float32)
+    for part in prange(parts):
+        for item in range(batch * n_heads * part // parts, batch * n_heads * (part + 1) // parts):
+            b, h = item // n_heads, item % n_heads
+            head, seen = slice(h * width, (h + 1) * width), slice(pads[b], length + 1)
+            _store(key[b, head], cache[0, b, h, length])
+            _store(value[b, head], cache[1, b, h, length])
+            _attend(query[b, head], cache[0, b, h, seen], cache[1, b, h, seen], scores[part], y[b, head])
+
+
+@njit(fastmath=True, cache=True)
+def run_block(
+    block: Block, x: Array, cache: Array, length: int, pads: Array, activation: int, parts: int
+) -> None:
+    """x (B, C) through one block, in place; its key and value become number `length` of `cache`.
+
+    cache is (2, B, H, capacity, D) in fp32; row b sees what stands from `pads[b]` on.
+    """
+    normed, query, key, value = np.empty_like(x), np.empty_like(x), np.empty_like(x), np.empty_like(x)
+    wide = np.empty((len(x), block.expand.bias.size), np.float32)
+    _norm(x, block.scale1, block.shift1, normed)
+    _linear(block.query, normed, query, NONE, parts)
+    _linear(block.key, normed, key, NONE, parts)
+    _linear(block.value, normed, value, NONE, parts)
+    _attention(query, key, value, cache, length, pads, normed, parts)
+    _linear(block.out_proj, normed, x, ADD, parts)
+    _norm(x, block.scale2, block.shift2, normed)
+    _linear(block.expand, normed, wide, activation, parts)
+    _linear(block.contract, wide, x, ADD, parts)
+
+
+@njit(fastmath=True, cache=True)
+def run_head(scale: Array, shift: Array, head: Matrix, x: Array, logits: Array, parts: int) -> None:
+    """x (B, C) → logits (B, V), through the last norm."""
+    normed = np.empty_like(x)
+    _norm(x, scale, shift, normed)
+    _linear(head, normed, logits, NONE, parts)

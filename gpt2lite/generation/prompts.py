@@ -1,0 +1,134 @@
+"""Prompts of any lengths → one batch, padded on the left, and when each of its rows stops."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import tiktoken
+import torch
+from torch import Tensor
+
+from gpt2lite.config import GPTConfig
+from gpt2lite.errors import UsageError
+
+INTEGERS = (torch.int64, torch.int32)
+WANTED = "ids must be a tensor of integers of shape (batch, tokens ≥ 1), or a list of such rows"
+GPT2_VOCABULARY, ROWS_PADDED_TO = 50257, 64
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Token ids (B, T), and how many of each row's first are none, (B,), or None where no row is short."""
+
+    ids: Tensor
+    pads: Tensor | None
+    is_ragged: bool
+
+    def last(self, count: int) -> Batch:
+        """The last `count` tokens of each row."""
+        cut = max(self.ids.shape[1] - count, 0)
+        pads = None if self.pads is None else (self.pads - cut).clamp(min=0)
+        pads = None if pads is None or not bool(pads.any()) else pads
+        return Batch(self.ids[:, cut:], pads, self.is_ragged)
+
+    def followed_by(self, token: Tensor) -> Batch:
+        """With one more token (B, 1)."""
+        return Batch(torch.cat([self.ids, token], 1), self.pads, self.is_ragged)
+
+    def seen(self, vocabulary: int) -> Tensor:
+        """Which ids each row has (B, V)."""
+        is_text = torch.ones_like(self.ids, dtype=torch.bool)
+        if self.pads is not None:
+            is_text = torch.arange(self.ids.shape[1], device=self.ids.device) >= self.pads[:, None]
+        counts = torch.zeros(len(self.ids), vocabulary, dtype=torch.int32, device=self.ids.device)
+        return counts.scatter_add_(1, self.ids, is_text.int()) > 0
+
+
+def _row(row: object) -> Tensor:
+    try:
+        found = row if isinstance(row, Tensor) else torch.tensor(row)
+    except (TypeError, ValueError, RuntimeError):
+        raise UsageError(f"{WANTED}, got a row of {type(row).__name__}") from None
+    if found.dim() != 1 or not found.numel() or found.dtype not in INTEGERS:
+        raise UsageError(f"{WANTED}, got a row of {found.dtype} {tuple(found.shape)}")
+    return found.to("cpu", torch.int64)
+
+
+def as_batch(
+    ids: Tensor | Sequence[Tensor | Sequence[int]], config: GPTConfig, device: torch.device
+) -> Batch:
+    """What to generate from. Raises UsageError for what are no ids of this model."""
+    is_ragged = not isinstance(ids, Tensor)
+    if isinstance(ids, Tensor) and (ids.dim() != 2 or not ids.numel() or ids.dtype not in INTEGERS):
+        raise UsageError(f"{WANTED}, got {ids.dtype} {tuple(ids.shape)}")
+    if is_ragged and (not isinstance(ids, Sequence) or not len(ids)):
+        raise UsageError(f"{WANTED}, got {type(ids).__name__} {ids!r:.40}")
+    rows = [_row(row) for row in ids]
+    length = max(map(len, rows))
+    pads = torch.tensor([length - len(row) for row in rows])
+    padded = torch.stack([
+        torch.nn.functional.pad(row, (int(pad), 0)) for row, pad in zip(rows, pads, strict=True)
+    ])  # fmt: skip
+    if int(padded.min()) < 0 or int(padded.max()) >= config.vocab_size:
+        raise UsageError(
+            f"ids must be in 0 … {config.vocab_size - 1}, got {int(padded.min())} … {int(padded.max())}"
+        )
+    return Batch(padded.to(device), pads.to(device) if bool(pads.any()) else None, is_ragged)
+
+
+def usable_vocabulary(config: GPTConfig, encoding: tiktoken.Encoding | None) -> int:
+    """How many ids can be sampled: the encoding's, else GPT-2's where rows only fill up a multiple of 64."""
+    if encoding is not None:
+        return min(encoding.n_vocab, config.vocab_size)
+    is_padded = config.vocab_size > GPT2_VOCABULARY and config.vocab_size % ROWS_PADDED_TO == 0
+    return GPT2_VOCABULARY if is_padded else config.vocab_size
+
+
+class Stops:
+    """Which rows go on, as tokens come in: a row stops behind a stop id, or the end of a stop string."""
+
+    def __init__(
+        self,
+        stop: Collection[int | str],
+        encoding: tiktoken.Encoding | None,
+        batch: int,
+        device: torch.device,
+    ) -> None:
+        if isinstance(stop, str):
+            stop = (stop,)
+        strings = [each.encode() for each in stop if isinstance(each, str)]
+        ids = sorted(each for each in stop if not isinstance(each, str))
+        if any(type(each) is not int for each in ids) or not all(strings):
+            raise UsageError(f"stop must be token ids and strings that are not empty, got {stop!r}")
+        if strings and encoding is None:
+            raise UsageError("stop strings need the encoding that makes text of tokens: pass encoding=")
+        self.strings, self.encoding = strings, encoding
+        self.ids = torch.tensor(ids, dtype=torch.int64, device=device)
+        self.running = torch.ones(batch, dtype=torch.bool, device=device)
+        self.fill = torch.full((batch, 1), encoding.eot_token if encoding else 0, device=device)
+        self.tails = [b""] * batch
+
+    def take(self, token: Tensor) -> Tensor:
+        """What was drawn (B, 1) → the same, for rows that had stopped their stop id (or the end of text)."""
+        token = torch.where(self.running[:, None], token, self.fill)
+        if len(self.ids):
+            stopped = torch.isin(token[:, 0], self.ids)
+            self.fill = torch.where((stopped & self.running)[:, None], token, self.fill)
+            self.running = self.running & ~stopped
+        if self.strings:
+            ended = [self._ends(row, number) for row, number in enumerate(token[:, 0].tolist())]
+            self.running = self.running & ~torch.tensor(ended, device=token.device)
+        return token
+
+    def _ends(self, row: int, token: int) -> bool:
+        assert self.encoding is not None
+        piece = self.encoding.decode_single_token_bytes(token)
+        kept = max(map(len, self.strings)) - 1 + len(piece)
+        self.tails[row] = (self.tails[row] + piece)[-kept:]
+        return any(string in self.tails[row] for string in self.strings)
+
+    @property
+    def all_stopped(self) -> bool:
+        """Whether there is nothing left to do; without stops, for free."""
+        return bool(len(self.ids) or self.strings) and not bool(self.running.any())
