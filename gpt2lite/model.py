@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,11 @@ from gpt2lite.errors import UsageError
 from gpt2lite.generation import KVCache, generate, generate_tokens
 from gpt2lite.loading import Forecast, LoadPlan, Progress, Tuning, forecasts, load, make_plan
 from gpt2lite.memory import name_device
+from gpt2lite.quantization import Int8Linear
 
 SAVERS = {".pth": (write_torch_zip, True), ".safetensors": (write_safetensors, False)}  # whether it can tie
+
+QUANTIZERS: dict[str, Callable[[str], bool]] = {"int8": lambda layer: layer != "pos_emb"}
 
 
 class Linear(nn.Linear):
@@ -155,6 +158,7 @@ class GPTModel(nn.Module):
         *,
         config: GPTConfig | Mapping[str, Any] | None = None,
         dtype: torch.dtype | None = None,
+        quantize: str | None = None,
         lora_alpha: float | None = None,
         max_host_memory: int | str | None = None,
         max_device_memory: int | str | None = None,
@@ -168,10 +172,13 @@ class GPTModel(nn.Module):
         fastest whose forecast fits into what this process can have, copying (stream, with a ring as small as
         is needed) before mapping (mmap, on the CPU a model that stands on the file).
 
-        `dtype` casts the weights, None keeps the file's. `lora_alpha` is what the book's LoRA layers were
-        made with, which are merged on the way; no file holds it. `max_host_memory` and `max_device_memory`
-        (bytes, or "512MiB") cap what the load adds at its peak: the host's stays below the cap plus 24 MiB or
-        3 %. `tuning` says how bytes are read where the machine's own choice will not do (`gpt2lite.Tuning`).
+        `dtype` casts the weights, None keeps the file's. `quantize="int8"` makes matrices but for positions
+        int8 with a scale a row, as it streams: a quarter of fp32's memory, at a cost in perplexity that
+        `gpt2lite evaluate` tells; such a model generates, and neither trains nor saves. `lora_alpha` is what
+        the book's LoRA layers were made with, which are merged on the way; no file holds it.
+        `max_host_memory` and `max_device_memory` (bytes, or "512MiB") cap what the load adds at its peak: the
+        host's stays below the cap plus 24 MiB or 3 %. `tuning` says how bytes are read where the machine's
+        own choice will not do (`gpt2lite.Tuning`).
         `progress` is called with (bytes done, bytes in all).
 
         Raises CheckpointError for a file that is damaged or does not fit the model, InsufficientMemoryError,
@@ -186,6 +193,7 @@ class GPTModel(nn.Module):
             device,
             strategy,
             dtype=dtype,
+            quantize=_quantizer(quantize),
             max_host_memory=max_host_memory,
             max_device_memory=max_device_memory,
             tuning=tuning,
@@ -206,6 +214,7 @@ class GPTModel(nn.Module):
         local_files_only: bool = False,
         config: GPTConfig | Mapping[str, Any] | None = None,
         dtype: torch.dtype | None = None,
+        quantize: str | None = None,
         lora_alpha: float | None = None,
         max_host_memory: int | str | None = None,
         max_device_memory: int | str | None = None,
@@ -236,6 +245,7 @@ class GPTModel(nn.Module):
             strategy,
             config=config,
             dtype=dtype,
+            quantize=quantize,
             lora_alpha=lora_alpha,
             max_host_memory=max_host_memory,
             max_device_memory=max_device_memory,
@@ -252,6 +262,8 @@ class GPTModel(nn.Module):
         another suffix, a folder that is not there, or weights on meta, OSError for a full disk.
         """
         path = Path(path)
+        if any(isinstance(part, Int8Linear) for part in self.modules()):
+            raise UsageError(f"{path}: an int8 model is not saved; quantize the checkpoint when it is loaded")
         if path.suffix not in SAVERS:
             raise UsageError(f"{path}: a checkpoint's name ends in {' or '.join(SAVERS)}")
         read_side_fields(path)
@@ -301,6 +313,7 @@ def plan_load(
     *,
     config: GPTConfig | Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
+    quantize: str | None = None,
     tuning: Tuning | None = None,
 ) -> LoadPlan:
     """What `GPTModel.from_checkpoint` would do, from headers alone; the device need not be there.
@@ -312,7 +325,15 @@ def plan_load(
     found = find_config(reading, asked)
     hint = partial(_official_hint, found, reading)
     build = lambda: GPTModel(found)  # noqa: E731
-    return make_plan(reading, build, name_device(device), dtype=dtype, tuning=tuning, hint=hint)
+    return make_plan(
+        reading,
+        build,
+        name_device(device),
+        dtype=dtype,
+        tuning=tuning,
+        hint=hint,
+        quantize=_quantizer(quantize),
+    )
 
 
 def forecast(
@@ -321,6 +342,7 @@ def forecast(
     *,
     config: GPTConfig | Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
+    quantize: str | None = None,
     tuning: Tuning | None = None,
 ) -> dict[str, Forecast]:
     """What each strategy would add to host and device memory, from headers alone, in milliseconds.
@@ -329,7 +351,14 @@ def forecast(
     within 3 % or 24 MiB, on a CUDA device within 1 %. The device need not be there. A strategy that cannot
     read this checkpoint is left out (per_tensor reads folders only). Raises as `plan_load`.
     """
-    return forecasts(plan_load(path, device, config=config, dtype=dtype, tuning=tuning))
+    return forecasts(plan_load(path, device, config=config, dtype=dtype, quantize=quantize, tuning=tuning))
+
+
+def _quantizer(quantize: str | None) -> Callable[[str], bool] | None:
+    """Of which layers and embeddings the weights become int8."""
+    if quantize not in (None, *QUANTIZERS):
+        raise UsageError(f"quantize must be None or {' or '.join(QUANTIZERS)}, got {quantize!r}")
+    return QUANTIZERS[quantize] if quantize else None
 
 
 def _official_hint(config: GPTConfig, reading: Reading) -> str:

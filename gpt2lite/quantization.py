@@ -1,51 +1,96 @@
-"""Weights as int8 with a scale a row, multiplied with fp32 activations: a quarter of the memory of fp32."""
+"""Weights as int8 with a scale a row, multiplied with activations as they are: a quarter of fp32's memory."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 LARGEST = 127
-CHUNK_ELEMENTS = {"cpu": 1 << 19}  # dequantised at a time: what stays in a core's cache
-OTHERS_CHUNK_ELEMENTS = 1 << 24
+BLOCK_ELEMENTS = 1 << 19  # worked on at a time, on the CPU: what stays in a core's cache
+OTHERS_BLOCK_ELEMENTS = 1 << 24
+WORKING_BYTES = 16 * BLOCK_ELEMENTS  # of `quantize_into`
 
 
 @torch.no_grad()
-def quantize_rows(values: Tensor, weight: Tensor, scale: Tensor) -> None:
-    """values (n, in) → weight (n, in) int8 and scale (n,) fp32, in place: values ≈ scale × weight.
+def quantize_into(weight: Tensor, scale: Tensor, values: Tensor) -> None:
+    """Fill a weight (int8) so that values ≈ weight × scale, to the nearest, and its scale (fp32).
 
-    Symmetric, to the nearest. Costs two copies of `values` in fp32.
+    All have one shape, in any order of the dimensions; `scale` has stride 0 along the one that a row of the
+    layer runs through, all of which must be there. Costs WORKING_BYTES.
     """
-    values = values.float()
-    largest = values.abs().amax(1)
-    scale.copy_(largest / LARGEST)
-    weight.copy_((values / torch.where(largest > 0, scale, 1.0)[:, None]).round_())
+    along = scale.stride().index(0)
+    across = 1 - along
+    step = max(BLOCK_ELEMENTS // values.shape[along], 1)
+    for start in range(0, values.shape[across], step):
+        rows = min(step, values.shape[across] - start)
+        block = values.narrow(across, start, rows).float()
+        found = block.abs().amax(along, keepdim=True) / LARGEST
+        scale.narrow(across, start, rows).narrow(along, 0, 1).copy_(found)
+        weight.narrow(across, start, rows).copy_((block / torch.where(found > 0, found, 1.0)).round_())
 
 
 class Int8Linear(nn.Module):
     """A linear layer whose weight is int8 (out, in), with `scale` (out,) in fp32."""
 
-    def __init__(self, weight: nn.Parameter, scale: nn.Parameter, bias: nn.Parameter | None) -> None:
+    def __init__(self, weight: nn.Parameter, scale: nn.Parameter, bias: Any) -> None:
         super().__init__()
         self.weight, self.scale, self.bias = weight, scale, bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) → (..., out); dequantises some rows at a time."""
-        n_in = self.weight.shape[1]
-        rows = max(CHUNK_ELEMENTS.get(x.device.type, OTHERS_CHUNK_ELEMENTS) // n_in, 1)
-        parts = [F.linear(x, part.to(x.dtype)) for part in self.weight.split(rows)]
-        y = torch.cat(parts, -1) * self.scale.to(x.dtype)
+        """(..., in) → (..., out), some rows of the weight at a time."""
+        elements = BLOCK_ELEMENTS if x.device.type == "cpu" else OTHERS_BLOCK_ELEMENTS
+        parts = self.weight.split(max(elements // self.weight.shape[1], 1))
+        y = (torch.cat([F.linear(x, part.to(x.dtype)) for part in parts], -1) * self.scale).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 
 class Int8Embedding(nn.Module):
-    """An embedding whose weight is int8 (V, C), with `scale` (V,)."""
+    """An embedding whose weight is int8 (V, C), with `scale` (V,) in fp32; gives vectors of `dtype`."""
 
     def __init__(self, weight: nn.Parameter, scale: nn.Parameter, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight, self.scale, self.dtype = weight, scale, dtype
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Ids (...) → (..., C) in the dtype of the model."""
+        """Ids (...) → (..., C)."""
         return (self.weight[ids] * self.scale[ids][..., None]).to(self.dtype)
+
+
+def _on_meta(weight: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
+    """An int8 weight in the place of `weight`, and its scale."""
+    shape = weight.shape
+    return (
+        nn.Parameter(torch.empty(shape, dtype=torch.int8, device="meta"), requires_grad=False),
+        nn.Parameter(torch.empty(shape[0], dtype=torch.float32, device="meta"), requires_grad=False),
+    )
+
+
+def quantize_skeleton(
+    skeleton: nn.Module, is_wanted: Callable[[str], bool], dtype_of: Callable[[str], torch.dtype]
+) -> set[str]:
+    """Put int8 layers on meta in the place of the linear layers and embeddings that are wanted.
+
+    `is_wanted` is asked by a layer's name; `dtype_of` says what the parameter of a name would have been.
+    Returns the names of the weights that are int8 now, tied ones under each.
+    """
+    found, made = set(), dict[int, tuple[nn.Parameter, nn.Parameter]]()
+    for path, layer in list(skeleton.named_modules()):
+        if not isinstance(layer, nn.Linear | nn.Embedding) or not is_wanted(path):
+            continue
+        name = f"{path}.weight"
+        int8 = made.setdefault(id(layer.weight), _on_meta(layer.weight))
+        is_linear = isinstance(layer, nn.Linear)
+        new = Int8Linear(*int8, layer.bias) if is_linear else Int8Embedding(*int8, dtype_of(name))
+        parent, _, leaf = path.rpartition(".")
+        setattr(skeleton.get_submodule(parent), leaf, new)
+        found.add(name)
+    return found
+
+
+def scale_of(weight: str) -> str:
+    """The name of a weight's scale."""
+    return weight.removesuffix("weight") + "scale"

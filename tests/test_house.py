@@ -15,9 +15,9 @@ PACKAGE = Path(gpt2lite.__file__).parent
 # may import each other.
 FLOORS = [
     {"errors", "_version", "_torch", "sampler", "collector"},
-    {"config", "checkpoint", "memory", "hub"},
+    {"config", "checkpoint", "memory", "hub", "quantization"},
     {"dialects", "tokenizer", "tracking"},
-    {"loading", "quantization"},
+    {"loading"},
     {"generation"},
     {"model"},
     {"converting"},

@@ -19,6 +19,7 @@ from gpt2lite.cli.terminal import (
     add_cap_arguments,
     add_config_arguments,
     add_dtype_argument,
+    add_quantize_argument,
     add_revision_argument,
     bytes_bar,
     config_of,
@@ -99,13 +100,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lora-alpha", type=float, metavar="A", help="of the book's LoRA layers, if there are any"
     )
     add_dtype_argument(parser)
+    add_quantize_argument(parser)
     add_cap_arguments(parser)
 
 
 def _load(path: Path, args: argparse.Namespace) -> GPTModel:
     """On the CPU auto maps, since nothing here writes to the file."""
     device = resolve_device(args.device)
-    strategy = "mmap" if args.strategy == "auto" and device.type == "cpu" else args.strategy
+    maps = args.strategy == "auto" and device.type == "cpu" and not args.quantize
+    strategy = "mmap" if maps else args.strategy
     dtype = dtype_of(args) or (torch.float32 if path == EMBEDDED else None)
     with bytes_bar("loading") as progress:
         return GPTModel.from_checkpoint(
@@ -114,6 +117,7 @@ def _load(path: Path, args: argparse.Namespace) -> GPTModel:
             strategy,
             config=config_of(args),
             dtype=dtype,
+            quantize=args.quantize,
             lora_alpha=args.lora_alpha,
             max_host_memory=args.max_host_memory,
             max_device_memory=args.max_device_memory,

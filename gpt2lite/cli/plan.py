@@ -11,6 +11,7 @@ from gpt2lite.cli.terminal import (
     add_cap_arguments,
     add_config_arguments,
     add_dtype_argument,
+    add_quantize_argument,
     add_revision_argument,
     as_json,
     config_of,
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_revision_argument(parser)
     add_config_arguments(parser)
     add_dtype_argument(parser)
+    add_quantize_argument(parser)
     add_cap_arguments(parser)
 
 
@@ -67,7 +69,8 @@ def _size(nbytes: int) -> str:
 
 def _row(name: str, verdict: Verdict | str) -> list[str]:
     if isinstance(verdict, str):
-        return [name, *["–"] * (len(HEADER) - 2), "not this file"]
+        why = "not int8" if verdict.startswith("quantize") else "not this file"
+        return [name, *["–"] * (len(HEADER) - 2), why]
     forecast = verdict.forecast
     peaks = (forecast.peak_device, forecast.peak_host_anonymous, forecast.peak_host_reclaimable)
     stays = forecast.stays_device or forecast.stays_host
@@ -107,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     device = name_device(args.device)
     budget = find_budget(device, args.max_host_memory, args.max_device_memory)
     path = local_path(args.path, args.revision)
-    plan = plan_load(path, device, config=config_of(args), dtype=dtype_of(args))
+    plan = plan_load(path, device, config=config_of(args), dtype=dtype_of(args), quantize=args.quantize)
     verdicts = _judge_all(plan, budget)
     auto = _auto(plan, budget)
     if args.json:

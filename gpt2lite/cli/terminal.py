@@ -91,6 +91,11 @@ def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="cast the weights (default: as in the file)")
 
 
+def add_quantize_argument(parser: argparse.ArgumentParser) -> None:
+    """What the weights are to become."""
+    parser.add_argument("--quantize", choices=("int8",), help="int8 weights with a scale a row, as they load")
+
+
 def add_cap_arguments(parser: argparse.ArgumentParser) -> None:
     """What a load may take at most."""
     for place in ("host", "device"):

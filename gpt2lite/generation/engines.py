@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 Step = Callable[[Tensor], Tensor]  # ids (B, 1) → logits (B, V); the cache grows by one token
 MAX_BATCH = 8  # above it torch, which works on blocks of rows, reads a weight's row for all of them at once
-FEWEST_FOR_GRAPH = 16  # tokens that pay for recording one
+# What is worth the start of an engine: tokens for a CUDA graph, and for numba's half a second the bytes that
+# are read, weights times tokens (20 tokens of gpt2).
+FEWEST_FOR_GRAPH, FEWEST_FOR_NUMBA = 16, 10**10
 ONE_AT_A_TIME = threading.Lock()  # not all of numba's thread pools can be entered twice
 
 
@@ -193,8 +195,9 @@ def choose_engine(model: Any, batch: int, tokens: int, engine: str) -> str:
         if lacks:
             raise UsageError(f'engine="{engine}" cannot run this model: {lacks}')
         return engine
-    able = [name for name, (lacks, _) in ENGINES.items() if not lacks(model, batch)]
-    return next(name for name in able if name != "cuda_graph" or tokens >= FEWEST_FOR_GRAPH)
+    read = tokens * sum(tensor.nbytes for tensor in model.state_dict().values())
+    worth = {"numba": read >= FEWEST_FOR_NUMBA, "cuda_graph": tokens >= FEWEST_FOR_GRAPH, "torch": True}
+    return next(name for name in ENGINES if worth[name] and not ENGINES[name][0](model, batch))
 
 
 def make_step(model: Any, cache: KVCache, engine: str) -> Step:

@@ -51,6 +51,7 @@ def load(
     tuning: Tuning | None = None,
     progress: Progress | None = None,
     hint: Callable[[], str] = str,
+    quantize: Callable[[str], bool] | None = None,
 ) -> nn.Module:
     """The module that `build` makes, filled from `reading` and proven complete, in eval mode.
 
@@ -60,7 +61,9 @@ def load(
     """
     resolved = resolve_device(device)
     budget = find_budget(resolved, max_host_memory, max_device_memory)
-    plan = make_plan(reading, build, resolved, dtype=dtype, progress=progress, tuning=tuning, hint=hint)
+    plan = make_plan(
+        reading, build, resolved, dtype=dtype, progress=progress, tuning=tuning, hint=hint, quantize=quantize
+    )
     for said, goes_with in ((not plan.tuning.keep_cached, "stream"), (plan.tuning.prefetch, "mmap")):
         if said and strategy in STRATEGIES.keys() - {goes_with}:
             option = "keep_cached=False" if goes_with == "stream" else "prefetch=True"

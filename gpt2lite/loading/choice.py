@@ -12,7 +12,7 @@ import torch
 from gpt2lite.errors import InsufficientMemoryError, UsageError
 from gpt2lite.loading.adapters import with_adapters
 from gpt2lite.loading.forecast import Forecast
-from gpt2lite.loading.plan import SMALLEST_RING, LoadPlan
+from gpt2lite.loading.plan import SMALLEST_RING, LoadPlan, Target
 from gpt2lite.loading.strategies import AUTO, CPU, STRATEGIES
 from gpt2lite.memory import Budget, human
 
@@ -32,10 +32,22 @@ class Verdict:
 def forecasts(plan: LoadPlan) -> dict[str, Forecast]:
     """What each strategy that can read this checkpoint would take. Milliseconds; allocates nothing."""
     found = {}
-    for name, strategy in STRATEGIES.items():
+    for name in STRATEGIES:
         with suppress(UsageError):
-            found[name] = with_adapters(plan, strategy.forecast(plan))
+            found[name] = _forecast(plan, name)
     return found
+
+
+def _forecast(plan: LoadPlan, name: str) -> Forecast:
+    """Raises UsageError for a strategy that cannot do what is planned."""
+    if plan.is_quantized and name != "stream":
+        raise UsageError(f'quantize goes with strategy="stream" or "auto", not {name!r}')
+    return with_adapters(plan, STRATEGIES[name].forecast(plan))
+
+
+def _automatic(plan: LoadPlan) -> tuple[str, ...]:
+    """What auto may take."""
+    return AUTO[:1] if plan.is_quantized else AUTO
 
 
 def _lacking(forecast: Forecast, budget: Budget) -> dict[str, int]:
@@ -66,7 +78,7 @@ def _ring_sizes(largest: int) -> list[int]:
 
 def _judge_with(plan: LoadPlan, name: str, budget: Budget, ring_bytes: int) -> Verdict:
     plan = replace(plan, tuning=replace(plan.tuning, ring_bytes=ring_bytes))
-    forecast = with_adapters(plan, STRATEGIES[name].forecast(plan))
+    forecast = _forecast(plan, name)
     return Verdict(plan, forecast, _lacking(forecast, budget))
 
 
@@ -80,7 +92,8 @@ def choose(plan: LoadPlan, strategy: str, budget: Budget) -> tuple[str, LoadPlan
         raise UsageError(f"no strategy is called {strategy!r}; there are auto, {', '.join(STRATEGIES)}")
     if strategy != "auto":
         budget = budget.with_swap()
-    verdicts = {name: judge(plan, name, budget) for name in (AUTO if strategy == "auto" else (strategy,))}
+    names = _automatic(plan) if strategy == "auto" else (strategy,)
+    verdicts = {name: judge(plan, name, budget) for name in names}
     for name, verdict in verdicts.items():
         if not verdict.lacking:
             return name, verdict.plan
@@ -107,7 +120,7 @@ def helps(plan: LoadPlan, strategy: str, budget: Budget) -> Iterator[str]:
     half = replace(plan, targets=tuple(replace(t, dtype=_halved(t.dtype)) for t in plan.targets))
     changes = {
         (): plan,
-        ("dtype=None",): replace(plan, targets=tuple(replace(t, dtype=t.span.dtype) for t in plan.targets)),
+        ("dtype=None",): replace(plan, targets=tuple(replace(t, dtype=_as_stored(t)) for t in plan.targets)),
         ("dtype=torch.bfloat16",): half,
         ('device="cpu"',): replace(plan, device=CPU),
         ('device="cpu"', "dtype=torch.bfloat16"): replace(half, device=CPU),
@@ -115,11 +128,15 @@ def helps(plan: LoadPlan, strategy: str, budget: Budget) -> Iterator[str]:
     enough: list[set[str]] = []
     for change, changed in changes.items():
         is_none = changed == plan and (change or strategy == "auto")
-        fitting = (name for name in AUTO if not judge(changed, name, budget).lacking)
+        fitting = (name for name in _automatic(changed) if not judge(changed, name, budget).lacking)
         if not is_none and not any(set(change) > less for less in enough) and (name := next(fitting, None)):
             enough.append(set(change))
             refused = plan.tuning.prefetch if name == "stream" else not plan.tuning.keep_cached
             yield ", ".join([*change, f'strategy="{name}"', *["tuning=Tuning()"] * refused])
+
+
+def _as_stored(target: Target) -> torch.dtype:
+    return target.dtype if target.is_quantized else target.span.dtype
 
 
 def _halved(dtype: torch.dtype) -> torch.dtype:

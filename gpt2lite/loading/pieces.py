@@ -22,9 +22,13 @@ MAX_GAP = 4096  # between two tensors that one read takes together: a zip header
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """A parameter turned to stand like its stored tensor, filling [start, stop) of the latter's `axis`."""
+    """A parameter turned to stand like its stored tensor, filling [start, stop) of the latter's `axis`.
+
+    `scale`, of one that is quantised, is turned likewise and has stride 0 along the rows of the layer.
+    """
 
     tensor: Tensor
+    scale: Tensor | None
     axis: int
     start: int
     stop: int
@@ -38,6 +42,13 @@ class Source:
     shape: tuple[int, ...]
     destinations: tuple[Destination, ...]
     is_row_major: bool  # whether the bytes on disk are exactly the elements in the order of `shape`
+
+    @property
+    def least_bytes(self) -> int:
+        """What a piece must hold at least: of what is quantised, whole rows of the layer."""
+        scales = [to.scale for to in self.destinations if to.scale is not None]
+        runs_down = any(scale.stride(0) == 0 for scale in scales)
+        return self.span.nbytes if runs_down else self.span.nbytes // self.shape[0] if scales else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,17 +87,19 @@ def _disk_order(span: TensorSpan) -> tuple[tuple[int, ...], bool]:
     return (order if row_major else tuple(range(len(span.shape)))), row_major
 
 
-def make_source(span: TensorSpan, filled: Iterable[tuple[Target, Tensor]]) -> Source:
-    """One stored tensor and the (target, parameter) pairs that it fills."""
+def make_source(span: TensorSpan, filled: Iterable[tuple[Target, Tensor, Tensor | None]]) -> Source:
+    """One stored tensor and the (target, parameter, scale of one that is quantised) that it fills."""
     order, is_row_major = _disk_order(span)
     shape = tuple(span.shape[dim] for dim in order) or (1,)
     destinations = []
-    for target, parameter in filled:
+    for target, parameter, scale in filled:
         place = target.placement
         turned = place.unplace(parameter.detach()).permute(order) if order else parameter.detach().view(1)
+        if scale is not None:
+            scale = place.unplace(scale.detach()[:, None].expand(parameter.shape)).permute(order)
         axis = order.index(place.axis + place.squeezed) if order else 0
         size = shape[axis] // place.parts
-        destinations.append(Destination(turned, axis, place.part * size, (place.part + 1) * size))
+        destinations.append(Destination(turned, scale, axis, place.part * size, (place.part + 1) * size))
     return Source(span, shape, tuple(destinations), is_row_major)
 
 
@@ -149,24 +162,26 @@ def _chunk(run: list[Piece]) -> Chunk:
     return Chunk(run[0].source.span.path, begin, end - begin, tuple(run))
 
 
-def landings(piece: Piece, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs (part of a parameter, part of the piece's values) of equal shape: what is to be copied where."""
+def landings(piece: Piece, values: Tensor) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    """Parts of equal shape of a parameter, its scale and the piece's values: what is to be written where."""
     depth = len(piece.prefix)
     for to in piece.source.destinations:
+        index, rows, part = piece.prefix, slice(piece.start, piece.stop), values
         if to.axis > depth:
-            yield (
-                to.tensor[piece.prefix][piece.start : piece.stop],
-                values.narrow(to.axis - depth, to.start, to.stop - to.start),
-            )
+            part = values.narrow(to.axis - depth, to.start, to.stop - to.start)
         elif to.axis == depth:
             start, stop = max(piece.start, to.start), min(piece.stop, to.stop)
-            if start < stop:
-                rows = to.tensor[piece.prefix][start - to.start : stop - to.start]
-                yield rows, values[start - piece.start : stop - piece.start]
+            if start >= stop:
+                continue
+            rows, part = (
+                slice(start - to.start, stop - to.start),
+                values[start - piece.start : stop - piece.start],
+            )
         elif to.start <= piece.prefix[to.axis] < to.stop:
-            index = list(piece.prefix)
-            index[to.axis] -= to.start
-            yield to.tensor[tuple(index)][piece.start : piece.stop], values
+            index = tuple(at - to.start * (axis == to.axis) for axis, at in enumerate(piece.prefix))
+        else:
+            continue
+        yield to.tensor[index][rows], None if to.scale is None else to.scale[index][rows], part
 
 
 def values_of(piece: Piece, flat: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -15,6 +15,7 @@ from gpt2lite.dialects import Adapter, Placement, Reading
 from gpt2lite.errors import CheckpointError, UsageError, listed
 from gpt2lite.loading.skeleton import build_on_meta, saved_tensors, tied_names
 from gpt2lite.loading.tuning import MIB, Tuning
+from gpt2lite.quantization import quantize_skeleton
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 SMALLEST_RING = 2 * MIB
@@ -41,8 +42,18 @@ class Target:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on the device once loaded."""
+        """Bytes on the device once loaded, without the scale."""
         return self.numel * self.dtype.itemsize
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of the scale of rows that are quantised on the way: fp32, one for each."""
+        return 4 * self.shape[0] if self.is_quantized else 0
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the load makes int8 of what is stored otherwise."""
+        return self.dtype == torch.int8 and self.span.dtype.is_floating_point
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,12 @@ class LoadPlan:
     @cached_property
     def model_bytes(self) -> int:
         """Bytes that the loaded module takes on its device."""
-        return sum(target.nbytes for target in self.targets)
+        return sum(target.nbytes + target.scale_bytes for target in self.targets)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether some targets are quantised, which only `stream` can do."""
+        return any(target.is_quantized for target in self.targets)
 
 
 def _dtype_of(tensor: Tensor, span: TensorSpan, dtype: torch.dtype | None) -> torch.dtype:
@@ -127,12 +143,13 @@ def make_plan(
     progress: Progress | None = None,
     tuning: Tuning | None = None,
     hint: Callable[[], str] = str,
+    quantize: Callable[[str], bool] | None = None,
 ) -> LoadPlan:
     """Match a checkpoint with the module that `build` makes; nothing but the skeleton on meta is allocated.
 
     `device` need not be there to plan for it. Raises CheckpointError that lists every missing, unexpected and
     misshapen tensor at once, after what `hint()` says of the whole; UsageError for a dtype that holds no
-    weights.
+    weights. Linear layers and embeddings of whose names `quantize` is true become int8.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UsageError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}")
@@ -143,9 +160,26 @@ def make_plan(
     _check(reading, groups, hint)
     first = {span.address: span for span in reversed(list(reading.manifest.tensors.values()))}
     targets = tuple(_target(reading, first, names, tensor, dtype) for names, tensor in groups)
+    if quantize is not None:
+        targets = _quantized(skeleton, targets, quantize, reading)
     report = progress or (lambda done, total: None)
     return LoadPlan(
         reading.manifest, build, skeleton, targets, device, tuning or Tuning(), report, reading.adapters
+    )
+
+
+def _quantized(
+    skeleton: nn.Module, targets: tuple[Target, ...], quantize: Callable[[str], bool], reading: Reading
+) -> tuple[Target, ...]:
+    if reading.adapters:
+        raise UsageError(
+            f"{reading.manifest.path}: LoRA layers are merged into weights that are not int8; convert it "
+            "first (gpt2lite convert), then quantize"
+        )
+    dtypes = {name: target.dtype for target in targets for name in target.names}
+    names = quantize_skeleton(skeleton, quantize, dtypes.__getitem__)
+    return tuple(
+        replace(target, dtype=torch.int8) if names.issuperset(target.names) else target for target in targets
     )
 
 

@@ -23,6 +23,7 @@ from gpt2lite.loading.pieces import Source, make_source
 from gpt2lite.loading.plan import LoadPlan, Target
 from gpt2lite.loading.skeleton import replace_tensor, saved_tensors, storage_bytes, unsaved_buffers
 from gpt2lite.loading.stream import LANE_BUFFERS, fill, reads, ring_shape
+from gpt2lite.quantization import WORKING_BYTES, scale_of
 
 CPU = torch.device("cpu")
 
@@ -71,6 +72,14 @@ def _allocated(plan: LoadPlan) -> nn.Module:
     return plan.skeleton
 
 
+def _allocate_scales(plan: LoadPlan) -> None:
+    """Memory for the scales of what is quantised."""
+    for target in plan.targets:
+        if target.is_quantized:
+            memory = torch.empty(target.shape[0], dtype=torch.float32, device=plan.device)
+            replace_tensor(plan.skeleton, map(scale_of, target.names), memory)
+
+
 def _allocated_together(plan: LoadPlan) -> nn.Module:
     """The skeleton with host memory in one piece, on huge pages."""
     for target, memory in allocate_together(plan.targets):
@@ -81,6 +90,8 @@ def _allocated_together(plan: LoadPlan) -> nn.Module:
 def _enter_allocated(plan: LoadPlan, ledger: Ledger) -> None:
     for target in plan.targets:
         ledger.device.take(target.nbytes)
+    for target in plan.targets:
+        ledger.device.take(target.scale_bytes)
 
 
 def _enter_unsaved_buffers(plan: LoadPlan, ledger: Ledger) -> None:
@@ -318,19 +329,22 @@ def stream(plan: LoadPlan) -> nn.Module:
 
     Device: the model once, plus two chunks (16 MiB). Host: the ring (64 MiB), or less; on a CPU target the
     parameters' own memory, one piece on huge pages, is what is read into; it is given back when the last of
-    them is gone, and none of them can be resized.
+    them is gone, and none of them can be resized. What is quantised takes whole rows of the layer at a time:
+    of a weight that lies in (in, out) order all of it, for which the ring may have to grow.
     """
     _reserve_one_segment(plan)
     module = _allocated_together(plan) if plan.device == CPU else _allocated(plan)
+    _allocate_scales(plan)
     fill(_sources(plan, saved_tensors(module)), plan.device, plan.tuning, plan.progress)
     return module
 
 
 def _sources(plan: LoadPlan, tensors: Mapping[str, Tensor]) -> list[Source]:
-    return [
-        make_source(plan.spans[name], [(target, tensors[target.names[0]]) for target in targets])
-        for name, targets in _by_span(plan).items()
-    ]
+    def filled(target: Target) -> tuple[Target, Tensor, Tensor | None]:
+        name = target.names[0]
+        return target, tensors[name], tensors[scale_of(name)] if target.is_quantized else None
+
+    return [make_source(plan.spans[name], map(filled, targets)) for name, targets in _by_span(plan).items()]
 
 
 def _forecast_stream(plan: LoadPlan) -> Forecast:
@@ -339,14 +353,18 @@ def _forecast_stream(plan: LoadPlan) -> Forecast:
         ledger.device.touch(_large_bytes(plan))
     _enter_allocated(plan, ledger)
     on_meta = {t.names[0]: torch.empty(t.shape, dtype=t.dtype, device="meta") for t in plan.targets}
+    on_meta |= {
+        scale_of(t.names[0]): torch.empty(t.shape[0], device="meta") for t in plan.targets if t.is_quantized
+    }
     _, chunks = reads(_sources(plan, on_meta), plan.device, plan.tuning)
     slots, slot_bytes = ring_shape(chunks, plan.tuning)
+    working = WORKING_BYTES if plan.is_quantized else 0
     if plan.device.type == "cuda":
-        ledger.device.touch(min(slots, LANE_BUFFERS) * slot_bytes)
+        ledger.device.touch(min(slots, LANE_BUFFERS) * slot_bytes + working)
         ledger.host.take(_power_of_two(slots * slot_bytes))  # page-locked memory comes so, and stays cached
     else:  # a slot is written to as far as the largest of its chunks, which take turns
         turns = (chunks[slot::slots] for slot in range(slots))
-        ledger.host.touch(sum(max(chunk.nbytes for chunk in turn) for turn in turns))
+        ledger.host.touch(sum(max(chunk.nbytes for chunk in turn) for turn in turns) + working)
     _enter_unsaved_buffers(plan, ledger)
     return ledger.balance()
 

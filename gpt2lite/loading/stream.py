@@ -28,6 +28,7 @@ from gpt2lite.checkpoint.reading import (
 from gpt2lite.loading.pieces import Chunk, Piece, Source, cut, is_direct, joined, landings, shares, values_of
 from gpt2lite.loading.plan import Progress
 from gpt2lite.loading.tuning import Tuning
+from gpt2lite.quantization import quantize_into
 
 FEWEST_SLOTS = 8
 FAILED = -1
@@ -141,8 +142,11 @@ class Ring:
             flat, self.copied[slot.data_ptr()] = self.lane.carry(flat)
         for piece in chunk.pieces:
             begin = piece.offset - chunk.offset
-            for rows, values in landings(piece, values_of(piece, flat[begin : begin + piece.nbytes])):
-                rows.copy_(values)
+            for rows, scale, values in landings(piece, values_of(piece, flat[begin : begin + piece.nbytes])):
+                if scale is None:
+                    rows.copy_(values)
+                else:
+                    quantize_into(rows, scale, values)
         if self.lane:
             self.lane.release()
         self.slots.append(slot)
@@ -192,7 +196,10 @@ def reads(sources: list[Source], device: torch.device, tuning: Tuning) -> tuple[
         for p in cut(source, tuning.chunk_bytes)
     ]
     staged = (
-        p for source, yes in zip(sources, in_place, strict=True) if not yes for p in cut(source, slot_bytes)
+        p
+        for source, yes in zip(sources, in_place, strict=True)
+        if not yes
+        for p in cut(source, max(slot_bytes, source.least_bytes))
     )
     return direct, list(joined(staged, slot_bytes))
 
