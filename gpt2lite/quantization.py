@@ -43,8 +43,13 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) → (..., out), some rows of the weight at a time."""
         elements = BLOCK_ELEMENTS if x.device.type == "cpu" else OTHERS_BLOCK_ELEMENTS
-        parts = self.weight.split(max(elements // self.weight.shape[1], 1))
-        y = (torch.cat([F.linear(x, part.to(x.dtype)) for part in parts], -1) * self.scale).to(x.dtype)
+        n_out, n_in = self.weight.shape
+        step = min(max(elements // n_in, 1), n_out)
+        block, y = x.new_empty(step, n_in), x.new_empty(*x.shape[:-1], n_out)
+        for start in range(0, n_out, step):
+            part = self.weight[start : start + step]
+            y[..., start : start + step] = F.linear(x, block[: len(part)].copy_(part))
+        y = (y * self.scale).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 

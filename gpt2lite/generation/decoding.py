@@ -15,7 +15,7 @@ from torch import Tensor
 from gpt2lite.config import GPTConfig
 from gpt2lite.errors import UsageError
 from gpt2lite.generation.cache import KVCache, require_room
-from gpt2lite.generation.engines import choose_engine, last_logits, make_step
+from gpt2lite.generation.engines import choose_engine, make_step
 from gpt2lite.generation.prompts import Batch, Stops, as_batch, usable_vocabulary
 from gpt2lite.generation.sampling import Sampling, draw, make_generators, penalise
 
@@ -74,7 +74,8 @@ def _decode(
     def tokens(batch: Batch) -> Iterator[Tensor]:
         cache = KVCache(config, n_rows, capacity, like, batch.pads)
         seen = batch.seen(config.vocab_size) if sampling.repetition_penalty != 1 else None
-        logits, step = last_logits(model, batch.ids, cache), None
+        step = make_step(model, cache, engine)
+        logits = step(batch.ids)
         for number in range(1, max_new_tokens + 1):
             logits = logits[:, :vocabulary]
             if seen is not None:
@@ -88,13 +89,12 @@ def _decode(
             if window is not None:
                 batch = batch.followed_by(token)
             if cache.length < capacity:
-                step = step or make_step(model, cache, engine)
                 logits = step(token)
             else:
                 assert window is not None
-                batch, step = batch.last(window), None
+                batch = batch.last(window)
                 cache.restart(batch.pads)
-                logits = last_logits(model, batch.ids, cache)
+                logits = step(batch.ids)
 
     return prompts, stops, tokens(batch)
 
@@ -164,9 +164,9 @@ def generate(  # type: ignore[misc]  # the overloads leave the options to it
     The prompt and what is asked for must fit the context, unless there is a `window`: whenever the context is
     full, the last `window` tokens are read again and the rest is forgotten.
 
-    `engine` runs a token after the prompt: "numba", loops at the speed of memory (the extra [cpu]; float32,
-    bfloat16 and int8 models on the CPU, up to 8 rows), "cuda_graph", or "torch"; "auto" takes the first that
-    can. Allocates one KVCache, 2 × n_layers × emb_dim elements a token and row.
+    `engine` runs tokens through the model: "numba", loops at the speed of memory (the extra [cpu]; float32,
+    bfloat16 and int8 models on the CPU, up to 128 rows), "cuda_graph", or "torch"; "auto" takes the first that
+    can and is worth its start. Allocates one KVCache, 2 × n_layers × emb_dim elements a token and row.
 
     Raises UsageError for arguments that cannot work, InsufficientMemoryError, before anything is allocated,
     where the cache does not fit.

@@ -1,4 +1,4 @@
-"""What runs one token after the prompt: torch itself, numba's loops on the CPU, a CUDA graph."""
+"""What runs tokens through the model: torch itself, numba's loops on the CPU, a CUDA graph."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from gpt2lite.quantization import Int8Linear
 if TYPE_CHECKING:
     from gpt2lite.generation.kernels import Matrix
 
-Step = Callable[[Tensor], Tensor]  # ids (B, 1) → logits (B, V); the cache grows by one token
-MAX_BATCH = 8  # above it torch, which works on blocks of rows, reads a weight's row for all of them at once
-# What is worth the start of an engine: tokens for a CUDA graph, and for numba's half a second the bytes that
-# are read, weights times tokens (20 tokens of gpt2).
-FEWEST_FOR_GRAPH, FEWEST_FOR_NUMBA = 16, 10**10
+Step = Callable[[Tensor], Tensor]  # ids (B, T) → logits (B, V) of the last; the cache grows by T tokens
+MOST_ROWS = 128  # of texts times tokens for numba; above it torch's products of whole blocks win
+# What is worth the start of an engine: tokens for a CUDA graph, and for numba's half a second the weights that
+# are read, over all tokens (20 of gpt2).
+FEWEST_FOR_GRAPH, FEWEST_FOR_NUMBA = 16, 25 * 10**8
 ONE_AT_A_TIME = threading.Lock()  # not all of numba's thread pools can be entered twice
 
 
@@ -62,8 +62,8 @@ def _lacks_for_numba(model: Any, batch: int) -> str:
     dtypes = {linear.weight.dtype for linear in (*linears, model.out_head)}
     if model.pos_emb.weight.device.type != "cpu":
         return "the model is not on the CPU"
-    if batch > MAX_BATCH:
-        return f"a batch of {batch} is more than {MAX_BATCH}"
+    if batch > MOST_ROWS:
+        return f"a batch of {batch} is more than {MOST_ROWS}"
     if len(dtypes) > 1 or not all(map(_is_plain, (*linears, model.out_head))):
         return "its layers are not all plain, in float32, bfloat16 or int8"
     if model.pos_emb.weight.dtype not in (torch.float32, torch.bfloat16):
@@ -129,14 +129,18 @@ def _numba_step(model: Any, cache: KVCache) -> Step:
     parts = kernels.use_threads(torch.get_num_threads())
 
     def step(ids: Tensor) -> Tensor:
+        if ids.numel() > MOST_ROWS:
+            return last_logits(model, ids, cache)
+        T = ids.shape[1]
         pads = torch.zeros(batch, dtype=torch.int64) if cache.pads is None else cache.pads
-        x = (model.tok_emb(ids) + model.pos_emb(cache.positions(1)))[:, 0].float().contiguous()
+        x = (model.tok_emb(ids) + model.pos_emb(cache.positions(T))).float().flatten(0, 1).contiguous()
         logits = torch.empty(batch, model.out_head.weight.shape[0])
         with ONE_AT_A_TIME:
             for block, memory in zip(blocks, layers, strict=True):
                 kernels.run_block(block, x.numpy(), memory, cache.length, pads.numpy(), activation, parts)
-            kernels.run_head(*final, head, x.numpy(), logits.numpy(), parts)
-        cache.advance(1)
+            last = x[T - 1 :: T].contiguous()
+            kernels.run_head(*final, head, last.numpy(), logits.numpy(), parts)
+        cache.advance(T)
         return logits
 
     return step
@@ -149,24 +153,36 @@ def _lacks_for_graph(model: Any, batch: int) -> str:
     return "" if model.pos_emb.weight.is_cuda else "the model is not on a CUDA device"
 
 
-def _graph_step(model: Any, cache: KVCache) -> Step:
-    """One token recorded as a CUDA graph, which replays it without Python or launches between its kernels."""
-    moving = CursorCache(cache)
-    ids = torch.zeros((cache.memory.shape[2], 1), dtype=torch.int64, device=cache.memory.device)
+def _record(model: Any, ids: Tensor, moving: CursorCache) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """One token, ids (B, 1), as a graph, and the logits that it fills when it is replayed."""
     side = torch.cuda.Stream(ids.device)
     side.wait_stream(torch.cuda.current_stream(ids.device))
     with torch.cuda.stream(side):
         for _ in range(2):  # libraries allocate their workspaces outside of the graph
+            moving.cursor.fill_(moving.length)
             last_logits(model, ids, moving)
-            moving.cursor.fill_(cache.length)
     torch.cuda.current_stream(ids.device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         logits = last_logits(model, ids, moving)
-    moving.cursor.fill_(cache.length)
+    return graph, logits
 
-    def step(token: Tensor) -> Tensor:
-        ids.copy_(token)
+
+def _graph_step(model: Any, cache: KVCache) -> Step:
+    """A token is replayed without Python, or launches between its kernels; a longer prompt is torch's."""
+    recorded: tuple[CursorCache, Tensor, torch.cuda.CUDAGraph, Tensor] | None = None
+
+    def step(ids: Tensor) -> Tensor:
+        nonlocal recorded
+        if ids.shape[1] > 1:
+            recorded = None  # the pads may be others
+            return last_logits(model, ids, cache)
+        if recorded is None:
+            moving, own = CursorCache(cache), ids.clone()
+            recorded = moving, own, *_record(model, own, moving)
+        moving, own, graph, logits = recorded
+        own.copy_(ids)
+        moving.cursor.fill_(cache.length)
         graph.replay()
         cache.advance(1)
         return logits
@@ -195,11 +211,11 @@ def choose_engine(model: Any, batch: int, tokens: int, engine: str) -> str:
         if lacks:
             raise UsageError(f'engine="{engine}" cannot run this model: {lacks}')
         return engine
-    read = tokens * sum(tensor.nbytes for tensor in model.state_dict().values())
+    read = tokens * sum(tensor.numel() for tensor in model.state_dict().values())
     worth = {"numba": read >= FEWEST_FOR_NUMBA, "cuda_graph": tokens >= FEWEST_FOR_GRAPH, "torch": True}
     return next(name for name in ENGINES if worth[name] and not ENGINES[name][0](model, batch))
 
 
 def make_step(model: Any, cache: KVCache, engine: str) -> Step:
-    """A step that goes on from what the cache holds."""
+    """What reads a prompt into the cache, or further tokens. Its logits hold until it is called again."""
     return ENGINES[engine][1](model, cache)

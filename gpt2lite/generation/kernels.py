@@ -1,8 +1,9 @@
-"""One new token on the CPU, at the speed of memory: what torch does in many calls, as loops over the weights.
+"""A few new tokens on the CPU, at the speed of memory: torch's many calls as loops over the weights.
 
-numba compiles these functions when they are first called and keeps the result beside this file. x is (B, C)
-in fp32; a weight is fp32, bf16 (its bits, as uint16) or int8, in (out, in) or, as the official files have it,
-(in, out) order, and is read once, where it lies.
+numba compiles these functions when they are first called and keeps the result beside this file. x is (R, C)
+in fp32, a row for each of T new tokens of each of B texts; a weight is fp32, bf16 (its bits, as uint16) or
+int8, in (out, in) or, as the official files have it, (in, out) order, and is read where it lies, for one row
+once.
 """
 
 from __future__ import annotations
@@ -89,15 +90,27 @@ def _store_of(values, into):  # type: ignore[no-untyped-def]
 
 @njit(fastmath=True, cache=True)
 def _rows(flat: Array, step: int, x: Array, y: Array, start: int, stop: int) -> None:
-    """y[:, start:stop] of a weight that is stored row by row: dot products."""
-    batch, n = x.shape
+    """y[:, start:stop] of a weight that is stored row by row: dot products, of four rows of x with two."""
+    n_rows, n = x.shape
+    fours, even = n_rows // 4 * 4, start + (stop - start) // 2 * 2
+    for o in range(start, even, 2):
+        w, v = flat[o * step : o * step + n], flat[(o + 1) * step : (o + 1) * step + n]
+        for r in range(0, fours, 4):
+            x0, x1, x2, x3 = x[r], x[r + 1], x[r + 2], x[r + 3]
+            w0 = w1 = w2 = w3 = v0 = v1 = v2 = v3 = np.float32(0)
+            for i in range(n):
+                a, b = _number(w[i]), _number(v[i])
+                w0, w1, w2, w3 = w0 + a * x0[i], w1 + a * x1[i], w2 + a * x2[i], w3 + a * x3[i]
+                v0, v1, v2, v3 = v0 + b * x0[i], v1 + b * x1[i], v2 + b * x2[i], v3 + b * x3[i]
+            y[r, o], y[r + 1, o], y[r + 2, o], y[r + 3, o] = w0, w1, w2, w3
+            y[r, o + 1], y[r + 1, o + 1], y[r + 2, o + 1], y[r + 3, o + 1] = v0, v1, v2, v3
     for o in range(start, stop):
         row = flat[o * step : o * step + n]
-        for b in range(batch):
-            vector, total = x[b], np.float32(0)
+        for r in range(fours if o < even else 0, n_rows):
+            vector, total = x[r], np.float32(0)
             for i in range(n):
                 total += _number(row[i]) * vector[i]
-            y[b, o] = total
+            y[r, o] = total
 
 
 @njit(fastmath=True, cache=True)
@@ -169,7 +182,7 @@ def _norm(x: Array, scale: Array, shift: Array, y: Array) -> None:
 
 @njit(fastmath=True, cache=True)
 def _attend(query: Array, keys: Array, values: Array, scores: Array, y: Array) -> None:
-    """One head of one row: softmax(query keys / √D) values, into y (D,)."""
+    """One head of one token: softmax(query keys / √D) values, into y (D,); 0 where there are no keys."""
     n, width = keys.shape
     factor, largest = np.float32(1) / math.sqrt(np.float32(width)), np.float32(-np.inf)
     for s in range(n):
@@ -193,25 +206,30 @@ def _attend(query: Array, keys: Array, values: Array, scores: Array, y: Array) -
 def _attention(
     query: Array, key: Array, value: Array, cache: Array, length: int, pads: Array, y: Array, parts: int
 ) -> None:
-    """All heads of all rows, after their new key and value are put into the cache."""
+    """All heads of all rows, after their new keys and values are put into the cache."""
     batch, n_heads, capacity, width = cache.shape[1:]
+    T = len(y) // batch
     scores = np.empty((parts, capacity), np.float32)
     for part in prange(parts):
         for item in range(batch * n_heads * part // parts, batch * n_heads * (part + 1) // parts):
             b, h = item // n_heads, item % n_heads
-            head, seen = slice(h * width, (h + 1) * width), slice(pads[b], length + 1)
-            _store(key[b, head], cache[0, b, h, length])
-            _store(value[b, head], cache[1, b, h, length])
-            _attend(query[b, head], cache[0, b, h, seen], cache[1, b, h, seen], scores[part], y[b, head])
+            head = slice(h * width, (h + 1) * width)
+            for t in range(T):
+                _store(key[b * T + t, head], cache[0, b, h, length + t])
+                _store(value[b * T + t, head], cache[1, b, h, length + t])
+            for t in range(T):
+                row, seen = b * T + t, slice(pads[b], max(length + t + 1, pads[b]))
+                own = scores[part, : seen.stop - seen.start]
+                _attend(query[row, head], cache[0, b, h, seen], cache[1, b, h, seen], own, y[row, head])
 
 
 @njit(fastmath=True, cache=True)
 def run_block(
     block: Block, x: Array, cache: Array, length: int, pads: Array, activation: int, parts: int
 ) -> None:
-    """x (B, C) through one block, in place; its key and value become number `length` of `cache`.
+    """x (B × T, C) through one block, in place; its keys and values follow the first `length` of `cache`.
 
-    cache is (2, B, H, capacity, D) in fp32; row b sees what stands from `pads[b]` on.
+    cache is (2, B, H, capacity, D), in fp32 or bf16's bits; text b sees what stands from `pads[b]` on.
     """
     normed, query, key, value = np.empty_like(x), np.empty_like(x), np.empty_like(x), np.empty_like(x)
     wide = np.empty((len(x), block.expand.bias.size), np.float32)
