@@ -5,7 +5,7 @@
 Every contender is a process of its own that holds the same random weights; they take turns, one run each,
 and medians are compared. A run is a whole call: so many tokens greedily after so many. What one token costs
 is the long run less the one that only reads the prompt, over the tokens between. The roofline is the bytes of
-the weights that a token multiplies, over the rate at which a loop that only adds up reads memory, run between.
+the weights that a token multiplies, over the rate at which a loop that only adds up reads memory.
 Peers come with `pip install -e '.[test,peers]'` and are left out, with the reason, where they cannot run.
 Exits with 1 where a ratio is not what is wanted.
 """
@@ -58,7 +58,7 @@ def prompts(task: Task, vocabulary: int) -> torch.Tensor:
     return torch.randint(min(vocabulary, 50257), (task.batch, task.prompt), generator=generator)
 
 
-# ---- the contenders: folder and device → what runs a task ---------------------------------------------------
+# ---- the contenders: folder and device → what runs a task --------------------------------------------------
 
 
 def ours(

@@ -29,12 +29,13 @@ import torch
 from machine import LIMITS, read, warm_memory
 
 from gpt2lite import GPTConfig, GPTModel, Tuning, convert, track_memory
-from gpt2lite.benchmarking import PROMPT, TINY, write_random_checkpoint
+from gpt2lite.benchmarking import TINY, write_random_checkpoint
 from gpt2lite.checkpoint.reading import forget_cached
 from gpt2lite.cli.env import environment
 from gpt2lite.cli.terminal import bytes_bar, steps_bar, table
 from gpt2lite.config import OFFICIAL_SIZES
 from gpt2lite.loading import STRATEGIES
+from gpt2lite.verification import PROMPT
 
 MIB = 1 << 20
 SKIPPED = 3
@@ -181,7 +182,7 @@ def first_logits(loaded: Any) -> None:
     if isinstance(loaded, torch.nn.Module):
         weight = next(loaded.parameters())
         vocabulary = max(weight.shape[0], 64)
-        loaded(torch.tensor(PROMPT, device=weight.device)[:, :8] % vocabulary)
+        loaded(torch.tensor([PROMPT], device=weight.device)[:, :8] % vocabulary)
 
 
 def settle(files: Files, reads: str, cold: bool) -> None:

@@ -12,6 +12,7 @@ from gpt2lite.errors import (
     InsufficientMemoryError,
     UsageError,
 )
+from gpt2lite.evaluation import Evaluation, evaluate
 from gpt2lite.generation import generate
 from gpt2lite.loading import STRATEGIES, Forecast, Tuning, load_module
 from gpt2lite.model import GPTModel, forecast
@@ -21,6 +22,7 @@ __all__ = [
     "STRATEGIES",
     "CheckpointError",
     "CheckpointNotFoundError",
+    "Evaluation",
     "Forecast",
     "GPT2LiteError",
     "GPTConfig",
@@ -32,6 +34,7 @@ __all__ = [
     "__version__",
     "clean_up",
     "convert",
+    "evaluate",
     "forecast",
     "generate",
     "load_module",

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gpt2lite.checkpoint import open_checkpoint
-from gpt2lite.checkpoint.reading import memory_of, read_tensors
+from gpt2lite.checkpoint.reading import memory_of
 from gpt2lite.checkpoint.writing import TensorToWrite, require_space, save_per_tensor, write_torch_zip
 from gpt2lite.config import GPTConfig
 from gpt2lite.dialects import find_config, read_dialect
@@ -28,8 +28,8 @@ from gpt2lite.errors import GPT2LiteError
 from gpt2lite.loading import Progress
 from gpt2lite.model import GPTModel, forecast
 from gpt2lite.tracking import Sample, track_memory
+from gpt2lite.verification import PROMPT, plain_model
 
-PROMPT = [[15496, 11, 314, 716, 257, 3303, 2746]]  # "Hello, I am a language model" in GPT-2's encoding
 LOGITS_TOLERANCE = 1e-4
 HALF_LOGITS_TOLERANCE = 0.05  # where 16-bit weights are multiplied in another order
 RANDOM_CHUNK = 1 << 22  # elements drawn at a time
@@ -110,7 +110,7 @@ def write_random_checkpoint(
 
 
 def _prompt(config: GPTConfig, device: torch.device) -> Tensor:
-    return torch.tensor(PROMPT, device=device)[:, : config.context_length] % config.vocab_size
+    return torch.tensor([PROMPT], device=device)[:, : config.context_length] % config.vocab_size
 
 
 def digest(tensor: Tensor) -> str:
@@ -182,17 +182,7 @@ def write_reference(path: str, device: str, dtype: str | None, config: dict[str,
 
     Costs twice the model in host memory.
     """
-    reading = read_dialect(open_checkpoint(path))
-    found = find_config(reading, config)
-    sources = {placement.source for placement in reading.placements.values()}
-    stored = read_tensors(reading.manifest, sources, torch.device("cpu"))
-    state = {name: placement.of(stored[placement.source]) for name, placement in reading.placements.items()}
-    with torch.device("meta"):
-        model = GPTModel(found)
-    model.load_state_dict({name: tensor.contiguous() for name, tensor in state.items()}, assign=True)
-    if found.tied_head:
-        model.out_head.weight = model.tok_emb.weight
-    model = model.eval().to(dtype=_dtype(dtype))
+    model = plain_model(path, config, _dtype(dtype))
     digests = {name: digest(tensor) for name, tensor in model.state_dict().items()}
     torch.save({"digests": digests, "logits": _first_logits(model.to(device))}, output)
 

@@ -270,3 +270,86 @@ def test_a_reader_that_goes_away_is_no_error():
     command = f"{sys.executable} -m gpt2lite generate | head -c 3"
     result = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert (result.stdout, result.stderr) == ("Onc", "")
+
+
+# ---- several texts -----------------------------------------------------------------------------------------
+
+
+def texts_of(output: str) -> list[str]:
+    """What stands between the rules."""
+    return [text.rstrip("\n") for text in output.split("─" * 40 + "\n")]
+
+
+def generated(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["generate", *words]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def test_prompts_of_a_file_each_get_what_they_get_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    prompts = [f"Once upon a time {name}" for name in ["Anna", "Ben", "Clara", "Max", "Leo", "Ida", "Otto", "Rosa", "Vera", "Tom"]]
+    prompts[3] += " and a friend went"
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n\n".join(prompts) + "\n")
+    found = texts_of(generated(capsys, "--prompts", str(path), "--max-new-tokens", "20"))
+    alone = [
+        generated(capsys, "--prompt", prompt, "--max-new-tokens", "20").rstrip("\n") for prompt in prompts
+    ]
+    assert found == alone
+
+
+def test_prompts_come_from_standard_input():
+    command = [sys.executable, "-m", "gpt2lite", "generate", "--prompts", "-", "--max-new-tokens", "5"]
+    result = subprocess.run(command, input="Anna\nBen was\n", capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    first, second = texts_of(result.stdout)
+    assert first.startswith("Anna")
+    assert second.startswith("Ben was")
+
+
+def test_samples_have_seeds_that_follow_each_other(capsys: pytest.CaptureFixture[str]):
+    options = ("--temperature", "1", "--max-new-tokens", "12")
+    several = texts_of(generated(capsys, *options, "--num-samples", "3", "--seed", "5"))
+    alone = [generated(capsys, *options, "--seed", str(seed)).rstrip("\n") for seed in (5, 6, 7)]
+    assert several == alone
+    assert len(set(several)) == 3
+
+
+def test_a_stop_string_ends_the_text_before_it(capsys: pytest.CaptureFixture[str]):
+    whole = generated(capsys, "--max-new-tokens", "60")
+    assert "." in whole
+    assert generated(capsys, "--max-new-tokens", "60", "--stop", ".") == whole[: whole.index(".")] + "\n"
+
+
+def test_a_window_goes_on_past_the_context(capsys: pytest.CaptureFixture[str]):
+    words = ("--prompt", "Anna " * 200, "--max-new-tokens", "300")
+    assert main(["generate", *words]) == 1
+    assert "window" in capsys.readouterr().err
+    assert len(generated(capsys, *words, "--window", "64")) > len("Anna " * 200) + 300
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--prompt", "a", "--prompts", "b"), "--prompt and --prompts exclude each other"),
+        (("--num-samples", "0"), "--num-samples must be at least 1, got 0"),
+        (("--num-samples", "2"), "needs a --temperature above 0"),
+        (("--prompts", "/dev/null"), "/dev/null: no line with a prompt"),
+        (("--prompts", "nowhere.txt"), "nowhere.txt"),
+        (("--top-p", "2", "--temperature", "1"), "top_p"),
+        (("--min-p", "-1", "--temperature", "1"), "min_p"),
+        (("--repetition-penalty", "0"), "repetition_penalty"),
+        (("--window", "256"), "window must be an int in 1 … 255"),
+        (("--engine", "cuda_graph"), 'engine="cuda_graph" cannot run this model'),
+        (("--quantize", "int8", "--strategy", "mmap"), "stream"),
+    ],
+)
+def test_a_wrong_option_of_generate_is_one_line(
+    words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["generate", *words]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert err.count("\n") == 1

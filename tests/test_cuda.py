@@ -186,3 +186,52 @@ print(memory.peak_host_anonymous)
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) <= (4 + 12) << 20
+
+
+# ---- generation --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_cuda(tmp_path: Path) -> GPTModel:
+    """A model in which position decides, so that no greedy text runs into a short cycle."""
+    generator = torch.Generator().manual_seed(0)
+    model = GPTModel(GPTConfig(101, 256, 48, 4, 3))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            parameter.data.normal_(0, 2.0 if name == "pos_emb.weight" else 0.3, generator=generator)
+    return GPTModel.from_checkpoint(save_pth(model.state_dict(), tmp_path), "cuda", config={"n_heads": 4})
+
+
+@pytest.mark.parametrize(
+    "prompts", [[[1]], [[1, 2, 3]], [[1], [5, 6, 7, 8], [9] * 40]], ids=["1", "3", "ragged"]
+)
+def test_a_graph_gives_torchs_tokens(on_cuda: GPTModel, prompts: list[list[int]]):
+    wanted = on_cuda.generate(prompts, 200, engine="torch")
+    for wanted_row, row in zip(wanted, on_cuda.generate(prompts, 200, engine="cuda_graph"), strict=True):
+        assert torch.equal(wanted_row, row)
+
+
+@pytest.mark.parametrize("window", [1, 100])
+def test_a_graph_gives_torchs_tokens_past_the_context(on_cuda: GPTModel, window: int):
+    prompts = [[1], [5, 6, 7, 8]]
+    wanted = on_cuda.generate(prompts, 400, engine="torch", window=window)
+    found = on_cuda.generate(prompts, 400, engine="cuda_graph", window=window)
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+
+
+def test_auto_takes_the_graph_and_draws_by_the_seed(on_cuda: GPTModel):
+    options = {"temperature": 1.0, "top_k": 20, "repetition_penalty": 1.2}
+    first = on_cuda.generate([[1, 2]], 60, seed=3, **options)
+    assert torch.equal(first[0], on_cuda.generate([[1, 2]], 60, seed=3, engine="cuda_graph", **options)[0])
+    assert not torch.equal(first[0], on_cuda.generate([[1, 2]], 60, seed=4, **options)[0])
+
+
+def test_int8_on_cuda_is_int8_on_the_cpu(on_cuda: GPTModel, tmp_path: Path):
+    path = save_pth(on_cuda.state_dict(), tmp_path)
+    load = {"config": {"n_heads": 4}, "quantize": "int8"}
+    there, here = (
+        GPTModel.from_checkpoint(path, "cuda", **load),
+        GPTModel.from_checkpoint(path, "cpu", **load),
+    )
+    ids = torch.arange(40)[None]
+    torch.testing.assert_close(there(ids.cuda()).cpu(), here(ids), rtol=1e-3, atol=1e-3)

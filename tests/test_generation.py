@@ -119,6 +119,29 @@ def assert_same_logits(model: GPTModel, ids: torch.Tensor, tolerance: float = 1e
     torch.testing.assert_close(ours, theirs, atol=tolerance * float(theirs.abs().max()), rtol=0)
 
 
+@pytest.mark.parametrize("sizes", [(13,), (1, 7, 5), (4, 9), (6, 6, 1)])
+@pytest.mark.parametrize("pads", [None, (0, 3, 8)], ids=["even", "padded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numba_takes_any_number_of_tokens_at_a_time(
+    long_model: GPTModel, sizes: tuple[int, ...], pads: tuple[int, ...] | None, dtype: torch.dtype
+):
+    pytest.importorskip("numba", reason="the extra [cpu] is not installed")
+    from gpt2lite.generation.engines import make_step
+
+    ids = torch.randint(101, (3, 13), generator=torch.Generator().manual_seed(0))
+    model = long_model.to(dtype)
+    found = {}
+    with torch.inference_mode():
+        for engine in ("torch", "numba"):
+            starts = None if pads is None else torch.tensor(pads)
+            cache = KVCache(LONG, 3, 13, model.pos_emb.weight, starts)
+            step = make_step(model, cache, engine)
+            logits = [step(some) for some in ids.split(sizes, 1)]
+            found[engine] = logits[-1].float()
+    tolerance = (1e-5 if dtype == torch.float32 else 3e-2) * float(found["torch"].abs().max())
+    torch.testing.assert_close(found["numba"], found["torch"], atol=tolerance, rtol=0)
+
+
 @pytest.mark.parametrize("strategy", ["stream", "mmap"])
 def test_numba_reads_official_weights_where_they_lie(tmp_path, strategy: str):
     pytest.importorskip("numba", reason="the extra [cpu] is not installed")

@@ -18,6 +18,8 @@ COMMANDS = {
     "plan": "say what a load will cost before it begins, what fits, and what auto takes",
     "convert": "write a checkpoint with another program's names, layout and file format",
     "inspect": "say what a checkpoint is, from its headers alone",
+    "verify": "load a checkpoint by two independent ways and compare what they compute",
+    "evaluate": "say how well a model predicts a text: its perplexity",
     "env": "say what this machine is and what memory can be had",
 }
 EPILOG = """examples:
@@ -27,7 +29,9 @@ EPILOG = """examples:
   gpt2lite plan model.pth --device cuda --max-device-memory 8GiB
   gpt2lite bench --size gpt2-xl --device cuda
   gpt2lite convert model.pth gpt2-folder --to hf
-  gpt2lite inspect model.pth"""
+  gpt2lite inspect model.pth
+  gpt2lite verify model.pth --against transformers
+  gpt2lite evaluate model.pth --text book.txt --quantize int8"""
 
 
 def _parser(command: str | None) -> argparse.ArgumentParser:

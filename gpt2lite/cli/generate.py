@@ -8,30 +8,16 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import tiktoken
 import torch
 
-from gpt2lite.cli.terminal import (
-    EMBEDDED,
-    add_cap_arguments,
-    add_config_arguments,
-    add_dtype_argument,
-    add_quantize_argument,
-    add_revision_argument,
-    bytes_bar,
-    config_of,
-    dtype_of,
-    local_path,
-    steps_bar,
-)
+from gpt2lite.cli.loading import add_load_arguments, load_to_read
+from gpt2lite.cli.terminal import EMBEDDED, add_quantize_argument, local_path, read_text, steps_bar
 from gpt2lite.errors import UsageError
 from gpt2lite.generation import ENGINES, require_language_head
 from gpt2lite.generation.text import stream_text
-from gpt2lite.loading import STRATEGIES
-from gpt2lite.memory import resolve_device
 from gpt2lite.model import GPTModel
 from gpt2lite.tokenizer import tokenizer_for
 
@@ -82,47 +68,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on past the context: when it is full, read the last N tokens again",
     )
     parser.add_argument(
-        "--strategy",
-        choices=("auto", *STRATEGIES),
-        default="auto",
-        help="auto maps the file on CPU, else streams",
-    )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default: cpu)")
-    parser.add_argument(
         "--engine",
         choices=("auto", *ENGINES),
         default="auto",
         help="what runs a token (default: the fastest)",
     )
-    add_revision_argument(parser)
-    add_config_arguments(parser)
-    parser.add_argument(
-        "--lora-alpha", type=float, metavar="A", help="of the book's LoRA layers, if there are any"
-    )
-    add_dtype_argument(parser)
+    add_load_arguments(parser)
     add_quantize_argument(parser)
-    add_cap_arguments(parser)
-
-
-def _load(path: Path, args: argparse.Namespace) -> GPTModel:
-    """On the CPU auto maps, since nothing here writes to the file."""
-    device = resolve_device(args.device)
-    maps = args.strategy == "auto" and device.type == "cpu" and not args.quantize
-    strategy = "mmap" if maps else args.strategy
-    dtype = dtype_of(args) or (torch.float32 if path == EMBEDDED else None)
-    with bytes_bar("loading") as progress:
-        return GPTModel.from_checkpoint(
-            path,
-            device,
-            strategy,
-            config=config_of(args),
-            dtype=dtype,
-            quantize=args.quantize,
-            lora_alpha=args.lora_alpha,
-            max_host_memory=args.max_host_memory,
-            max_device_memory=args.max_device_memory,
-            progress=progress,
-        )
 
 
 def _prompts(args: argparse.Namespace, default: str) -> list[str]:
@@ -135,11 +87,7 @@ def _prompts(args: argparse.Namespace, default: str) -> list[str]:
         raise UsageError("greedy samples are all the same: --num-samples needs a --temperature above 0")
     prompts = [default if args.prompt is None else args.prompt]
     if args.prompts is not None:
-        try:
-            read = sys.stdin.read() if args.prompts == "-" else Path(args.prompts).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{args.prompts}: not UTF-8 ({error})") from None
-        prompts = [line for line in read.splitlines() if line.strip()]
+        prompts = [line for line in read_text(args.prompts).splitlines() if line.strip()]
         if not prompts:
             raise UsageError(f"{args.prompts}: no line with a prompt")
     return [prompt for prompt in prompts for _ in range(args.num_samples)]
@@ -223,7 +171,7 @@ def _write_all(
 def run(args: argparse.Namespace) -> int:
     """Print prompts and continuations: one as it comes, more of them in batches."""
     path = local_path(args.model, args.revision)
-    model = _load(path, args)
+    model = load_to_read(path, args, args.quantize)
     require_language_head(model.config)
     encoding = tokenizer_for(path, model.config.vocab_size)
     prompts = _prompts(args, EMBEDDED_PROMPT if path == EMBEDDED else DEFAULT_PROMPT)

@@ -15,6 +15,7 @@ from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
 from gpt2lite.checkpoint.tf_bundle import index_of
 from gpt2lite.config import ACTIVATIONS
+from gpt2lite.errors import UsageError
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 EMBEDDED = DATA / "embedded.pth"
@@ -55,9 +56,29 @@ def bytes_bar(what: str) -> Iterator[Callable[[int, int], None]]:
         yield report
 
 
+@contextmanager
+def count_bar(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """The same for a callback that counts (done, in all) of a unit."""
+    with tqdm(desc=what, unit=unit, leave=False, disable=not sys.stderr.isatty()) as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield report
+
+
 def steps_bar(steps: Sequence[str], what: str) -> Any:
     """A bar over named steps; `set_postfix_str` says which one runs."""
     return tqdm(total=len(steps), desc=what, unit="run", leave=False, disable=not sys.stderr.isatty())
+
+
+def read_text(name: str) -> str:
+    """A file's text, or for - standard input's. Raises UsageError where it is not UTF-8."""
+    try:
+        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{name}: not UTF-8 ({error})") from None
 
 
 def add_revision_argument(parser: argparse.ArgumentParser) -> None:

@@ -165,8 +165,8 @@ def generate(  # type: ignore[misc]  # the overloads leave the options to it
     full, the last `window` tokens are read again and the rest is forgotten.
 
     `engine` runs tokens through the model: "numba", loops at the speed of memory (the extra [cpu]; float32,
-    bfloat16 and int8 models on the CPU, up to 128 rows), "cuda_graph", or "torch"; "auto" takes the first that
-    can and is worth its start. Allocates one KVCache, 2 × n_layers × emb_dim elements a token and row.
+    bfloat16 and int8 models on the CPU, up to 128 rows), "cuda_graph", or "torch"; "auto" takes the first
+    that can and is worth its start. Allocates one KVCache, 2 × n_layers × emb_dim elements a token and row.
 
     Raises UsageError for arguments that cannot work, InsufficientMemoryError, before anything is allocated,
     where the cache does not fit.

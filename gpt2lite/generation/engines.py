@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 Step = Callable[[Tensor], Tensor]  # ids (B, T) → logits (B, V) of the last; the cache grows by T tokens
 MOST_ROWS = 128  # of texts times tokens for numba; above it torch's products of whole blocks win
-# What is worth the start of an engine: tokens for a CUDA graph, and for numba's half a second the weights that
-# are read, over all tokens (20 of gpt2).
+# What is worth the start of an engine: tokens for a CUDA graph; for numba's half a second the weights read,
+# over all tokens (20 of gpt2).
 FEWEST_FOR_GRAPH, FEWEST_FOR_NUMBA = 16, 25 * 10**8
 ONE_AT_A_TIME = threading.Lock()  # not all of numba's thread pools can be entered twice
 

@@ -1,0 +1,102 @@
+"""How well a model predicts a text."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpt2lite.errors import UsageError
+from gpt2lite.generation import require_language_head
+from gpt2lite.loading import Progress
+
+POSITIONS_AT_ONCE = 128  # whose logits are in memory together: 25 MB of GPT-2's
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What a text cost: nats (natural logarithms) summed over the tokens that were predicted."""
+
+    tokens: int
+    nats: float
+    seconds: float
+
+    @property
+    def perplexity(self) -> float:
+        """e to the mean loss."""
+        return math.exp(self.nats / self.tokens)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of those that were predicted."""
+        return self.tokens / self.seconds
+
+
+def loss_of(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats, summed: what the head reads, (N, C), and the ids that follow, (N,), → ().
+
+    Has POSITIONS_AT_ONCE rows of fp32 logits in memory at a time.
+    """
+    parts = zip(hidden.split(POSITIONS_AT_ONCE), targets.split(POSITIONS_AT_ONCE), strict=True)
+    losses = [F.cross_entropy(model.out_head(some).float(), ids, reduction="sum") for some, ids in parts]
+    return torch.stack(losses).double().sum()
+
+
+def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(begin, end, first to predict): each token but the first is predicted once, in the earliest window.
+
+    A window begins every `stride` tokens; `context` of them are read, which predicts up to the one behind.
+    """
+    predicted = 1
+    for begin in range(0, length, stride):
+        end = min(begin + context + 1, length)
+        yield begin, end, predicted
+        predicted = end
+        if end == length:
+            return
+
+
+@torch.inference_mode()
+def evaluate(
+    model: Any,
+    ids: Tensor,
+    *,
+    context: int | None = None,
+    stride: int | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """The loss of predicting each token of a text, ids (T,) int64, from those before it; but for the first.
+
+    The text is read in windows of `context` tokens (the model's whole context), one every `stride` (half of
+    it): a token is predicted in the first window that can, so from more than context - stride tokens
+    wherever the text has them. stride = context is the fastest, stride = 1 the most exact. Costs the
+    activations of one window and POSITIONS_AT_ONCE rows of logits. `progress` is called with (tokens
+    predicted, tokens in all).
+
+    Source of the protocol: Hugging Face, "Perplexity of fixed-length models".
+    Raises UsageError for a classifier, a text of fewer than two tokens, or windows that cannot be.
+    """
+    require_language_head(model.config)
+    most = model.config.context_length
+    context = most if context is None else context
+    stride = max(context // 2, 1) if stride is None else stride
+    if not 1 <= context <= most:
+        raise UsageError(f"context must be in 1 … {most}, which is the model's, got {context}")
+    if not 1 <= stride <= context:
+        raise UsageError(f"stride must be in 1 … {context}, the context, got {stride}")
+    if ids.numel() < 2:
+        raise UsageError(f"a text of {ids.numel()} tokens has nothing to predict; wanted at least 2")
+    ids = ids.to(model.pos_emb.weight.device)
+    began, nats = time.perf_counter(), 0.0
+    for begin, end, first in windows(len(ids), context, stride):
+        hidden = model.hidden(ids[None, begin : end - 1])[0, first - 1 - begin :]
+        nats += float(loss_of(model, hidden, ids[first:end]))
+        if progress:
+            progress(end - 1, len(ids) - 1)
+    return Evaluation(len(ids) - 1, nats, time.perf_counter() - began)

@@ -1,0 +1,154 @@
+"""verify passes what is right, fails what is wrong, and says by how much."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from test_loading import HEADS, huggingface, save_hub, save_pth
+
+from gpt2lite import GPTConfig, GPTModel, UsageError
+from gpt2lite.benchmarking import write_random_checkpoint
+from gpt2lite.cli import main
+from gpt2lite.verification import REFERENCES, verify
+
+
+@pytest.fixture(params=REFERENCES)
+def against(request: pytest.FixtureRequest) -> str:
+    if request.param == "transformers":
+        pytest.importorskip("transformers", reason="transformers is not installed")
+    return request.param
+
+
+@pytest.fixture
+def pth(tmp_path: Path) -> Path:
+    """A model in which every position and every weight decides what is written."""
+    generator, model = torch.Generator().manual_seed(0), GPTModel(TINY)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            parameter.data.normal_(0, 2.0 if name == "pos_emb.weight" else 0.3, generator=generator)
+    return save_pth(model.state_dict(), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_what_is_right_passes(against: str, pth: Path, dtype: torch.dtype):
+    load = lambda: GPTModel.from_checkpoint(pth, config=HEADS, dtype=dtype)  # noqa: E731
+    found = verify(load, pth, against=against)
+    assert found.passed
+    assert found.agreed_tokens == found.new_tokens == TINY.context_length - 7
+    assert found.difference <= found.tolerance
+
+
+def test_one_wrong_weight_fails(against: str, pth: Path):
+    def load() -> GPTModel:
+        model = GPTModel.from_checkpoint(pth, config=HEADS)
+        with torch.no_grad():
+            model.trf_blocks[2].att.W_key.weight[5, 7] += 1
+        return model
+
+    found = verify(load, pth, against=against)
+    assert not found.passed
+    assert found.difference > found.tolerance
+
+
+def test_nan_fails(against: str, pth: Path):
+    def load() -> GPTModel:
+        model = GPTModel.from_checkpoint(pth, config=HEADS)
+        model.final_norm.shift.data.fill_(float("nan"))
+        return model
+
+    assert not verify(load, pth, against=against).passed
+
+
+def test_a_wrong_cache_fails_by_its_tokens(against: str, pth: Path, monkeypatch: pytest.MonkeyPatch):
+    """Logits come from a pass without a cache; only what was written shows a wrong one."""
+    from gpt2lite.generation import KVCache
+
+    monkeypatch.setattr(
+        KVCache, "positions", lambda self, T: torch.zeros(T, dtype=torch.int64) + self.length // 2
+    )
+    found = verify(lambda: GPTModel.from_checkpoint(pth, config=HEADS), pth, against=against)
+    assert found.difference <= found.tolerance
+    assert found.agreed_tokens < found.new_tokens
+    assert not found.passed
+
+
+def test_transformers_reads_its_own_folder_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    peer = huggingface()
+    peer.save_pretrained(tmp_path / "hub")
+    monkeypatch.setattr("gpt2lite.verification.convert", lambda *_, **__: pytest.fail("converted"))
+    folder = tmp_path / "hub"
+    assert verify(lambda: GPTModel.from_checkpoint(folder), folder, against="transformers").passed
+
+
+def test_lora_layers_are_merged_both_ways(tmp_path: Path):
+    generator = torch.Generator().manual_seed(0)
+    model = GPTModel(TINY)
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if ".W_query." in name:
+            state[name.replace("W_query.", "W_query.linear.")] = tensor
+            if name.endswith("weight"):
+                layer = name.removesuffix(".weight")
+                state[f"{layer}.lora.A"] = torch.randn(TINY.emb_dim, 4, generator=generator)
+                state[f"{layer}.lora.B"] = torch.randn(4, TINY.emb_dim, generator=generator)
+        else:
+            state[name] = tensor
+    path = save_pth(state, tmp_path)
+    path.with_suffix(".json").write_text(json.dumps(HEADS))
+
+    def load(alpha: float) -> GPTModel:
+        return GPTModel.from_checkpoint(path, lora_alpha=alpha)
+
+    assert verify(lambda: load(0.5), path, lora_alpha=0.5).passed
+    assert not verify(lambda: load(0.6), path, lora_alpha=0.5).passed
+
+
+def test_a_classifier_is_compared_by_its_logits(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = save_pth(GPTModel(GPTConfig.of(TINY.as_dict() | {"n_classes": 2})).state_dict(), tmp_path)
+    path.with_suffix(".json").write_text(json.dumps(HEADS | {"n_classes": 2}))
+    assert main(["verify", str(path)]) == 0
+    assert "PASS" in capsys.readouterr().out
+    assert main(["verify", str(path), "--against", "transformers"]) == 1
+    assert "a classifier is compared with plain torch only" in capsys.readouterr().err
+
+
+def test_an_unknown_reference_is_refused(pth: Path):
+    with pytest.raises(UsageError, match="against must be torch or transformers, got 'jax'"):
+        verify(lambda: GPTModel(TINY), pth, against="jax")
+
+
+def test_the_command_passes_the_embedded_model(against: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["verify", "--against", against]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1] == "PASS"
+    assert "32 of 32 agree" in out
+    assert err == ""
+    assert main(["verify", "--against", against, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["passed"] is True
+
+
+def test_the_command_fails_with_1(
+    pth: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    other = pth.with_name("other.pth")
+    write_random_checkpoint(TINY, other)
+    real = GPTModel.from_checkpoint.__func__
+    monkeypatch.setattr(
+        GPTModel, "from_checkpoint", classmethod(lambda cls, path, *a, **k: real(cls, other, *a, **k))
+    )
+    assert main(["verify", str(pth), "--n-heads", "4"]) == 1
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == "FAIL"
+    assert "no tokenizer at hand" in out
+
+
+def test_a_file_in_the_official_layout_is_converted_for_transformers(tmp_path: Path):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    path = save_hub(huggingface().state_dict(), tmp_path)
+    load = lambda: GPTModel.from_checkpoint(path, config=HEADS)  # noqa: E731
+    assert verify(load, path, against="transformers", folder=tmp_path).passed
+    assert [each.name for each in tmp_path.iterdir()] == ["model.safetensors"]
