@@ -288,7 +288,8 @@ def generated(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 
 def test_prompts_of_a_file_each_get_what_they_get_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    prompts = [f"Once upon a time {name}" for name in ["Anna", "Ben", "Clara", "Max", "Leo", "Ida", "Otto", "Rosa", "Vera", "Tom"]]
+    names = ["Anna", "Ben", "Clara", "Max", "Leo", "Ida", "Otto", "Rosa", "Vera", "Tom"]
+    prompts = [f"Once upon a time {name}" for name in names]
     prompts[3] += " and a friend went"
     path = tmp_path / "prompts.txt"
     path.write_text("\n\n".join(prompts) + "\n")
