@@ -10,9 +10,21 @@ from gpt2lite.errors import (
     CheckpointNotFoundError,
     GPT2LiteError,
     InsufficientMemoryError,
+    TrainingDivergedError,
     UsageError,
 )
 from gpt2lite.evaluation import Evaluation, evaluate
+from gpt2lite.finetuning import (
+    Recipe,
+    Rhythm,
+    Task,
+    TrainingForecast,
+    as_classifier,
+    finetune,
+    forecast_training,
+    load_lora,
+    merge_lora,
+)
 from gpt2lite.generation import generate
 from gpt2lite.loading import STRATEGIES, Forecast, Tuning, load_module
 from gpt2lite.model import GPTModel, forecast
@@ -29,15 +41,25 @@ __all__ = [
     "GPTModel",
     "InsufficientMemoryError",
     "MemoryUse",
+    "Recipe",
+    "Rhythm",
+    "Task",
+    "TrainingDivergedError",
+    "TrainingForecast",
     "Tuning",
     "UsageError",
     "__version__",
+    "as_classifier",
     "clean_up",
     "convert",
     "evaluate",
+    "finetune",
     "forecast",
+    "forecast_training",
     "generate",
+    "load_lora",
     "load_module",
+    "merge_lora",
     "save_per_tensor",
     "track_memory",
 ]

@@ -4,6 +4,7 @@ GPT2LiteError
 ├── CheckpointError               a file is damaged, foreign or incomplete
 │   └── CheckpointNotFoundError   nothing is there (also FileNotFoundError)
 ├── InsufficientMemoryError       what was asked does not fit (also MemoryError)
+├── TrainingDivergedError         a loss is no longer a number
 └── UsageError                    an argument is wrong (also ValueError)
 
 Every message says where, what was wanted, what was found, and what to do next.
@@ -38,6 +39,10 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
 
 class InsufficientMemoryError(GPT2LiteError, MemoryError):
     """A load does not fit into the memory that the process really has."""
+
+
+class TrainingDivergedError(GPT2LiteError):
+    """A loss or a gradient is no longer finite."""
 
 
 class UsageError(GPT2LiteError, ValueError):

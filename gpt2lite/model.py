@@ -307,6 +307,22 @@ class GPTModel(nn.Module):
         return self.out_head(self.hidden(ids, cache))
 
 
+def _headers(
+    path: str | os.PathLike[str], config: GPTConfig | Mapping[str, Any] | None
+) -> tuple[Reading, GPTConfig]:
+    """What a plan needs to know; what no file says and no byte depends on is taken for granted."""
+    reading = read_dialect(open_checkpoint(path))
+    asked = UNSAYABLE if config is None else UNSAYABLE | config if isinstance(config, dict) else config
+    return reading, find_config(reading, asked)
+
+
+def plan_config(
+    path: str | os.PathLike[str], *, config: GPTConfig | Mapping[str, Any] | None = None
+) -> GPTConfig:
+    """The config of a checkpoint from headers alone, to plan with. Raises as `plan_load`."""
+    return _headers(path, config)[1]
+
+
 def plan_load(
     path: str | os.PathLike[str],
     device: str | torch.device = "cpu",
@@ -320,9 +336,7 @@ def plan_load(
 
     Raises CheckpointError for a file that is damaged or does not fit, UsageError for a wrong argument.
     """
-    reading = read_dialect(open_checkpoint(path))
-    asked = UNSAYABLE if config is None else UNSAYABLE | config if isinstance(config, dict) else config
-    found = find_config(reading, asked)
+    reading, found = _headers(path, config)
     hint = partial(_official_hint, found, reading)
     build = lambda: GPTModel(found)  # noqa: E731
     return make_plan(

@@ -20,7 +20,7 @@ FLOORS = [
     {"loading"},
     {"generation"},
     {"model"},
-    {"converting", "evaluation"},
+    {"converting", "evaluation", "finetuning"},
     {"verification"},
     {"benchmarking"},
     {"cli"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from gpt2lite.checkpoint.writing import (
     write_torch_zip,
 )
 from gpt2lite.errors import CheckpointNotFoundError, UsageError
+from gpt2lite.model import GPTModel
 
 STATE = {
     "wte.weight": torch.arange(300.0).reshape(30, 10),
@@ -262,3 +264,11 @@ def test_too_little_disk_is_an_error_before_writing(tmp_path):
     with pytest.raises(OSError, match=r"are to be written, .* are free") as caught:
         require_space(tmp_path, 1 << 62)
     assert caught.value.errno == errno.ENOSPC
+
+
+def test_equal_tensors_give_equal_bytes_at_any_time(
+    model: GPTModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    first = model.save_checkpoint(tmp_path / "first.pth")
+    monkeypatch.setattr("zipfile.time.localtime", lambda *_: time.struct_time((2001, 2, 3, 4, 5, 6, 0, 0, 0)))
+    assert model.save_checkpoint(tmp_path / "second.pth").read_bytes() == first.read_bytes()

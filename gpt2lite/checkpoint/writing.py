@@ -140,7 +140,8 @@ def fill_torch_zip(
 ) -> None:
     """Write a new file as `torch.save` does; `arrange` puts the state dict into what surrounds it.
 
-    Tensors that share another's bytes are stored with it. Holds two chunks in memory.
+    Tensors that share another's bytes are stored with it. No date is in it: equal tensors, equal bytes. Holds
+    two chunks in memory.
     """
     stored = _stored_once(tensors)
     keys = {tensor.name: str(i) for i, tensor in enumerate(stored)}
@@ -149,14 +150,14 @@ def fill_torch_zip(
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         with archive.open(zipfile.ZipInfo("archive/data.pkl"), "w") as entry:
             _DescribingPickler(entry, protocol=2).dump(arrange(described))
-        archive.writestr("archive/byteorder", "little")
+        archive.writestr(zipfile.ZipInfo("archive/byteorder"), "little")
         for i, tensor in enumerate(stored):
             with archive.open(_entry(archive, f"archive/data/{i}", tensor.nbytes), "w") as entry:
                 for chunk in made_ahead(tensor.chunks()):
                     entry.write(chunk)
                     done += len(chunk)
                     progress(done, total)
-        archive.writestr("archive/version", "3\n")
+        archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
 
 
 def write_torch_zip(path: Path, tensors: Sequence[TensorToWrite], progress: Progress) -> None:

@@ -20,6 +20,8 @@ COMMANDS = {
     "inspect": "say what a checkpoint is, from its headers alone",
     "verify": "load a checkpoint by two independent ways and compare what they compute",
     "evaluate": "say how well a model predicts a text: its perplexity",
+    "finetune": "train a checkpoint further, on text, instructions or labelled texts",
+    "tokenize": "write a text as a token file, to train on",
     "env": "say what this machine is and what memory can be had",
 }
 EPILOG = """examples:
@@ -31,7 +33,9 @@ EPILOG = """examples:
   gpt2lite convert model.pth gpt2-folder --to hf
   gpt2lite inspect model.pth
   gpt2lite verify model.pth --against transformers
-  gpt2lite evaluate model.pth --text book.txt --quantize int8"""
+  gpt2lite evaluate model.pth --text book.txt --quantize int8
+  gpt2lite plan gpt2 --train --batch-size 8 --fit 4GiB
+  gpt2lite finetune gpt2 --text book.txt --out book-model --steps 500"""
 
 
 def _parser(command: str | None) -> argparse.ArgumentParser:

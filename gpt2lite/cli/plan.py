@@ -6,6 +6,8 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from gpt2lite.cli.terminal import (
     EMBEDDED,
     add_cap_arguments,
@@ -20,10 +22,13 @@ from gpt2lite.cli.terminal import (
     local_path,
     table,
 )
+from gpt2lite.cli.training import add_recipe_arguments, recipe_of
 from gpt2lite.errors import InsufficientMemoryError, UsageError
+from gpt2lite.finetuning import TrainingForecast, forecast_training
+from gpt2lite.finetuning.forecast import levers_within
 from gpt2lite.loading import STRATEGIES, LoadPlan, Verdict, choose, helps, judge
-from gpt2lite.memory import Budget, find_budget, human, name_device
-from gpt2lite.model import plan_load
+from gpt2lite.memory import Budget, find_budget, human, name_device, parse_size
+from gpt2lite.model import GPTModel, plan_config, plan_load
 
 HEADER = ("strategy", "device", "host anon", "host file", "stays", "mapped", "fits")
 LEGEND = """\
@@ -45,11 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", default="cpu", help="cpu, cuda, cuda:1 …; need not be there (default: cpu)"
     )
     parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("--train", action="store_true", help="what training by the recipe will take instead")
+    parser.add_argument("--fit", metavar="SIZE", help="with --train: the cheapest levers that fit into 8GiB")
     add_revision_argument(parser)
     add_config_arguments(parser)
     add_dtype_argument(parser)
     add_quantize_argument(parser)
     add_cap_arguments(parser)
+    add_recipe_arguments(parser)
 
 
 def _judge_all(plan: LoadPlan, budget: Budget) -> dict[str, Verdict | str]:
@@ -105,8 +113,37 @@ def _auto(plan: LoadPlan, budget: Budget) -> str:
         return ""
 
 
+def _plan_training(args: argparse.Namespace) -> int:
+    """Print what training takes; with --fit lever after lever, until it fits: 1 if it never does."""
+    config = plan_config(local_path(args.path, args.revision), config=config_of(args))
+    device, dtype = name_device(args.device), dtype_of(args) or torch.float32
+    limit = parse_size(args.fit) if args.fit else None
+    rows: list[tuple[str, str, TrainingForecast]] = []
+    for added, cost, recipe in levers_within(recipe_of(args)):
+        found = forecast_training(lambda: GPTModel(config), recipe, device, dtype)
+        rows.append((added, cost, found))
+        if limit is None or found.peak <= limit:
+            break
+    fits = limit is None or rows[-1][2].peak <= limit
+    if args.json:
+        steps = [{"added": added, "costs": cost, **asdict(found)} for added, cost, found in rows]
+        print(as_json({"path": str(args.path), "device": str(device), "steps": steps, "fits": fits}))
+        return 0 if fits else 1
+    print(f"training {args.path} on {device}\n")
+    print(facts([(name, human(nbytes)) for name, nbytes in asdict(rows[-1][2]).items()]))
+    if limit is not None:
+        lines = [(added, human(found.peak), cost or "–") for added, cost, found in rows]
+        print("\n" + table(("levers, one added to the other", "peak", "costs"), *lines))
+        print(f"\n{'fits' if fits else 'does not fit'} into {human(limit)}")
+    return 0 if fits else 1
+
+
 def run(args: argparse.Namespace) -> int:
     """Print forecasts, what there is, what fits; 1 if auto would take nothing."""
+    if args.fit and not args.train:
+        raise UsageError("--fit is about training: add --train")
+    if args.train:
+        return _plan_training(args)
     device = name_device(args.device)
     budget = find_budget(device, args.max_host_memory, args.max_device_memory)
     path = local_path(args.path, args.revision)

@@ -1,9 +1,10 @@
-"""Memory over time, a line for each strategy, as a PNG. Needs the extra `plot`."""
+"""Pictures: memory over time, loss over steps. Needs the extra `plot`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from gpt2lite.benchmarking import Measurement
 from gpt2lite.errors import UsageError
@@ -15,7 +16,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise UsageError("--plot needs matplotlib: pip install 'gpt2lite[plot]'") from None
+        raise UsageError("plots need matplotlib: pip install 'gpt2lite[plot]'") from None
 
 
 def plot_timelines(measured: Sequence[Measurement], path: Path, title: str) -> None:
@@ -34,6 +35,30 @@ def plot_timelines(measured: Sequence[Measurement], path: Path, title: str) -> N
         xlabel="seconds from the start of the load", ylabel="GB (1024³ bytes) above the imports", title=title
     )
     axes.legend(title="solid: anonymous\ndotted: mapped file")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def plot_losses(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw the loss of every step and of every validation. Raises UsageError without matplotlib."""
+    require_matplotlib()
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    validated = [each for each in metrics if "validation_loss" in each]
+    axes.plot([each["step"] + 1 for each in metrics], [each["loss"] for each in metrics], lw=1, label="step")
+    axes.plot(
+        [each["step"] + 1 for each in validated],
+        [each["validation_loss"] for each in validated],
+        "o-",
+        label="validation",
+    )
+    axes.set(xlabel="step", ylabel="loss (nats a target)")
+    axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

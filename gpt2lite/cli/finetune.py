@@ -1,0 +1,145 @@
+"""`gpt2lite finetune`: train a checkpoint further, on text, instructions or labelled texts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from gpt2lite.checkpoint import side_file
+from gpt2lite.cli.plot import plot_losses
+from gpt2lite.cli.terminal import (
+    EMBEDDED,
+    add_cap_arguments,
+    add_config_arguments,
+    add_dtype_argument,
+    add_revision_argument,
+    bytes_bar,
+    config_of,
+    dtype_of,
+    local_path,
+    steps_bar,
+)
+from gpt2lite.cli.training import add_recipe_arguments, recipe_of
+from gpt2lite.errors import UsageError
+from gpt2lite.finetuning import Metrics, Rhythm, Task, as_classifier, finetune
+from gpt2lite.finetuning.loop import read_metrics
+from gpt2lite.finetuning.recipe import Recipe
+from gpt2lite.finetuning.tasks import classifier_task, instruction_task, open_text, text_task
+from gpt2lite.loading import STRATEGIES
+from gpt2lite.memory import human, resolve_device
+from gpt2lite.model import GPTModel
+from gpt2lite.tokenizer import tokenizer_for
+
+DATA = {
+    "text": "UTF-8 text, or a token file (.bin) that `gpt2lite tokenize` wrote",
+    "instructions": "records with instruction, output, perhaps input: .json, .jsonl, .csv",
+    "classify": "records with text and label: .json, .jsonl, .csv; makes a classifier",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument(
+        "path",
+        nargs="?",
+        default=EMBEDDED,
+        help="a checkpoint, or a model on the Hub: gpt2 … gpt2-xl, owner/name (default: the embedded model)",
+    )
+    data = parser.add_mutually_exclusive_group(required=True)
+    for name, text in DATA.items():
+        data.add_argument(f"--{name}", type=Path, metavar="FILE", help=text)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    parser.add_argument("--resume", action="store_true", help="go on where the run in --out was cut")
+    parser.add_argument("--validate-every", type=int, default=50, metavar="N", help="steps (default: 50)")
+    parser.add_argument("--save-every", type=int, default=100, metavar="N", help="steps (default: 100)")
+    parser.add_argument("--keep", type=int, default=2, metavar="N", help="saved states (default: 2)")
+    parser.add_argument("--strategy", choices=("auto", *STRATEGIES), default="auto", help="of loading")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default: cpu)")
+    add_revision_argument(parser)
+    add_config_arguments(parser)
+    add_dtype_argument(parser)
+    add_cap_arguments(parser)
+    add_recipe_arguments(parser)
+
+
+def _load(path: Path, args: argparse.Namespace) -> GPTModel:
+    """In fp32 unless told otherwise: 16 bits lose small steps."""
+    with bytes_bar("loading") as progress:
+        return GPTModel.from_checkpoint(
+            path,
+            resolve_device(args.device),
+            args.strategy,
+            config=config_of(args),
+            dtype=dtype_of(args) or torch.float32,
+            max_host_memory=args.max_host_memory,
+            max_device_memory=args.max_device_memory,
+            progress=progress,
+        )
+
+
+def _task(path: Path, model: GPTModel, args: argparse.Namespace, recipe: Recipe, tokens: Path) -> Task:
+    """What the flags name; a classifier's head is put on the model."""
+    encoding, config = tokenizer_for(path, model.config.vocab_size), model.config
+    if args.classify:
+        task = classifier_task(args.classify, encoding, config, recipe)
+        if config.n_classes != len(task.labels):
+            as_classifier(model, len(task.labels), recipe.seed)
+        return task
+    if config.n_classes:
+        raise UsageError(f"{path}: a classifier of {config.n_classes} classes writes no text; use --classify")
+    if args.instructions:
+        return instruction_task(args.instructions, encoding, config, recipe)
+    return text_task(open_text(args.text, tokens, encoding, config.vocab_size), encoding, config, recipe)
+
+
+@contextmanager
+def _reports(steps: int) -> Iterator[Callable[[Metrics], None]]:
+    """A bar, and a line for every validation."""
+    with steps_bar([""] * steps, "training") as bar:
+
+        def report(metrics: Metrics) -> None:
+            bar.update(metrics.step + 1 - bar.n)
+            rate, memory = f"{metrics.tokens_per_second:.0f} tokens/s", human(metrics.memory)
+            bar.set_postfix_str(f"loss {metrics.loss:.3f}, {rate}, {memory}")
+            if metrics.validation_loss is None:
+                return
+            right = "" if metrics.accuracy is None else f"  right {100 * metrics.accuracy:.1f} %"
+            losses = f"loss {metrics.loss:.4f}  validation {metrics.validation_loss:.4f}"
+            bar.clear()
+            print(f"step {metrics.step + 1:5}  {losses}{right}  {rate}  {memory}")
+            if metrics.sample is not None:
+                print("       " + " ".join(metrics.sample.split())[:100])
+
+        yield report
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, and print where the model is."""
+    recipe = recipe_of(args)
+    rhythm = Rhythm(args.validate_every, args.save_every, args.keep)
+    path = local_path(args.path, args.revision)
+    with tempfile.TemporaryDirectory(prefix="gpt2lite-") as folder:
+        model = _load(path, args)
+        task = _task(path, model, args, recipe, Path(folder) / "tokens.bin")
+        with _reports(recipe.steps) as report:
+            model_path = finetune(
+                model, task, args.out, recipe, rhythm=rhythm, resume=args.resume, report=report
+            )
+    if side_file(path, ".tiktoken").is_file():
+        shutil.copyfile(side_file(path, ".tiktoken"), side_file(model_path, ".tiktoken"))
+    if task.labels:
+        (args.out / "labels.json").write_text(json.dumps(task.labels) + "\n")
+    try:
+        plot_losses(read_metrics(args.out), args.out / "loss.png")
+    except UsageError as error:  # matplotlib is an extra
+        print(f"no loss.png: {error}", file=sys.stderr)
+    print(model_path)
+    return 0

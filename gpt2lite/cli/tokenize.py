@@ -1,0 +1,41 @@
+"""`gpt2lite tokenize`: a text as a token file, which is trained on without being tokenized again."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import tiktoken
+
+from gpt2lite.cli.terminal import add_revision_argument, bytes_bar, local_path
+from gpt2lite.finetuning.data import tokenize_file
+from gpt2lite.model import plan_config
+from gpt2lite.tokenizer import gpt2_encoding, tokenizer_for
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("text", type=Path, metavar="TEXT", help="UTF-8; <|endoftext|> parts its documents")
+    parser.add_argument(
+        "tokens", type=Path, metavar="TOKENS", help="what is written: ids as uint16, like nanoGPT's train.bin"
+    )
+    parser.add_argument(
+        "--model",
+        metavar="PATH|NAME",
+        help="the checkpoint, or the model on the Hub, whose tokenizer to take (default: GPT-2's tokenizer)",
+    )
+    add_revision_argument(parser)
+
+
+def _encoding_of(model: Path) -> tiktoken.Encoding:
+    """A model's, from its headers alone."""
+    return tokenizer_for(model, plan_config(model).vocab_size)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Tokenize, and say how much it was."""
+    encoding = _encoding_of(local_path(args.model, args.revision)) if args.model else gpt2_encoding()
+    with bytes_bar(f"tokenizing {args.text.name}") as progress:
+        count = tokenize_file(args.text, args.tokens, encoding, progress)
+    print(f"{count} tokens to {args.tokens}")
+    return 0

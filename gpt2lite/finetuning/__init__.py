@@ -1,0 +1,22 @@
+"""Training a loaded model further, in memory that is known before the first step."""
+
+from gpt2lite.finetuning.data import Batch
+from gpt2lite.finetuning.forecast import TrainingForecast, forecast_training
+from gpt2lite.finetuning.loop import Metrics, Rhythm, Task, as_classifier, finetune
+from gpt2lite.finetuning.lora import add_lora, load_lora, merge_lora
+from gpt2lite.finetuning.recipe import Recipe
+
+__all__ = [
+    "Batch",
+    "Metrics",
+    "Recipe",
+    "Rhythm",
+    "Task",
+    "TrainingForecast",
+    "add_lora",
+    "as_classifier",
+    "finetune",
+    "forecast_training",
+    "load_lora",
+    "merge_lora",
+]

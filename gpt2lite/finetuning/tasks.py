@@ -1,0 +1,106 @@
+"""From data to a `Task`: plain text, instructions with their responses, labelled texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+from torch import Tensor
+
+from gpt2lite.config import GPTConfig
+from gpt2lite.errors import UsageError
+from gpt2lite.finetuning.data import (
+    example_batches,
+    example_windows,
+    open_tokens,
+    text_batches,
+    text_windows,
+    tokenize_file,
+)
+from gpt2lite.finetuning.examples import (
+    classifier_examples,
+    format_prompt,
+    instruction_examples,
+    read_records,
+    split,
+)
+from gpt2lite.finetuning.loop import Task
+from gpt2lite.finetuning.recipe import Recipe
+
+HELD_OUT = 0.1  # of the data, for validation
+MOST_WINDOWS = 64
+SAMPLE_TOKENS = 60
+
+
+def _seq_len(config: GPTConfig, recipe: Recipe) -> int:
+    wanted = recipe.seq_len or config.context_length
+    if wanted > config.context_length:
+        raise UsageError(f"seq_len={wanted} is more than the context of {config.context_length}")
+    return wanted
+
+
+def _written(model: Any, prompt: list[int], encoding: tiktoken.Encoding, **options: Any) -> str:
+    """What the model writes after a prompt, until it ends the text."""
+    prompt = prompt[-(model.config.context_length - 1) :]
+    room = min(SAMPLE_TOKENS, model.config.context_length - len(prompt))
+    ids = model.generate([prompt], room, stop=[encoding.eot_token], encoding=encoding, **options)[0]
+    return encoding.decode([id for id in ids[len(prompt) :].tolist() if id != encoding.eot_token])
+
+
+def text_task(tokens: Tensor, encoding: tiktoken.Encoding, config: GPTConfig, recipe: Recipe) -> Task:
+    """Go on with a text, ids (N,), which may be a mapped file's: its last tenth is for validation.
+
+    Raises UsageError for one that is too short for a window in each part.
+    """
+    seq_len = _seq_len(config, recipe)
+    held = max(int(len(tokens) * HELD_OUT), seq_len + 1)
+    training = tokens[: max(len(tokens) - held, 0)]
+    return Task(
+        text_batches(training, seq_len, recipe.batch_size, recipe.seed),
+        text_windows(tokens[len(training) :], seq_len, recipe.batch_size, MOST_WINDOWS),
+        sample=lambda model: _written(model, [encoding.eot_token], encoding, temperature=0.8, seed=0),
+    )
+
+
+def instruction_task(path: Path, encoding: tiktoken.Encoding, config: GPTConfig, recipe: Recipe) -> Task:
+    """Answer: records with instruction, output and perhaps input (.json, .jsonl, .csv), in Alpaca's words.
+
+    The loss is of the response alone. A tenth is for validation. Raises UsageError for bad records.
+    """
+    seq_len = _seq_len(config, recipe)
+    training, held = split(read_records(path, ("instruction", "output")), HELD_OUT, recipe.seed)
+    prompt = encoding.encode_ordinary(format_prompt(held[0]))
+    return Task(
+        example_batches(
+            instruction_examples(training, encoding, seq_len),
+            recipe.batch_size,
+            recipe.seed,
+            encoding.eot_token,
+        ),
+        example_windows(instruction_examples(held, encoding, seq_len), recipe.batch_size, encoding.eot_token),
+        sample=lambda model: f"{held[0]['instruction']} → {_written(model, prompt, encoding)}",
+    )
+
+
+def classifier_task(path: Path, encoding: tiktoken.Encoding, config: GPTConfig, recipe: Recipe) -> Task:
+    """Say what a text is: records with text and label (.json, .jsonl, .csv); the loss of the last token.
+
+    A tenth is for validation. Raises UsageError for bad records, or fewer than two labels.
+    """
+    seq_len = _seq_len(config, recipe)
+    examples, labels = classifier_examples(read_records(path, ("text", "label")), encoding, seq_len)
+    training, held = split(examples, HELD_OUT, recipe.seed)
+    return Task(
+        example_batches(training, recipe.batch_size, recipe.seed, encoding.eot_token),
+        example_windows(held, recipe.batch_size, encoding.eot_token),
+        labels=tuple(labels),
+    )
+
+
+def open_text(path: Path, tokens: Path, encoding: tiktoken.Encoding, vocab_size: int) -> Tensor:
+    """The ids of a token file (.bin), mapped, or of a text, tokenised to `tokens` and mapped there."""
+    if path.suffix == ".bin":
+        return open_tokens(path, vocab_size)
+    tokenize_file(path, tokens, encoding)
+    return open_tokens(tokens, vocab_size)

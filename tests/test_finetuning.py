@@ -1,0 +1,606 @@
+"""Training against transformers and AdamW, levers against none, cut runs against whole ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, randomise
+from test_loading import HEADS, huggingface, save_pth
+
+from gpt2lite import (
+    GPTConfig,
+    GPTModel,
+    Recipe,
+    Rhythm,
+    Task,
+    TrainingDivergedError,
+    UsageError,
+    as_classifier,
+    finetune,
+    load_lora,
+    merge_lora,
+)
+from gpt2lite.checkpoint import open_checkpoint
+from gpt2lite.cli import main
+from gpt2lite.finetuning.data import IGNORED, Batch, text_batches, text_windows
+from gpt2lite.finetuning.loop import read_metrics, validate
+from gpt2lite.finetuning.losses import ROWS, cross_entropy
+from gpt2lite.finetuning.training import Trainer, choose_trained
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+MIB = 1 << 20
+TIED = GPTConfig.of(TINY.as_dict() | {"tied_head": True})
+QUICK = Recipe(steps=8, batch_size=4, seq_len=12, learning_rate=1e-3, warmup_steps=2)
+TOKENS = torch.randint(101, (4000,), generator=torch.Generator().manual_seed(0)).to(torch.uint16)
+
+
+def fresh(config: GPTConfig = TIED, dtype: torch.dtype = torch.float32) -> GPTModel:
+    """GPT-2's initial values, always the same."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        return GPTModel(config).to(dtype).eval()
+
+
+def batch(rows: int = 4, length: int = 12, seed: int = 0) -> Batch:
+    ids = torch.randint(101, (rows, length + 1), generator=torch.Generator().manual_seed(seed))
+    return Batch(ids[:, :-1], ids[:, 1:])
+
+
+def task(recipe: Recipe, **options: Any) -> Task:
+    return Task(
+        text_batches(TOKENS, 12, recipe.batch_size, recipe.seed), text_windows(TOKENS, 12, 8, 5), **options
+    )
+
+
+def trained(recipe: Recipe, *, config: GPTConfig = TIED, steps: int = 3, dtype: torch.dtype = torch.float64):
+    """The weights after some steps, in fp64 unless told otherwise."""
+    model = fresh(config, dtype)
+    choose_trained(model, recipe)
+    trainer = Trainer(model, recipe)
+    for number in range(steps):
+        parts = [batch(recipe.batch_size, seed=number * 2 + part) for part in range(recipe.accumulate)]
+        trainer.step(number, parts)
+    trainer.close()
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=tolerance, msg=name)
+
+
+# ---- the loss ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, ROWS - 1, ROWS, 2 * ROWS + 3])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("trains", ["both", "hidden", "head"])
+def test_the_chunked_loss_and_its_gradients_are_those_of_the_whole(rows: int, bias: bool, trains: str):
+    torch.manual_seed(0)
+    targets, found = torch.randint(70, (rows,)), []
+    start = torch.randn(rows, 16, dtype=torch.float64)
+    head = torch.nn.Linear(16, 70, bias, dtype=torch.float64).requires_grad_(trains != "hidden")
+    for chunked in (False, True):
+        hidden = start.clone().requires_grad_(trains != "head")
+        loss = cross_entropy(head, hidden, targets, chunked=chunked) / rows
+        head.zero_grad()
+        loss.backward()
+        found.append([loss.detach(), hidden.grad, *(p.grad for p in head.parameters())])
+    for whole, parts in zip(*found, strict=True):
+        assert (whole is None) == (parts is None)
+        if whole is not None:
+            torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-14)
+
+
+def test_under_autocast_it_is_the_whole_loss_in_16_bits():
+    torch.manual_seed(0)
+    hidden, head, targets = torch.randn(300, 16), torch.nn.Linear(16, 70), torch.randint(70, (300,))
+    with torch.autocast("cpu", torch.bfloat16):
+        parts, whole = (cross_entropy(head, hidden, targets, chunked=chunked) for chunked in (True, False))
+    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=0)
+
+
+# ---- steps -------------------------------------------------------------------------------------------------
+
+
+def peer_and_ours(dtype: torch.dtype) -> tuple[Any, torch.optim.Optimizer, GPTModel, Trainer]:
+    """transformers' model with AdamW, and ours from its weights."""
+    peer = huggingface().to(dtype)
+    state = GPTModel(TIED).state_dict()
+    from test_loading import expected_parameters
+
+    model = GPTModel(TIED).to(dtype)
+    model.load_state_dict({name: expected_parameters(peer.state_dict())[name] for name in state})
+    for p in (*peer.parameters(), *model.parameters()):
+        p.data.mul_(0.2)  # randomise's are large, and a step from there is chaos
+    flat = [[p for p in peer.parameters() if (p.dim() < 2) == one] for one in (False, True)]
+    groups = [{"params": flat[0], "weight_decay": 0.1}, {"params": flat[1], "weight_decay": 0.0}]
+    recipe = Recipe(steps=50, warmup_steps=5, learning_rate=3e-3)
+    choose_trained(model, recipe)
+    peer.config.attn_pdrop = peer.config.resid_pdrop = peer.config.embd_pdrop = 0.0
+    for module in peer.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return peer.train(), torch.optim.AdamW(groups, betas=(0.9, 0.95)), model, Trainer(model, recipe)
+
+
+def peers_step(peer: Any, optimizer: torch.optim.Optimizer, learning_rate: float, ids: torch.Tensor) -> float:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    loss = peer(ids, labels=ids).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(loss.detach())
+
+
+def row(seed: int) -> torch.Tensor:
+    return torch.randint(101, (4, 13), generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_step_is_that_of_transformers_and_adamw():
+    from test_loading import expected_parameters
+
+    peer, optimizer, model, trainer = peer_and_ours(torch.float64)
+    ids = row(0)
+    wanted = peers_step(peer, optimizer, trainer.recipe.learning_rate_at(0), ids)
+    loss, norm = trainer.step(0, [Batch(ids[:, :-1], ids[:, 1:])])
+    assert loss == pytest.approx(wanted, rel=1e-6)  # transformers' loss is in fp32
+    assert norm > 0
+    after = expected_parameters(peer.state_dict())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), after[name], rtol=0, atol=2e-6, msg=name)
+
+
+def test_the_curve_of_fifty_steps_is_that_of_transformers():
+    peer, optimizer, _, trainer = peer_and_ours(torch.float32)
+    theirs, ours = [], []
+    for number in range(50):
+        ids = row(number % 5)
+        theirs.append(peers_step(peer, optimizer, trainer.recipe.learning_rate_at(number), ids))
+        ours.append(trainer.step(number, [Batch(ids[:, :-1], ids[:, 1:])])[0])
+    assert ours[45] < 0.98 * ours[0]  # the same rows
+    assert ours == pytest.approx(theirs, rel=2e-4)
+
+
+@pytest.mark.parametrize(
+    "levers",
+    [
+        {"chunked_loss": False},
+        {"recompute": True},
+        {"step_in_backward": True},
+        {"accumulate": 2, "batch_size": 2},
+        {"recompute": True, "step_in_backward": True, "chunked_loss": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("config", [TIED, TINY], ids=["tied", "untied"])
+def test_a_lever_on_memory_changes_no_weight(levers: dict[str, Any], config: GPTConfig):
+    plain = replace(QUICK, clip=0.0)
+    if "accumulate" in levers:  # the same rows, in halves
+        model, other = fresh(config, torch.float64), fresh(config, torch.float64)
+        whole, halves = batch(4), [Batch(*(part[i : i + 2] for part in batch(4))) for i in (0, 2)]
+        first = Trainer(model, plain).step(0, [whole])
+        second = Trainer(other, replace(plain, **levers)).step(0, halves)
+        assert first == pytest.approx(second, rel=1e-12)
+        assert_same(dict(other.named_parameters()), dict(model.named_parameters()), 1e-12)
+        return
+    wanted = trained(plain, config=config)
+    assert_same(trained(replace(plain, **levers), config=config), wanted, 1e-12)
+    assert not torch.equal(wanted["final_norm.scale"], fresh(config).final_norm.scale)
+
+
+def test_recomputed_dropout_drops_the_same():
+    config = GPTConfig.of(TIED.as_dict() | {"drop_rate": 0.2})
+    wanted = trained(QUICK, config=config)
+    assert_same(trained(replace(QUICK, recompute=True), config=config), wanted, 1e-12)
+    assert any(not torch.equal(tensor, wanted[name]) for name, tensor in trained(QUICK).items())
+
+
+def test_autocast_is_the_step_in_16_bits():
+    wanted = trained(QUICK, dtype=torch.float32)
+    found = trained(replace(QUICK, autocast=True), dtype=torch.float32)
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    assert any(not torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    assert_same(found, wanted, 6e-3)  # at most twice the three learning rates: Adam's steps are signs
+
+
+def test_the_last_blocks_alone_change():
+    found, before = trained(replace(QUICK, last_blocks=1)), fresh(dtype=torch.float64)
+    changed = {name for name, p in before.named_parameters() if not torch.equal(p, found[name])}
+    assert changed == {name for name in found if name.startswith(("trf_blocks.2.", "final_norm."))}
+
+
+@pytest.mark.parametrize("learning_rate", [1e30, 1e300])
+def test_a_loss_that_is_no_number_stops_and_says_what_to_try(learning_rate: float, tmp_path: Path):
+    recipe = replace(QUICK, learning_rate=learning_rate, warmup_steps=0)
+    with pytest.raises(TrainingDivergedError, match=r"step \d: .* Try a learning rate below 1e\+"):
+        finetune(fresh(), task(recipe), tmp_path / "out", recipe, rhythm=Rhythm(save_every=1))
+    assert not (tmp_path / "out" / "model.pth").exists()
+
+
+# ---- adapters ----------------------------------------------------------------------------------------------
+
+
+def test_adapters_change_nothing_at_first_and_are_all_that_is_trained(ids: torch.Tensor):
+    model, recipe = fresh(), replace(QUICK, lora_rank=3, lora_targets=("W_query", "layers.2"))
+    before = model(ids)
+    choose_trained(model, recipe)
+    torch.testing.assert_close(model(ids), before)
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    wanted = [f"trf_blocks.{i}.{layer}" for i in range(3) for layer in ("att.W_query", "ff.layers.2")]
+    assert names == {f"{layer}.lora.{part}" for layer in wanted for part in "AB"}
+
+
+@pytest.mark.parametrize(
+    "levers", [{}, {"recompute": True}, {"step_in_backward": True, "clip": 0.0}], ids=str
+)
+def test_adapters_are_kept_alone_merged_in_the_end_and_open_as_the_books(
+    levers: dict[str, Any], ids: torch.Tensor, tmp_path: Path
+):
+    recipe = replace(QUICK, lora_rank=4, lora_alpha=2.0, learning_rate=1e-2, **levers)
+    unmerged = []
+
+    def keep(metrics: Any) -> None:
+        if metrics.step == recipe.steps - 1:
+            unmerged.append(
+                (model(ids).detach(), {n: p.detach().clone() for n, p in model.state_dict().items()})
+            )
+
+    model = fresh()
+    path = finetune(model, task(recipe), tmp_path / "out", recipe, report=keep)
+    logits, state = unmerged[0]
+    assert not torch.allclose(logits, fresh()(ids), atol=1e-3)
+    torch.testing.assert_close(GPTModel.from_checkpoint(path)(ids), logits, rtol=1e-4, atol=1e-4)
+    book = save_pth(state, tmp_path)
+    opened = GPTModel.from_checkpoint(book, config=HEADS, lora_alpha=2.0)
+    torch.testing.assert_close(opened(ids), logits, rtol=1e-4, atol=1e-4)
+    again = fresh()
+    load_lora(again, path.with_name("adapters.pth"))
+    torch.testing.assert_close(again(ids), logits, rtol=1e-4, atol=1e-4)
+    merge_lora(again)
+    torch.testing.assert_close(again(ids), logits, rtol=1e-4, atol=1e-4)
+    assert not [name for name in again.state_dict() if "lora" in name]
+
+
+@pytest.mark.parametrize("content", [b"no pickle", None])
+def test_what_is_no_file_of_adapters_is_refused(content: bytes | None, tmp_path: Path):
+    from gpt2lite import CheckpointError
+
+    path = tmp_path / "adapters.pth"
+    torch.save({"lora": {}}, path) if content is None else path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="not a file of LoRA adapters"):
+        load_lora(fresh(), path)
+
+
+def test_adapters_of_another_model_are_refused(tmp_path: Path):
+    from gpt2lite import CheckpointError
+
+    recipe = replace(QUICK, steps=1, lora_rank=2)
+    finetune(fresh(), task(recipe), tmp_path / "out", recipe)
+    other = GPTModel(GPTConfig(101, 32, 32, 4, 3))
+    with pytest.raises(
+        CheckpointError, match=r"the adapter of .* is \(48, 2\) × \(2, 48\), the layer 32 → 32"
+    ):
+        load_lora(other, tmp_path / "out" / "adapters.pth")
+
+
+# ---- whole runs --------------------------------------------------------------------------------------------
+
+
+class Cut(Exception):
+    """Stands for whatever ends a run."""
+
+
+@pytest.mark.parametrize(
+    "levers",
+    [
+        {},
+        {"step_in_backward": True, "clip": 0.0},
+        {"accumulate": 2, "recompute": True},
+        {"lora_rank": 2},
+        {"last_blocks": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("cut", [0, 3, 7])
+def test_a_run_that_was_cut_and_resumed_ends_with_the_same_bits(
+    levers: dict[str, Any], cut: int, tmp_path: Path
+):
+    recipe = replace(QUICK, **levers)
+    config = GPTConfig.of(TIED.as_dict() | {"drop_rate": 0.1})
+    whole = finetune(fresh(config), task(recipe), tmp_path / "whole", recipe)
+
+    def stop(metrics: Any) -> None:
+        if metrics.step == cut:
+            raise Cut
+
+    rhythm = Rhythm(save_every=2)
+    with pytest.raises(Cut):
+        finetune(fresh(config), task(recipe), tmp_path / "cut", recipe, rhythm=rhythm, report=stop)
+    torch.rand(5)  # the program's own draws do not matter
+    found = finetune(fresh(config), task(recipe), tmp_path / "cut", recipe, rhythm=rhythm, resume=True)
+    assert whole.read_bytes() == found.read_bytes()
+    steps = [each["step"] for each in read_metrics(tmp_path / "cut")]
+    assert steps == list(range(recipe.steps))
+    losses = [[each["loss"] for each in read_metrics(tmp_path / name)] for name in ("whole", "cut")]
+    assert losses[0] == losses[1]
+
+
+def test_what_is_kept(tmp_path: Path):
+    recipe, seen = replace(QUICK, steps=7), []
+    rhythm = Rhythm(validate_every=3, save_every=2, keep=2)
+    options = {"sample": lambda model: "a text"}
+    finetune(fresh(), task(recipe, **options), tmp_path / "out", recipe, rhythm=rhythm, report=seen.append)
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == sorted(
+        ["metrics.jsonl", "model.json", "model.pth"]
+        + [f"step-{step:06}.{suffix}" for step in (6, 7) for suffix in ("pth", "json")]
+    )
+    lines = read_metrics(tmp_path / "out")
+    assert [each["step"] for each in lines if "validation_loss" in each] == [2, 5, 6]
+    assert lines[2]["sample"] == "a text"
+    assert [each.loss for each in seen] == [each["loss"] for each in lines]
+    state = GPTModel.from_checkpoint(tmp_path / "out" / "step-000007.pth")
+    final = GPTModel.from_checkpoint(tmp_path / "out" / "model.pth")
+    assert_same(dict(state.named_parameters()), dict(final.named_parameters()), 0.0)
+    assert open_checkpoint(tmp_path / "out" / "model.pth").tensors["out_head.weight"]
+
+
+def test_resuming_otherwise_is_refused(tmp_path: Path):
+    finetune(fresh(), task(QUICK), tmp_path / "out", QUICK)
+    other = replace(QUICK, learning_rate=0.5, clip=2.0)
+    with pytest.raises(UsageError, match=r"step-000008.pth: was made with learning_rate=0.001, clip=1.0"):
+        finetune(fresh(), task(other), tmp_path / "out", other, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": float("nan")}, "learning_rate must be a positive number, got nan"),
+        ({"steps": 0}, "steps must be an int of at least 1"),
+        ({"lora_rank": 2, "last_blocks": 1}, "exclude each other"),
+        ({"step_in_backward": True}, "needs clip=0 and accumulate=1"),
+        ({"lora_targets": ("W_key", "head")}, "lora_targets are of W_query"),
+    ],
+)
+def test_a_recipe_that_cannot_work_is_refused(options: dict[str, Any], message: str):
+    with pytest.raises(UsageError, match=message):
+        Recipe(**options)
+
+
+def test_models_that_do_not_train_are_refused(pth: Path, tmp_path: Path):
+    int8 = GPTModel.from_checkpoint(pth, config=HEADS, quantize="int8")
+    for model, recipe, message in (
+        (int8, QUICK, "an int8 model does not train"),
+        (
+            fresh(GPTConfig.of(TINY.as_dict() | {"n_classes": 2})),
+            QUICK,
+            "text needs a model with a language head",
+        ),
+        (fresh(), replace(QUICK, seq_len=33), "seq_len=33 is more than the context of 32"),
+        (fresh(), replace(QUICK, last_blocks=4), "last_blocks=4: the model has 3"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            finetune(model, task(QUICK), tmp_path / "out", recipe)
+
+
+def test_a_classifier_learns_from_the_last_token(tmp_path: Path, ids: torch.Tensor):
+    """Class 1 where the last token is odd, padded rows among them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(number: int) -> Batch:
+        lengths = torch.randint(2, 9, (16,), generator=generator.manual_seed(number))
+        found = torch.randint(101, (16, 8), generator=generator)
+        targets = torch.full((16, 8), IGNORED)
+        rows = torch.arange(16)
+        targets[rows, lengths - 1] = found[rows, lengths - 1] % 2
+        return Batch(found, targets)
+
+    model, recipe = fresh(TINY), replace(QUICK, steps=150, learning_rate=3e-3)
+    as_classifier(model, 2)
+    assert model(ids).shape == (2, 17, 2)
+    own = Task(draw, [draw(10_000 + number) for number in range(4)], labels=("even", "odd"))
+    path = finetune(model, own, tmp_path / "out", recipe)
+    opened = GPTModel.from_checkpoint(path)
+    assert opened.config.n_classes == 2
+    loss, accuracy = validate(opened, own.validation, recipe)
+    assert accuracy is not None
+    assert accuracy >= 0.95
+    assert read_metrics(tmp_path / "out")[-1]["accuracy"] == accuracy
+    assert loss < 0.3
+
+
+# ---- commands and scripts ----------------------------------------------------------------------------------
+
+
+def run_script(name: str, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPTS / f"finetune_{name}.py"), *words]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("name", ["text", "instructions", "classifier"])
+def test_the_examples_run_without_arguments_and_learn(name: str):
+    result = run_script(name)
+    assert (result.returncode, result.stderr) == (0, "")
+    model = Path(result.stdout.splitlines()[-1])
+    lines = read_metrics(model.parent)
+    validated = [each for each in lines if "validation_loss" in each]
+    assert validated[-1]["validation_loss"] < 0.5 * lines[0]["loss"]
+    if name == "classifier":
+        assert validated[-1]["accuracy"] >= 0.95
+        assert json.loads((model.parent / "labels.json").read_text()) == ["he", "she"]
+    else:
+        written = subprocess.run(
+            [sys.executable, "-m", "gpt2lite", "generate", "--model", str(model), "--prompt", "Weather for"],
+            capture_output=True,
+            text=True,
+        )
+        assert written.returncode == 0
+        assert name != "text" or "Morning:" in written.stdout
+    assert (model.parent / "loss.png").stat().st_size > 1000
+
+
+def test_ctrl_c_saves_and_the_run_goes_on_from_there(tmp_path: Path):
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("Once upon a time there lived a cat. " * 300)
+    command = [
+        sys.executable,
+        "-m",
+        "gpt2lite",
+        "finetune",
+        "--text",
+        text,
+        "--out",
+        out,
+        "--batch-size",
+        "1",
+    ]
+    command += ["--seq-len", "16", "--steps", "400", "--save-every", "100000", "--validate-every", "100000"]
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not read_metrics(out) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in errors
+    (state,) = out.glob("step-*.pth")
+    step = int(state.stem.removeprefix("step-"))
+    assert len(read_metrics(out)) == step < 400
+    assert main([*map(str, command[3:]), "--resume"]) == 0
+    assert [each["step"] for each in read_metrics(out)] == list(range(400))
+
+
+@pytest.mark.parametrize(
+    ("flag", "content", "words", "message"),
+    [
+        ("--text", "", (), "data.txt: is empty"),
+        ("--text", "Too short.", (), "a window needs 257; use a smaller --seq-len"),
+        ("--text", "word " * 500, ("--learning-rate", "nan"), "learning_rate must be a positive number"),
+        ("--text", "word " * 500, ("--seq-len", "257"), "seq_len=257 is more than the context of 256"),
+        ("--text", b"\xff", (), "not UTF-8"),
+        (
+            "--instructions",
+            '{"instruction": "a", "output": "b"}\n{"instruc',
+            (),
+            "data.jsonl, line 2: not JSON",
+        ),
+        ("--instructions", '{"instruction": "a"}\n', (), "data.jsonl, line 1: lacks output"),
+        ("--classify", '{"text": "a", "label": 1}\n' * 3, (), "at least two labels, found 1"),
+        ("--classify", '{"text": "a"}\n', (), "data.jsonl, line 1: lacks label"),
+        ("--text", None, (), "data.txt"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    flag: str,
+    content: str | bytes | None,
+    words: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    path, out = tmp_path / ("data.txt" if flag == "--text" else "data.jsonl"), tmp_path / "out"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert main(["finetune", flag, str(path), "--out", str(out), *words]) == 1
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert errors.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_folder_that_is_not_empty_and_a_classifier_given_to_text_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("a word " * 500)
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    assert main(["finetune", "--text", str(text), "--out", str(out)]) == 1
+    assert "is not empty" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+    classifier = save_pth(
+        randomise(GPTModel(GPTConfig(50257, 8, 4, 2, 1, n_classes=2))).state_dict(), tmp_path
+    )
+    classifier.with_suffix(".json").write_text(json.dumps({"n_heads": 2}))
+    words = ["finetune", str(classifier), "--text", str(text), "--out", str(tmp_path / "new")]
+    if main(words) == 1:
+        said = capsys.readouterr().err
+        assert "classifier of 2 classes writes no text" in said or "TIKTOKEN_CACHE_DIR" in said
+    assert not (tmp_path / "new").exists()
+
+
+# ---- forecasts ---------------------------------------------------------------------------------------------
+
+MEASURE = """
+import json, sys, torch
+from gpt2lite import GPTConfig, GPTModel, Recipe, forecast_training, track_memory
+from gpt2lite.finetuning import Batch
+from gpt2lite.finetuning.training import Trainer, choose_trained
+def run(config, recipe, length):
+    model = GPTModel(config)
+    choose_trained(model, recipe)
+    trainer = Trainer(model, recipe)
+    ids = torch.randint(100, (recipe.batch_size, length + 1))
+    for number in range(3):
+        trainer.step(number, [Batch(ids[:, :-1], ids[:, 1:])] * recipe.accumulate)
+recipe = Recipe(batch_size=4, seq_len=256, **json.loads(sys.argv[1]))
+config = GPTConfig(8000, 256, 512, 8, 6, tied_head=True)
+run(GPTConfig(100, 16, 16, 2, 2, tied_head=True), recipe, 16)
+with track_memory() as memory:
+    run(config, recipe, 256)
+foretold = forecast_training(lambda: GPTModel(config), recipe)
+print(json.dumps([memory.peak_host_anonymous, foretold.peak]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc on this system")
+@pytest.mark.parametrize(
+    "levers",
+    [
+        {},
+        {"recompute": True, "step_in_backward": True, "clip": 0.0},
+        {"lora_rank": 8},
+        {"chunked_loss": False},
+    ],
+    ids=str,
+)
+def test_training_takes_what_was_foretold(levers: dict[str, Any]):
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, json.dumps(levers)], capture_output=True, text=True
+    )
+    measured, foretold = json.loads(result.stdout.splitlines()[-1])
+    assert abs(foretold - measured) <= max(0.1 * measured, 24 * MIB)
+
+
+def test_plan_tells_training_and_fits_it(pth: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["plan", str(pth), "--n-heads", "4", "--train", "--batch-size", "8", "--seq-len", "32"]
+    assert main(words) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[0] == "peak"
+    assert main([*words, "--json"]) == 0
+    whole = json.loads(capsys.readouterr().out)["steps"][0]
+    assert whole["optimizer"] == 2 * whole["gradients"] == 2 * whole["weights"]
+    assert main([*words, "--fit", str(int(0.8 * whole["peak"])), "--json"]) == 0
+    fitted = json.loads(capsys.readouterr().out)
+    assert fitted["fits"]
+    assert fitted["steps"][-1]["peak"] <= 0.8 * whole["peak"]
+    assert len(fitted["steps"]) > 1
+    assert main([*words, "--fit", "1KiB"]) == 1
+    assert "does not fit into 1.0 KiB" in capsys.readouterr().out
+    assert main(["plan", str(pth), "--n-heads", "4", "--fit", "1GiB"]) == 1
+    assert "add --train" in capsys.readouterr().err

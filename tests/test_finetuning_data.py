@@ -1,0 +1,503 @@
+"""Token files against the encoding of the whole, batches by their number, examples against hand-made ones."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from array import array
+from pathlib import Path
+
+import pytest
+import tiktoken
+import torch
+from test_cli import has_gpt2_encoding
+
+from gpt2lite import CheckpointError, UsageError
+from gpt2lite.cli import tokenize
+from gpt2lite.cli.terminal import EMBEDDED
+from gpt2lite.finetuning import data
+from gpt2lite.finetuning.data import (
+    IGNORED,
+    Example,
+    example_batches,
+    example_windows,
+    open_tokens,
+    text_batches,
+    text_windows,
+    tokenize_file,
+)
+from gpt2lite.finetuning.examples import (
+    classifier_examples,
+    format_prompt,
+    instruction_examples,
+    read_records,
+    split,
+)
+from gpt2lite.tokenizer import END_OF_TEXT, gpt2_encoding, tokenizer_for
+
+# What GPT-2's pattern treats apart, or Python and Rust might: among them NBSP, U+001C, which only Python
+# takes for a space, a combining accent, and a zero-width joiner.
+ATOMS = ["a", "word", "'ll", "'", " ", "  ", "\n", "\n\n", "\t", "\xa0", "\u3000", "\x1c", "\x85", "\u2028"]
+ATOMS += [".", "1", "²", "é", "e\u0301", "\u200d", "中", "。", "👩", END_OF_TEXT, "<|", "|>", "endoftext"]
+
+
+@pytest.fixture(scope="module")
+def encoding() -> tiktoken.Encoding:
+    return tokenizer_for(EMBEDDED, 1024)
+
+
+def awkward(seed: int) -> str:
+    rng = random.Random(seed)
+    return "".join(rng.choice(ATOMS) for _ in range(rng.randrange(1, 120)))
+
+
+def tokenized(text: str, folder: Path, encoding: tiktoken.Encoding) -> list[int]:
+    source, tokens = folder / "text.txt", folder / "text.bin"
+    source.write_bytes(text.encode())
+    count = tokenize_file(source, tokens, encoding)
+    found = array("H", tokens.read_bytes())
+    assert count == len(found)
+    return found.tolist()
+
+
+def whole(text: str, encoding: tiktoken.Encoding) -> list[int]:
+    return encoding.encode(text, allowed_special={END_OF_TEXT})
+
+
+# ---- token files -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("piece", [1, 7, 30])
+def test_a_text_in_pieces_has_the_ids_of_the_whole(
+    piece: int, encoding: tiktoken.Encoding, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(data, "PIECE", piece)
+    for seed in range(150):
+        text = awkward(seed)
+        assert tokenized(text, tmp_path, encoding) == whole(text, encoding), repr(text)
+
+
+@has_gpt2_encoding
+def test_so_it_has_with_the_pattern_of_gpt2_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(data, "PIECE", 7)
+    for seed in range(300):
+        text = awkward(seed)
+        assert tokenized(text, tmp_path, gpt2_encoding()) == whole(text, gpt2_encoding()), repr(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["one word after another " * 30_000, "nospace" * 100_000, " " * 300_000, "\n" * 300_000 + "end"],
+    ids=["no line end", "no space", "only spaces", "line ends first"],
+)
+def test_a_long_text_without_lines_has_the_ids_of_the_whole(
+    text: str, encoding: tiktoken.Encoding, tmp_path: Path
+):
+    assert len(text) > data.PIECE
+    assert tokenized(text, tmp_path, encoding) == whole(text, encoding)
+
+
+def test_pieces_are_no_longer_than_they_need_to_be(
+    encoding: tiktoken.Encoding, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(data, "PIECE", 100)
+    with open(tmp_path / "text.txt", "w+", encoding="utf-8") as file:
+        file.write("中文。\n" * 1000 + "some words " * 1000)
+        file.seek(0)
+        assert max(map(len, data._pieces(file))) < 120
+
+
+def test_line_ends_are_read_as_everywhere(encoding: tiktoken.Encoding, tmp_path: Path):
+    assert tokenized("a\r\nb\rc\n", tmp_path, encoding) == whole("a\nb\nc\n", encoding)
+
+
+def test_the_file_is_little_endian_uint16_and_progress_ends_with_all(
+    encoding: tiktoken.Encoding, tmp_path: Path
+):
+    source, tokens, seen = tmp_path / "text.txt", tmp_path / "text.bin", []
+    source.write_text("Once there was a fox.\n" * 20_000 + "é")
+    count = tokenize_file(source, tokens, encoding, lambda *now: seen.append(now))
+    ids = whole(source.read_text(), encoding)
+    assert tokens.read_bytes() == b"".join(i.to_bytes(2, "little") for i in ids)
+    assert count == len(ids)
+    nbytes = source.stat().st_size
+    assert seen == sorted(seen)
+    assert seen[0][0] < nbytes
+    assert seen[-1] == (nbytes, nbytes)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "text.txt: is empty"),
+        (b"a b\n" * 300_000 + b"\xff rest", "text.txt: not UTF-8 at byte 1200000"),
+        ("é ".encode() * 9000 + b"\xc3\xa9\xe4\xb8", "text.txt: not UTF-8 at byte 27002"),
+    ],
+    ids=["empty", "wrong far behind", "ends within a character"],
+)
+def test_a_text_that_cannot_be_read_leaves_what_was_there(
+    content: bytes, message: str, encoding: tiktoken.Encoding, tmp_path: Path
+):
+    source, tokens = tmp_path / "text.txt", tmp_path / "text.bin"
+    source.write_bytes(content)
+    tokens.write_bytes(b"as it was")
+    with pytest.raises(UsageError, match=message):
+        tokenize_file(source, tokens, encoding)
+    assert tokens.read_bytes() == b"as it was"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text.bin", "text.txt"]
+
+
+def test_a_text_is_never_written_over(encoding: tiktoken.Encoding, tmp_path: Path):
+    source = tmp_path / "text.txt"
+    source.write_text("dear to somebody")
+    with pytest.raises(UsageError, match="is the text itself"):
+        tokenize_file(source, source, encoding)
+    assert source.read_text() == "dear to somebody"
+
+
+def test_a_vocabulary_beyond_uint16_is_refused(encoding: tiktoken.Encoding, tmp_path: Path):
+    large = tiktoken.Encoding(
+        "large",
+        pat_str=encoding._pat_str,
+        mergeable_ranks=encoding._mergeable_ranks,
+        special_tokens={END_OF_TEXT: 2**16},
+    )
+    with pytest.raises(UsageError, match="large: 65537 tokens; a token file can number 65536"):
+        tokenize_file(tmp_path / "text.txt", tmp_path / "text.bin", large)
+
+
+def test_open_tokens_gives_back_what_was_written(encoding: tiktoken.Encoding, tmp_path: Path):
+    ids = tokenized("Once there was a fox. " * 100, tmp_path, encoding)
+    tokens = open_tokens(tmp_path / "text.bin", encoding.n_vocab)
+    assert tokens.dtype == torch.uint16
+    assert tokens.tolist() == ids
+
+
+def test_ids_above_32767_stay_positive(tmp_path: Path):
+    path = tmp_path / "text.bin"
+    path.write_bytes(array("H", [0, 50256, 65535] * 5).tobytes())
+    tokens = open_tokens(path, 65536)
+    assert text_batches(tokens, 14, 1, seed=0)(0).ids[0, :3].tolist() == [0, 50256, 65535]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "text.bin: 0 bytes, wanted two a token"),
+        (b"\1\0\2", "text.bin: 3 bytes, wanted two a token"),
+        (array("H", [1, 1024, 3]).tobytes(), "text.bin: holds the id 1024, the model's are below 1024"),
+        (array("H", [0] * 9 + [50256]).tobytes(), "text.bin: holds the id 50256"),
+    ],
+    ids=["empty", "odd", "first beyond", "in a later part"],
+)
+def test_a_file_that_is_not_the_models_is_refused(
+    content: bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(data, "CHECKED", 4)
+    path = tmp_path / "text.bin"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        open_tokens(path, 1024)
+
+
+def tokenize_command(*words: object) -> int:
+    parser = argparse.ArgumentParser()
+    tokenize.add_arguments(parser)
+    return tokenize.run(parser.parse_args(list(map(str, words))))
+
+
+def test_the_command_writes_the_ids_of_the_models_tokenizer(
+    encoding: tiktoken.Encoding, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    source, tokens = tmp_path / "text.txt", tmp_path / "text.bin"
+    source.write_text("Once there was a fox.")
+    ids = whole("Once there was a fox.", encoding)
+    assert tokenize_command(source, tokens, "--model", EMBEDDED) == 0
+    assert open_tokens(tokens, 1024).tolist() == ids
+    assert capsys.readouterr() == (f"{len(ids)} tokens to {tokens}\n", "")
+
+
+@has_gpt2_encoding
+def test_the_command_takes_gpt2s_tokenizer_where_no_model_is_named(tmp_path: Path):
+    source, tokens = tmp_path / "text.txt", tmp_path / "text.bin"
+    source.write_text("Hello, I am")
+    tokenize_command(source, tokens)
+    assert open_tokens(tokens, 50257).tolist() == [15496, 11, 314, 716]
+
+
+# ---- batches -----------------------------------------------------------------------------------------------
+
+COUNTED = torch.arange(1000).to(torch.uint16)
+
+
+def same(one: data.Batch, other: data.Batch) -> bool:
+    return torch.equal(one.ids, other.ids) and torch.equal(one.targets, other.targets)
+
+
+def test_text_batches_are_windows_whose_targets_are_one_ahead():
+    batch = text_batches(COUNTED, 16, 4, seed=0)(3)
+    assert batch.ids.shape == batch.targets.shape == (4, 16)
+    assert batch.ids.dtype == batch.targets.dtype == torch.int64
+    assert torch.equal(batch.targets, batch.ids + 1)
+    assert torch.equal(batch.ids, batch.ids[:, :1] + torch.arange(16))
+
+
+def test_a_batch_depends_on_its_number_and_the_seed_alone():
+    first, again = text_batches(COUNTED, 16, 4, seed=0), text_batches(COUNTED, 16, 4, seed=0)
+    backwards = [again(number) for number in reversed(range(20))][::-1]
+    assert all(same(first(number), backwards[number]) for number in range(20))
+    assert len({tuple(first(number).ids[:, 0].tolist()) for number in range(20)}) == 20
+    assert not any(same(text_batches(COUNTED, 16, 4, seed)(0), first(0)) for seed in (1, 2, -1, 2**32 + 1))
+
+
+def test_every_window_of_a_text_can_be_drawn():
+    draw = text_batches(COUNTED[:20], 16, 8, seed=0)
+    assert {int(start) for number in range(20) for start in draw(number).ids[:, 0]} == {0, 1, 2, 3}
+    assert text_batches(COUNTED[:17], 16, 1, seed=0)(0).targets[0].tolist() == list(range(1, 17))
+
+
+def test_text_windows_predict_each_token_once():
+    batches = text_windows(COUNTED, 16, 8, most=1000)
+    assert [len(batch.ids) for batch in batches] == [8] * 7 + [6]
+    assert torch.cat([batch.targets.flatten() for batch in batches]).tolist() == list(range(1, 993))
+    assert torch.cat([batch.ids.flatten() for batch in batches]).tolist() == list(range(992))
+    assert [len(batch.ids) for batch in text_windows(COUNTED, 16, 8, most=10)] == [8, 2]
+    assert len(text_windows(COUNTED[:17], 16, 8, most=10)) == 1
+
+
+def test_a_text_shorter_than_a_window_is_refused():
+    message = "the text has 16 tokens, a window needs 17; use a smaller --seq-len"
+    with pytest.raises(UsageError, match=message):
+        text_batches(COUNTED[:16], 16, 1, seed=0)
+    with pytest.raises(UsageError, match=message):
+        text_windows(COUNTED[:16], 16, 1, most=1)
+
+
+EXAMPLES = [Example([i] * (i + 1), [IGNORED] * i + [i]) for i in range(7)]
+
+
+def test_rows_are_filled_up_on_the_right():
+    batch = example_windows(EXAMPLES[1:4], 3, pad=99)[0]
+    assert batch.ids.tolist() == [[1, 1, 99, 99], [2, 2, 2, 99], [3, 3, 3, 3]]
+    assert batch.targets.tolist() == [
+        [IGNORED, 1, IGNORED, IGNORED],
+        [IGNORED, IGNORED, 2, IGNORED],
+        [IGNORED, IGNORED, IGNORED, 3],
+    ]
+
+
+def test_example_windows_keep_the_order():
+    batches = example_windows(EXAMPLES, 3, pad=99)
+    assert [batch.ids[:, 0].tolist() for batch in batches] == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+def test_an_epoch_holds_each_example_once_and_batches_reach_into_the_next():
+    draw = example_batches(EXAMPLES, 4, seed=0, pad=99)
+    drawn = [int(i) for number in range(7) for i in draw(number).ids[:, 0]]
+    epochs = [tuple(drawn[start : start + 7]) for start in range(0, 28, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len(set(epochs)) > 1
+    assert same(example_batches(EXAMPLES, 4, seed=0, pad=99)(5), draw(5))
+
+
+def test_a_batch_may_be_larger_than_all_examples():
+    batch = example_batches(EXAMPLES[:2], 5, seed=0, pad=99)(0)
+    assert sorted(batch.ids[:4, 0].tolist()) == [0, 0, 1, 1]
+    assert len(batch.ids) == 5
+
+
+# ---- records -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (
+            "spam.json",
+            '[{"text": "Hi, you", "label": 0}, {"text": "line\\u2028end", "label": "1", "x": null}]',
+        ),
+        ("spam.jsonl", '{"text": "Hi, you", "label": 0}\n\n{"text": "line\u2028end", "label": 1}\r\n'),
+        ("spam.csv", 'text,label\r\n"Hi, you",0\r\n"line\u2028end",1\r\n'),
+        ("SPAM.CSV", '\ufeffid,text,label\n7,"Hi, you",0\n\n8,line\u2028end,1\n'),
+    ],
+)
+def test_every_kind_of_file_holds_the_same_records(name: str, content: str, tmp_path: Path):
+    path = tmp_path / name
+    path.write_bytes(content.encode())
+    records = read_records(path, ("text", "label"))
+    assert [(record["text"], record["label"]) for record in records] == [
+        ("Hi, you", "0"),
+        ("line\u2028end", "1"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "a", "label": 1}\n\n{"text":', "a.jsonl, line 3: not JSON"),
+        ("a.json", b'[{"text": "a",\n"label": }]', "a.json, line 2: not JSON"),
+        ("a.json", b"[" * 200_000, "a.json, line 1: not JSON"),
+        ("a.json", b'{"text": "a", "label": 1}', "a.json: holds a dict, wanted a list of objects"),
+        ("a.json", b'[{"text": "a", "label": 1}, 5]', "a.json, entry 2: is a int, wanted an object"),
+        ("a.jsonl", b'{"text": "a", "label": 1}\n["a"]', "a.jsonl, line 2: is a list, wanted an object"),
+        ("a.json", b'[{"text": "a"}]', "a.json, entry 1: lacks label as text, found text"),
+        ("a.jsonl", b'{"id": 1}', "a.jsonl, line 1: lacks text, label as text, found id"),
+        ("a.jsonl", b'{"text": ["a"], "label": 1}', "a.jsonl, line 1: lacks text as text, found label"),
+        ("a.jsonl", b'{"text": "", "label": null}', "a.jsonl, line 1: lacks label as text, found text"),
+        (
+            "a.jsonl",
+            b'{"text": "a", "label": 1, "input": {}}',
+            "a.jsonl, line 1: lacks input as text, found text, label",
+        ),
+        ("a.csv", b"text,label\na,1\nb\n", "a.csv, line 3: lacks label as text, found text"),
+        ("a.csv", b"text,label\nHi, you,1\n", "a.csv, line 2: not CSV .more cells than the header"),
+        ("a.csv", b'text,label\n"Hi you,1\n', "a.csv, line 2: not CSV .unexpected end of data"),
+        ("a.csv", b"text,label\n", "a.csv: holds no records; wanted some with text, label"),
+        ("a.json", b"[]", "a.json: holds no records"),
+        ("a.jsonl", b"\n", "a.jsonl: holds no records"),
+        ("a.jsonl", b'{"text": "\xff"}', "a.jsonl: not UTF-8 at byte 10"),
+        ("a.parquet", b"", "a.parquet: of unknown kind '.parquet'; the known are .json, .jsonl, .csv"),
+        ("a", b"", "a: of unknown kind ''"),
+    ],
+)
+def test_what_holds_no_records_is_refused(name: str, content: bytes, message: str, tmp_path: Path):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        read_records(path, ("text", "label"))
+
+
+def test_split_parts_the_records_always_the_same_way():
+    training, validation = split(range(100), 0.1, seed=0)
+    assert sorted(training + validation) == list(range(100))
+    assert len(validation) == 10
+    assert validation != list(range(10))
+    assert split(range(100), 0.1, seed=0) == (training, validation)
+    assert split(range(100), 0.1, seed=1) != (training, validation)
+
+
+def test_split_leaves_one_on_either_side():
+    assert [len(part) for part in split(range(3), 0.001, seed=0)] == [2, 1]
+    assert [len(part) for part in split(range(3), 0.999, seed=0)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "message"),
+    [
+        (1, 0.5, "1 records cannot be split"),
+        (5, 0.0, "must be between 0 and 1, got 0.0"),
+        (5, 1.0, "must be between 0 and 1, got 1.0"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(count: int, fraction: float, message: str):
+    with pytest.raises(UsageError, match=message):
+        split(range(count), fraction, seed=0)
+
+
+# ---- examples ----------------------------------------------------------------------------------------------
+
+ASKED = {"instruction": "Name a colour.", "output": "Red."}
+PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the "
+    "request.\n\n### Instruction:\nName a colour.\n\n### Response:\n"
+)
+
+
+def test_the_prompt_is_the_books_byte_for_byte():
+    assert format_prompt(ASKED) == format_prompt(ASKED | {"input": ""}) == PROMPT
+    assert format_prompt({"instruction": "Translate.", "input": "rouge"}) == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the "
+        "request.\n\n### Instruction:\nTranslate.\n\n### Input:\nrouge\n\n### Response:\n"
+    )
+
+
+def test_the_loss_is_taken_on_the_response_and_the_end_alone(encoding: tiktoken.Encoding):
+    [example] = instruction_examples([ASKED], encoding, 512)
+    learned = [target for target in example.targets if target != IGNORED]
+    assert encoding.decode(example.ids) == PROMPT + "Red."
+    assert encoding.decode(learned) == "Red." + END_OF_TEXT
+    assert learned[-1] == encoding.eot_token
+    begin = example.targets.index(learned[0])
+    assert encoding.decode(example.ids[: begin + 1]) == PROMPT
+    assert example.targets == [IGNORED] * begin + example.ids[begin + 1 :] + [encoding.eot_token]
+
+
+def test_a_long_response_is_cut_and_a_long_prompt_left_out(encoding: tiktoken.Encoding):
+    long = ASKED | {"output": "Red and blue. " * 100}
+    [example] = instruction_examples([long], encoding, 512)
+    room = len(encoding.encode_ordinary(PROMPT)) + 1
+    [cut] = instruction_examples([long, ASKED | {"instruction": "Name. " * 100}], encoding, room)
+    assert cut == Example(example.ids[:room], example.targets[:room])
+    assert sum(target != IGNORED for target in cut.targets) == 2
+
+
+def test_prompts_that_leave_no_room_at_all_are_refused(encoding: tiktoken.Encoding):
+    room = len(encoding.encode_ordinary(PROMPT))
+    with pytest.raises(UsageError, match=f"all 2 prompts are too long, {room} tokens or more"):
+        instruction_examples([ASKED, ASKED], encoding, room)
+
+
+def test_a_special_token_in_a_record_is_plain_text(encoding: tiktoken.Encoding):
+    [example] = instruction_examples([ASKED | {"output": END_OF_TEXT}], encoding, 512)
+    assert encoding.eot_token not in example.ids
+    assert example.targets.count(encoding.eot_token) == 1
+    [[ids, _], _], _ = classifier_examples(
+        [{"text": END_OF_TEXT, "label": "a"}, {"text": "", "label": "b"}], encoding, 64, None
+    )
+    assert encoding.eot_token not in ids
+
+
+def labelled(*labels: str) -> list[dict[str, str]]:
+    return [{"text": f"Text number {number}", "label": label} for number, label in enumerate(labels)]
+
+
+def test_the_class_is_the_target_of_the_last_token(encoding: tiktoken.Encoding):
+    examples, labels = classifier_examples(labelled("spam", "ham", "spam"), encoding, 512, None)
+    assert labels == ["ham", "spam"]
+    assert [example.targets[-1] for example in examples] == [1, 0, 1]
+    for number, (ids, targets) in enumerate(examples):
+        assert ids == encoding.encode(f"Text number {number}")
+        assert targets[:-1] == [IGNORED] * (len(ids) - 1)
+
+
+def test_a_long_text_keeps_its_beginning_and_an_empty_one_is_the_end_of_text(encoding: tiktoken.Encoding):
+    records = [{"text": "Once there was a fox", "label": "a"}, {"text": "", "label": "b"}]
+    examples, _ = classifier_examples(records, encoding, 3, None)
+    assert examples[0] == Example(encoding.encode("Once there was a fox")[:3], [IGNORED, IGNORED, 0])
+    assert examples[1] == Example([encoding.eot_token], [1])
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted"),
+    [
+        (("10", "9", "-1"), ["-1", "9", "10"]),
+        (("10", "9", "b"), ["10", "9", "b"]),
+        (("1.0", "1", "0"), ["0", "1", "1.0"]),
+    ],
+)
+def test_labels_are_in_their_order(found: tuple[str, ...], wanted: list[str], encoding: tiktoken.Encoding):
+    assert classifier_examples(labelled(*found), encoding, 64, None)[1] == wanted
+
+
+def test_given_labels_keep_their_order(encoding: tiktoken.Encoding):
+    examples, labels = classifier_examples(labelled("ham", "spam"), encoding, 64, ["spam", "ham", "other"])
+    assert labels == ["spam", "ham", "other"]
+    assert [example.targets[-1] for example in examples] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["spam", "eggs"], "entry 2: the label 'ham' is not of spam, eggs"),
+        (["spam"], "needs at least two labels, found spam"),
+        ([], "needs at least two labels, found none"),
+    ],
+)
+def test_labels_that_cannot_be_are_refused(labels: list[str], message: str, encoding: tiktoken.Encoding):
+    with pytest.raises(UsageError, match=message):
+        classifier_examples(labelled("spam", "ham"), encoding, 64, labels)
+
+
+def test_one_class_is_none(encoding: tiktoken.Encoding):
+    with pytest.raises(UsageError, match="needs at least two labels, found spam"):
+        classifier_examples(labelled("spam", "spam"), encoding, 64, None)
