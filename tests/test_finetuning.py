@@ -24,6 +24,7 @@ from gpt2lite import (
     Rhythm,
     Task,
     TrainingDivergedError,
+    TrainingForecast,
     UsageError,
     as_classifier,
     finetune,
@@ -33,6 +34,7 @@ from gpt2lite import (
 from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.cli import main
 from gpt2lite.finetuning.data import IGNORED, Batch, text_batches, text_windows
+from gpt2lite.finetuning.forecast import find_levers
 from gpt2lite.finetuning.loop import read_metrics, validate
 from gpt2lite.finetuning.losses import ROWS, cross_entropy
 from gpt2lite.finetuning.training import Trainer, choose_trained
@@ -593,14 +595,31 @@ def test_plan_tells_training_and_fits_it(pth: Path, capsys: pytest.CaptureFixtur
     assert main(words) == 0
     assert capsys.readouterr().out.splitlines()[-1].split()[0] == "peak"
     assert main([*words, "--json"]) == 0
-    whole = json.loads(capsys.readouterr().out)["steps"][0]
+    whole = json.loads(capsys.readouterr().out)["forecast"]
     assert whole["optimizer"] == 2 * whole["gradients"] == 2 * whole["weights"]
     assert main([*words, "--fit", str(int(0.8 * whole["peak"])), "--json"]) == 0
     fitted = json.loads(capsys.readouterr().out)
     assert fitted["fits"]
-    assert fitted["steps"][-1]["peak"] <= 0.8 * whole["peak"]
-    assert len(fitted["steps"]) > 1
+    assert fitted["forecast"]["peak"] <= 0.8 * whole["peak"]
+    assert fitted["levers"]
     assert main([*words, "--fit", "1KiB"]) == 1
     assert "does not fit into 1.0 KiB" in capsys.readouterr().out
     assert main(["plan", str(pth), "--n-heads", "4", "--fit", "1GiB"]) == 1
     assert "add --train" in capsys.readouterr().err
+
+
+def test_only_levers_that_are_needed_are_named():
+    peaks = {"recompute": 40, "batch_size": 20}  # what each saves of 100; the others save nothing
+    changed = Recipe(batch_size=4)
+
+    def foretell(recipe: Recipe) -> TrainingForecast:
+        saved = sum(saved for name, saved in peaks.items() if getattr(recipe, name) != getattr(changed, name))
+        return TrainingForecast(0, 0, 0, 0, 0, 100 - saved)
+
+    def named(limit: int) -> list[str]:
+        return [lever for lever, _ in find_levers(changed, limit, foretell)[0]]
+
+    assert named(100) == []
+    assert named(60) == ["recompute=True"]
+    assert named(40) == ["recompute=True", "batch_size=1"]
+    assert len(named(10)) == 5

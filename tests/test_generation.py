@@ -504,3 +504,30 @@ def test_tokens_come_one_by_one(model: GPTModel):
     tokens = model.generate_tokens([[1, 2]], 25)
     first = [int(token) for token in itertools.islice(tokens, 3)]
     assert first == model.generate([[1, 2]], 3)[0].tolist()[2:]
+
+
+@pytest.mark.parametrize("seed", ["x", 1.0, -1, 2**64, True])
+def test_a_seed_that_is_none_is_refused_at_once(model: GPTModel, seed: object):
+    with pytest.raises(UsageError, match=r"seed must be in 0 … 2\*\*64 - 1, got"):
+        model.generate([[1]], 2, temperature=1.0, seed=seed)
+
+
+@pytest.mark.parametrize("temperature", [1e-8, 1e-46, 5e-324])
+def test_the_coldest_temperatures_are_greedy(model: GPTModel, temperature: float):
+    wanted = model.generate(torch.tensor([[5]]), 6)
+    assert torch.equal(model.generate(torch.tensor([[5]]), 6, temperature=temperature, seed=0), wanted)
+
+
+def test_a_stopped_row_is_filled_with_what_the_model_knows():
+    """Where the encoding has more tokens than the model, its end of text among them."""
+    encoding = tokenizer_for(EMBEDDED, 1024)
+    model = randomise(GPTModel(GPTConfig(600, 32, 16, 2, 2)))
+    first = encoding.decode([int(model.generate([[5]], 1)[0][-1])])
+    rows = model.generate([[5], [7, 9]], 5, stop=[first], encoding=encoding)
+    assert len(rows[0]) == 2
+
+
+@pytest.mark.parametrize("stop", [[None, 1], [True], [1.5], [b"x"], [""]])
+def test_what_is_no_stop_is_refused(model: GPTModel, stop: list[object]):
+    with pytest.raises(UsageError, match="stop must be token ids and strings that are not empty"):
+        model.generate([[1]], 2, stop=stop, encoding=tokenizer_for(EMBEDDED, 1024))

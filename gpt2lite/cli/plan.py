@@ -24,8 +24,8 @@ from gpt2lite.cli.terminal import (
 )
 from gpt2lite.cli.training import add_recipe_arguments, recipe_of
 from gpt2lite.errors import InsufficientMemoryError, UsageError
-from gpt2lite.finetuning import TrainingForecast, forecast_training
-from gpt2lite.finetuning.forecast import levers_within
+from gpt2lite.finetuning import Recipe, TrainingForecast, forecast_training
+from gpt2lite.finetuning.forecast import find_levers
 from gpt2lite.loading import STRATEGIES, LoadPlan, Verdict, choose, helps, judge
 from gpt2lite.memory import Budget, find_budget, human, name_device, parse_size
 from gpt2lite.model import GPTModel, plan_config, plan_load
@@ -114,26 +114,25 @@ def _auto(plan: LoadPlan, budget: Budget) -> str:
 
 
 def _plan_training(args: argparse.Namespace) -> int:
-    """Print what training takes; with --fit lever after lever, until it fits: 1 if it never does."""
+    """Print what training takes; with --fit what brings it there: 1 if nothing does."""
     config = plan_config(local_path(args.path, args.revision), config=config_of(args))
-    device, dtype = name_device(args.device), dtype_of(args) or torch.float32
+    device, dtype, recipe = name_device(args.device), dtype_of(args) or torch.float32, recipe_of(args)
+
+    def foretell(recipe: Recipe) -> TrainingForecast:
+        return forecast_training(lambda: GPTModel(config), recipe, device, dtype)
+
     limit = parse_size(args.fit) if args.fit else None
-    rows: list[tuple[str, str, TrainingForecast]] = []
-    for added, cost, recipe in levers_within(recipe_of(args)):
-        found = forecast_training(lambda: GPTModel(config), recipe, device, dtype)
-        rows.append((added, cost, found))
-        if limit is None or found.peak <= limit:
-            break
-    fits = limit is None or rows[-1][2].peak <= limit
+    levers, found = ([], foretell(recipe)) if limit is None else find_levers(recipe, limit, foretell)
+    fits = limit is None or found.peak <= limit
     if args.json:
-        steps = [{"added": added, "costs": cost, **asdict(found)} for added, cost, found in rows]
-        print(as_json({"path": str(args.path), "device": str(device), "steps": steps, "fits": fits}))
+        content = {"path": str(args.path), "device": str(device), "forecast": asdict(found)}
+        said = [{"lever": lever, "costs": cost} for lever, cost in levers]
+        print(as_json({**content, "levers": said, "fits": fits}))
         return 0 if fits else 1
     print(f"training {args.path} on {device}\n")
-    print(facts([(name, human(nbytes)) for name, nbytes in asdict(rows[-1][2]).items()]))
+    print(facts([(name, human(nbytes) if nbytes else "–") for name, nbytes in asdict(found).items()]))
     if limit is not None:
-        lines = [(added, human(found.peak), cost or "–") for added, cost, found in rows]
-        print("\n" + table(("levers, one added to the other", "peak", "costs"), *lines))
+        print("\n" + facts([(lever, cost) for lever, cost in levers] or [("as asked", "")]))
         print(f"\n{'fits' if fits else 'does not fit'} into {human(limit)}")
     return 0 if fits else 1
 

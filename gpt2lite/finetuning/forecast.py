@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -139,22 +139,37 @@ def _logits_bytes(config: Any, recipe: Recipe, seq_len: int) -> int:
     return 4 * width * (2 * min(rows, ROWS) if recipe.chunked_loss else 3 * rows)
 
 
-# The levers from the cheapest to the dearest, and what each costs; added one to the other.
+# The levers from the cheapest to the dearest, and what each costs.
 LEVERS: tuple[tuple[dict[str, Any], str], ...] = (
     ({"chunked_loss": True}, "nothing"),
-    ({"autocast": True}, "16 bits in products; on hardware with bf16 it is faster"),
+    ({"autocast": True}, "16 bits in products; faster where the hardware has bf16"),
     ({"step_in_backward": True, "clip": 0.0, "accumulate": 1}, "no clipping, no accumulation"),
-    ({"recompute": True}, "a quarter more time"),
+    ({"recompute": True}, "up to a third more time"),
     ({"batch_size": 1}, "noisier steps"),
-    ({"lora_rank": 8, "step_in_backward": False}, "adapters alone are trained"),
+    ({"lora_rank": 8, "last_blocks": None}, "adapters alone are trained"),
 )
 
 
-def levers_within(recipe: Recipe) -> Iterator[tuple[str, str, Recipe]]:
-    """The recipe with more and more levers: (what is added, what it costs, recipe)."""
-    yield "as asked", "", recipe
-    for lever, cost in LEVERS:
-        added = {key: value for key, value in lever.items() if getattr(recipe, key) != value}
-        if added and not (recipe.lora_rank and "step_in_backward" in added):
-            recipe = replace(recipe, **added)
-            yield ", ".join(f"{key}={value}" for key, value in added.items()), cost, recipe
+def _with(recipe: Recipe, levers: Iterable[dict[str, Any]]) -> Recipe:
+    return replace(recipe, **{key: value for lever in levers for key, value in lever.items()})
+
+
+def find_levers(
+    recipe: Recipe, limit: int, foretell: Callable[[Recipe], TrainingForecast]
+) -> tuple[list[tuple[str, str]], TrainingForecast]:
+    """The levers, each with what it costs, that bring a recipe's peak to a limit, and the forecast with them.
+
+    They are added from the cheapest on until it fits, then those not needed are left out, the dearest
+    first. All of them where nothing fits.
+    """
+    left = [each for each in LEVERS if _with(recipe, [each[0]]) != recipe]
+    chosen: list[tuple[dict[str, Any], str]] = []
+    while (found := foretell(_with(recipe, (lever for lever, _ in chosen)))).peak > limit and left:
+        chosen.append(left.pop(0))
+    for each in reversed(chosen) if found.peak <= limit else ():
+        fewer = [other for other in chosen if other is not each]
+        without = foretell(_with(recipe, (lever for lever, _ in fewer)))
+        if without.peak <= limit:
+            chosen, found = fewer, without
+    said = [(", ".join(f"{key}={value}" for key, value in lever.items()), cost) for lever, cost in chosen]
+    return said, found

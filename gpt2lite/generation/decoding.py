@@ -64,7 +64,7 @@ def _decode(
     batch = _fitted(prompts, max_new_tokens, window, config)
     n_rows, T = batch.ids.shape
     generators = make_generators(seed, n_rows, like.device)
-    stops = Stops(stop, encoding, n_rows, like.device)
+    stops = Stops(stop, encoding, n_rows, config.vocab_size, like.device)
     engine = choose_engine(model, n_rows, max_new_tokens, engine)
     capacity = min(T + max_new_tokens, config.context_length)
     require_room(config, n_rows, capacity, like)
@@ -162,7 +162,8 @@ def generate(  # type: ignore[misc]  # the overloads leave the options to it
     GPT-2's vocabulary to a multiple of 64 are never drawn.
 
     The prompt and what is asked for must fit the context, unless there is a `window`: whenever the context is
-    full, the last `window` tokens are read again and the rest is forgotten.
+    full, the last `window` tokens are read again and the rest is forgotten; of a batch all rows at once, when
+    its longest is full.
 
     `engine` runs tokens through the model: "numba", loops at the speed of memory (the extra [cpu]; float32,
     bfloat16 and int8 models on the CPU, up to 128 rows), "cuda_graph", or "torch"; "auto" takes the first

@@ -93,12 +93,12 @@ class Stops:
         stop: Collection[int | str],
         encoding: tiktoken.Encoding | None,
         batch: int,
+        vocab_size: int,
         device: torch.device,
     ) -> None:
-        if isinstance(stop, str):
-            stop = (stop,)
+        stop = (stop,) if isinstance(stop, str | int) else tuple(stop)
         strings = [each.encode() for each in stop if isinstance(each, str)]
-        ids = sorted(each for each in stop if not isinstance(each, str))
+        ids = [each for each in stop if not isinstance(each, str)]
         if any(type(each) is not int for each in ids) or not all(strings):
             raise UsageError(f"stop must be token ids and strings that are not empty, got {stop!r}")
         if strings and encoding is None:
@@ -106,7 +106,8 @@ class Stops:
         self.strings, self.encoding = strings, encoding
         self.ids = torch.tensor(ids, dtype=torch.int64, device=device)
         self.running = torch.ones(batch, dtype=torch.bool, device=device)
-        self.fill = torch.full((batch, 1), encoding.eot_token if encoding else 0, device=device)
+        end = encoding.eot_token if encoding and encoding.eot_token < vocab_size else 0
+        self.fill = torch.full((batch, 1), end, device=device)
         self.tails = [b""] * batch
 
     def take(self, token: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from gpt2lite.errors import UsageError
 
 NEVER = float("-inf")
 SEEDS = range(2**64)
+COLDEST = 1e-30  # colder is the same, and divides by what fp32 takes for 0
 
 
 def _refuse(name: str, wanted: str, found: object) -> None:
@@ -75,7 +76,9 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """(B, V) → what each token is drawn with, at a temperature above 0."""
     logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature  # ≤ 0: no temperature overflows
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(
+        sampling.temperature, COLDEST
+    )  # ≤ 0: never overflows
     if sampling.top_k is not None:
         logits = keep_top_k(logits, sampling.top_k)
     if sampling.top_p is not None:
@@ -89,7 +92,7 @@ def make_generators(seed: int | None, batch: int, device: torch.device) -> list[
     """One for each row, seeded with seed, seed + 1 …; none without a seed. Raises UsageError."""
     if seed is None:
         return []
-    if seed not in SEEDS:
+    if type(seed) is not int or seed not in SEEDS:  # of what is no int, `in` asks every number
         _refuse("seed", "in 0 … 2**64 - 1", seed)
     return [torch.Generator(device).manual_seed((seed + row) % 2**64) for row in range(batch)]
 
