@@ -30,7 +30,7 @@ from machine import LIMITS, read, warm_memory
 
 from gpt2lite import GPTConfig, GPTModel, Tuning, convert, track_memory
 from gpt2lite.benchmarking import TINY, write_random_checkpoint
-from gpt2lite.checkpoint.reading import forget_cached
+from gpt2lite.checkpoint.page_cache import forget_cached
 from gpt2lite.cli.env import environment
 from gpt2lite.cli.terminal import bytes_bar, steps_bar, table
 from gpt2lite.config import OFFICIAL_SIZES

@@ -31,7 +31,7 @@ from forecast_accuracy import SIZES
 
 from gpt2lite import GPTConfig, GPTModel, InsufficientMemoryError, forecast, save_per_tensor
 from gpt2lite.benchmarking import write_random_checkpoint
-from gpt2lite.checkpoint.reading import forget_cached
+from gpt2lite.checkpoint.page_cache import forget_cached
 from gpt2lite.cli.env import environment
 from gpt2lite.cli.terminal import steps_bar
 from gpt2lite.loading import STRATEGIES

@@ -21,7 +21,8 @@ from torch import Tensor
 from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.checkpoint.chunks import CHUNK_BYTES, TensorToWrite, join
 from gpt2lite.checkpoint.manifest import Manifest
-from gpt2lite.checkpoint.reading import forget_cached, map_tensors, memory_of, read_bytes_into
+from gpt2lite.checkpoint.page_cache import forget_cached
+from gpt2lite.checkpoint.reading import map_tensors, memory_of, read_bytes_into
 from gpt2lite.checkpoint.writing import (
     Progress,
     fill_tensor_folder,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import mmap
 import os
 import subprocess
 import sys
@@ -322,46 +320,6 @@ def test_a_cap_that_is_no_size_is_a_usage_error(cap: object, pth: Path):
 def test_load_module_takes_the_same_caps(pth: Path, config: GPTConfig):
     with pytest.raises(InsufficientMemoryError, match="baseline would take"):
         load_module(lambda: GPTModel(config), pth, strategy="baseline", max_host_memory="4KiB")
-
-
-# ---- the page cache ----------------------------------------------------------------------------------------
-
-
-def pages_cached(path: Path) -> int:
-    """Bytes of a file that lie in the page cache."""
-    library = ctypes.CDLL(None, use_errno=True)
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
-        pages = -(-len(mapped) // mmap.PAGESIZE)
-        vector, address = (ctypes.c_ubyte * pages)(), ctypes.c_char.from_buffer(mapped)
-        answer = library.mincore(
-            ctypes.c_void_p(ctypes.addressof(address)), ctypes.c_size_t(len(mapped)), vector
-        )
-        del address
-    if answer:
-        pytest.skip("mincore does not answer here")
-    return sum(flag & 1 for flag in vector) * mmap.PAGESIZE
-
-
-@needs_proc
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_what_was_read_can_leave_the_page_cache(dtype: torch.dtype | None, checkpoint: Path):
-    size = checkpoint.stat().st_size
-    with open(checkpoint, "rb") as file:
-        os.fsync(file.fileno())  # what is not yet written out cannot be let go
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        if pages_cached(checkpoint) > size // 4:
-            pytest.skip("this file system does not give cached pages back")
-        while file.read(1 << 24):
-            pass
-    if pages_cached(checkpoint) < size * 3 // 4:
-        pytest.skip("this system keeps no page cache of this file")
-    options = {"config": {"n_heads": 8}, "dtype": dtype}
-    GPTModel.from_checkpoint(checkpoint, **options)
-    assert pages_cached(checkpoint) >= size * 3 // 4  # not all: the kernel may take pages at any time
-    GPTModel.from_checkpoint(checkpoint, **options, tuning=Tuning(keep_cached=False))
-    assert (
-        pages_cached(checkpoint) <= size // 4
-    )  # masks, which are not read, and what the kernel holds together
 
 
 def test_only_stream_can_let_the_page_cache_go(pth: Path):

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -460,11 +460,11 @@ def test_strided_scalar_empty_and_integer_tensors_load_into_any_module(
 def test_an_error_of_a_reader_is_raised_and_stops_the_others(pth: Path, monkeypatch: pytest.MonkeyPatch):
     real, calls = reading.read_file_into, []
 
-    def failing(memory: memoryview, file: io.FileIO, offset: int) -> None:
+    def failing(memories: Iterable[memoryview], file: io.FileIO, offset: int) -> None:
         calls.append(offset)
         if len(calls) == 5:
             raise OSError(5, "the disk is gone")
-        real(memory, file, offset)
+        real(memories, file, offset)
 
     for module in (stream_engine, reading):
         monkeypatch.setattr(module, "read_file_into", failing)
@@ -479,9 +479,9 @@ def test_an_error_of_a_reader_is_raised_and_stops_the_others(pth: Path, monkeypa
 def test_a_file_that_changes_during_the_load_is_an_error(pth: Path, monkeypatch: pytest.MonkeyPatch):
     real = stream_engine.read_file_into
 
-    def touching(memory: memoryview, file: io.FileIO, offset: int) -> None:
+    def touching(memories: Iterable[memoryview], file: io.FileIO, offset: int) -> None:
         os.utime(pth, ns=(1, 1))
-        real(memory, file, offset)
+        real(memories, file, offset)
 
     monkeypatch.setattr(stream_engine, "read_file_into", touching)
     with pytest.raises(CheckpointError, match=r"model.pth: changed while it was being read"):

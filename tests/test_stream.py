@@ -1,10 +1,10 @@
-"""The stream engine under trouble, the memory that it fills, and what `prefetch` reads."""
+"""The stream engine under trouble, and the memory that it fills."""
 
 from __future__ import annotations
 
-import builtins
 import gc
 import itertools
+import os
 import random
 import signal
 import subprocess
@@ -18,10 +18,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_forecast import needs_proc, pages_cached
 from test_loading import HEADS, KINDS, assert_equal_bits, expected_parameters
 
-from gpt2lite import GPTConfig, GPTModel, Tuning, UsageError, forecast, load_module, track_memory
+from gpt2lite import GPTConfig, GPTModel, Tuning, UsageError, forecast, load_module
 from gpt2lite.benchmarking import write_random_checkpoint
 from gpt2lite.checkpoint import reading
 from gpt2lite.collector import collector_paused
@@ -39,41 +38,54 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, dict[str
     return save(state, tmp_path), expected_parameters(state)
 
 
-class Troubled:
-    """A file whose reads come late, now and then, and are as short as a system's may be."""
+def troubled(chance: random.Random) -> Any:
+    """Reads that come late, now and then, and are as short as a system's may be."""
+    real = reading.read_once
 
-    def __init__(self, file: Any, chance: random.Random) -> None:
-        self.file, self.chance = file, chance
+    def read_once(file: Any, memories: list[memoryview], offset: int) -> int:
+        if chance.random() < 0.05:
+            time.sleep(chance.random() / 200)
+        some = memories[: chance.randint(1, len(memories))]
+        return real(file, [*some[:-1], some[-1][: chance.randint(1, len(some[-1]))]], offset)
 
-    def __enter__(self) -> Troubled:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
-
-    def readinto(self, memory: memoryview) -> int:
-        if self.chance.random() < 0.05:
-            time.sleep(self.chance.random() / 200)
-        return self.file.readinto(memory[: self.chance.randint(1, len(memory))])
+    return read_once
 
 
 @pytest.mark.usefixtures("unwritten_memory_is_nan")
+@pytest.mark.parametrize("has_preadv", [True, False])
 @pytest.mark.parametrize("dtype", CASTS)
 def test_late_and_short_reads_change_no_bit(
-    case: tuple[Path, dict[str, torch.Tensor]], dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+    case: tuple[Path, dict[str, torch.Tensor]],
+    dtype: torch.dtype | None,
+    has_preadv: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     path, expected = case
-    chance = random.Random(7)
-    troubled = lambda *args, **kwargs: Troubled(builtins.open(*args, **kwargs), chance)  # noqa: E731, SIM115
     plain = GPTModel.from_checkpoint(path, config=HEADS, dtype=dtype)
-    for module in (reading, stream_engine):
-        monkeypatch.setattr(module, "open", troubled, raising=False)
+    if not has_preadv:
+        for name in ("preadv", "RWF_NOWAIT"):
+            monkeypatch.delattr(os, name, raising=False)
+    monkeypatch.setattr(reading, "read_once", troubled(random.Random(7)))
     loaded = GPTModel.from_checkpoint(path, strategy="stream", config=HEADS, dtype=dtype, tuning=SMALL)
     assert_equal_bits(loaded, expected, dtype)
     assert_equal_bits(loaded, plain.state_dict())
+
+
+@pytest.mark.usefixtures("unwritten_memory_is_nan")
+def test_one_read_fills_neighbours_and_leaves_what_lies_between_them(pth: Path):
+    """The chunk is as large as the file, so only what is too far apart takes a read of its own."""
+    tuning, calls = Tuning(readers=1), []
+    real = reading.read_once
+
+    def counting(file: Any, memories: list[memoryview], offset: int) -> int:
+        calls.append(len(memories))
+        return real(file, memories, offset)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "read_once", counting)
+        loaded = GPTModel.from_checkpoint(pth, strategy="stream", config=HEADS, tuning=tuning)
+    assert_equal_bits(loaded, torch.load(pth, weights_only=True))
+    assert len(calls) < sum(calls) / 4
 
 
 @pytest.fixture
@@ -130,11 +142,11 @@ def readers_left() -> list[str]:
 
 @pytest.mark.parametrize("count", [1, 3, 4, 64])
 def test_shares_are_runs_in_order_of_about_as_many_bytes(count: int):
-    pieces = [stream_engine.Piece(None, (), 0, 1, i, nbytes) for i, nbytes in enumerate([7, 1, 9, 3] * 5)]  # type: ignore[arg-type]
-    found = stream_engine.shares(pieces, count)
-    assert [piece for share in found for piece in share] == pieces
+    chunks = [stream_engine.Chunk(Path(), i, nbytes, ()) for i, nbytes in enumerate([7, 1, 9, 3] * 5)]
+    found = stream_engine.shares(chunks, count)
+    assert [chunk for share in found for chunk in share] == chunks
     assert len(found) <= count
-    assert max(sum(p.nbytes for p in share) for share in found) <= 100 / count + 9
+    assert max(sum(chunk.nbytes for chunk in share) for share in found) <= 100 / count + 9
 
 
 @pytest.mark.parametrize("where", ["a reader in place", "a reader", "a copy"])
@@ -172,10 +184,10 @@ def test_an_error_of_the_callers_progress_stops_the_readers(
 ):
     real, calls = reading.read_file_into, []
 
-    def slow(memory: memoryview, file: Any, offset: int) -> None:
+    def slow(memories: Any, file: Any, offset: int) -> None:
         calls.append(offset)
         time.sleep(0.002)
-        real(memory, file, offset)
+        real(memories, file, offset)
 
     for module in (stream_engine, reading):
         monkeypatch.setattr(module, "read_file_into", slow)
@@ -199,8 +211,8 @@ def test_an_error_that_is_kept_does_not_hold_the_model_once_it_is_gone(
     """Without the garbage collector's help."""
     held = []
 
-    def failing(memory: memoryview, *_: object) -> None:
-        held.append(weakref.ref(memory.obj))
+    def failing(memories: Iterator[memoryview], *_: object) -> None:
+        held.extend(weakref.ref(memory.obj) for memory in memories if not isinstance(memory.obj, bytearray))
         raise ZeroDivisionError("broke")
 
     monkeypatch.setattr(stream_engine, "read_file_into", failing)
@@ -280,49 +292,6 @@ def test_parameters_are_aligned_and_do_not_overlap(case: tuple[Path, dict[str, t
     found = sorted((p.data_ptr(), p.numel() * p.element_size()) for p in loaded.parameters())
     assert all(begin % 64 == 0 for begin, _ in found)
     assert all(begin + size <= following for (begin, size), (following, _) in itertools.pairwise(found))
-
-
-# ---- prefetch ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "model.pth"
-    write_random_checkpoint(GPTConfig(8000, 512, 512, 8, 8), path)
-    return path
-
-
-def forget(path: Path) -> None:
-    reading.forget_cached(path)
-    if pages_cached(path) > path.stat().st_size // 4:
-        pytest.skip("this file system does not give cached pages back")
-
-
-@needs_proc
-@pytest.mark.parametrize("chunk_bytes", [Tuning().chunk_bytes, 10_000_001])
-def test_prefetch_reads_what_is_mapped_and_mmap_alone_does_not(chunk_bytes: int, large: Path):
-    wanted = forecast(large, config={"n_heads": 8})["mmap"].stays_mapped
-    for prefetch in (False, True):
-        forget(large)
-        loaded = GPTModel.from_checkpoint(
-            large,
-            strategy="mmap",
-            config={"n_heads": 8},
-            tuning=Tuning(prefetch=prefetch, chunk_bytes=chunk_bytes),
-        )
-        assert (pages_cached(large) >= 0.9 * wanted) is prefetch
-    assert_equal_bits(loaded, GPTModel.from_checkpoint(large, config={"n_heads": 8}).state_dict())
-
-
-@needs_proc
-def test_what_prefetch_maps_is_foretold(large: Path):
-    options = {"config": {"n_heads": 8}, "tuning": Tuning(prefetch=True)}
-    foretold = forecast(large, **options)["mmap"]
-    with track_memory() as memory:
-        loaded = GPTModel.from_checkpoint(large, strategy="mmap", **options)
-    assert loaded.config.n_layers == 8
-    assert abs(memory.peak_host_reclaimable - foretold.peak_host_reclaimable) <= 16 * MIB
-    assert foretold.peak_host_anonymous == 0
 
 
 @pytest.mark.parametrize("dtype", CASTS)

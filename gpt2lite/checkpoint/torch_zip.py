@@ -29,6 +29,7 @@ from gpt2lite.checkpoint.manifest import (
     is_countable,
     validate,
 )
+from gpt2lite.checkpoint.page_cache import read_each
 from gpt2lite.errors import CheckpointError
 
 MAX_SMALL_BYTES = 64 << 20  # of what is read whole: the pickle
@@ -266,14 +267,22 @@ class Entry:
     crc: int
 
 
-def _data_offset(path: Path, file: io.BufferedIOBase, info: zipfile.ZipInfo) -> int:
-    """Where an entry's data begin, by the entry's own header."""
-    file.seek(max(info.header_offset, 0))
-    signature, name_length, extra_length = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
-    name = file.read(name_length).decode("utf-8" if info.flag_bits & UTF8_NAME else "cp437")
-    if info.header_offset < 0 or signature != b"PK\x03\x04" or name != info.orig_filename:
-        raise CheckpointError(f"{path}: {info.filename} does not begin where the zip directory says")
-    return info.header_offset + LOCAL_HEADER.size + name_length + extra_length
+def _encoded_name(info: zipfile.ZipInfo) -> bytes:
+    return info.orig_filename.encode("utf-8" if info.flag_bits & UTF8_NAME else "cp437")
+
+
+def _data_offsets(path: Path, file: io.BufferedIOBase, infos: Iterable[zipfile.ZipInfo]) -> dict[str, int]:
+    """Where each entry's data begin, by the entry's own header."""
+    names = {info: _encoded_name(info) for info in infos}
+    heads = [(max(info.header_offset, 0), LOCAL_HEADER.size + len(name)) for info, name in names.items()]
+    offsets = {}
+    for (info, name), head in zip(names.items(), read_each(file.fileno(), heads), strict=True):
+        signature, name_length, extra_length = LOCAL_HEADER.unpack(head[: LOCAL_HEADER.size])
+        is_its_own = signature == b"PK\x03\x04" and name_length == len(name) and head.endswith(name)
+        if info.header_offset < 0 or not is_its_own:
+            raise CheckpointError(f"{path}: {info.filename} does not begin where the zip directory says")
+        offsets[info.filename] = info.header_offset + LOCAL_HEADER.size + name_length + extra_length
+    return offsets
 
 
 def _read_directory(path: Path, file: io.BufferedIOBase, archive: zipfile.ZipFile) -> dict[str, Entry]:
@@ -283,15 +292,16 @@ def _read_directory(path: Path, file: io.BufferedIOBase, archive: zipfile.ZipFil
         raise CheckpointError(f"{path}: the zip holds two entries of one name")
     if any(name.partition("/")[2] == "constants.pkl" for name in infos):
         raise CheckpointError(f"{path}: a TorchScript program, not a state dict. {RESAVE}")
-    entries = {}
     for name, info in infos.items():
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & ENCRYPTED:
             raise CheckpointError(
                 f"{path}: {name} is compressed or encrypted, so it has no byte range. "
                 "Re-save it: torch.save(torch.load(path, weights_only=True), path)"
             )
-        entries[name.partition("/")[2]] = Entry(_data_offset(path, file, info), info.file_size, info.CRC)
-    return entries
+    offsets = _data_offsets(path, file, infos.values())
+    return {
+        name.partition("/")[2]: Entry(offsets[name], info.file_size, info.CRC) for name, info in infos.items()
+    }
 
 
 def describe(path: Path, unpickler: DescribingUnpickler) -> object:

@@ -25,7 +25,7 @@ def merge_adapters(plan: LoadPlan, module: nn.Module) -> None:
     Costs WORKING_BYTES on the device; a mapped weight becomes anonymous memory. Equal to computing both paths
     up to rounding.
     """
-    tensors = saved_tensors(module)
+    tensors = saved_tensors(module) if plan.adapters else {}
     for adapter in plan.adapters:
         assert adapter.alpha is not None, "with_lora_alpha comes before a load"
         a, b = (_factor(plan, name) for name in (adapter.a, adapter.b))

@@ -78,6 +78,8 @@ def _disk_order(span: TensorSpan) -> tuple[tuple[int, ...], bool]:
 
     As they are where no order is row-major.
     """
+    if span.is_contiguous:
+        return tuple(range(len(span.shape))), True
     order = tuple(sorted(range(len(span.shape)), key=lambda dim: -span.stride[dim]))
     shape = [span.shape[dim] for dim in order]
     steps = contiguous_stride(shape)
@@ -204,11 +206,11 @@ def is_direct(source: Source) -> bool:
     )
 
 
-def shares(pieces: list[Piece], count: int) -> list[list[Piece]]:
+def shares(chunks: list[Chunk], count: int) -> list[list[Chunk]]:
     """Runs of neighbours on disk for `count` readers, of about as many bytes each."""
-    total, before = sum(piece.nbytes for piece in pieces), 0
-    found: list[list[Piece]] = [[] for _ in range(count)]
-    for piece in pieces:
-        found[before * count // total].append(piece)
-        before += piece.nbytes
+    total, before = sum(chunk.nbytes for chunk in chunks), 0
+    found: list[list[Chunk]] = [[] for _ in range(count)]
+    for chunk in chunks:
+        found[before * count // total].append(chunk)
+        before += chunk.nbytes
     return [share for share in found if share]

@@ -80,9 +80,22 @@ def _build_with_values(build: Callable[[], nn.Module]) -> nn.Module:
 
 def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer under each of its names."""
+    parameters: dict[str, Tensor | None] = {}
+    buffers: dict[str, Tensor | None] = {}
+    for path, part in module.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        parameters |= {prefix + name: tensor for name, tensor in part._parameters.items()}
+        buffers |= {prefix + name: tensor for name, tensor in part._buffers.items()}
+    return {name: tensor for name, tensor in (parameters | buffers).items() if tensor is not None}
+
+
+def _unsaved(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that no checkpoint holds, under each of their names."""
     return {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
+        f"{path}.{name}" if path else name: buffer
+        for path, part in module.named_modules(remove_duplicate=False)
+        for name in part._non_persistent_buffers_set
+        if (buffer := part._buffers[name]) is not None
     }
 
 
@@ -91,11 +104,7 @@ def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
 
     Raises UsageError for a module whose `state_dict` says otherwise: what it adds could not be loaded.
     """
-    unsaved = {
-        f"{path}.{name}" if path else name
-        for path, part in module.named_modules(remove_duplicate=False)
-        for name in part._non_persistent_buffers_set
-    }
+    unsaved = _unsaved(module)
     found = {name: tensor for name, tensor in _named_tensors(module).items() if name not in unsaved}
     odd = sorted(found.keys() ^ module.state_dict().keys())
     if odd:
@@ -131,12 +140,6 @@ def replace_tensor(module: nn.Module, names: Iterable[str], tensor: Tensor) -> N
     for owner, leaf in places:
         registry: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
         registry[leaf] = tensor
-
-
-def _unsaved(module: nn.Module) -> dict[str, Tensor]:
-    """The buffers that no checkpoint holds, under each of their names."""
-    saved = saved_tensors(module)
-    return {name: buffer for name, buffer in _named_tensors(module).items() if name not in saved}
 
 
 def unsaved_buffers(module: nn.Module) -> list[Tensor]:

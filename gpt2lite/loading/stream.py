@@ -18,14 +18,20 @@ from threading import Event
 import torch
 from torch import Tensor
 
-from gpt2lite.checkpoint.reading import (
-    drop_cached,
-    forget_cached,
-    memory_of,
-    read_bytes_into,
-    read_file_into,
+from gpt2lite.checkpoint.page_cache import drop_cached, forget_cached
+from gpt2lite.checkpoint.reading import memory_of, read_bytes_into, read_file_into
+from gpt2lite.loading.pieces import (
+    MAX_GAP,
+    Chunk,
+    Piece,
+    Source,
+    cut,
+    is_direct,
+    joined,
+    landings,
+    shares,
+    values_of,
 )
-from gpt2lite.loading.pieces import Chunk, Piece, Source, cut, is_direct, joined, landings, shares, values_of
 from gpt2lite.loading.plan import Progress
 from gpt2lite.loading.tuning import Tuning
 from gpt2lite.quantization import quantize_into
@@ -36,22 +42,31 @@ LANE_BUFFERS = 2  # on a CUDA device, each as large as a slot
 MAX_ITEM_BYTES = 16  # complex128; slots begin at multiples of it, so that bytes can be viewed as any dtype
 
 
-def _read_share(share: list[Piece], done: SimpleQueue[int], stop: Event, keep_cached: bool) -> None:
+def _places(chunk: Chunk, between: memoryview) -> Iterator[memoryview]:
+    """Where the bytes of a chunk go that needs no buffer: parameters, and what lies `between` them."""
+    at = chunk.offset
+    for piece in chunk.pieces:
+        yield between[: piece.offset - at]
+        yield memory_of(piece.source.destinations[0].tensor[piece.prefix][piece.start : piece.stop])
+        at = piece.offset + piece.nbytes
+
+
+def _read_share(share: list[Chunk], done: SimpleQueue[int], stop: Event, keep_cached: bool) -> None:
     """One reader's part of what needs no buffer, in order, so that the system can read ahead for it.
 
     Tells how many bytes it has read, or FAILED.
     """
+    between = memoryview(bytearray(MAX_GAP))
     try:
-        for path, pieces in groupby(share, lambda piece: piece.source.span.path):
+        for path, chunks in groupby(share, lambda chunk: chunk.path):
             with open(path, "rb", buffering=0) as file:
-                for piece in pieces:
+                for chunk in chunks:
                     if stop.is_set():
                         return
-                    rows = piece.source.destinations[0].tensor[piece.prefix][piece.start : piece.stop]
-                    read_file_into(memory_of(rows), file, piece.offset)
+                    read_file_into(_places(chunk, between), file, chunk.offset)
                     if not keep_cached:
-                        drop_cached(file.fileno(), piece.offset, piece.nbytes)
-                    done.put(piece.nbytes)
+                        drop_cached(file.fileno(), chunk.offset, chunk.nbytes)
+                    done.put(chunk.nbytes)
     except BaseException:
         stop.set()
         done.put(FAILED)
@@ -59,15 +74,15 @@ def _read_share(share: list[Piece], done: SimpleQueue[int], stop: Event, keep_ca
 
 
 def _read_in_place(
-    pieces: list[Piece], pool: ThreadPoolExecutor, tuning: Tuning
+    chunks: list[Chunk], pool: ThreadPoolExecutor, tuning: Tuning
 ) -> Generator[int, None, None]:
-    """Read what needs no buffer; yields the bytes of each piece. Stops all readers when one fails."""
+    """Read what needs no buffer; yields the bytes of each chunk. Stops all readers when one fails."""
     done: SimpleQueue[int] = SimpleQueue()
     stop, futures = Event(), list[Future[None]]()
     try:
-        for share in shares(pieces, tuning.readers):
+        for share in shares(chunks, tuning.readers):
             futures.append(pool.submit(_read_share, share, done, stop, tuning.keep_cached))
-        for _ in pieces:
+        for _ in chunks:
             nbytes = done.get()
             if nbytes == FAILED:
                 for _ in map(Future.result, futures):  # raises what that reader did
@@ -184,24 +199,17 @@ def ring_shape(chunks: list[Chunk], tuning: Tuning) -> tuple[int, int]:
     return (max(min(len(chunks), tuning.ring_bytes // slot_bytes), 1), slot_bytes) if chunks else (0, 0)
 
 
-def reads(sources: list[Source], device: torch.device, tuning: Tuning) -> tuple[list[Piece], list[Chunk]]:
-    """What is read straight into its parameter, and what goes through the ring."""
+def reads(sources: list[Source], device: torch.device, tuning: Tuning) -> tuple[list[Chunk], list[Chunk]]:
+    """What is read straight into its parameters, and what goes through the ring."""
     chunk_bytes = min(tuning.chunk_bytes, tuning.ring_bytes // FEWEST_SLOTS)
     slot_bytes = max(chunk_bytes // MAX_ITEM_BYTES, 1) * MAX_ITEM_BYTES
-    in_place = [device.type == "cpu" and is_direct(source) for source in sources]
-    direct = [
-        p
-        for source, yes in zip(sources, in_place, strict=True)
-        if yes
-        for p in cut(source, tuning.chunk_bytes)
-    ]
-    staged = (
-        p
-        for source, yes in zip(sources, in_place, strict=True)
-        if not yes
-        for p in cut(source, max(slot_bytes, source.least_bytes))
-    )
-    return direct, list(joined(staged, slot_bytes))
+    direct, staged = list[Piece](), list[Piece]()
+    for source in sources:
+        if device.type == "cpu" and is_direct(source):
+            direct += cut(source, tuning.chunk_bytes)
+        else:
+            staged += cut(source, max(slot_bytes, source.least_bytes))
+    return list(joined(direct, tuning.chunk_bytes)), list(joined(staged, slot_bytes))
 
 
 def fill(
@@ -217,7 +225,7 @@ def fill(
     where a file ends early; the error of a reader is raised as it is.
     """
     direct, chunks = reads(sources, device, tuning)
-    total = sum(piece.nbytes for piece in direct) + sum(chunk.nbytes for chunk in chunks)
+    total = sum(chunk.nbytes for chunk in direct + chunks)
     pool = ThreadPoolExecutor(tuning.readers, thread_name_prefix="gpt2lite-reader")
     done, in_place = 0, _read_in_place(direct, pool, tuning)
     try:
