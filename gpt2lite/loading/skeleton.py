@@ -22,6 +22,8 @@ INITIALISERS = frozenset(
     )
 )
 
+REGISTRIES = frozenset({"_parameters", "_buffers", "_modules"})  # of a module
+
 
 class _NoInitialisers(TorchFunctionMode):
     """Makes in-place initialisers of meta tensors do nothing."""
@@ -175,10 +177,14 @@ def restore_unsaved_buffers(module: nn.Module, build: Callable[[], nn.Module], d
 
 def _is_lost(value: object) -> bool:
     """Whether a plain attribute is a tensor on meta, or a container of one."""
-    if isinstance(value, Tensor):
-        return value.is_meta
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return any(map(_is_lost, parts))
+    match value:
+        case Tensor():
+            return value.is_meta
+        case dict():
+            return any(map(_is_lost, value.values()))
+        case list() | tuple():
+            return any(map(_is_lost, value))
+    return False
 
 
 def prove_complete(module: nn.Module, dtypes: Mapping[str, torch.dtype], device: torch.device) -> nn.Module:
@@ -193,8 +199,7 @@ def prove_complete(module: nn.Module, dtypes: Mapping[str, torch.dtype], device:
         elif (tensor.dtype, tensor.device) != (wanted := dtypes.get(name, tensor.dtype), device):
             wrong.append(f"{name} is {tensor.dtype} on {tensor.device}, not {wanted} on {device}")
     for path, part in module.named_modules():
-        plain = vars(part).keys() - {"_parameters", "_buffers", "_modules"}
-        lost = sorted(key for key in plain if _is_lost(vars(part)[key]))
+        lost = sorted(key for key, value in vars(part).items() if key not in REGISTRIES and _is_lost(value))
         wrong += [f"{path}.{key} is a tensor that is no buffer: its value was lost on meta" for key in lost]
     if wrong:
         raise CheckpointError("the loaded model is incomplete:\n  " + "\n  ".join(wrong))
