@@ -65,12 +65,13 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One read."""
+    """One read, straight into the parameters (`in_place`) or not."""
 
     path: Path
     offset: int
     nbytes: int
     pieces: tuple[Piece, ...]
+    in_place: bool
 
 
 def _disk_order(span: TensorSpan) -> tuple[tuple[int, ...], bool]:
@@ -138,16 +139,16 @@ def _unravel(number: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(index))
 
 
-def joined(pieces: Iterable[Piece], max_bytes: int) -> Iterator[Chunk]:
+def joined(pieces: Iterable[Piece], max_bytes: int, *, in_place: bool) -> Iterator[Chunk]:
     """Neighbouring pieces as one read, while that stays within `max_bytes` and aligned to every dtype."""
     run: list[Piece] = []
     for piece in pieces:
         if run and not _fits(run, piece, max_bytes):
-            yield _chunk(run)
+            yield _chunk(run, in_place)
             run = []
         run.append(piece)
     if run:
-        yield _chunk(run)
+        yield _chunk(run, in_place)
 
 
 def _fits(run: list[Piece], piece: Piece, max_bytes: int) -> bool:
@@ -159,9 +160,9 @@ def _fits(run: list[Piece], piece: Piece, max_bytes: int) -> bool:
     return same_file and aligned and 0 <= gap <= MAX_GAP and at + piece.nbytes <= max_bytes
 
 
-def _chunk(run: list[Piece]) -> Chunk:
+def _chunk(run: list[Piece], in_place: bool) -> Chunk:
     begin, end = run[0].offset, run[-1].offset + run[-1].nbytes
-    return Chunk(run[0].source.span.path, begin, end - begin, tuple(run))
+    return Chunk(run[0].source.span.path, begin, end - begin, tuple(run), in_place)
 
 
 def landings(piece: Piece, values: Tensor) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:

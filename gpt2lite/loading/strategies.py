@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from heapq import nlargest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -356,15 +357,15 @@ def _forecast_stream(plan: LoadPlan) -> Forecast:
     on_meta |= {
         scale_of(t.names[0]): torch.empty(t.shape[0], device="meta") for t in plan.targets if t.is_quantized
     }
-    _, chunks = reads(_sources(plan, on_meta), plan.device, plan.tuning)
+    chunks = reads(_sources(plan, on_meta), plan.device, plan.tuning)
     slots, slot_bytes = ring_shape(chunks, plan.tuning)
     working = WORKING_BYTES if plan.is_quantized else 0
     if plan.device.type == "cuda":
         ledger.device.touch(min(slots, LANE_BUFFERS) * slot_bytes + working)
         ledger.host.take(_power_of_two(slots * slot_bytes))  # page-locked memory comes so, and stays cached
-    else:  # a slot is written to as far as the largest of its chunks, which take turns
-        turns = (chunks[slot::slots] for slot in range(slots))
-        ledger.host.touch(sum(max(chunk.nbytes for chunk in turn) for turn in turns) + working)
+    else:  # a slot is written to as far as the largest of its chunks
+        staged = (chunk.nbytes for chunk in chunks if not chunk.in_place)
+        ledger.host.touch(sum(nlargest(slots, staged)) + working)
     _enter_unsaved_buffers(plan, ledger)
     return ledger.balance()
 
