@@ -53,7 +53,7 @@ def read_file_into(memories: Iterable[memoryview], file: io.FileIO, offset: int)
     """
     empty = deque(memory for memory in memories if memory)
     while empty:
-        count = read_once(file, _first(empty, STEP), offset)
+        count = read_once(file, _first(empty, STEP - offset % STEP), offset)
         if not count:
             raise CheckpointError(f"{file.name}: ends at byte {offset}; it was truncated while being read")
         offset += count
