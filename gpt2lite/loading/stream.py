@@ -20,7 +20,6 @@ from torch import Tensor
 
 from gpt2lite.checkpoint.page_cache import drop_cached, forget_cached
 from gpt2lite.checkpoint.reading import memory_of, read_file_into
-from gpt2lite.loading.pages import allocate_pages
 from gpt2lite.loading.pieces import (
     MAX_GAP,
     Chunk,
@@ -132,7 +131,7 @@ def allocate_ring(nbytes: int, *, pinned: bool) -> Tensor:
             return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
         except RuntimeError:  # a limit on locked memory: slower, still inside the cap
             pass
-    return torch.empty(0, dtype=torch.uint8, device="cpu").set_(allocate_pages(nbytes))
+    return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
 
 def _places(chunk: Chunk, between: memoryview) -> Iterator[memoryview]:
