@@ -512,6 +512,14 @@ def before_the_file(path: Path) -> None:
     path.write_bytes(data)
 
 
+def past_the_file(path: Path) -> None:
+    """An offset that no file reaches, and no system call takes."""
+    rewritten()(path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.getinfo("archive/data/0").header_offset = 2**63 - 40
+        archive.comment = b"changed"  # so that the directory is written again
+
+
 def future_zip(path: Path) -> None:
     data = bytearray(small())
     data[data.index(b"PK\x01\x02") + 6] = 99
@@ -561,6 +569,7 @@ ZIP_DAMAGES = {
         before_the_file,
         "archive/data.pkl does not begin where the zip directory says",
     ),
+    "entry past the file": (past_the_file, "archive/data/0 does not begin where the zip directory says"),
     "version of the future": (future_zip, "no sound zip directory.*NotImplementedError"),
     "large byteorder": (large_byteorder, "its byteorder is larger than"),
     "damaged pickle": (damaged_pickle, "its data.pkl is damaged"),

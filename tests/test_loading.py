@@ -5,10 +5,13 @@ from __future__ import annotations
 import gc
 import io
 import json
+import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -459,21 +462,28 @@ def test_strided_scalar_empty_and_integer_tensors_load_into_any_module(
 
 def test_an_error_of_a_reader_is_raised_and_stops_the_others(pth: Path, monkeypatch: pytest.MonkeyPatch):
     real, calls = reading.read_file_into, []
+    fails_at = math.inf
 
     def failing(memories: Iterable[memoryview], file: io.FileIO, offset: int) -> None:
         calls.append(offset)
-        if len(calls) == 5:
+        if len(calls) == fails_at:
             raise OSError(5, "the disk is gone")
+        if len(calls) > fails_at:
+            time.sleep(0.05)  # a busy machine may take its time to tell the others
         real(memories, file, offset)
 
     for module in (stream_engine, reading):
         monkeypatch.setattr(module, "read_file_into", failing)
     for dtype in (None, torch.bfloat16):  # read in place, and through the ring
+        load = partial(GPTModel.from_checkpoint, pth, config=HEADS, dtype=dtype)
+        fails_at, tuning = math.inf, Tuning(chunk_bytes=4096, ring_bytes=4096)
         calls.clear()
-        tuning = Tuning(chunk_bytes=4096, ring_bytes=4096)
+        load(tuning=tuning)
+        needed, fails_at = len(calls), 5
+        calls.clear()
         with pytest.raises(OSError, match="the disk is gone"):
-            GPTModel.from_checkpoint(pth, config=HEADS, dtype=dtype, tuning=tuning)
-        assert len(calls) <= 5 + 2 * tuning.readers + 8
+            load(tuning=tuning)
+        assert len(calls) < needed / 2
 
 
 def test_a_file_that_changes_during_the_load_is_an_error(pth: Path, monkeypatch: pytest.MonkeyPatch):

@@ -274,14 +274,19 @@ def _encoded_name(info: zipfile.ZipInfo) -> bytes:
 def _data_offsets(path: Path, file: io.BufferedIOBase, infos: Iterable[zipfile.ZipInfo]) -> dict[str, int]:
     """Where each entry's data begin, by the entry's own header."""
     names = {info: _encoded_name(info) for info in infos}
-    heads = [(max(info.header_offset, 0), LOCAL_HEADER.size + len(name)) for info, name in names.items()]
+    last = path.stat().st_size - LOCAL_HEADER.size
+    begins = [min(max(info.header_offset, 0), last) for info in names]
+    heads = [
+        (begin, LOCAL_HEADER.size + len(name)) for begin, name in zip(begins, names.values(), strict=True)
+    ]
     offsets = {}
-    for (info, name), head in zip(names.items(), read_each(file.fileno(), heads), strict=True):
+    read = read_each(file.fileno(), heads)
+    for (info, name), begin, head in zip(names.items(), begins, read, strict=True):
         signature, name_length, extra_length = LOCAL_HEADER.unpack(head[: LOCAL_HEADER.size])
         is_its_own = signature == b"PK\x03\x04" and name_length == len(name) and head.endswith(name)
-        if info.header_offset < 0 or not is_its_own:
+        if begin != info.header_offset or not is_its_own:
             raise CheckpointError(f"{path}: {info.filename} does not begin where the zip directory says")
-        offsets[info.filename] = info.header_offset + LOCAL_HEADER.size + name_length + extra_length
+        offsets[info.filename] = begin + LOCAL_HEADER.size + name_length + extra_length
     return offsets
 
 
