@@ -41,9 +41,9 @@ class Reading:
 
 def _strip(name: str) -> str:
     """`name` without the prefixes that it begins with, nor what the book's LoRA puts before its leaf."""
-    while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), ""):
-        name = name[len(prefix) :]
-    return re.sub(r"\.linear\.(weight|bias)$", r".\1", name)
+    while name.startswith(PREFIXES):
+        name = name[len(next(filter(name.startswith, PREFIXES))) :]
+    return re.sub(r"\.linear\.(weight|bias)$", r".\1", name) if ".linear." in name else name
 
 
 def _model_names(manifest: Manifest) -> dict[str, str]:

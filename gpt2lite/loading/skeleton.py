@@ -22,7 +22,7 @@ INITIALISERS = frozenset(
     )
 )
 
-REGISTRIES = frozenset({"_parameters", "_buffers", "_modules"})  # of a module
+OF_EVERY_MODULE = vars(nn.Module()).keys()  # registries, hooks, flags
 
 
 class _NoInitialisers(TorchFunctionMode):
@@ -127,14 +127,20 @@ def tied_names(tensors: Mapping[str, Tensor]) -> list[tuple[tuple[str, ...], Ten
     return [(tuple(names), tensors[names[0]]) for names in groups.values()]
 
 
+def _place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The part of a module that owns a tensor, and the tensor's name there."""
+    *path, leaf = name.split(".")
+    for part in path:
+        module = module._modules[part]  # type: ignore[assignment]
+    return module, leaf
+
+
 def replace_tensor(module: nn.Module, names: Iterable[str], tensor: Tensor) -> None:
     """Put one tensor in the place of a parameter or buffer, under all the names that share it.
 
     A parameter stays one, frozen or not as it was; a subclass of nn.Parameter becomes a plain one.
     """
-    places = [
-        (module.get_submodule(path), leaf) for path, _, leaf in (name.rpartition(".") for name in names)
-    ]
+    places = [_place(module, name) for name in names]
     parameters = [owner._parameters[leaf] for owner, leaf in places if leaf in owner._parameters]
     if parameters and parameters[0] is not None:
         can_learn = tensor.is_floating_point() or tensor.is_complex()
@@ -199,7 +205,7 @@ def prove_complete(module: nn.Module, dtypes: Mapping[str, torch.dtype], device:
         elif (tensor.dtype, tensor.device) != (wanted := dtypes.get(name, tensor.dtype), device):
             wrong.append(f"{name} is {tensor.dtype} on {tensor.device}, not {wanted} on {device}")
     for path, part in module.named_modules():
-        lost = sorted(key for key, value in vars(part).items() if key not in REGISTRIES and _is_lost(value))
+        lost = sorted(key for key in vars(part).keys() - OF_EVERY_MODULE if _is_lost(vars(part)[key]))
         wrong += [f"{path}.{key} is a tensor that is no buffer: its value was lost on meta" for key in lost]
     if wrong:
         raise CheckpointError("the loaded model is incomplete:\n  " + "\n  ".join(wrong))
