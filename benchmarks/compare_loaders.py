@@ -144,6 +144,7 @@ class Loader(NamedTuple):
 
 LOADERS = {
     "stream": Loader(ours("stream"), "pth"),
+    "stream, not cached": Loader(ours("stream", keep_cached=False), "pth"),
     "mmap": Loader(ours("mmap"), "pth"),
     "mmap, prefetch": Loader(ours("mmap", prefetch=True), "pth"),
     "mmap, Hub layout": Loader(ours_from_hub_layout, "hub"),
@@ -169,7 +170,9 @@ WANTED = (
     ("mmap", "transformers", False, "logits", 1.0),
     ("mmap, Hub layout", "torch.load(mmap=True)", False, "load", 2.0),
     ("stream", "read, 1 thread", True, "load", 1 / 0.9),
+    ("stream, not cached", "read, 1 thread", True, "load", 1 / 0.9),
     ("stream", "read past the cache, 1 thread", True, "load", 1 / 0.9),
+    ("stream, not cached", "read past the cache, 1 thread", True, "load", 1 / 0.9),
 )
 
 

@@ -13,10 +13,11 @@ import torch
 from test_forecast import needs_proc
 from test_loading import assert_equal_bits
 
-from gpt2lite import GPTConfig, GPTModel, Tuning, forecast, track_memory
+from gpt2lite import CheckpointError, GPTConfig, GPTModel, Tuning, forecast, track_memory
 from gpt2lite.benchmarking import write_random_checkpoint
 from gpt2lite.checkpoint import open_checkpoint
-from gpt2lite.checkpoint.page_cache import forget_cached, read_each
+from gpt2lite.checkpoint.page_cache import PastCache, forget_cached, is_cold, read_each
+from gpt2lite.checkpoint.reading import read_file_into
 
 CONFIG = GPTConfig(8000, 512, 512, 8, 8)
 
@@ -93,6 +94,87 @@ def test_what_was_read_can_leave_the_page_cache(dtype: torch.dtype | None, large
     assert pages_cached(large) >= size * 3 // 4  # not all: the kernel may take pages at any time
     GPTModel.from_checkpoint(large, **options, tuning=Tuning(keep_cached=False))
     assert pages_cached(large) <= size // 4  # masks, which are not read, and what the kernel holds together
+
+
+@pytest.fixture
+def past_cache_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The bytes that each read past the page cache brings."""
+    reads, real = [], PastCache.read_into
+
+    def counting(file: PastCache, memories: list[memoryview], offset: int) -> int:
+        reads.append(real(file, memories, offset))
+        return reads[-1]
+
+    monkeypatch.setattr(PastCache, "read_into", counting)
+    return reads
+
+
+def forget_for_past_cache(path: Path) -> None:
+    forget(path)
+    if not is_cold(path):
+        pytest.skip("this system does not read this file past the page cache, or not fast")
+    forget(path)  # the pages that told
+
+
+def test_reads_past_the_page_cache_fill_memories_in_order(large: Path):
+    forget_for_past_cache(large)
+    chance, whole = random.Random(0), large.read_bytes()
+    begins = [0, 1, 4095, 4096, len(whole) - 5000, *(chance.randrange(len(whole) - 5000) for _ in range(50))]
+    with PastCache(large) as file:
+        for offset in begins:
+            most = min(len(whole) - offset, 5 << 20)
+            memory = memoryview(bytearray(chance.choice([1, most, chance.randrange(1, most)])))
+            cuts = sorted(chance.randrange(len(memory) + 1) for _ in range(6))
+            parts = [memory[a:b] for a, b in zip([0, *cuts], [*cuts, len(memory)], strict=True)]
+            read_file_into(parts, file, offset)
+            assert memory == whole[offset : offset + len(memory)], offset
+        for offset, nbytes in ((len(whole) - 10, 11), (len(whole), 1), (len(whole) + 5000, 1)):
+            with pytest.raises(CheckpointError, match=r"model.pth: ends at byte"):
+                read_file_into([memoryview(bytearray(nbytes))], file, offset)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_what_is_not_to_be_cached_is_read_past_the_page_cache(
+    dtype: torch.dtype | None, large: Path, past_cache_reads: list[int]
+):
+    options = {"strategy": "stream", "config": {"n_heads": 8}, "dtype": dtype}
+    expected = GPTModel.from_checkpoint(large, **options).state_dict()
+    assert not past_cache_reads
+    forget_for_past_cache(large)
+    past_cache_reads.clear()
+    loaded = GPTModel.from_checkpoint(large, **options, tuning=Tuning(keep_cached=False))
+    assert_equal_bits(loaded, expected)
+    assert sum(past_cache_reads) >= large.stat().st_size * 3 // 4
+    remember(large)
+    past_cache_reads.clear()
+    loaded = GPTModel.from_checkpoint(large, **options, tuning=Tuning(keep_cached=False))
+    assert_equal_bits(loaded, expected)
+    assert sum(past_cache_reads) <= 1  # the trial
+
+
+def test_a_system_that_cannot_read_past_the_page_cache_reads_through_it(
+    large: Path, past_cache_reads: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delattr(os, "O_DIRECT", raising=False)
+    forget(large)
+    options = {"strategy": "stream", "config": {"n_heads": 8}}
+    loaded = GPTModel.from_checkpoint(large, **options, tuning=Tuning(keep_cached=False))
+    assert_equal_bits(loaded, GPTModel.from_checkpoint(large, **options).state_dict())
+    assert not past_cache_reads
+
+
+@needs_proc
+def test_buffers_of_reads_past_the_page_cache_are_foretold(large: Path):
+    """All of them, though the first readers are done before the model's last page is touched."""
+    options = {"config": {"n_heads": 8}, "tuning": Tuning(keep_cached=False, readers=8)}
+    forget_for_past_cache(large)
+    foretold = forecast(large, **options)["stream"]
+    with track_memory() as memory:
+        loaded = GPTModel.from_checkpoint(large, strategy="stream", **options)
+    assert loaded.config.n_layers == 8
+    assert foretold.peak_host_anonymous - foretold.stays_host == 8 * PastCache.nbytes
+    assert foretold.stays_host - (1 << 20) < memory.peak_host_anonymous
+    assert memory.peak_host_anonymous < foretold.peak_host_anonymous + (1 << 20)
 
 
 @needs_proc

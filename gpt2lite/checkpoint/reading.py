@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, flatten
+from gpt2lite.checkpoint.page_cache import PastCache
 from gpt2lite.errors import CheckpointError, first_line, is_out_of_memory
 
 STEP = 1 << 20
@@ -72,6 +73,8 @@ def _first(memories: Iterable[memoryview], nbytes: int) -> list[memoryview]:
 
 def read_once(file: io.FileIO, memories: list[memoryview], offset: int) -> int:
     """One read that fills memories in order, or the first of them where the system has no such call."""
+    if isinstance(file, PastCache):
+        return file.read_into(memories, offset)
     if hasattr(os, "preadv"):
         return os.preadv(file.fileno(), memories, offset)
     file.seek(offset)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gpt2lite.checkpoint.page_cache import PastCache
 from gpt2lite.checkpoint.reading import map_tensors, prefetch, read_tensors, sizes_read
 from gpt2lite.errors import UsageError
 from gpt2lite.loading.forecast import MIB, Forecast, Ledger, round_up
@@ -331,7 +332,8 @@ def stream(plan: LoadPlan) -> nn.Module:
     Device: the model once, plus two chunks (16 MiB). Host: the ring (64 MiB), or less; on a CPU target the
     parameters' own memory, one piece on huge pages, is what is read into; it is given back when the last of
     them is gone, and none of them can be resized. What is quantised takes whole rows of the layer at a time:
-    of a weight that lies in (in, out) order all of it, for which the ring may have to grow.
+    of a weight that lies in (in, out) order all of it, for which the ring may have to grow. With
+    `keep_cached=False`, 2 MiB a reader more, through which a cold file is read past the page cache.
     """
     _reserve_one_segment(plan)
     module = _allocated_together(plan) if plan.device == CPU else _allocated(plan)
@@ -360,12 +362,14 @@ def _forecast_stream(plan: LoadPlan) -> Forecast:
     chunks = reads(_sources(plan, on_meta), plan.device, plan.tuning)
     slots, slot_bytes = ring_shape(chunks, plan.tuning)
     working = WORKING_BYTES if plan.is_quantized else 0
+    buffers = 0 if plan.tuning.keep_cached else plan.tuning.readers * PastCache.nbytes
     if plan.device.type == "cuda":
         ledger.device.touch(min(slots, LANE_BUFFERS) * slot_bytes + working)
         ledger.host.take(_power_of_two(slots * slot_bytes))  # page-locked memory comes so, and stays cached
+        ledger.host.touch(buffers)
     else:  # a slot is written to as far as the largest of its chunks
         staged = (chunk.nbytes for chunk in chunks if not chunk.in_place)
-        ledger.host.touch(sum(nlargest(slots, staged)) + working)
+        ledger.host.touch(sum(nlargest(slots, staged)) + working + buffers)
     _enter_unsaved_buffers(plan, ledger)
     return ledger.balance()
 

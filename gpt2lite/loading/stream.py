@@ -7,10 +7,12 @@ CPU target, what needs no change is read straight into the parameters' own memor
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+import io
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from itertools import groupby
+from pathlib import Path
 from queue import SimpleQueue
 from threading import Event
 from typing import NamedTuple
@@ -18,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gpt2lite.checkpoint.page_cache import drop_cached, forget_cached
+from gpt2lite.checkpoint.page_cache import PastCache, drop_cached, forget_cached, is_cold
 from gpt2lite.checkpoint.reading import memory_of, read_file_into
 from gpt2lite.loading.pieces import (
     MAX_GAP,
@@ -151,7 +153,12 @@ class Reading(NamedTuple):
 
 
 def _read_share(
-    share: list[Chunk], ring: Ring, done: SimpleQueue[Reading | None], stop: Event, keep_cached: bool
+    share: list[Chunk],
+    files: Mapping[Path, type[io.FileIO]],
+    ring: Ring,
+    done: SimpleQueue[Reading | None],
+    stop: Event,
+    keep_cached: bool,
 ) -> None:
     """One reader's part of the file, in order, so that the system can read ahead for it.
 
@@ -160,7 +167,7 @@ def _read_share(
     between = memoryview(bytearray(MAX_GAP))
     try:
         for path, chunks in groupby(share, lambda chunk: chunk.path):
-            with open(path, "rb", buffering=0) as file:
+            with files[path](path) as file:
                 for chunk in chunks:
                     slot = None if chunk.in_place else ring.take()
                     if stop.is_set():
@@ -181,10 +188,12 @@ def _read_all(
 ) -> Generator[Reading, None, None]:
     """Read everything; yields each chunk as it is there. Stops all readers when one fails."""
     done: SimpleQueue[Reading | None] = SimpleQueue()
-    stop, futures = Event(), list[Future[None]]()
+    stop, futures, keep_cached = Event(), list[Future[None]](), tuning.keep_cached
+    paths = {chunk.path for chunk in chunks}
+    files = {path: io.FileIO if keep_cached or not is_cold(path) else PastCache for path in paths}
     try:
         for share in shares(chunks, tuning.readers):
-            futures.append(pool.submit(_read_share, share, ring, done, stop, tuning.keep_cached))
+            futures.append(pool.submit(_read_share, share, files, ring, done, stop, keep_cached))
         for _ in chunks:
             reading = done.get()
             if reading is None:
