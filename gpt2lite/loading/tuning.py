@@ -29,7 +29,7 @@ class Tuning:
     What cannot be read into its place goes through a ring of `ring_bytes` of host memory (made smaller where
     that is short), an eighth of it at a time. `keep_cached=False`, for containers that count it, leaves
     nothing of what `stream` read in the page cache: a file that is not there is read past it, where the
-    system can, which is also faster (and the next load slower), and one that is there goes out of it.
+    system can, about as fast, and one that is there goes out of it.
     `prefetch` has `mmap` read and map everything before it returns, so that the first logits do not wait for
     the disk or for one fault a page; what it reads can be reclaimed like the rest. Raises UsageError for
     numbers that cannot work.
