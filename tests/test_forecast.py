@@ -127,9 +127,10 @@ def lies_in_memory(path: Path) -> bool:
 def test_forecasts_are_what_is_measured_for_every_strategy_format_and_cast(
     dialect: str, formats: tuple[str, ...], tmp_path: Path
 ):
-    """Within 3 % or 24 MiB of 32 to 260 MiB is what was promised; a third of that is what is found.
+    """Within 3 % or 24 MiB of 32 to 260 MiB is what was promised; above, a third of that is what is found.
 
-    But where anonymous and mapped memory change together: what the sampler misses then counts to both.
+    Below, the sampler may miss a short peak on a busy machine; and where anonymous and mapped memory change
+    together, what it misses counts to both.
     """
     if lies_in_memory(tmp_path):
         pytest.skip("temporary files lie in memory here")
@@ -138,8 +139,8 @@ def test_forecasts_are_what_is_measured_for_every_strategy_format_and_cast(
     found = run_benchmark("forecast_accuracy.py", *arguments, tmp_path / "found.json")
     assert len(found["cases"]) == 4 * (5 * len(formats) + ("folder" in formats))  # variants × strategies
     for case in found["cases"]:
-        allowed = (24 if case["strategy"] == "mmap" else 8) * MIB
-        assert abs(case["foretold_host"] - case["measured_host"]) <= allowed, case
+        above, most = case["measured_host"] - case["foretold_host"], 24 if case["strategy"] == "mmap" else 8
+        assert -24 * MIB <= above <= most * MIB, case
 
 
 @needs_proc
