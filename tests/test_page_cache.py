@@ -16,7 +16,7 @@ from test_loading import assert_equal_bits
 from gpt2lite import CheckpointError, GPTConfig, GPTModel, Tuning, forecast, track_memory
 from gpt2lite.benchmarking import write_random_checkpoint
 from gpt2lite.checkpoint import open_checkpoint
-from gpt2lite.checkpoint.page_cache import PastCache, forget_cached, is_cold, read_each
+from gpt2lite.checkpoint.page_cache import PastCache, forget_cached, is_best_past_cache, read_each
 from gpt2lite.checkpoint.reading import read_file_into
 
 CONFIG = GPTConfig(8000, 512, 512, 8, 8)
@@ -111,7 +111,7 @@ def past_cache_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def forget_for_past_cache(path: Path) -> None:
     forget(path)
-    if not is_cold(path):
+    if not is_best_past_cache(path):
         pytest.skip("this system does not read this file past the page cache, or not fast")
     forget(path)  # the pages that told
 

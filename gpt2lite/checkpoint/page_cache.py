@@ -104,7 +104,7 @@ class PastCache(io.FileIO):
         return at - begin
 
 
-def is_cold(path: Path) -> bool:
+def is_best_past_cache(path: Path) -> bool:
     """Whether a file lies on the disk and not in the page cache, and reading past that one is fast here."""
     try:
         if "[never]" in HUGE_PAGES.read_text():

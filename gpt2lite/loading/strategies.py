@@ -362,7 +362,7 @@ def _forecast_stream(plan: LoadPlan) -> Forecast:
     chunks = reads(_sources(plan, on_meta), plan.device, plan.tuning)
     slots, slot_bytes = ring_shape(chunks, plan.tuning)
     working = WORKING_BYTES if plan.is_quantized else 0
-    buffers = 0 if plan.tuning.keep_cached else plan.tuning.readers * PastCache.nbytes
+    buffers = 0 if plan.tuning.keep_cached else min(plan.tuning.readers, len(chunks)) * PastCache.nbytes
     if plan.device.type == "cuda":
         ledger.device.touch(min(slots, LANE_BUFFERS) * slot_bytes + working)
         ledger.host.take(_power_of_two(slots * slot_bytes))  # page-locked memory comes so, and stays cached

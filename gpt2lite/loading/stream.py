@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gpt2lite.checkpoint.page_cache import PastCache, drop_cached, forget_cached, is_cold
+from gpt2lite.checkpoint.page_cache import PastCache, drop_cached, forget_cached, is_best_past_cache
 from gpt2lite.checkpoint.reading import memory_of, read_file_into
 from gpt2lite.loading.pieces import (
     MAX_GAP,
@@ -190,7 +190,7 @@ def _read_all(
     done: SimpleQueue[Reading | None] = SimpleQueue()
     stop, futures, keep_cached = Event(), list[Future[None]](), tuning.keep_cached
     paths = {chunk.path for chunk in chunks}
-    files = {path: io.FileIO if keep_cached or not is_cold(path) else PastCache for path in paths}
+    files = {path: io.FileIO if keep_cached or not is_best_past_cache(path) else PastCache for path in paths}
     try:
         for share in shares(chunks, tuning.readers):
             futures.append(pool.submit(_read_share, share, files, ring, done, stop, keep_cached))
