@@ -17,7 +17,7 @@ import psutil
 import torch
 from torch import nn
 
-from gpt2lite.checkpoint.writing import replacing, write_side_fields
+from gpt2lite.checkpoint.writing import replacing
 from gpt2lite.errors import CheckpointError, UsageError
 from gpt2lite.finetuning.data import Batch, Batches
 from gpt2lite.finetuning.lora import lora_layers, merge_lora, save_lora
@@ -111,14 +111,13 @@ def _save_state(trainer: Trainer, out: Path, step: int, keep: int) -> None:
         "model": {name: p.detach() for name, p in trainer.trained.items()},
         "optimizer": trainer.state(),
         "step": step,
+        "config": trainer.model.config.as_dict(),
         "recipe": asdict(trainer.recipe),
     }
     with replacing(path) as temporary:
         torch.save(content, temporary)
-    write_side_fields(path, trainer.model.config.as_dict())
     for old in _state_files(out)[:-keep]:
         old.unlink()
-        old.with_suffix(".json").unlink(missing_ok=True)
 
 
 def _restore(trainer: Trainer, out: Path) -> int:
