@@ -26,6 +26,7 @@ from gpt2lite.dialects import (
     Found,
     Reading,
     check_masks,
+    check_model_type,
     complete,
     find_fields,
     read_dialect,
@@ -146,7 +147,9 @@ def open_as(
     run code, contradicts itself or computes something else; UsageError for a wrong argument.
     """
     check_names(options, OpenOptions)
-    reading = read_dialect(open_checkpoint(path))
+    manifest = open_checkpoint(path)
+    check_model_type(manifest.path)
+    reading = read_dialect(manifest)
     if options.get("lora_alpha") is not None:
         reading = with_lora_alpha(reading, options["lora_alpha"])
     check_masks(reading)

@@ -17,7 +17,7 @@ from typing import Any
 from gpt2lite.checkpoint import FOLDER_FILES, side_file
 from gpt2lite.checkpoint.manifest import BOUND_CONFIG
 from gpt2lite.config import OFFICIAL_HEADS, GPTConfig
-from gpt2lite.dialects.config_words import in_our_words, refusals, unknown
+from gpt2lite.dialects.config_words import COMPUTED, in_our_words, refusals, unknown
 from gpt2lite.dialects.reading import Reading, block_of
 from gpt2lite.errors import CheckpointError, UsageError, listed
 
@@ -137,6 +137,14 @@ def _beside_the_file(reading: Reading) -> Iterator[Source]:
     for name in ("config.json", "hparams.json") if is_of_folder(path) else ():
         if (folder / name).is_file():
             yield Source(str(folder / name), _read_json(folder / name), is_whole=name == "config.json")
+
+
+def check_model_type(path: Path) -> None:
+    """Raise CheckpointError where a checkpoint's own config.json says that it is no GPT-2."""
+    config = (path if path.is_dir() else path.absolute().parent) / "config.json"
+    kind = _read_json(config).get("model_type") if is_of_folder(path) and config.is_file() else None
+    if kind not in COMPUTED["model_type"]:
+        raise CheckpointError(f"{path}: its config.json says model_type={kind!r}; gpt2lite opens gpt2 alone")
 
 
 def is_of_folder(path: Path) -> bool:
