@@ -34,7 +34,7 @@ from gpt2lite.checkpoint.writing import (
 )
 from gpt2lite.checkpoint.writing_safetensors import fill_safetensors, fill_safetensors_folder
 from gpt2lite.config import GPTConfig
-from gpt2lite.dialects import DIALECTS, Placement, expand_rows, find_config, read_dialect
+from gpt2lite.dialects import DIALECTS, Placement, base_of, expand_rows, find_config, read_dialect, with_peft
 from gpt2lite.errors import CheckpointError, UsageError
 from gpt2lite.loading.skeleton import build_on_meta
 from gpt2lite.memory import parse_size
@@ -277,11 +277,12 @@ def plan_conversion(
     destination = Path(destination)
     format = _format_of(destination, format)
     max_shard_bytes = parse_size(max_shard_size) if max_shard_size is not None else None
-    reading = read_dialect(open_checkpoint(source))
+    source = Path(source)
+    reading = with_peft(read_dialect(open_checkpoint(base_of(source) or source)), source)
     if reading.adapters:
         raise UsageError(
             f"{reading.manifest.path}: holds LoRA layers; merge them first: "
-            "GPTModel.from_checkpoint(…, lora_alpha=…).save_checkpoint(…)"
+            "GPTModel.from_checkpoint(…).save_checkpoint(…), with the book's lora_alpha=…"
         )
     found = find_config(reading, config)
     _check_destination(reading.manifest, destination, format, max_shard_bytes)

@@ -23,7 +23,16 @@ from gpt2lite.checkpoint.writing import read_side_fields, require_space, write_s
 from gpt2lite.checkpoint.writing_safetensors import write_safetensors
 from gpt2lite.collector import collector_paused
 from gpt2lite.config import ACTIVATIONS, OFFICIAL_SIZES, GPTConfig
-from gpt2lite.dialects import UNSAYABLE, Reading, find_config, read_dialect, size_of, with_lora_alpha
+from gpt2lite.dialects import (
+    UNSAYABLE,
+    Reading,
+    base_of,
+    find_config,
+    read_dialect,
+    size_of,
+    with_lora_alpha,
+    with_peft,
+)
 from gpt2lite.errors import UsageError
 from gpt2lite.generation import KVCache, generate, generate_tokens
 from gpt2lite.loading import Forecast, LoadPlan, Progress, Tuning, forecasts, load, make_plan
@@ -185,7 +194,7 @@ class GPTModel(nn.Module):
         before anything is allocated, where no strategy or the one named does not fit in memory, UsageError
         for a wrong argument.
         """
-        reading = with_lora_alpha(read_dialect(open_checkpoint(path)), lora_alpha)
+        reading = with_lora_alpha(_read(path), lora_alpha)
         found = find_config(reading, config)
         return load(  # type: ignore[return-value]
             reading,
@@ -307,11 +316,16 @@ class GPTModel(nn.Module):
         return self.out_head(self.hidden(ids, cache))
 
 
+def _read(path: str | os.PathLike[str]) -> Reading:
+    path = Path(path)
+    return with_peft(read_dialect(open_checkpoint(base_of(path) or path)), path)
+
+
 def _headers(
     path: str | os.PathLike[str], config: GPTConfig | Mapping[str, Any] | None
 ) -> tuple[Reading, GPTConfig]:
     """What a plan needs to know; what no file says and no byte depends on is taken for granted."""
-    reading = read_dialect(open_checkpoint(path))
+    reading = _read(path)
     asked = UNSAYABLE if config is None else UNSAYABLE | config if isinstance(config, dict) else config
     return reading, find_config(reading, asked)
 

@@ -16,7 +16,7 @@ from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.checkpoint.reading import read_tensors
 from gpt2lite.config import GPTConfig
 from gpt2lite.converting import convert
-from gpt2lite.dialects import find_config, read_dialect, with_lora_alpha
+from gpt2lite.dialects import base_of, find_config, read_dialect, with_lora_alpha, with_peft
 from gpt2lite.errors import UsageError
 from gpt2lite.model import GPTModel
 
@@ -59,15 +59,18 @@ def plain_model(
 
     A `.pth` is read by `torch.load`; no strategy and none of the streaming is used.
     """
-    reading = with_lora_alpha(read_dialect(open_checkpoint(path)), lora_alpha)
+    reading = with_lora_alpha(
+        with_peft(read_dialect(open_checkpoint(base_of(Path(path)) or path)), Path(path)), lora_alpha
+    )
     found = find_config(reading, config)
     sources = {placement.source for placement in reading.placements.values()}
-    factors = {name for adapter in reading.adapters for name in (adapter.a, adapter.b)}
+    factors = {factor.source for adapter in reading.adapters for factor in (adapter.a, adapter.b)}
     stored = read_tensors(reading.manifest, sources | factors, torch.device("cpu"))
     state = {name: placement.of(stored[placement.source]) for name, placement in reading.placements.items()}
     for adapter in reading.adapters:
-        assert adapter.alpha is not None
-        added = adapter.alpha * (stored[adapter.a].float() @ stored[adapter.b].float()).t()
+        assert adapter.scale is not None
+        a, b = (factor.of(stored[factor.source]).float() for factor in (adapter.a, adapter.b))
+        added = adapter.scale * (b @ a)
         state[adapter.weight] = (state[adapter.weight] + added).to(state[adapter.weight].dtype)
     with torch.device("meta"):
         model = GPTModel(found)

@@ -116,13 +116,15 @@ def _mismatches(reading: Reading, groups: list[tuple[tuple[str, ...], Tensor]]) 
             sources = " and ".join(placement.source for placement in placed)
             lines.append(f"{sources} are two tensors; the model ties {' and '.join(names)}")
     for adapter in reading.adapters:
-        a, b, weight = tensors[adapter.a], tensors[adapter.b], tensors[placements[adapter.weight].source]
-        shape, are_matrices = (
-            placements[adapter.weight].shape_of(weight.shape),
-            len(a.shape) == len(b.shape) == 2,
+        a, b, weight = (
+            (tensors[placed.source], placed.shape_of(tensors[placed.source].shape))
+            for placed in (adapter.a, adapter.b, placements[adapter.weight])
         )
-        if not are_matrices or (b.shape[1], *a.shape) != (*shape, b.shape[0]):
-            lines.append(f"{a.name} {a.shape} and {b.name} {b.shape} are no addition to {adapter.weight}")
+        rank, shape = a[1][:1], weight[1]
+        if len(a[1]) != 2 or (*b[1], *a[1]) != (*shape[:1], *rank, *rank, *shape[1:]):
+            lines.append(f"{a[0].name} {a[0].shape} and {b[0].name} {b[0].shape} do not fit {adapter.weight}")
+        if any(adapter.weight in names and len(names) > 1 for names, _ in groups):
+            lines.append(f"{a[0].name} adds to {adapter.weight} alone, which the model ties")
     return sorted(lines)
 
 
@@ -173,8 +175,8 @@ def _quantized(
 ) -> tuple[Target, ...]:
     if reading.adapters:
         raise UsageError(
-            f"{reading.manifest.path}: LoRA layers are merged into weights that are not int8; convert it "
-            "first (gpt2lite convert), then quantize"
+            f"{reading.manifest.path}: LoRA layers are merged into weights that are not int8; save the merged "
+            "model first, then quantize: GPTModel.from_checkpoint(…).save_checkpoint(…)"
         )
     dtypes = {name: target.dtype for target in targets for name in target.names}
     names = quantize_skeleton(skeleton, quantize, dtypes.__getitem__)
