@@ -7,7 +7,7 @@ import itertools
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,11 @@ TIED = ("tok_emb.weight", "out_head.weight")
 
 FACTOR = re.compile(r"(.+)\.lora_(embedding_)?A(\.weight)?")
 BEFORE = re.compile(r"(base_model\.)?((model|module|_orig_mod|transformer)\.)*")
+WRAPPED = re.compile(
+    r"\.(original_module|modules_to_save)\."
+)  # what bias="all" writes of a saved module again
 # peft matches regular expressions; these cannot take long, whoever wrote the file.
-PATTERN = re.compile(r"([\w.^$-]|\\[.d]\+?)*")
+PATTERN = re.compile(r"(\.\*)?([\w.^$-]|\\[.d]\+?)*")
 
 
 def _is_number(value: object) -> bool:
@@ -37,10 +40,6 @@ def _are_patterns(value: object) -> bool:
     return value is None or (
         isinstance(value, dict) and all(PATTERN.fullmatch(k) and _is_number(v) for k, v in value.items())
     )
-
-
-def _are_names(value: object) -> bool:
-    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
 
 # LoraConfig's fields that are read here, and what they may say. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change
@@ -54,10 +53,10 @@ READ: dict[str, Callable[[Any], bool]] = {
     "rank_pattern": _are_patterns,
     "alpha_pattern": _are_patterns,
     "bias": lambda value: value in (None, "none", "all", "lora_only"),
-    "modules_to_save": _are_names,
+    "modules_to_save": lambda value: value is None or isinstance(value, list),
     "init_lora_weights": lambda value: value in (None, True, False, "gaussian", "eva", "orthogonal"),
 }
-# Those that change nothing: peft itself goes by a layer's kind and not by fan_in_fan_out, names in the file say
+# Those that change nothing: peft itself goes by a layer's kind, not by fan_in_fan_out, names in the file say
 # which layers have an adapter, and the rest is for training or counts only beside a field that is refused.
 INERT = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
@@ -70,16 +69,16 @@ OFF: tuple[object, ...] = (None, False, {}, [], "")
 
 
 def _folder_of(path: Path) -> Path | None:
-    """The folder of the adapter that `path` means, which is that folder or the adapter's own file."""
-    folder = path.parent if path.name in WEIGHTS else path
+    """The folder of the adapter that `path` is, or is a file of."""
+    folder = path.parent if path.name in WEIGHTS and path.is_file() else path
     return folder if any((folder / name).is_file() for name in (CONFIG, *WEIGHTS)) else None
 
 
 def _file(folder: Path, *names: str) -> Path:
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    raise CheckpointNotFoundError(f"{folder}: holds a PEFT adapter without its {' or '.join(names)}")
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        raise CheckpointNotFoundError(f"{folder}: a PEFT adapter without its {' or '.join(names)}")
+    return found
 
 
 def base_of(path: Path) -> Path | None:
@@ -91,28 +90,30 @@ def base_of(path: Path) -> Path | None:
     folder = _folder_of(path)
     if folder is None or any((folder / name).is_file() for name in FOLDER_FILES):
         return folder
-    base = _named_base(folder, _read_json(_file(folder, CONFIG)))
-    own = [name for name in (CONFIG, *WEIGHTS) if (base / name).is_file()]
-    if any(not filecmp.cmp(base / name, _file(folder, name), shallow=False) for name in own):
-        raise CheckpointError(
-            f"{folder}: a PEFT adapter whose base, {base}, holds another adapter. If both are meant, merge that "
-            "one into its base first (peft's merge_and_unload); if not, remove its files there."
-        )
-    return base
-
-
-def _named_base(folder: Path, said: Mapping[str, Any]) -> Path:
-    from gpt2lite.hub import fetch  # here, since the client takes half a second to import
-
-    name = said.get("base_model_name_or_path") or ""
+    said = _read_json(_file(folder, CONFIG))
+    name = said.get("base_model_name_or_path") or None
     try:
-        local = next((at for at in (Path(name), folder / name) if name and at.exists()), None)
-        return local or fetch(name, revision=said.get("revision"))
-    except (CheckpointError, TypeError) as error:
+        local = next((at for at in (Path(name), folder / name) if at.exists()), None)
+        base = local or _fetched(name, said.get("revision"))
+    except (CheckpointError, OSError, TypeError, ValueError) as error:
         raise CheckpointNotFoundError(
             f"{folder}: a PEFT adapter without its base, which base_model_name_or_path in {CONFIG} names: "
             f"{name!r} ({error}). Correct it there, or put the base's weights into the folder."
         ) from error
+    for name in (CONFIG, *WEIGHTS):
+        own, other = folder / name, base / name
+        if other.is_file() and not (own.is_file() and filecmp.cmp(own, other, shallow=False)):
+            raise CheckpointError(
+                f"{folder}: a PEFT adapter whose base, {base}, holds another adapter. If both count, merge "
+                "that one into the base first (peft's merge_and_unload); if only this one does, remove that."
+            )
+    return base
+
+
+def _fetched(name: str, revision: str | None) -> Path:
+    from gpt2lite.hub import fetch  # here, since the client takes half a second to import
+
+    return fetch(name, revision=revision)
 
 
 def with_peft(reading: Reading, path: Path) -> Reading:
@@ -127,12 +128,13 @@ def with_peft(reading: Reading, path: Path) -> Reading:
             warnings.warn(f"{path}: loaded without the PEFT adapter beside it; open the folder", stacklevel=2)
         return reading
     said, base = _config(_file(folder, CONFIG)), reading.manifest
-    manifest = open_checkpoint(_file(folder, *WEIGHTS))
+    manifest = open_checkpoint(path if path.is_file() else _file(folder, *WEIGHTS))
     spans = {BESIDE + name: replace(span, name=BESIDE + name) for name, span in manifest.tensors.items()}
     adapters = tuple(_adapters(reading, manifest, said))
     factors = {factor.source for adapter in adapters for factor in (adapter.a, adapter.b)}
-    rest = [name for name in manifest.tensors if BESIDE + name not in factors]
-    placements, wrong = _replaced(reading, rest, said["modules_to_save"] or [])
+    again = {name for name in manifest.tensors if WRAPPED.sub(".", name) in manifest.tensors.keys() - {name}}
+    rest = [name for name in manifest.tensors.keys() - again if BESIDE + name not in factors]
+    placements, wrong = _replaced(reading, rest, [*map(str, said["modules_to_save"] or ())])
     if wrong or not adapters:
         raise CheckpointError(
             f"{manifest.path}: {len(adapters)} LoRA layers fit the base {base.path}, and "
@@ -177,10 +179,7 @@ def _adapters(reading: Reading, manifest: Manifest, said: Mapping[str, Any]) -> 
             continue
         scale = _scale(said, found[1].removeprefix("base_model.model."), manifest.tensors[name])
         for ours, placement in places.get(BEFORE.sub("", found[1], count=1) + ".weight", ()):
-            a, b = (
-                Placement(BESIDE + name),
-                replace(placement, source=BESIDE + other, axis=0, transposed=False),
-            )
+            a, b = Placement(BESIDE + name), Placement(BESIDE + other, placement.part, placement.parts)
             if found[2]:
                 a, b = replace(b, transposed=True), replace(a, transposed=True)
             if bool(found[2]) == ours.endswith("_emb.weight"):
@@ -198,14 +197,14 @@ def _scale(said: Mapping[str, Any], module: str, a: TensorSpan) -> float:
     return float(alpha / math.sqrt(r) if said["use_rslora"] else alpha / r)
 
 
-def _is_saved(name: str, saved: Sequence[str]) -> bool:
+def _is_saved(name: str, saved: Collection[str]) -> bool:
     """Whether peft puts a module of the adapter's in the base's place: what else shares it stays as it is."""
     parents = itertools.accumulate(name.split("."), "{}.{}".format)
     return any(parent.endswith(tuple(saved)) for parent in parents)
 
 
 def _replaced(
-    reading: Reading, names: Sequence[str], saved: Sequence[str]
+    reading: Reading, names: Collection[str], saved: Collection[str]
 ) -> tuple[dict[str, Placement], list[str]]:
     """The placements with what the adapter holds in full (biases, saved modules), and what does not fit.
 
@@ -213,7 +212,8 @@ def _replaced(
     stands for both, the head before the embedding, as peft copies one after the other into it.
     """
     placements, places = dict(reading.placements), _places(reading)
-    tied = len({reading.manifest.tensors[placements[end].source].address for end in TIED}) == 1
+    sources = {placements[end].source for end in TIED if end in placements}
+    tied = len({reading.manifest.tensors[source].address for source in sources}) == 1
     wrong = []
     for name in sorted(names, key=lambda name: (not _is_saved(name, saved), name), reverse=True):
         rows = places.get(BEFORE.sub("", name.replace(".base_layer.", "."), count=1), [])

@@ -155,7 +155,7 @@ def _adapters(names: Mapping[str, str], placements: Mapping[str, Placement]) -> 
 
 
 def with_lora_alpha(reading: Reading, alpha: float | None) -> Reading:
-    """The reading with `alpha` for the book's LoRA layers. Raises CheckpointError where one lacks the other."""
+    """The reading with `alpha` for the book's LoRA layers. Raises CheckpointError if one lacks the other."""
     layers = sum(adapter.scale is None for adapter in reading.adapters)
     if layers and alpha is None:
         raise CheckpointError(
@@ -165,9 +165,8 @@ def with_lora_alpha(reading: Reading, alpha: float | None) -> Reading:
     if alpha is not None and (type(alpha) not in (int, float) or not math.isfinite(alpha)):
         raise UsageError(f"lora_alpha must be a number, got {alpha!r}")
     if alpha is not None and not layers:
-        why = ", whose alpha is not in a file" if reading.adapters else ""
         raise CheckpointError(
-            f"{reading.manifest.path}: holds no LoRA layers{why}, but lora_alpha={alpha} was given"
+            f"{reading.manifest.path}: holds no LoRA layers that lack it, but lora_alpha={alpha} was given"
         )
     adapters = (a if a.scale is not None else replace(a, scale=alpha) for a in reading.adapters)
     return replace(reading, adapters=tuple(adapters))

@@ -116,15 +116,13 @@ def _mismatches(reading: Reading, groups: list[tuple[tuple[str, ...], Tensor]]) 
             sources = " and ".join(placement.source for placement in placed)
             lines.append(f"{sources} are two tensors; the model ties {' and '.join(names)}")
     for adapter in reading.adapters:
-        a, b, weight = (
-            (tensors[placed.source], placed.shape_of(tensors[placed.source].shape))
-            for placed in (adapter.a, adapter.b, placements[adapter.weight])
-        )
-        rank, shape = a[1][:1], weight[1]
-        if len(a[1]) != 2 or (*b[1], *a[1]) != (*shape[:1], *rank, *rank, *shape[1:]):
-            lines.append(f"{a[0].name} {a[0].shape} and {b[0].name} {b[0].shape} do not fit {adapter.weight}")
+        placed = [adapter.a, adapter.b, placements[adapter.weight]]
+        a, b, weight = (placement.shape_of(tensors[placement.source].shape) for placement in placed)
+        sources = " and ".join(f"{p.source} {tensors[p.source].shape}" for p in placed[:2])
+        if len(a) != 2 or (*b, *a) != (*weight[:1], *a[:1], *a[:1], *weight[1:]):
+            lines.append(f"{sources} do not fit {adapter.weight}, which is {weight}")
         if any(adapter.weight in names and len(names) > 1 for names, _ in groups):
-            lines.append(f"{a[0].name} adds to {adapter.weight} alone, which the model ties")
+            lines.append(f"{sources} change {adapter.weight} alone, which the model ties to another")
     return sorted(lines)
 
 
@@ -175,8 +173,8 @@ def _quantized(
 ) -> tuple[Target, ...]:
     if reading.adapters:
         raise UsageError(
-            f"{reading.manifest.path}: LoRA layers are merged into weights that are not int8; save the merged "
-            "model first, then quantize: GPTModel.from_checkpoint(…).save_checkpoint(…)"
+            f"{reading.manifest.path}: LoRA layers are merged into weights that are not int8; save it merged "
+            "first, then quantize: GPTModel.from_checkpoint(…).save_checkpoint(…)"
         )
     dtypes = {name: target.dtype for target in targets for name in target.names}
     names = quantize_skeleton(skeleton, quantize, dtypes.__getitem__)
