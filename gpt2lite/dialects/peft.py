@@ -25,9 +25,7 @@ TIED = ("tok_emb.weight", "out_head.weight")
 
 FACTOR = re.compile(r"(.+)\.lora_(embedding_)?A(\.weight)?")
 BEFORE = re.compile(r"(base_model\.)?((model|module|_orig_mod|transformer)\.)*")
-WRAPPED = re.compile(
-    r"\.(original_module|modules_to_save)\."
-)  # what bias="all" writes of a saved module again
+WRAPPED = re.compile(r"\.(original_module|modules_to_save(\.default)?)\.")  # a saved module's biases, again
 # peft matches regular expressions; these cannot take long, whoever wrote the file.
 PATTERN = re.compile(r"(\.\*)?([\w.^$-]|\\[.d]\+?)*")
 
@@ -91,7 +89,7 @@ def base_of(path: Path) -> Path | None:
     if folder is None or any((folder / name).is_file() for name in FOLDER_FILES):
         return folder
     said = _read_json(_file(folder, CONFIG))
-    name = said.get("base_model_name_or_path") or None
+    name: Any = said.get("base_model_name_or_path") or None
     try:
         local = next((at for at in (Path(name), folder / name) if at.exists()), None)
         base = local or _fetched(name, said.get("revision"))
@@ -132,9 +130,9 @@ def with_peft(reading: Reading, path: Path) -> Reading:
     spans = {BESIDE + name: replace(span, name=BESIDE + name) for name, span in manifest.tensors.items()}
     adapters = tuple(_adapters(reading, manifest, said))
     factors = {factor.source for adapter in adapters for factor in (adapter.a, adapter.b)}
-    again = {name for name in manifest.tensors if WRAPPED.sub(".", name) in manifest.tensors.keys() - {name}}
-    rest = [name for name in manifest.tensors.keys() - again if BESIDE + name not in factors]
-    placements, wrong = _replaced(reading, rest, [*map(str, said["modules_to_save"] or ())])
+    names = [name for name in manifest.tensors if BESIDE + name not in factors]
+    again = {name for name in names if WRAPPED.search(name) and WRAPPED.sub(".", name) in manifest.tensors}
+    placements, wrong = _replaced(reading, {*names} - again, [*map(str, said["modules_to_save"] or ())])
     if wrong or not adapters:
         raise CheckpointError(
             f"{manifest.path}: {len(adapters)} LoRA layers fit the base {base.path}, and "
@@ -177,13 +175,13 @@ def _adapters(reading: Reading, manifest: Manifest, said: Mapping[str, Any]) -> 
         other = name.replace(".lora_A", ".lora_B").replace("embedding_A", "embedding_B")
         if not found or other not in manifest.tensors:
             continue
-        scale = _scale(said, found[1].removeprefix("base_model.model."), manifest.tensors[name])
         for ours, placement in places.get(BEFORE.sub("", found[1], count=1) + ".weight", ()):
             a, b = Placement(BESIDE + name), Placement(BESIDE + other, placement.part, placement.parts)
             if found[2]:
                 a, b = replace(b, transposed=True), replace(a, transposed=True)
             if bool(found[2]) == ours.endswith("_emb.weight"):
-                yield Adapter(ours, a, b, scale)
+                module = found[1].removeprefix("base_model.model.")
+                yield Adapter(ours, a, b, _scale(said, module, manifest.tensors[name]))
 
 
 def _scale(said: Mapping[str, Any], module: str, a: TensorSpan) -> float:
