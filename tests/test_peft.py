@@ -299,7 +299,7 @@ def test_another_method_is_refused_by_name(said: str, folder: Path):
 # Fields that are for another computation, and a value that asks for it.
 REFUSED: dict[str, Any] = {
     "peft_type": "ADALORA", "task_type": "SEQ_CLS", "r": 0, "lora_alpha": "8", "use_rslora": "yes",
-    "rank_pattern": {"(c_attn+)+": 4}, "alpha_pattern": {"c_attn": None}, "bias": "some",
+    "rank_pattern": {"(c_attn+)+": 4}, "alpha_pattern": {"c_attn": None}, "bias": "some", "layers_to_transform": "1",
     "modules_to_save": "lm_head", "init_lora_weights": "corda", "megatron_config": {"a": 1},
     "trainable_token_indices": [1], "use_dora": True, "velora_config": {"scale": 1.0},
     "alora_invocation_tokens": [1], "use_qalora": True, "monteclora_config": {"num_samples": 8},
@@ -340,6 +340,30 @@ def test_a_field_that_computes_nothing_changes_nothing_for_peft_either(
         assert_equal(
             GPTModel.from_checkpoint(adapter), AutoPeftModelForCausalLM.from_pretrained(adapter), ids
         )
+
+
+@pytest.mark.parametrize(("field", "value"), [("target_modules", ["c_fc"]), ("layers_to_transform", 1)])
+def test_layers_that_the_config_does_not_target_are_refused(field: str, value: object, adapter: Path):
+    with pytest.raises(
+        CheckpointError, match=r"h\.0\.attn\.c_attn\.lora_A\.weight: .*not targeted by adapter_config"
+    ):
+        GPTModel.from_checkpoint(edited(adapter, **{field: value}))
+
+
+@pytest.mark.parametrize("names", [["lm_head"], ["transformer.wte"], ["transformer.wte", "lm_head"]])
+def test_a_tied_head_that_is_no_saved_module_is_the_embedding_too(
+    names: list[str], adapter: Path, ids: Tensor
+):
+    state = load_file(adapter / ADAPTER[1])
+    generator = torch.Generator().manual_seed(3)
+    for name in names:
+        weight = torch.randn(TINY.vocab_size, TINY.emb_dim, generator=generator)
+        state[f"base_model.model.{name}.weight"] = weight
+    save_file(state, adapter / ADAPTER[1])
+    loaded = GPTModel.from_checkpoint(adapter)
+    assert loaded.config.tied_head
+    with quiet():
+        assert_equal(loaded, AutoPeftModelForCausalLM.from_pretrained(adapter), ids)
 
 
 KEY = "base_model.model.transformer.h.0.attn.c_attn"

@@ -14,7 +14,7 @@ from typing import Any
 
 from gpt2lite.checkpoint import FOLDER_FILES, Manifest, TensorSpan, open_checkpoint
 from gpt2lite.dialects.configs import _read_json, size_of
-from gpt2lite.dialects.reading import Adapter, Reading, expand_rows
+from gpt2lite.dialects.reading import Adapter, Reading, block_of, expand_rows
 from gpt2lite.dialects.tables import DIALECTS, Placement
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError, listed
 
@@ -51,6 +51,7 @@ READ: dict[str, Callable[[Any], bool]] = {
     "rank_pattern": _are_patterns,
     "alpha_pattern": _are_patterns,
     "bias": lambda value: value in (None, "none", "all", "lora_only"),
+    "layers_to_transform": lambda value: value is None or isinstance(value, (int, list)),
     "modules_to_save": lambda value: value is None or isinstance(value, list),
     "init_lora_weights": lambda value: value in (None, True, False, "gaussian", "eva", "orthogonal"),
 }
@@ -58,8 +59,8 @@ READ: dict[str, Callable[[Any], bool]] = {
 # which layers have an adapter, and the rest is for training or counts only beside a field that is refused.
 INERT = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
-    "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config",
-    "lora_dropout", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
+    "fan_in_fan_out", "inference_mode", "layers_pattern", "loftq_config", "lora_dropout",
+    "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
     "runtime_config", "target_modules",
 }  # fmt: skip
 # What a field says that is not used: one of another method, or one that a newer peft added.
@@ -88,11 +89,13 @@ def base_of(path: Path) -> Path | None:
     folder = _folder_of(path)
     if folder is None or any((folder / name).is_file() for name in FOLDER_FILES):
         return folder
+    from gpt2lite.hub import fetch  # here, since the client takes half a second to import
+
     said = _read_json(_file(folder, CONFIG))
     name: Any = said.get("base_model_name_or_path") or None
     try:
         local = next((at for at in (Path(name), folder / name) if at.exists()), None)
-        base = local or _fetched(name, said.get("revision"))
+        base = local or fetch(name, revision=said.get("revision"))
     except (CheckpointError, OSError, TypeError, ValueError) as error:
         raise CheckpointNotFoundError(
             f"{folder}: a PEFT adapter without its base, which base_model_name_or_path in {CONFIG} names: "
@@ -106,12 +109,6 @@ def base_of(path: Path) -> Path | None:
                 "that one into the base first (peft's merge_and_unload); if only this one does, remove that."
             )
     return base
-
-
-def _fetched(name: str, revision: str | None) -> Path:
-    from gpt2lite.hub import fetch  # here, since the client takes half a second to import
-
-    return fetch(name, revision=revision)
 
 
 def with_peft(reading: Reading, path: Path) -> Reading:
@@ -173,7 +170,7 @@ def _adapters(reading: Reading, manifest: Manifest, said: Mapping[str, Any]) -> 
     for name in manifest.tensors:
         found = FACTOR.fullmatch(name)
         other = name.replace(".lora_A", ".lora_B").replace("embedding_A", "embedding_B")
-        if not found or other not in manifest.tensors:
+        if not found or other not in manifest.tensors or not _is_targeted(said, found[1]):
             continue
         for ours, placement in places.get(BEFORE.sub("", found[1], count=1) + ".weight", ()):
             a, b = Placement(BESIDE + name), Placement(BESIDE + other, placement.part, placement.parts)
@@ -182,6 +179,14 @@ def _adapters(reading: Reading, manifest: Manifest, said: Mapping[str, Any]) -> 
             if bool(found[2]) == ours.endswith("_emb.weight"):
                 module = found[1].removeprefix("base_model.model.")
                 yield Adapter(ours, a, b, _scale(said, module, manifest.tensors[name]))
+
+
+def _is_targeted(said: Mapping[str, Any], module: str) -> bool:
+    """Whether the config's lists have the layer: peft leaves unread what they do not, as we must not."""
+    targets, layers = said.get("target_modules"), said["layers_to_transform"]
+    layers = [layers] if isinstance(layers, int) else layers or [block_of(module)]
+    is_named = not isinstance(targets, list) or any(f".{module}".endswith(f".{name}") for name in targets)
+    return is_named and block_of(module) in layers
 
 
 def _scale(said: Mapping[str, Any], module: str, a: TensorSpan) -> float:
@@ -218,7 +223,7 @@ def _replaced(
         if tied and rows and rows[0][0] in TIED and not _is_saved(name, saved):
             rows = [(end, rows[0][1]) for end in TIED]
         placements |= {ours: replace(placement, source=BESIDE + name) for ours, placement in rows}
-        wrong += [] if rows else [f"{name}: not in the base, or of another method"]
+        wrong += [] if rows else [f"{name}: not in the base, not targeted by {CONFIG}, or not of a LoRA"]
     for theirs, rows in places.items():
         unchanged = placements[rows[0][0]] == reading.placements[rows[0][0]]
         if unchanged and _is_saved(f"transformer.{theirs}", saved):
