@@ -299,7 +299,8 @@ def test_another_method_is_refused_by_name(said: str, folder: Path):
 # Fields that are for another computation, and a value that asks for it.
 REFUSED: dict[str, Any] = {
     "peft_type": "ADALORA", "task_type": "SEQ_CLS", "r": 0, "lora_alpha": "8", "use_rslora": "yes",
-    "rank_pattern": {"(c_attn+)+": 4}, "alpha_pattern": {"c_attn": None}, "bias": "some", "layers_to_transform": "1",
+    "rank_pattern": {"(c_attn+)+": 4}, "alpha_pattern": {"c_attn": None}, "bias": "some",
+    "layers_to_transform": "1",
     "modules_to_save": "lm_head", "init_lora_weights": "corda", "megatron_config": {"a": 1},
     "trainable_token_indices": [1], "use_dora": True, "velora_config": {"scale": 1.0},
     "alora_invocation_tokens": [1], "use_qalora": True, "monteclora_config": {"num_samples": 8},
