@@ -280,7 +280,7 @@ def plan_conversion(
     if opened.reading.adapters:
         raise UsageError(
             f"{manifest.path}: holds LoRA layers; merge them first: "
-            "GPTModel.from_checkpoint(…, lora_alpha=…).save_checkpoint(…)"
+            "GPTModel.from_checkpoint(…).save_checkpoint(…), with the book's lora_alpha=…"
         )
     _check_destination(manifest, destination, format, max_shard_bytes)
     views = _views(opened, dtype)

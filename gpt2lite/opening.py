@@ -25,6 +25,7 @@ from gpt2lite.dialects import (
     UNSAYABLE,
     Found,
     Reading,
+    base_of,
     check_masks,
     check_model_type,
     complete,
@@ -33,6 +34,7 @@ from gpt2lite.dialects import (
     read_names,
     size_of,
     with_lora_alpha,
+    with_peft,
 )
 from gpt2lite.errors import UsageError
 from gpt2lite.loading import Forecast, LoadOptions, LoadPlan, forecasts, load, make_plan
@@ -120,7 +122,7 @@ class Opened(Generic[Model]):
         """
         check_names(options, LoadOptions)
         config = self.config
-        if any(adapter.alpha is None for adapter in self.reading.adapters):
+        if any(adapter.scale is None for adapter in self.reading.adapters):
             with_lora_alpha(self.reading, None)  # says that it is missing
         for note in self.found.notes:
             warnings.warn(note, UserWarning, stacklevel=2)
@@ -147,9 +149,10 @@ def open_as(
     run code, contradicts itself or computes something else; UsageError for a wrong argument.
     """
     check_names(options, OpenOptions)
-    manifest = open_checkpoint(path)
+    path = Path(path)
+    manifest = open_checkpoint(base_of(path) or path)
     check_model_type(manifest.path)
-    reading = read_dialect(manifest)
+    reading = with_peft(read_dialect(manifest), path)
     if options.get("lora_alpha") is not None:
         reading = with_lora_alpha(reading, options["lora_alpha"])
     check_masks(reading)

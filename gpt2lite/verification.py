@@ -61,12 +61,13 @@ def plain_model(opened: Opened[GPTModel], dtype: torch.dtype | None) -> GPTModel
     """
     reading, found = opened.reading, opened.config
     sources = {placement.source for placement in reading.placements.values()}
-    factors = {name for adapter in reading.adapters for name in (adapter.a, adapter.b)}
+    factors = {factor.source for adapter in reading.adapters for factor in (adapter.a, adapter.b)}
     stored = read_tensors(reading.manifest, sources | factors, torch.device("cpu"))
     state = {name: placement.of(stored[placement.source]) for name, placement in reading.placements.items()}
     for adapter in reading.adapters:
-        assert adapter.alpha is not None
-        added = adapter.alpha * (stored[adapter.a].float() @ stored[adapter.b].float()).t()
+        assert adapter.scale is not None
+        a, b = (factor.of(stored[factor.source]).float() for factor in (adapter.a, adapter.b))
+        added = adapter.scale * (b @ a)
         state[adapter.weight] = (state[adapter.weight] + added).to(state[adapter.weight].dtype)
     with torch.device("meta"):
         model = GPTModel(found)

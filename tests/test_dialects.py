@@ -233,7 +233,7 @@ def test_an_alpha_for_a_file_without_lora_is_an_error(pth: Path):
 def test_lora_factors_that_do_not_fit_are_named(tmp_path: Path):
     state = with_lora(alpha=2).state_dict()
     state["out_head.lora.A"] = torch.zeros(TINY.emb_dim + 1, 4)
-    with pytest.raises(CheckpointError, match=r"out_head\.lora\.A .* are no addition to out_head\.weight"):
+    with pytest.raises(CheckpointError, match=r"out_head\.lora\.A .* do not fit out_head\.weight"):
         GPTModel.from_checkpoint(save_pth(state, tmp_path), config=HEADS, lora_alpha=2.0)
 
 

@@ -149,13 +149,24 @@ def read_tensors(manifest: Manifest, names: Iterable[str], device: torch.device)
     there one tensor of host memory.
     """
     read, _ = READERS[manifest.format]
-    return read(manifest, names, device)
+    own, beside = _apart(manifest, names)
+    return read(manifest, own, device) | _read_spans(manifest, beside, device)
 
 
 def sizes_read(manifest: Manifest, names: Iterable[str]) -> Sequence[int]:
     """Bytes of every allocation that `read_tensors` makes, in its order."""
     _, sizes = READERS[manifest.format]
-    return sizes(manifest, names)
+    own, beside = _apart(manifest, names)
+    return [*sizes(manifest, own), *_span_sizes(manifest, beside)]
+
+
+def _apart(manifest: Manifest, names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """What torch.load reads, and what lies in other files: all of some formats, an adapter's tensors."""
+    own: list[str] = []
+    beside: list[str] = []
+    for name in names:
+        (own if manifest.tensors[name].path in manifest.storages else beside).append(name)
+    return own, beside
 
 
 def _map_file(path: Path) -> torch.UntypedStorage:

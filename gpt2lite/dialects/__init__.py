@@ -2,6 +2,7 @@
 
 from gpt2lite.dialects.configs import UNSAYABLE, Found, check_model_type, complete, find_fields, size_of
 from gpt2lite.dialects.masks import check_masks
+from gpt2lite.dialects.peft import base_of, with_peft
 from gpt2lite.dialects.reading import Adapter, Reading, expand_rows, read_dialect, read_names, with_lora_alpha
 from gpt2lite.dialects.tables import DIALECTS, Dialect, Placement
 
@@ -13,6 +14,7 @@ __all__ = [
     "Found",
     "Placement",
     "Reading",
+    "base_of",
     "check_masks",
     "check_model_type",
     "complete",
@@ -22,4 +24,5 @@ __all__ = [
     "read_names",
     "size_of",
     "with_lora_alpha",
+    "with_peft",
 ]

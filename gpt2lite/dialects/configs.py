@@ -244,6 +244,7 @@ def _said_by_shapes(reading: Reading) -> dict[str, Any]:
             f"{reading.manifest.path}: {token.name} {token.shape} and {position.name} {position.shape} "
             "must be (vocab_size, emb_dim) and (context_length, emb_dim)"
         )
+    changed_alone = {"tok_emb.weight", "out_head.weight"} & {adapter.weight for adapter in reading.adapters}
     return {
         "vocab_size": token.shape[0],
         "context_length": position.shape[0],
@@ -251,7 +252,7 @@ def _said_by_shapes(reading: Reading) -> dict[str, Any]:
         "n_layers": size_of(reading)[0],
         "qkv_bias": any(name.endswith(".W_query.bias") for name in placements),
         "bias": "final_norm.shift" in placements,
-        "tied_head": token.address == head.address,
+        "tied_head": token.address == head.address and not changed_alone,
         "n_classes": head.shape[0] if head.shape[:1] != token.shape[:1] else 0,
         "head_bias": "out_head.bias" in placements,
     }

@@ -24,12 +24,15 @@ OTHER_HEADS = ("v_head", "value_head", "multiple_choice_head", "qa_outputs", "su
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A low-rank addition to one weight of ours: weight += alpha × (a @ b).t(), a (in, r) and b (r, out)."""
+    """A low-rank addition to one weight of ours: weight += scale × (b @ a), placed a (r, in) and b (out, r).
+
+    `scale` is None where no file says it: the book's alpha.
+    """
 
     weight: str
-    a: str
-    b: str
-    alpha: float | None = None
+    a: Placement
+    b: Placement
+    scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -209,7 +212,8 @@ def read_dialect(manifest: Manifest) -> Reading:
             placements.setdefault(absent, placements[present])
     rest = names.keys() - {theirs for theirs, _, _ in rows}
     adapters = tuple(_adapters(names, placements))
-    rest -= {name for name in rest if names[name] in {part for a in adapters for part in (a.a, a.b)}}
+    factors = {factor.source for adapter in adapters for factor in (adapter.a, adapter.b)}
+    rest -= {name for name in rest if names[name] in factors}
     masks = {name for name in rest if name.endswith(dialect.masks or "\0")}
     known = {*names.values(), *left_out, *beside}
     return Reading(
@@ -232,12 +236,12 @@ def _adapters(names: Mapping[str, str], placements: Mapping[str, Placement]) -> 
         layer = name.removesuffix(".lora.A")
         b = names.get(f"{layer}.lora.B")
         if layer != name and b is not None and f"{layer}.weight" in placements:
-            yield Adapter(f"{layer}.weight", a, b)
+            yield Adapter(f"{layer}.weight", Placement(a, transposed=True), Placement(b, transposed=True))
 
 
 def with_lora_alpha(reading: Reading, alpha: float | None) -> Reading:
-    """The reading with `alpha` for its LoRA layers. Raises CheckpointError where one lacks the other."""
-    layers = len(reading.adapters)
+    """The reading with `alpha` for the book's LoRA layers. Raises CheckpointError if one lacks the other."""
+    layers = sum(adapter.scale is None for adapter in reading.adapters)
     if layers and alpha is None:
         raise CheckpointError(
             f"{reading.manifest.path}: holds {layers} LoRA layers, whose alpha no file says; pass the one "
@@ -247,9 +251,10 @@ def with_lora_alpha(reading: Reading, alpha: float | None) -> Reading:
         raise UsageError(f"lora_alpha must be a number, got {alpha!r}")
     if alpha is not None and not layers:
         raise CheckpointError(
-            f"{reading.manifest.path}: holds no LoRA layers, but lora_alpha={alpha} was given"
+            f"{reading.manifest.path}: holds no LoRA layers that lack it, but lora_alpha={alpha} was given"
         )
-    return replace(reading, adapters=tuple(replace(adapter, alpha=alpha) for adapter in reading.adapters))
+    adapters = (a if a.scale is not None else replace(a, scale=alpha) for a in reading.adapters)
+    return replace(reading, adapters=tuple(adapters))
 
 
 def read_names(manifest: Manifest, wanted: Collection[str]) -> Reading:

@@ -116,13 +116,13 @@ def _mismatches(reading: Reading, groups: list[tuple[tuple[str, ...], Tensor]]) 
             sources = " and ".join(placement.source for placement in placed)
             lines.append(f"{sources} are two tensors; the model ties {' and '.join(names)}")
     for adapter in reading.adapters:
-        a, b, weight = tensors[adapter.a], tensors[adapter.b], tensors[placements[adapter.weight].source]
-        shape, are_matrices = (
-            placements[adapter.weight].shape_of(weight.shape),
-            len(a.shape) == len(b.shape) == 2,
-        )
-        if not are_matrices or (b.shape[1], *a.shape) != (*shape, b.shape[0]):
-            lines.append(f"{a.name} {a.shape} and {b.name} {b.shape} are no addition to {adapter.weight}")
+        placed = [adapter.a, adapter.b, placements[adapter.weight]]
+        a, b, weight = (placement.shape_of(tensors[placement.source].shape) for placement in placed)
+        sources = " and ".join(f"{p.source} {tensors[p.source].shape}" for p in placed[:2])
+        if len(a) != 2 or (*b, *a) != (*weight[:1], *a[:1], *a[:1], *weight[1:]):
+            lines.append(f"{sources} do not fit {adapter.weight}, which is {weight}")
+        if any(adapter.weight in names and len(names) > 1 for names, _ in groups):
+            lines.append(f"{sources} change {adapter.weight} alone, which the model ties to another")
     return sorted(lines)
 
 
@@ -169,8 +169,8 @@ def _quantized(
 ) -> tuple[Target, ...]:
     if reading.adapters:
         raise UsageError(
-            f"{reading.manifest.path}: LoRA layers are merged into weights that are not int8; convert it "
-            "first (gpt2lite convert), then quantize"
+            f"{reading.manifest.path}: LoRA layers are merged into weights that are not int8; save it merged "
+            "first, then quantize: GPTModel.from_checkpoint(…).save_checkpoint(…)"
         )
     dtypes = {name: target.dtype for target in targets for name in target.names}
     names = quantize_skeleton(skeleton, quantize, dtypes.__getitem__)

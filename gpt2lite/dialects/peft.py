@@ -1,0 +1,231 @@
+"""A PEFT adapter, beside its base or apart from it: low-rank additions and replaced weights for a reading."""
+
+from __future__ import annotations
+
+import filecmp
+import itertools
+import math
+import re
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gpt2lite.checkpoint import FOLDER_FILES, Manifest, TensorSpan, open_checkpoint
+from gpt2lite.dialects.configs import _read_json, size_of
+from gpt2lite.dialects.reading import Adapter, Reading, block_of, expand_rows
+from gpt2lite.dialects.tables import DIALECTS, Placement
+from gpt2lite.errors import CheckpointError, CheckpointNotFoundError, listed
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # the first that exists counts, as in peft
+BESIDE = "adapter:"  # put before the adapter's names, which may be the base's too
+TIED = ("tok_emb.weight", "out_head.weight")
+
+FACTOR = re.compile(r"(.+)\.lora_(embedding_)?A(\.weight)?")
+BEFORE = re.compile(r"(base_model\.)?((model|module|_orig_mod|transformer)\.)*")
+WRAPPED = re.compile(r"\.(original_module|modules_to_save(\.default)?)\.")  # a saved module's biases, again
+# peft matches regular expressions; these cannot take long, whoever wrote the file.
+PATTERN = re.compile(r"(\.\*)?([\w.^$-]|\\[.d]\+?)*")
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def _are_patterns(value: object) -> bool:
+    return value is None or (
+        isinstance(value, dict) and all(PATTERN.fullmatch(k) and _is_number(v) for k, v in value.items())
+    )
+
+
+# LoraConfig's fields that are read here, and what they may say. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change
+# the base, too.
+READ: dict[str, Callable[[Any], bool]] = {
+    "peft_type": lambda value: value == "LORA",
+    "task_type": lambda value: value in (None, "CAUSAL_LM", "FEATURE_EXTRACTION"),
+    "r": lambda value: type(value) is int and value > 0,
+    "lora_alpha": _is_number,
+    "use_rslora": lambda value: value in (None, False, True),
+    "rank_pattern": _are_patterns,
+    "alpha_pattern": _are_patterns,
+    "bias": lambda value: value in (None, "none", "all", "lora_only"),
+    "layers_to_transform": lambda value: value is None or isinstance(value, (int, list)),
+    "modules_to_save": lambda value: value is None or isinstance(value, list),
+    "init_lora_weights": lambda value: value in (None, True, False, "gaussian", "eva", "orthogonal"),
+}
+# Those that change nothing: peft itself goes by a layer's kind, not by fan_in_fan_out, names in the file say
+# which layers have an adapter, and the rest is for training or counts only beside a field that is refused.
+INERT = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
+    "fan_in_fan_out", "inference_mode", "layers_pattern", "loftq_config", "lora_dropout",
+    "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
+    "runtime_config", "target_modules",
+}  # fmt: skip
+# What a field says that is not used: one of another method, or one that a newer peft added.
+OFF: tuple[object, ...] = (None, False, {}, [], "")
+
+
+def _folder_of(path: Path) -> Path | None:
+    """The folder of the adapter that `path` is, or is a file of."""
+    folder = path.parent if path.name in WEIGHTS and path.is_file() else path
+    return folder if any((folder / name).is_file() for name in (CONFIG, *WEIGHTS)) else None
+
+
+def _file(folder: Path, *names: str) -> Path:
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        raise CheckpointNotFoundError(f"{folder}: a PEFT adapter without its {' or '.join(names)}")
+    return found
+
+
+def base_of(path: Path) -> Path | None:
+    """Where the base of the adapter at `path` lies, None if `path` is no adapter.
+
+    That is its own folder where that holds weights, else what `base_model_name_or_path` names: a path from
+    here or from the folder, or a name on the Hub, which is fetched. Raises CheckpointError.
+    """
+    folder = _folder_of(path)
+    if folder is None or any((folder / name).is_file() for name in FOLDER_FILES):
+        return folder
+    from gpt2lite.hub import fetch  # here, since the client takes half a second to import
+
+    said = _read_json(_file(folder, CONFIG))
+    name: Any = said.get("base_model_name_or_path") or None
+    try:
+        local = next((at for at in (Path(name), folder / name) if at.exists()), None)
+        base = local or fetch(name, revision=said.get("revision"))
+    except (CheckpointError, OSError, TypeError, ValueError) as error:
+        raise CheckpointNotFoundError(
+            f"{folder}: a PEFT adapter without its base, which base_model_name_or_path in {CONFIG} names: "
+            f"{name!r} ({error}). Correct it there, or put the base's weights into the folder."
+        ) from error
+    for name in (CONFIG, *WEIGHTS):
+        own, other = folder / name, base / name
+        if other.is_file() and not (own.is_file() and filecmp.cmp(own, other, shallow=False)):
+            raise CheckpointError(
+                f"{folder}: a PEFT adapter whose base, {base}, holds another adapter. If both count, merge "
+                "that one into the base first (peft's merge_and_unload); if only this one does, remove that."
+            )
+    return base
+
+
+def with_peft(reading: Reading, path: Path) -> Reading:
+    """The reading of a base, with the adapter of the folder `path`: what it adds and what it replaces.
+
+    Reads the adapter's headers. A path that names the base's own file means the base alone, which a warning
+    says. Raises CheckpointError for another method than LoRA, by name, and for an adapter that does not fit.
+    """
+    folder = _folder_of(path)
+    if folder is None:
+        if path.is_file() and (path.parent / CONFIG).is_file():
+            warnings.warn(f"{path}: loaded without the PEFT adapter beside it; open the folder", stacklevel=2)
+        return reading
+    said, base = _config(_file(folder, CONFIG)), reading.manifest
+    manifest = open_checkpoint(path if path.is_file() else _file(folder, *WEIGHTS))
+    spans = {BESIDE + name: replace(span, name=BESIDE + name) for name, span in manifest.tensors.items()}
+    adapters = tuple(_adapters(reading, manifest, said))
+    factors = {factor.source for adapter in adapters for factor in (adapter.a, adapter.b)}
+    names = [name for name in manifest.tensors if BESIDE + name not in factors]
+    again = {name for name in names if WRAPPED.search(name) and WRAPPED.sub(".", name) in manifest.tensors}
+    placements, wrong = _replaced(reading, {*names} - again, [*map(str, said["modules_to_save"] or ())])
+    if wrong or not adapters:
+        raise CheckpointError(
+            f"{manifest.path}: {len(adapters)} LoRA layers fit the base {base.path}, and "
+            f"{len(wrong)} tensors do not:{listed(wrong)}"
+        )
+    both = replace(base, tensors={**base.tensors, **spans}, files={**base.files, **manifest.files})
+    return replace(reading, manifest=both, placements=placements, adapters=(*reading.adapters, *adapters))
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """The adapter's config, in which no field is unknown or asks for what is not computed here."""
+    said = dict.fromkeys(READ) | {"r": 8, "lora_alpha": 8} | _read_json(path)
+    wrong = [key for key in said.keys() - INERT if not READ.get(key, OFF.__contains__)(said[key])]
+    if wrong:
+        fields = ", ".join(f"{key}={said[key]!r}"[:80] for key in sorted(wrong))
+        raise CheckpointError(
+            f"{path}: not a LoRA that is read here, by {fields}. Where peft can merge it, "
+            "model.merge_and_unload().save_pretrained(folder) writes a model that opens."
+        )
+    return said
+
+
+def _places(reading: Reading) -> dict[str, list[tuple[str, Placement]]]:
+    """Their name → the parameters that the base has there."""
+    places: dict[str, list[tuple[str, Placement]]] = {}
+    for theirs, ours, placement in expand_rows(DIALECTS[reading.dialect].rows, size_of(reading)[0]):
+        if ours in reading.placements:
+            places.setdefault(theirs, []).append((ours, placement))
+    return places
+
+
+def _adapters(reading: Reading, manifest: Manifest, said: Mapping[str, Any]) -> Iterator[Adapter]:
+    """Every pair of A (r, in) and B (out, r); of an embedding A is (r, vocab_size) and B (emb_dim, r).
+
+    Query, key and value share the A of their fused layer, and take a third of the rows of its B each.
+    """
+    places = _places(reading)
+    for name in manifest.tensors:
+        found = FACTOR.fullmatch(name)
+        other = name.replace(".lora_A", ".lora_B").replace("embedding_A", "embedding_B")
+        if not found or other not in manifest.tensors or not _is_targeted(said, found[1]):
+            continue
+        for ours, placement in places.get(BEFORE.sub("", found[1], count=1) + ".weight", ()):
+            a, b = Placement(BESIDE + name), Placement(BESIDE + other, placement.part, placement.parts)
+            if found[2]:
+                a, b = replace(b, transposed=True), replace(a, transposed=True)
+            if bool(found[2]) == ours.endswith("_emb.weight"):
+                module = found[1].removeprefix("base_model.model.")
+                yield Adapter(ours, a, b, _scale(said, module, manifest.tensors[name]))
+
+
+def _is_targeted(said: Mapping[str, Any], module: str) -> bool:
+    """Whether the config's lists have the layer: peft leaves unread what they do not, as we must not."""
+    targets, layers = said.get("target_modules"), said["layers_to_transform"]
+    layers = [layers] if isinstance(layers, int) else layers or [block_of(module)]
+    is_named = not isinstance(targets, list) or any(f".{module}".endswith(f".{name}") for name in targets)
+    return is_named and block_of(module) in layers
+
+
+def _scale(said: Mapping[str, Any], module: str, a: TensorSpan) -> float:
+    """alpha / r, or alpha / sqrt(r), by what the first pattern that ends the module's name says of them."""
+    r, alpha = (
+        next((v for k, v in (said[some] or {}).items() if re.fullmatch(rf"(.*\.)?({k})", module)), said[all_])
+        for some, all_ in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+    )
+    if a.shape[:1] != (r,):
+        raise CheckpointError(f"{a.path}: {a.name} has shape {a.shape}, {CONFIG} says that its rank is {r}")
+    return float(alpha / math.sqrt(r) if said["use_rslora"] else alpha / r)
+
+
+def _is_saved(name: str, saved: Collection[str]) -> bool:
+    """Whether peft puts a module of the adapter's in the base's place: what else shares it stays as it is."""
+    parents = itertools.accumulate(name.split("."), "{}.{}".format)
+    return any(parent.endswith(tuple(saved)) for parent in parents)
+
+
+def _replaced(
+    reading: Reading, names: Collection[str], saved: Collection[str]
+) -> tuple[dict[str, Placement], list[str]]:
+    """The placements with what the adapter holds in full (biases, saved modules), and what does not fit.
+
+    A head or an embedding that is not among the saved modules is the base's own; where the two are tied it
+    stands for both, the head before the embedding, as peft copies one after the other into it.
+    """
+    placements, places = dict(reading.placements), _places(reading)
+    sources = {placements[end].source for end in TIED if end in placements}
+    tied = len({reading.manifest.tensors[source].address for source in sources}) == 1
+    wrong = []
+    for name in sorted(names, key=lambda name: (not _is_saved(name, saved), name), reverse=True):
+        rows = places.get(BEFORE.sub("", name.replace(".base_layer.", "."), count=1), [])
+        if tied and rows and rows[0][0] in TIED and not _is_saved(name, saved):
+            rows = [(end, rows[0][1]) for end in TIED]
+        placements |= {ours: replace(placement, source=BESIDE + name) for ours, placement in rows}
+        wrong += [] if rows else [f"{name}: not in the base, not targeted by {CONFIG}, or not of a LoRA"]
+    for theirs, rows in places.items():
+        unchanged = placements[rows[0][0]] == reading.placements[rows[0][0]]
+        if unchanged and _is_saved(f"transformer.{theirs}", saved):
+            wrong.append(f"{theirs}: missing, though modules_to_save names it")
+    return placements, wrong
