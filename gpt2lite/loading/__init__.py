@@ -16,7 +16,7 @@ from gpt2lite.loading.adapters import merge_adapters
 from gpt2lite.loading.choice import Verdict, choose, forecasts, helps, judge
 from gpt2lite.loading.forecast import Forecast
 from gpt2lite.loading.plan import LoadPlan, Progress, make_plan
-from gpt2lite.loading.skeleton import build_on_meta, prove_complete, restore_unsaved_buffers
+from gpt2lite.loading.skeleton import build_on_meta, move_unsaved_buffers, prove_complete
 from gpt2lite.loading.strategies import AUTO, STRATEGIES
 from gpt2lite.loading.tuning import Tuning
 from gpt2lite.memory import find_budget, resolve_device
@@ -77,7 +77,8 @@ def load(
         reason = first_line(error)
     else:
         reading.manifest.check_unchanged()
-        dtypes = {name: target.dtype for target in plan.targets for name in target.names}
+        targets = () if plan.own_loading else plan.targets  # its loading may change dtypes, too
+        dtypes = {name: target.dtype for target in targets for name in target.names}
         return prove_complete(module, dtypes, plan.device)
     # Raised out here, where neither the plan's tensors nor the first error's frames are held any more.
     del plan
@@ -90,7 +91,7 @@ def load(
 def _filled(strategy: str, plan: LoadPlan) -> nn.Module:
     module = STRATEGIES[strategy].load(plan)
     merge_adapters(plan, module)
-    restore_unsaved_buffers(module, plan.build, plan.device)
+    move_unsaved_buffers(module, plan.device)
     return module
 
 
@@ -109,6 +110,9 @@ def load_module(
 ) -> nn.Module:
     """Load a checkpoint into any module: `build()` returns one, the names in the file are its own.
 
+    A module with plain tensors, or one that reads values while it is built, is built with all of its memory
+    (sequential or baseline). One with hooks or methods of its own for loading gets `load_state_dict`
+    (baseline) and keeps the dtypes of its constructor, unless `dtype` casts them. "auto" knows.
     The arguments and errors are those of `GPTModel.from_checkpoint`. The module comes back in eval mode.
     """
     reading = read_names(open_checkpoint(path), build_on_meta(build).state_dict().keys())

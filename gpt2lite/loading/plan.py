@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from gpt2lite.checkpoint import Manifest, TensorSpan
+from gpt2lite.checkpoint.manifest import contiguous_stride
 from gpt2lite.dialects import Adapter, Placement, Reading
 from gpt2lite.errors import CheckpointError, UsageError, listed
-from gpt2lite.loading.skeleton import build_on_meta, saved_tensors, tied_names
+from gpt2lite.loading.skeleton import own_loading, saved_tensors, sketch, tied_names
 from gpt2lite.loading.tuning import MIB, Tuning
 from gpt2lite.quantization import quantize_skeleton
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 SMALLEST_RING = 2 * MIB
+COMPUTABLE = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,11 @@ class Target:
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """Everything that a strategy needs. `skeleton` is the module on meta, for one strategy to fill."""
+    """Everything that a strategy needs. `skeleton` is the module on meta, for one strategy to fill.
+
+    `lost` names what of the module exists only where it is built with its memory, `own_loading` what of it
+    decides by itself what is loaded from `state`; the spans of its targets stand for its own tensors.
+    """
 
     manifest: Manifest
     build: Callable[[], nn.Module]
@@ -67,12 +73,22 @@ class LoadPlan:
     device: torch.device
     tuning: Tuning
     progress: Progress
-    adapters: tuple[Adapter, ...]
+    adapters: tuple[Adapter, ...] = ()
+    lost: tuple[str, ...] = ()
+    own_loading: tuple[str, ...] = ()
+    state: Mapping[str, Placement] = field(default_factory=dict)
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the names of `state` in the file."""
+        return next((placement.source.removesuffix(name) for name, placement in self.state.items()), "")
 
     @cached_property
     def spans(self) -> dict[str, TensorSpan]:
         """The stored tensors that are needed, each once, in the order in which they lie on disk."""
         spans = {target.span.name: target.span for target in self.targets}
+        if self.own_loading:
+            spans = {p.source: self.manifest.tensors[p.source] for p in self.state.values()}
         return dict(sorted(spans.items(), key=lambda item: (item[1].path, item[1].offset)))
 
     @cached_property
@@ -155,17 +171,28 @@ def make_plan(
         raise UsageError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}")
     if not isinstance(tuning, Tuning | None):
         raise UsageError(f"tuning must be a gpt2lite.Tuning, got {type(tuning).__name__}")
-    skeleton = build_on_meta(build)
+    sketched = sketch(build)
+    skeleton = sketched.module
     groups = tied_names(saved_tensors(skeleton))
+    plan = LoadPlan(
+        reading.manifest,
+        build,
+        skeleton,
+        (),
+        device,
+        tuning or Tuning(),
+        progress or (lambda done, total: None),
+    )
+    own = own_loading(skeleton, reading.placements.keys())
+    if own:
+        targets = tuple(_own_target(reading, names, tensor, dtype) for names, tensor in groups)
+        return replace(plan, targets=targets, own_loading=own, state=reading.placements)
     _check(reading, groups, hint)
     first = {span.address: span for span in reversed(list(reading.manifest.tensors.values()))}
     targets = tuple(_target(reading, first, names, tensor, dtype) for names, tensor in groups)
     if quantize is not None:
         targets = _quantized(skeleton, targets, quantize, reading)
-    report = progress or (lambda done, total: None)
-    return LoadPlan(
-        reading.manifest, build, skeleton, targets, device, tuning or Tuning(), report, reading.adapters
-    )
+    return replace(plan, targets=targets, adapters=reading.adapters, lost=sketched.lost)
 
 
 def _quantized(
@@ -194,3 +221,24 @@ def _target(
     placement = next(reading.placements[name] for name in names if name in reading.placements)
     span = first[reading.manifest.tensors[placement.source].address]
     return Target(names, placement, span, tuple(tensor.shape), _dtype_of(tensor, span, dtype), tensor.dtype)
+
+
+def _own_target(
+    reading: Reading, names: tuple[str, ...], tensor: Tensor, dtype: torch.dtype | None
+) -> Target:
+    """One tensor of a module that loads itself: as it is built, or cast; it decides what fills it."""
+    shape = tuple(tensor.shape)
+    span = TensorSpan(names[0], tensor.dtype, shape, contiguous_stride(shape), reading.manifest.path, 0)
+    return Target(names, Placement(names[0]), span, shape, _dtype_of(tensor, span, dtype), tensor.dtype)
+
+
+def require_one_dtype(reading: Reading, dtype: torch.dtype | None) -> None:
+    """Raise CheckpointError where a GPTModel could not compute with the dtypes that it would be loaded in."""
+    spans = {name: reading.manifest.tensors[p.source] for name, p in reading.placements.items()}
+    found = {span.dtype: name for name, span in spans.items() if span.dtype.is_floating_point}
+    if dtype is None and (len(found) > 1 or not found.keys() <= COMPUTABLE):
+        listing = ", ".join(f"{stored} ({name} …)" for stored, name in found.items())
+        raise CheckpointError(
+            f"{reading.manifest.path}: holds {listing}; GPTModel computes in one of float32, float16, bfloat16 "
+            "and float64. Pass dtype=torch.float32 (--dtype float32 for commands)"
+        )
