@@ -27,6 +27,7 @@ from gpt2lite.dialects import UNSAYABLE, Reading, find_config, read_dialect, siz
 from gpt2lite.errors import UsageError
 from gpt2lite.generation import KVCache, generate, generate_tokens
 from gpt2lite.loading import Forecast, LoadPlan, Progress, Tuning, forecasts, load, make_plan
+from gpt2lite.loading.plan import require_one_dtype
 from gpt2lite.memory import name_device
 from gpt2lite.quantization import Int8Linear
 
@@ -189,6 +190,7 @@ class GPTModel(nn.Module):
         """
         reading = with_lora_alpha(read_dialect(open_checkpoint(path)), lora_alpha)
         found = find_config(reading, config)
+        require_one_dtype(reading, dtype, quantized=quantize is not None)
         return load(  # type: ignore[return-value]
             reading,
             lambda: cls(found),
@@ -293,7 +295,8 @@ class GPTModel(nn.Module):
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Token ids (B, T) → what the head reads, (B, T, C); a cache is extended by T tokens."""
         T, start = ids.shape[1], cache.length if cache else 0
-        recorded = torch.jit._trace.is_tracing() or torch.compiler.is_exporting()  # for lengths not yet known
+        # A recorded model takes lengths that are not known yet; positions that do not fit raise there.
+        recorded = torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[attr-defined]
         if not recorded and start + T > self.config.context_length:
             raise UsageError(f"{start + T} tokens do not fit the context of {self.config.context_length}")
         positions = cache.positions(T) if cache else torch.arange(T, device=ids.device)
@@ -340,6 +343,7 @@ def plan_load(
     Raises CheckpointError for a file that is damaged or does not fit, UsageError for a wrong argument.
     """
     reading, found = _headers(path, config)
+    require_one_dtype(reading, dtype, quantized=quantize is not None)
     hint = partial(_official_hint, found, reading)
     build = lambda: GPTModel(found)  # noqa: E731
     return make_plan(

@@ -42,11 +42,11 @@ def _forecast(plan: LoadPlan, name: str) -> Forecast:
     """Raises UsageError for a strategy that cannot do what is planned."""
     if plan.is_quantized and name != "stream":
         raise UsageError(f'quantize goes with strategy="stream" or "auto", not {name!r}')
-    needed = plan.own_loading or plan.lost
-    if needed and name not in _automatic(plan):
-        why = "it changes its own loading" if plan.own_loading else "a module built on meta does not have"
+    needs = plan.own_loading or plan.lost
+    if needs and name not in _automatic(plan):
+        why = "loads itself" if plan.own_loading else "must be built with its memory"
         raise UsageError(
-            f'strategy="{name}" cannot load this module: {why} ({", ".join(needed[:5])}); use '
+            f'strategy="{name}" cannot load this module, which {why} ({", ".join(needs[:5])}); use '
             f'strategy="{_automatic(plan)[0]}" or "auto"'
         )
     return with_adapters(plan, STRATEGIES[name].forecast(plan))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -73,15 +73,10 @@ class LoadPlan:
     device: torch.device
     tuning: Tuning
     progress: Progress
-    adapters: tuple[Adapter, ...] = ()
-    lost: tuple[str, ...] = ()
-    own_loading: tuple[str, ...] = ()
-    state: Mapping[str, Placement] = field(default_factory=dict)
-
-    @property
-    def prefix(self) -> str:
-        """What stands before the names of `state` in the file."""
-        return next((placement.source.removesuffix(name) for name, placement in self.state.items()), "")
+    adapters: tuple[Adapter, ...]
+    lost: tuple[str, ...]
+    own_loading: tuple[str, ...]
+    state: Mapping[str, Placement]
 
     @cached_property
     def spans(self) -> dict[str, TensorSpan]:
@@ -171,28 +166,25 @@ def make_plan(
         raise UsageError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}")
     if not isinstance(tuning, Tuning | None):
         raise UsageError(f"tuning must be a gpt2lite.Tuning, got {type(tuning).__name__}")
-    sketched = sketch(build)
-    skeleton = sketched.module
+    skeleton, lost = sketch(build)
     groups = tied_names(saved_tensors(skeleton))
-    plan = LoadPlan(
-        reading.manifest,
-        build,
-        skeleton,
-        (),
-        device,
-        tuning or Tuning(),
-        progress or (lambda done, total: None),
-    )
     own = own_loading(skeleton, reading.placements.keys())
+    if own and (quantize or reading.adapters or reading.unexpected):
+        raise UsageError(
+            f"{reading.manifest.path}: a module that changes its own loading ({', '.join(own[:5])}) takes no "
+            "quantize, no LoRA layers and no other names"
+        )
     if own:
         targets = tuple(_own_target(reading, names, tensor, dtype) for names, tensor in groups)
-        return replace(plan, targets=targets, own_loading=own, state=reading.placements)
-    _check(reading, groups, hint)
-    first = {span.address: span for span in reversed(list(reading.manifest.tensors.values()))}
-    targets = tuple(_target(reading, first, names, tensor, dtype) for names, tensor in groups)
+    else:
+        _check(reading, groups, hint)
+        first = {span.address: span for span in reversed(list(reading.manifest.tensors.values()))}
+        targets = tuple(_target(reading, first, names, tensor, dtype) for names, tensor in groups)
     if quantize is not None:
         targets = _quantized(skeleton, targets, quantize, reading)
-    return replace(plan, targets=targets, adapters=reading.adapters, lost=sketched.lost)
+    report, tuning = progress or (lambda done, total: None), tuning or Tuning()
+    facts = (reading.adapters, lost, own, reading.placements)
+    return LoadPlan(reading.manifest, build, skeleton, targets, device, tuning, report, *facts)
 
 
 def _quantized(
@@ -232,13 +224,19 @@ def _own_target(
     return Target(names, Placement(names[0]), span, shape, _dtype_of(tensor, span, dtype), tensor.dtype)
 
 
-def require_one_dtype(reading: Reading, dtype: torch.dtype | None) -> None:
-    """Raise CheckpointError where a GPTModel could not compute with the dtypes that it would be loaded in."""
+def require_one_dtype(reading: Reading, dtype: torch.dtype | None, *, quantized: bool = False) -> None:
+    """Raise where a GPTModel could not compute with the floating dtypes that it would be loaded in.
+
+    CheckpointError for those of the file, of which int8 layers accept several; UsageError for the `dtype` to
+    which all are cast.
+    """
+    if dtype is not None and dtype not in COMPUTABLE:
+        raise UsageError(f"GPTModel cannot compute in {dtype}; pass dtype=torch.float32 (--dtype float32)")
     spans = {name: reading.manifest.tensors[p.source] for name, p in reading.placements.items()}
     found = {span.dtype: name for name, span in spans.items() if span.dtype.is_floating_point}
-    if dtype is None and (len(found) > 1 or not found.keys() <= COMPUTABLE):
+    if dtype is None and (not found.keys() <= COMPUTABLE or (len(found) > 1 and not quantized)):
         listing = ", ".join(f"{stored} ({name} …)" for stored, name in found.items())
         raise CheckpointError(
-            f"{reading.manifest.path}: holds {listing}; GPTModel computes in one of float32, float16, bfloat16 "
-            "and float64. Pass dtype=torch.float32 (--dtype float32 for commands)"
+            f"{reading.manifest.path}: holds {listing}; GPTModel computes in one of float64, float32, "
+            "float16, bfloat16. Pass dtype=torch.float32 (--dtype float32 for commands)"
         )

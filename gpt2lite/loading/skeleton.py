@@ -29,32 +29,20 @@ INITIALISERS = frozenset(
 
 REGISTRIES = {"_parameters", "_buffers", "_modules"}
 
-# The methods by which a module loads itself, and torch's own that do no more than read older files: where a
-# file has today's names, they change nothing.
-OWN_LOADING = ("_load_from_state_dict", "load_state_dict", "get_extra_state", "set_extra_state")
-MIGRATIONS = (
-    *("torch.nn.modules.batchnorm", "torch.nn.modules.instancenorm"),
-    *("torch.nn.utils.parametrizations", "torch.nn.utils.spectral_norm"),
-)
+# The methods by which a module loads itself. Overrides and hooks of torch.nn's own do no more than read older
+# files: where a file has today's names, they change nothing.
+LOADING = ("_load_from_state_dict", "load_state_dict", "get_extra_state", "set_extra_state")
+NOT_OVERRIDDEN = {getattr(nn.Module, name) for name in LOADING}
 
 
-class _NoInitialisers(TorchFunctionMode):
-    """Makes in-place initialisers of meta tensors do nothing."""
+class _EmptyOnMeta(TorchFunctionMode):
+    """Puts `torch.empty` on meta, where in-place initialisers do nothing; tensors with values stay real."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func in INITIALISERS and args[0].is_meta:
             return args[0]
-        return func(*args, **(kwargs or {}))
-
-
-class _OnlyEmptyOnMeta(TorchFunctionMode):
-    """Puts `torch.empty` on meta and leaves tensors with values (masks, positions) real."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
         kwargs = dict(kwargs or {})
         return func(*args, **(kwargs | {"device": "meta"} if func is torch.empty else kwargs))
 
@@ -97,7 +85,7 @@ def _built(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _on_meta(build: Callable[[], nn.Module]) -> Skeleton:
-    with torch.device("meta"), _NoInitialisers():
+    with torch.device("meta"), _EmptyOnMeta():
         module = _built(build)
     if _unsaved(module):
         raise LookupError("buffers that no checkpoint holds need their values")
@@ -116,7 +104,7 @@ def _with_values(build: Callable[[], nn.Module]) -> Skeleton:
 
     hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
     try:
-        with _OnlyEmptyOnMeta(), _NoInitialisers():
+        with _EmptyOnMeta():
             module = _built(build)
     finally:
         hook.remove()
@@ -127,13 +115,8 @@ def _with_values(build: Callable[[], nn.Module]) -> Skeleton:
 
 def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer under each of its names."""
-    parameters: dict[str, Tensor | None] = {}
-    buffers: dict[str, Tensor | None] = {}
-    for path, part in module.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
-        parameters |= {prefix + name: tensor for name, tensor in part._parameters.items()}
-        buffers |= {prefix + name: tensor for name, tensor in part._buffers.items()}
-    return {name: tensor for name, tensor in (parameters | buffers).items() if tensor is not None}
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return parameters | dict(module.named_buffers(remove_duplicate=False))
 
 
 def _unsaved(module: nn.Module) -> dict[str, Tensor]:
@@ -156,24 +139,21 @@ def own_loading(module: nn.Module, stored: Collection[str]) -> tuple[str, ...]:
     """What of the module decides by itself what is loaded into it from a file with the names `stored`."""
     state = module.state_dict().keys()
     found = [f"state_dict() with {name}" for name in sorted(saved_tensors(module).keys() ^ state)]
+    odd = state ^ set(stored)
     for path, part in module.named_modules():
-        prefix = f"{path}." if path else ""
-        is_current = not any(name.startswith(prefix) for name in state ^ set(stored))
-        for name, module_of_code in _loading_code(part):
-            if not (is_current and module_of_code in MIGRATIONS):
-                found.append(prefix + name)
+        methods = (getattr(part, name) for name in LOADING)
+        changes = [method for method in methods if getattr(method, "__func__", None) not in NOT_OVERRIDDEN]
+        changes += part._load_state_dict_pre_hooks.values()
+        changes += part._load_state_dict_post_hooks.values()
+        if any(name.startswith(f"{path}." if path else "") for name in odd) or not all(
+            map(_is_torchs, changes)
+        ):
+            found += [f"{path}.{getattr(c, '__name__', c)}".lstrip(".") for c in changes]
     return tuple(found)
 
 
-def _loading_code(part: nn.Module) -> Iterator[tuple[str, str | None]]:
-    """The methods and hooks of one module that change its loading, and where their code lies."""
-    for name in OWN_LOADING:
-        method = getattr(part, name)
-        if getattr(method, "__func__", None) is not getattr(nn.Module, name):
-            yield name, method.__module__
-    for name in ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"):
-        for hook in vars(part)[name].values():
-            yield name, getattr(hook, "__module__", None)
+def _is_torchs(code: object) -> bool:
+    return str(getattr(code, "__module__", "")).startswith("torch.nn.")
 
 
 def tied_names(tensors: Mapping[str, Tensor]) -> list[tuple[tuple[str, ...], Tensor]]:

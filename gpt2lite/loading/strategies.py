@@ -163,20 +163,18 @@ def baseline(plan: LoadPlan) -> nn.Module:
 
     Device: the model and the whole file, at once. Host: the model with its initial values.
     """
-    versions = stored_versions(plan.manifest, plan.prefix) if plan.own_loading else {}
+    if plan.own_loading:
+        return _loaded_by_itself(plan)
     module = _built_for_real(plan)
-    state = read_tensors(plan.manifest, plan.spans, plan.device)
-    return (
-        _loaded_by_itself(plan, module, state, versions)
-        if plan.own_loading
-        else _copy_all(plan, module, _from(state))
-    )
+    return _copy_all(plan, module, _from(read_tensors(plan.manifest, plan.spans, plan.device)))
 
 
-def _loaded_by_itself(
-    plan: LoadPlan, module: nn.Module, stored: Mapping[str, Tensor], versions: dict[str, object]
-) -> nn.Module:
-    """`module.load_state_dict(state)`, with all its hooks."""
+def _loaded_by_itself(plan: LoadPlan) -> nn.Module:
+    """`module.load_state_dict(state)` with all its hooks, versions included."""
+    prefix = next((placement.source.removesuffix(name) for name, placement in plan.state.items()), "")
+    versions = stored_versions(plan.manifest, prefix)
+    module = _built_for_real(plan)
+    stored = read_tensors(plan.manifest, plan.spans, plan.device)
     state = OrderedDict(
         (name, placement.of(stored[placement.source])) for name, placement in plan.state.items()
     )
