@@ -32,6 +32,7 @@ from gpt2lite import (
 )
 from gpt2lite.checkpoint import reading
 from gpt2lite.loading import stream as stream_engine
+from gpt2lite.model import plan_load
 
 ONE_FILE = [name for name in STRATEGIES if name != "per_tensor"]
 HEADS = {"n_heads": TINY.n_heads}
@@ -288,7 +289,38 @@ def test_the_files_dtypes_are_kept_tensor_by_tensor(strategy: str, tmp_path: Pat
     for name, parameter in mixed.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if "norm" in name else torch.float16)
     path = save_pth(mixed.state_dict(), tmp_path)
-    assert_equal_bits(GPTModel.from_checkpoint(path, strategy=strategy, config=HEADS), mixed.state_dict())
+    assert_equal_bits(load_module(ours, path, strategy=strategy), mixed.state_dict())
+
+
+def is_norm(name: str) -> bool:
+    return "norm" in name
+
+
+def is_embedding(name: str) -> bool:
+    return "emb" in name or "head" in name
+
+
+@pytest.mark.parametrize(
+    ("stays", "others"),
+    [(is_norm, torch.float16), (is_embedding, torch.bfloat16), (lambda name: False, torch.float8_e4m3fn)],
+    ids=["norms fp32", "embeddings fp32", "all fp8"],
+)
+def test_dtypes_that_a_gpt_cannot_compute_with_are_refused_or_cast(
+    stays: Callable[[str], bool], others: torch.dtype, tmp_path: Path, ids: torch.Tensor
+):
+    state = {name: t if stays(name) else t.to(others) for name, t in ours().state_dict().items()}
+    path = save_pth(state, tmp_path)
+    for read in (GPTModel.from_checkpoint, plan_load):
+        with pytest.raises(CheckpointError, match=rf"holds .*{others} .* Pass dtype=torch.float32"):
+            read(path, config=HEADS)
+    loaded = GPTModel.from_checkpoint(path, config=HEADS, dtype=torch.float32)
+    assert_equal_bits(loaded, {name: tensor.float() for name, tensor in state.items()})
+    assert loaded(ids).isfinite().all()
+
+
+def test_a_dtype_that_a_gpt_cannot_compute_in_is_refused(pth: Path):
+    with pytest.raises(UsageError, match=r"cannot compute in torch.float8_e5m2; pass dtype"):
+        GPTModel.from_checkpoint(pth, config=HEADS, dtype=torch.float8_e5m2)
 
 
 @pytest.mark.parametrize("strategy", ONE_FILE)

@@ -230,7 +230,7 @@ def require_one_dtype(reading: Reading, dtype: torch.dtype | None, *, quantized:
     CheckpointError for those of the file, of which int8 layers accept several; UsageError for the `dtype` to
     which all are cast.
     """
-    if dtype is not None and dtype not in COMPUTABLE:
+    if getattr(dtype, "is_floating_point", False) and dtype not in COMPUTABLE:
         raise UsageError(f"GPTModel cannot compute in {dtype}; pass dtype=torch.float32 (--dtype float32)")
     spans = {name: reading.manifest.tensors[p.source] for name, p in reading.placements.items()}
     found = {span.dtype: name for name, span in spans.items() if span.dtype.is_floating_point}
