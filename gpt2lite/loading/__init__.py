@@ -16,7 +16,7 @@ from gpt2lite.loading.adapters import merge_adapters
 from gpt2lite.loading.choice import Verdict, choose, forecasts, helps, judge
 from gpt2lite.loading.forecast import Forecast
 from gpt2lite.loading.plan import LoadPlan, Progress, make_plan
-from gpt2lite.loading.skeleton import build_on_meta, move_unsaved_buffers, prove_complete
+from gpt2lite.loading.skeleton import build_on_meta, prove_complete, restore_unsaved_buffers
 from gpt2lite.loading.strategies import AUTO, STRATEGIES
 from gpt2lite.loading.tuning import Tuning
 from gpt2lite.memory import find_budget, resolve_device
@@ -91,7 +91,7 @@ def load(
 def _filled(strategy: str, plan: LoadPlan) -> nn.Module:
     module = STRATEGIES[strategy].load(plan)
     merge_adapters(plan, module)
-    move_unsaved_buffers(module, plan.device)
+    restore_unsaved_buffers(module, plan.build, plan.device)
     return module
 
 

@@ -62,9 +62,9 @@ def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
 def sketch(build: Callable[[], nn.Module]) -> Skeleton:
     """The module that `build` makes, on meta: shapes and dtypes, no memory. Milliseconds.
 
-    Where `build` reads a value, which meta has not (`linspace(…)[i].item()`), or registers a buffer that no
-    checkpoint holds, only `torch.empty` is on meta and what has values takes its memory. Where it reads a
-    parameter's value, the module is built once with all of its memory, which is then given back.
+    Where `build` reads a value, which meta has not (`linspace(…)[i].item()`), only `torch.empty` is on meta
+    and what has values takes its memory, as it does for a moment where there are buffers that no checkpoint
+    holds. Where it reads a parameter's value, the module is built once with all of its memory.
     """
     if isinstance(build, nn.Module) or not callable(build):
         raise UsageError(f"build must be a function that returns an nn.Module, got {type(build).__name__}")
@@ -87,9 +87,11 @@ def _built(build: Callable[[], nn.Module]) -> nn.Module:
 def _on_meta(build: Callable[[], nn.Module]) -> Skeleton:
     with torch.device("meta"), _EmptyOnMeta():
         module = _built(build)
-    if _unsaved(module):
-        raise LookupError("buffers that no checkpoint holds need their values")
-    return Skeleton(module, _lost(module))
+    unsaved = _unsaved(module).keys()
+    lost = {*_lost(module)} - unsaved
+    if unsaved:
+        lost |= {*_with_values(build).lost}
+    return Skeleton(module, tuple(sorted(lost)))
 
 
 def _with_values(build: Callable[[], nn.Module]) -> Skeleton:
@@ -199,10 +201,17 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def move_unsaved_buffers(module: nn.Module, device: torch.device) -> None:
-    """Move to `device` the buffers that no checkpoint holds (persistent=False). GPTModel has none."""
-    for names, buffer in tied_names(_unsaved(module)):
-        replace_tensor(module, names, buffer.to(device))
+def restore_unsaved_buffers(module: nn.Module, build: Callable[[], nn.Module], device: torch.device) -> None:
+    """Compute again, and move to `device`, the buffers that no checkpoint holds (persistent=False).
+
+    Builds the module a second time, its parameters going to meta one by one; costs all its buffers on the
+    host, and what its constructor takes beside them. GPTModel has none.
+    """
+    unsaved = _unsaved(module)
+    on_meta = any(buffer.is_meta for buffer in unsaved.values())
+    computed = _unsaved(_with_values(build).module) if on_meta else unsaved
+    for names, _ in tied_names(unsaved):
+        replace_tensor(module, names, computed[names[0]].to(device))
 
 
 def _within(value: object, seen: set[int]) -> Iterator[Tensor | torch.device]:
