@@ -83,8 +83,10 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, H, S, D)
         drop = self.drop_rate if self.training else 0.0
-        # is_causal aligns to the first key: it is right where nothing precedes the T tokens
-        y = F.scaled_dot_product_attention(q, k, v, mask, drop, is_causal=mask is None and T > 1)
+        # is_causal aligns to the first key: it is right where nothing precedes the T tokens. Without a cache
+        # it does not depend on T, so that a traced or exported model takes any length.
+        is_causal = mask is None and (cache is None or T > 1)
+        y = F.scaled_dot_product_attention(q, k, v, mask, drop, is_causal=is_causal)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -229,7 +231,9 @@ class GPTModel(nn.Module):
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Token ids (B, T) → what the head reads, (B, T, C); a cache is extended by T tokens."""
         T, start = ids.shape[1], cache.length if cache else 0
-        if start + T > self.config.context_length:
+        # A recorded model takes lengths that are not known yet; positions that do not fit raise there.
+        recorded = torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[attr-defined]
+        if not recorded and start + T > self.config.context_length:
             raise UsageError(f"{start + T} tokens do not fit the context of {self.config.context_length}")
         positions = cache.positions(T) if cache else torch.arange(T, device=ids.device)
         mask = cache.mask(T) if cache else None

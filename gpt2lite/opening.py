@@ -39,6 +39,7 @@ from gpt2lite.dialects import (
 from gpt2lite.errors import UsageError
 from gpt2lite.loading import Forecast, LoadOptions, LoadPlan, forecasts, load, make_plan
 from gpt2lite.loading.options import HUB_OPTIONS, OpenOptions, check_names
+from gpt2lite.loading.plan import require_one_dtype
 from gpt2lite.loading.skeleton import build_on_meta
 from gpt2lite.memory import name_device
 
@@ -91,6 +92,7 @@ class Opened(Generic[Model]):
         quantize = options.get("quantize")
         if quantize not in (None, *QUANTIZERS):
             raise UsageError(f"quantize must be None or {' or '.join(QUANTIZERS)}, got {quantize!r}")
+        require_one_dtype(self.reading, options.get("dtype"), quantized=quantize is not None)
         return make_plan(
             self.reading,
             partial(self.model, config),
@@ -169,7 +171,10 @@ def load_module(
 ) -> nn.Module:
     """Load a checkpoint into any module: `build()` returns one, the names in the file are its own.
 
-    The options and errors are those of `GPTModel.from_checkpoint`. The module comes back in eval mode.
+    A module with plain tensors, or one that reads values while it is built, is built with all of its memory
+    (sequential or baseline). One with hooks or methods of its own for loading gets `load_state_dict`
+    (baseline) and keeps the dtypes of its constructor, unless `dtype` casts them. "auto" knows. The options
+    and errors are those of `GPTModel.from_checkpoint`. The module comes back in eval mode.
     """
     check_names(options, LoadOptions)
     if options.get("quantize") is not None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import randomise
@@ -140,3 +142,52 @@ def test_a_config_that_lacks_sizes_names_them():
 def test_an_unknown_official_name_lists_the_known():
     with pytest.raises(UsageError, match="gpt2, gpt2-medium, gpt2-large, gpt2-xl"):
         GPTConfig.named("gpt3")
+
+
+LENGTHS = (1, 5, 16, 32)  # 32 is the whole context
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 101, (2, 32), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of torch.jit
+def test_a_traced_model_takes_any_length(tokens: torch.Tensor):
+    model = GPTModel(ARTICLE).eval()
+    traced = torch.jit.trace(model, (tokens[:, :7],))
+    for length in LENGTHS:
+        assert torch.equal(traced(tokens[:, :length]), model(tokens[:, :length]))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("limits", [{}, {"min": 1, "max": 32}, {"min": 2, "max": 31}], ids=str)
+def test_an_exported_model_takes_any_length(limits: dict[str, int], tokens: torch.Tensor):
+    model = GPTModel(ARTICLE).eval()
+    dynamic = ({0: torch.export.Dim("B"), 1: torch.export.Dim("T", **limits)},)
+    exported = torch.export.export(model, (tokens[:, :7].contiguous(),), dynamic_shapes=dynamic).module()
+    for length in LENGTHS if limits.get("max") != 31 else (2, 31):
+        for rows in (tokens, tokens[:1]):
+            assert torch.equal(exported(rows[:, :length]), model(rows[:, :length]))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_is_written_as_onnx_with_a_dynamic_length(tokens: torch.Tensor, tmp_path: Path):
+    pytest.importorskip("onnxscript", reason="onnxscript, which torch.onnx needs, is not installed")
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    model, path = GPTModel(ARTICLE).eval(), tmp_path / "model.onnx"
+    dynamic = ({1: torch.export.Dim("T", min=1, max=32)},)
+    torch.onnx.export(model, (tokens[:, :7].contiguous(),), path, dynamo=True, dynamic_shapes=dynamic)
+    session = runtime.InferenceSession(path)
+    name = session.get_inputs()[0].name
+    for length in LENGTHS:
+        (found,) = session.run(None, {name: tokens[:, :length].numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), model(tokens[:, :length]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_one_token_alone_has_the_logits_that_a_cache_gives_it(dtype: torch.dtype, tokens: torch.Tensor):
+    model = GPTModel(ARTICLE).eval().to(dtype)
+    cache = KVCache(model.config, 2, 1, model.tok_emb.weight)
+    with torch.no_grad():
+        assert torch.equal(model(tokens[:, :1]), model(tokens[:, :1], cache))

@@ -7,6 +7,7 @@ import io
 import mmap
 import os
 import sys
+import zipfile
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -93,9 +94,9 @@ def read_span(span: TensorSpan) -> Tensor:
     return as_strided(flat, span)
 
 
-def _torch_load(path: Path, device: torch.device) -> object:
+def _torch_load(path: Path, device: torch.device, *, mmap: bool = False) -> object:
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location=device, mmap=mmap, weights_only=True)
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -151,6 +152,21 @@ def read_tensors(manifest: Manifest, names: Iterable[str], device: torch.device)
     read, _ = READERS[manifest.format]
     own, beside = _apart(manifest, names)
     return read(manifest, own, device) | _read_spans(manifest, beside, device)
+
+
+def stored_versions(manifest: Manifest, prefix: str) -> dict[str, object]:
+    """`state_dict()._metadata` of the state dict whose names begin with `prefix`: the versions of modules.
+
+    Only torch.save keeps it, an attribute of the state dict.
+    """
+    if manifest.format != "torch_zip" or len(manifest.storages) != 1:
+        return {}
+    (path,) = manifest.storages
+    node = _torch_load(path, torch.device("cpu"), mmap=zipfile.is_zipfile(path))
+    while isinstance(node, dict) and (key := prefix.partition(".")[0]) in node:
+        node, prefix = node[key], prefix.partition(".")[2]
+    stored = getattr(node, "_metadata", {}).items()
+    return {f"{name}.".removeprefix(prefix).removesuffix("."): version for name, version in stored}
 
 
 def sizes_read(manifest: Manifest, names: Iterable[str]) -> Sequence[int]:

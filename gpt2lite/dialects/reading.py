@@ -258,15 +258,14 @@ def with_lora_alpha(reading: Reading, alpha: float | None) -> Reading:
 
 
 def read_names(manifest: Manifest, wanted: Collection[str]) -> Reading:
-    """Place the parameters of any module by their own names, behind a wrapper or prefix if there is one."""
+    """Place every tensor for any module by its own name, behind a wrapper or prefix if there is one."""
     if set(wanted) <= set(manifest.tensors):
         names: Mapping[str, str] = {name: name for name in manifest.tensors}
     else:
         names = _best_names(manifest, wanted)
-    placements = {name: Placement(stored) for name, stored in names.items() if name in wanted}
-    unexpected = tuple(stored for name, stored in names.items() if name not in wanted)
+    placements = {name: Placement(stored) for name, stored in names.items()}
     passengers = tuple(set(manifest.tensors) - set(names.values()))
-    return Reading(manifest, "the module's own", placements, (), unexpected, passengers)
+    return Reading(manifest, "the module's own", placements, passengers=passengers)
 
 
 def _best_names(manifest: Manifest, wanted: Collection[str]) -> Mapping[str, str]:

@@ -64,7 +64,8 @@ def load(
         reason = first_line(error)
     else:
         manifest.check_unchanged()
-        dtypes = {name: target.dtype for target in plan.targets for name in target.names}
+        targets = () if plan.own_loading else plan.targets  # its loading may change dtypes, too
+        dtypes = {name: target.dtype for target in targets for name in target.names}
         return prove_complete(module, dtypes, plan.device)
     # Raised out here, where neither the plan's tensors nor the first error's frames are held any more.
     del plan

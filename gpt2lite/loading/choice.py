@@ -13,7 +13,7 @@ from gpt2lite.errors import InsufficientMemoryError, UsageError
 from gpt2lite.loading.adapters import with_adapters
 from gpt2lite.loading.forecast import Forecast
 from gpt2lite.loading.plan import SMALLEST_RING, LoadPlan, Target
-from gpt2lite.loading.strategies import AUTO, CPU, STRATEGIES
+from gpt2lite.loading.strategies import AUTO, BUILT, CPU, STRATEGIES
 from gpt2lite.memory import Budget, human
 
 
@@ -42,12 +42,21 @@ def _forecast(plan: LoadPlan, name: str) -> Forecast:
     """Raises UsageError for a strategy that cannot do what is planned."""
     if plan.is_quantized and name != "stream":
         raise UsageError(f'quantize goes with strategy="stream" or "auto", not {name!r}')
+    needs = plan.own_loading or plan.lost
+    if needs and name not in _automatic(plan):
+        why = "loads itself" if plan.own_loading else "must be built with its memory"
+        raise UsageError(
+            f'strategy="{name}" cannot load this module, which {why} ({", ".join(needs[:5])}); use '
+            f'strategy="{_automatic(plan)[0]}" or "auto"'
+        )
     return with_adapters(plan, STRATEGIES[name].forecast(plan))
 
 
 def _automatic(plan: LoadPlan) -> tuple[str, ...]:
     """What auto may take."""
-    return AUTO[:1] if plan.is_quantized else AUTO
+    if plan.is_quantized:
+        return AUTO[:1]
+    return BUILT[1:] if plan.own_loading else BUILT if plan.lost else AUTO
 
 
 def _lacking(forecast: Forecast, budget: Budget) -> dict[str, int]:

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from gpt2lite.checkpoint import Manifest, TensorSpan
+from gpt2lite.checkpoint.manifest import contiguous_stride
 from gpt2lite.dialects import Adapter, Placement, Reading
 from gpt2lite.errors import CheckpointError, UsageError, listed
 from gpt2lite.loading.options import LoadOptions, Progress, check_values
-from gpt2lite.loading.skeleton import build_on_meta, saved_tensors, tied_names
+from gpt2lite.loading.skeleton import own_loading, saved_tensors, sketch, tied_names
 from gpt2lite.loading.tuning import MIB, Tuning
 from gpt2lite.quantization import quantize_skeleton
 
 SMALLEST_RING = 2 * MIB
+COMPUTABLE = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,11 @@ class Target:
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """Everything that a strategy needs. `skeleton` is the module on meta, for one strategy to fill."""
+    """Everything that a strategy needs. `skeleton` is the module on meta, for one strategy to fill.
+
+    `lost` names what of the module exists only where it is built with its memory, `own_loading` what of it
+    decides by itself what is loaded from `state`; the spans of its targets stand for its own tensors.
+    """
 
     manifest: Manifest
     build: Callable[[], nn.Module]
@@ -68,11 +74,16 @@ class LoadPlan:
     tuning: Tuning
     progress: Progress
     adapters: tuple[Adapter, ...]
+    lost: tuple[str, ...]
+    own_loading: tuple[str, ...]
+    state: Mapping[str, Placement]
 
     @cached_property
     def spans(self) -> dict[str, TensorSpan]:
         """The stored tensors that are needed, each once, in the order in which they lie on disk."""
         spans = {target.span.name: target.span for target in self.targets}
+        if self.own_loading:
+            spans = {p.source: self.manifest.tensors[p.source] for p in self.state.values()}
         return dict(sorted(spans.items(), key=lambda item: (item[1].path, item[1].offset)))
 
     @cached_property
@@ -152,16 +163,26 @@ def make_plan(
     """
     options = options or {}
     check_values(options)
-    skeleton = build_on_meta(build)
+    dtype, (skeleton, lost) = options.get("dtype"), sketch(build)
     groups = tied_names(saved_tensors(skeleton))
-    _check(reading, groups, hint)
-    first = {span.address: span for span in reversed(list(reading.manifest.tensors.values()))}
-    targets = tuple(_target(reading, first, names, tensor, options.get("dtype")) for names, tensor in groups)
+    own = own_loading(skeleton, reading.placements.keys())
+    if own and (quantizable or reading.adapters or reading.unexpected):
+        raise UsageError(
+            f"{reading.manifest.path}: a module that changes its own loading ({', '.join(own[:5])}) takes no "
+            "quantize, no LoRA layers and no other names"
+        )
+    if own:
+        targets = tuple(_own_target(reading, names, tensor, dtype) for names, tensor in groups)
+    else:
+        _check(reading, groups, hint)
+        first = {span.address: span for span in reversed(list(reading.manifest.tensors.values()))}
+        targets = tuple(_target(reading, first, names, tensor, dtype) for names, tensor in groups)
     if quantizable is not None and options.get("quantize"):
         targets = _quantized(skeleton, targets, quantizable, reading)
     report = options.get("progress") or (lambda done, total: None)
     tuning = options.get("tuning") or Tuning()
-    return LoadPlan(reading.manifest, build, skeleton, targets, device, tuning, report, reading.adapters)
+    facts = (reading.adapters, lost, own, reading.placements)
+    return LoadPlan(reading.manifest, build, skeleton, targets, device, tuning, report, *facts)
 
 
 def _quantized(
@@ -190,3 +211,30 @@ def _target(
     placement = next(reading.placements[name] for name in names if name in reading.placements)
     span = first[reading.manifest.tensors[placement.source].address]
     return Target(names, placement, span, tuple(tensor.shape), _dtype_of(tensor, span, dtype), tensor.dtype)
+
+
+def _own_target(
+    reading: Reading, names: tuple[str, ...], tensor: Tensor, dtype: torch.dtype | None
+) -> Target:
+    """One tensor of a module that loads itself: as it is built, or cast; it decides what fills it."""
+    shape = tuple(tensor.shape)
+    span = TensorSpan(names[0], tensor.dtype, shape, contiguous_stride(shape), reading.manifest.path, 0)
+    return Target(names, Placement(names[0]), span, shape, _dtype_of(tensor, span, dtype), tensor.dtype)
+
+
+def require_one_dtype(reading: Reading, dtype: torch.dtype | None, *, quantized: bool = False) -> None:
+    """Raise where a GPTModel could not compute with the floating dtypes that it would be loaded in.
+
+    CheckpointError for those of the file, of which int8 layers accept several; UsageError for the `dtype` to
+    which all are cast.
+    """
+    if getattr(dtype, "is_floating_point", False) and dtype not in COMPUTABLE:
+        raise UsageError(f"GPTModel cannot compute in {dtype}; pass dtype=torch.float32 (--dtype float32)")
+    spans = {name: reading.manifest.tensors[p.source] for name, p in reading.placements.items()}
+    found = {span.dtype: name for name, span in spans.items() if span.dtype.is_floating_point}
+    if dtype is None and (not found.keys() <= COMPUTABLE or (len(found) > 1 and not quantized)):
+        listing = ", ".join(f"{stored} ({name} …)" for stored, name in found.items())
+        raise CheckpointError(
+            f"{reading.manifest.path}: holds {listing}; GPTModel computes in one of float64, float32, "
+            "float16, bfloat16. Pass dtype=torch.float32 (--dtype float32 for commands)"
+        )

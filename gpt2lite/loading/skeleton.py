@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+import gc
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
+from types import FunctionType, ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
@@ -22,73 +27,98 @@ INITIALISERS = frozenset(
     )
 )
 
-OF_EVERY_MODULE = vars(nn.Module()).keys()  # registries, hooks, flags
+REGISTRIES = {"_parameters", "_buffers", "_modules"}
+
+# The methods by which a module loads itself. Overrides and hooks of torch.nn's own do no more than read older
+# files: where a file has today's names, they change nothing.
+LOADING = ("_load_from_state_dict", "load_state_dict", "get_extra_state", "set_extra_state")
+NOT_OVERRIDDEN = {getattr(nn.Module, name) for name in LOADING}
 
 
-class _NoInitialisers(TorchFunctionMode):
-    """Makes in-place initialisers of meta tensors do nothing."""
+class _EmptyOnMeta(TorchFunctionMode):
+    """Puts `torch.empty` on meta, where in-place initialisers do nothing; tensors with values stay real."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func in INITIALISERS and args[0].is_meta:
             return args[0]
-        return func(*args, **(kwargs or {}))
-
-
-class _OnlyEmptyOnMeta(TorchFunctionMode):
-    """Puts `torch.empty` on meta and leaves tensors with values (masks, positions) real."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
         kwargs = dict(kwargs or {})
         return func(*args, **(kwargs | {"device": "meta"} if func is torch.empty else kwargs))
 
 
+class Skeleton(NamedTuple):
+    """A module without memory, and the names of what only building it with its memory can give."""
+
+    module: nn.Module
+    lost: tuple[str, ...]
+
+
 def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    """The module that `build` makes, on meta: `sketch(build).module`."""
+    return sketch(build).module
+
+
+def sketch(build: Callable[[], nn.Module]) -> Skeleton:
     """The module that `build` makes, on meta: shapes and dtypes, no memory. Milliseconds.
 
     Where `build` reads a value, which meta has not (`linspace(…)[i].item()`), only `torch.empty` is on meta
-    and what has values takes its memory.
+    and what has values takes its memory, as it does for a moment where there are buffers that no checkpoint
+    holds. Where it reads a parameter's value, the module is built once with all of its memory.
     """
     if isinstance(build, nn.Module) or not callable(build):
         raise UsageError(f"build must be a function that returns an nn.Module, got {type(build).__name__}")
-    try:
-        with torch.device("meta"), _NoInitialisers():
-            module = build()
-    except (RuntimeError, NotImplementedError):
-        module = _build_with_values(build)
+    for attempt in (_on_meta, _with_values):
+        with suppress(Exception):  # a constructor that lacks a value can fail in any way
+            return attempt(build)
+    module = _built(build)
+    for names, tensor in tied_names(_named_tensors(module)):
+        replace_tensor(module, names, tensor.detach().to("meta"))
+    return Skeleton(module, ("what its constructor computes from parameters",))
+
+
+def _built(build: Callable[[], nn.Module]) -> nn.Module:
+    module = build()
     if not isinstance(module, nn.Module):
         raise UsageError(f"build() must return an nn.Module, got {type(module).__name__}")
     return module
 
 
-def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-    """What a module registers instead of a parameter with values, which its checkpoint holds anyway."""
-    if parameter is None or parameter.is_meta:
-        return parameter
-    return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+def _on_meta(build: Callable[[], nn.Module]) -> Skeleton:
+    with torch.device("meta"), _EmptyOnMeta():
+        module = _built(build)
+    unsaved = _unsaved(module).keys()
+    lost = {*_lost(module)} - unsaved
+    if unsaved:
+        lost |= {*_with_values(build).lost}
+    return Skeleton(module, tuple(sorted(lost)))
 
 
-def _build_with_values(build: Callable[[], nn.Module]) -> nn.Module:
-    hook = register_module_parameter_registration_hook(_to_meta)  # type: ignore[arg-type]
+def _with_values(build: Callable[[], nn.Module]) -> Skeleton:
+    """Only `torch.empty` on meta; parameters with values, which a checkpoint holds anyway, follow."""
+    memories: dict[StorageWeakRef, str] = {}
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:
+            return parameter
+        memories[StorageWeakRef(parameter.untyped_storage())] = name
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
     try:
-        with _OnlyEmptyOnMeta(), _NoInitialisers():
-            return build()
+        with _EmptyOnMeta():
+            module = _built(build)
     finally:
         hook.remove()
+    # Memory that outlives the build is used elsewhere, too, and would keep its initial values there.
+    aliased = [name for memory, name in memories.items() if not memory.expired()]
+    return Skeleton(module, (*aliased, *_lost(module)))
 
 
 def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer under each of its names."""
-    parameters: dict[str, Tensor | None] = {}
-    buffers: dict[str, Tensor | None] = {}
-    for path, part in module.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
-        parameters |= {prefix + name: tensor for name, tensor in part._parameters.items()}
-        buffers |= {prefix + name: tensor for name, tensor in part._buffers.items()}
-    return {name: tensor for name, tensor in (parameters | buffers).items() if tensor is not None}
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return parameters | dict(module.named_buffers(remove_duplicate=False))
 
 
 def _unsaved(module: nn.Module) -> dict[str, Tensor]:
@@ -102,20 +132,30 @@ def _unsaved(module: nn.Module) -> dict[str, Tensor]:
 
 
 def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers that a checkpoint holds, themselves, under each of their names.
-
-    Raises UsageError for a module whose `state_dict` says otherwise: what it adds could not be loaded.
-    """
+    """The parameters and buffers that a checkpoint holds, themselves, under each of their names."""
     unsaved = _unsaved(module)
-    found = {name: tensor for name, tensor in _named_tensors(module).items() if name not in unsaved}
-    odd = sorted(found.keys() ^ module.state_dict().keys())
-    if odd:
-        raise UsageError(
-            f"{type(module).__name__}.state_dict() and its parameters and buffers differ in "
-            f"{', '.join(odd[:5])}; a module that renames or adds to its state dict must be loaded with its "
-            "own load_state_dict"
-        )
-    return found
+    return {name: tensor for name, tensor in _named_tensors(module).items() if name not in unsaved}
+
+
+def own_loading(module: nn.Module, stored: Collection[str]) -> tuple[str, ...]:
+    """What of the module decides by itself what is loaded into it from a file with the names `stored`."""
+    state = module.state_dict().keys()
+    found = [f"state_dict() with {name}" for name in sorted(saved_tensors(module).keys() ^ state)]
+    odd = state ^ set(stored)
+    for path, part in module.named_modules():
+        methods = (getattr(part, name) for name in LOADING)
+        changes = [method for method in methods if getattr(method, "__func__", None) not in NOT_OVERRIDDEN]
+        changes += part._load_state_dict_pre_hooks.values()
+        changes += part._load_state_dict_post_hooks.values()
+        if any(name.startswith(f"{path}." if path else "") for name in odd) or not all(
+            map(_is_torchs, changes)
+        ):
+            found += [f"{path}.{getattr(c, '__name__', c)}".lstrip(".") for c in changes]
+    return tuple(found)
+
+
+def _is_torchs(code: object) -> bool:
+    return str(getattr(code, "__module__", "")).startswith("torch.nn.")
 
 
 def tied_names(tensors: Mapping[str, Tensor]) -> list[tuple[tuple[str, ...], Tensor]]:
@@ -166,31 +206,54 @@ def restore_unsaved_buffers(module: nn.Module, build: Callable[[], nn.Module], d
 
     Builds the module a second time, its parameters going to meta one by one; costs all its buffers on the
     host, and what its constructor takes beside them. GPTModel has none.
-    Raises UsageError for a buffer that is computed from parameters or from memory that is filled later.
     """
     unsaved = _unsaved(module)
-    lost = any(buffer.is_meta for buffer in unsaved.values())
-    computed = _named_tensors(_build_with_values(build)) if lost else unsaved
-    for names, buffer in tied_names(unsaved):
-        value = computed[names[0]] if buffer.is_meta else buffer
-        if value.is_meta:
-            raise UsageError(
-                f"the buffer {names[0]} is in no checkpoint and is computed from memory that is not there on "
-                'meta; load this module with strategy="sequential" or "baseline"'
-            )
-        replace_tensor(module, names, value.to(device))
+    on_meta = any(buffer.is_meta for buffer in unsaved.values())
+    computed = _unsaved(_with_values(build).module) if on_meta else unsaved
+    for names, _ in tied_names(unsaved):
+        replace_tensor(module, names, computed[names[0]].to(device))
 
 
-def _is_lost(value: object) -> bool:
-    """Whether a plain attribute is a tensor on meta, or a container of one."""
-    match value:
-        case Tensor():
-            return value.is_meta
-        case dict():
-            return any(map(_is_lost, value.values()))
-        case list() | tuple():
-            return any(map(_is_lost, value))
-    return False
+def _within(value: object, seen: set[int]) -> Iterator[Tensor | torch.device]:
+    """Every tensor and device in a value, however deep: in what the garbage collector finds, and closures."""
+    pending = [value]
+    while pending:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor | torch.device):
+            yield value
+        elif isinstance(value, FunctionType):  # its globals are the whole program
+            pending += (value.__closure__, value.__defaults__, value.__kwdefaults__)
+        elif gc.is_tracked(value) and not isinstance(value, type | ModuleType):
+            pending += gc.get_referents(value)
+
+
+def _in_attributes(module: nn.Module) -> Iterator[tuple[str, Tensor | torch.device]]:
+    """The tensors and devices in plain attributes and hooks of a module, each once."""
+    seen = {id(part) for part in module.modules()}
+    for path, part in module.named_modules():
+        for key in vars(part).keys() - REGISTRIES:
+            for found in _within(vars(part)[key], seen):
+                yield f"{path}.{key}" if path else key, found
+
+
+def _is_meta(value: Tensor | torch.device) -> bool:
+    return (value.device if isinstance(value, Tensor) else value).type == "meta"
+
+
+def _memory(value: Tensor | torch.device) -> int:
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else 0
+
+
+def _lost(module: nn.Module) -> tuple[str, ...]:
+    """What is on meta, or on the memory of a tensor that is replaced, and is itself not replaced."""
+    saved = tied_names(saved_tensors(module))
+    memories = Counter(_memory(tensor) for _, tensor in saved)
+    kept = (*_in_attributes(module), *_unsaved(module).items())
+    lost = {name for name, value in kept if _is_meta(value) or _memory(value) in memories}
+    return tuple(sorted(lost | {names[0] for names, tensor in saved if memories[_memory(tensor)] > 1}))
 
 
 def prove_complete(module: nn.Module, dtypes: Mapping[str, torch.dtype], device: torch.device) -> nn.Module:
@@ -204,9 +267,8 @@ def prove_complete(module: nn.Module, dtypes: Mapping[str, torch.dtype], device:
             wrong.append(f"{name} has no memory")
         elif (tensor.dtype, tensor.device) != (wanted := dtypes.get(name, tensor.dtype), device):
             wrong.append(f"{name} is {tensor.dtype} on {tensor.device}, not {wanted} on {device}")
-    for path, part in module.named_modules():
-        lost = sorted(key for key in vars(part).keys() - OF_EVERY_MODULE if _is_lost(vars(part)[key]))
-        wrong += [f"{path}.{key} is a tensor that is no buffer: its value was lost on meta" for key in lost]
+    lost = sorted({name for name, found in _in_attributes(module) if _is_meta(found)})
+    wrong += [f"{name} is on meta, where it has no value" for name in lost]
     if wrong:
         raise CheckpointError("the loaded model is incomplete:\n  " + "\n  ".join(wrong))
     return module.eval()

@@ -7,7 +7,7 @@ comparing them is honest; the holes are mended (buffers filled, ties kept).
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from heapq import nlargest
 from pathlib import Path
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from gpt2lite.checkpoint.page_cache import PastCache
-from gpt2lite.checkpoint.reading import map_tensors, prefetch, read_tensors, sizes_read
-from gpt2lite.errors import UsageError
+from gpt2lite.checkpoint.reading import map_tensors, prefetch, read_tensors, sizes_read, stored_versions
+from gpt2lite.errors import CheckpointError, UsageError, is_out_of_memory
 from gpt2lite.loading.forecast import MIB, Forecast, Ledger, round_up
 from gpt2lite.loading.pages import allocate_together
 from gpt2lite.loading.pieces import Source, make_source
@@ -33,7 +33,6 @@ CPU = torch.device("cpu")
 # ---- building the model with its initial values ------------------------------------------------------------
 
 
-@torch.no_grad()
 def _built_for_real(plan: LoadPlan) -> nn.Module:
     """`build().to(device)`: the whole model with its initial values, on the host first."""
     module = plan.build()
@@ -164,8 +163,32 @@ def baseline(plan: LoadPlan) -> nn.Module:
 
     Device: the model and the whole file, at once. Host: the model with its initial values.
     """
+    if plan.own_loading:
+        return _loaded_by_itself(plan)
     module = _built_for_real(plan)
     return _copy_all(plan, module, _from(read_tensors(plan.manifest, plan.spans, plan.device)))
+
+
+def _loaded_by_itself(plan: LoadPlan) -> nn.Module:
+    """`module.load_state_dict(state)` with all its hooks, versions included."""
+    prefix = next((placement.source.removesuffix(name) for name, placement in plan.state.items()), "")
+    versions = stored_versions(plan.manifest, prefix)
+    module = _built_for_real(plan)
+    stored = read_tensors(plan.manifest, plan.spans, plan.device)
+    state = OrderedDict(
+        (name, placement.of(stored[placement.source])) for name, placement in plan.state.items()
+    )
+    state._metadata = versions  # type: ignore[attr-defined]
+    try:
+        module.load_state_dict(state)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise CheckpointError(
+            f"{plan.manifest.path}: load_state_dict of {type(module).__name__} refuses it: {error}"
+        ) from error
+    plan.progress(plan.model_bytes, plan.model_bytes)
+    return module
 
 
 def _forecast_baseline(plan: LoadPlan) -> Forecast:
@@ -395,3 +418,4 @@ STRATEGIES: dict[str, Strategy] = {
     "stream": Strategy(stream, _forecast_stream),
 }
 AUTO = ("stream", "mmap")  # the fastest first, and copying before mapping
+BUILT = ("sequential", "baseline")  # which build with all memory

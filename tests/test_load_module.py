@@ -1,0 +1,442 @@
+"""`load_module` with modules that keep, compute or load things their own way: torch's result or a refusal."""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from gpt2lite import CheckpointError, InsufficientMemoryError, UsageError, load_module
+from gpt2lite.loading import STRATEGIES
+
+ONE_FILE = [name for name in STRATEGIES if name != "per_tensor"]
+BUILT = ("sequential", "baseline")
+ALL = ("auto", *ONE_FILE)
+
+
+@dataclass
+class Holder:
+    """A plain object with a tensor."""
+
+    pos: Tensor
+
+
+class Slotted:
+    """A plain object without a dict."""
+
+    __slots__ = ("pos",)
+
+    def __init__(self, pos: Tensor) -> None:
+        self.pos = pos
+
+
+class Keeps(nn.Module):
+    """Keeps a tensor in a plain attribute, and adds it to what its layer gives."""
+
+    def __init__(self, keep: Callable[[Tensor], Any], find: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.kept, self.find = nn.Linear(3, 3), keep(torch.arange(3.0)), find
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.find(self.kept)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.layer = kind(3, 3, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]
+
+
+class WithNumpy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.steps = nn.Linear(3, 3), torch.linspace(0, 1, 3).numpy()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + torch.from_numpy(self.steps)
+
+
+class Branches(nn.Module):
+    """Reads the value of a tensor, and asks a parameter for its device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3) if torch.ones(1) > 0 else nn.Identity()
+        self.device = self.layer.weight.device
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + torch.arange(3, device=self.device)
+
+
+class ReadsItsParameter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        nn.init.ones_(self.layer.weight)
+        self.scale = self.layer.weight.sum().item()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.scale
+
+
+class Aliases(nn.Module):
+    """Keeps a view of a parameter that it made with values, after reading a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = torch.linspace(0, 1, 3)[1].item()
+        weight = nn.Parameter(torch.ones(3))
+        self.first = [weight[:1]]
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight + self.first[0] * self.rate
+
+
+class UnsavedAlias(nn.Module):
+    """An unsaved buffer that is a parameter's memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weight = nn.Parameter(torch.ones(3))
+        self.register_buffer("alias", weight.data, persistent=False)
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight + self.alias
+
+
+class UnsavedOfAParameter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        nn.init.ones_(self.layer.weight)
+        self.register_buffer("total", self.layer.weight.detach().sum(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.total
+
+
+class HiddenLayers(nn.Module):
+    """Layers in a plain list: no part of the state dict, and all the same computed with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.more = nn.Linear(3, 3), [nn.LayerNorm(3)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.more[0](self.layer(x))
+
+
+class WithBuffer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.saved = nn.Buffer(torch.ones(3))
+        self.unsaved = nn.Buffer(torch.arange(3.0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.saved + self.unsaved
+
+
+class Hooked(nn.Module):
+    """Adds a tensor in a forward hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.layer.register_forward_hook(partial(self.add, torch.arange(3.0)))
+
+    @staticmethod
+    def add(what: Tensor, _module: nn.Module, _args: object, output: Tensor) -> Tensor:
+        return output + what
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def in_a_closure(tensor: Tensor) -> Callable[[], Tensor]:
+    return lambda: tensor * 1
+
+
+KEPT: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
+    "attribute": (lambda t: t, lambda kept: kept),
+    "list": (lambda t: [t], lambda kept: kept[0]),
+    "dict of tuples": (lambda t: {"a": (t,)}, lambda kept: kept["a"][0]),
+    "set": (lambda t: {t}, lambda kept: next(iter(kept))),
+    "deque": (lambda t: deque([t]), lambda kept: kept[0]),
+    "SimpleNamespace": (lambda t: types.SimpleNamespace(pos=t), lambda kept: kept.pos),
+    "partial": (lambda t: partial(torch.add, t), lambda kept: kept(0)),
+    "partial by keyword": (lambda t: partial(torch.add, other=t), lambda kept: kept(torch.zeros(3))),
+    "dataclass": (Holder, lambda kept: kept.pos),
+    "slots": (Slotted, lambda kept: kept.pos),
+    "closure": (in_a_closure, lambda kept: kept()),
+}
+
+
+class FirstOfTwo(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[0]
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.att = nn.MultiheadAttention(3, 1, batch_first=True)
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.att(x, x, x)[0][0])
+
+
+def old_weight_norm() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(nn.Linear(3, 3))
+
+
+# Of these, what can be filled without building it with memory.
+ON_META = {"weight_norm", "spectral_norm", "attention and batch norm", "WithNumpy", "WithBuffer"}
+BUILDS: dict[str, Callable[[], nn.Module]] = {
+    **{name: partial(Keeps, *functions) for name, functions in KEPT.items()},
+    "LSTM": partial(Recurrent, nn.LSTM),
+    "GRU": partial(Recurrent, nn.GRU),
+    "bare LSTM": lambda: FirstOfTwo(nn.LSTM(3, 3)),
+    "weight_norm": lambda: parametrizations.weight_norm(nn.Linear(3, 3)),
+    "spectral_norm": lambda: parametrizations.spectral_norm(nn.Linear(3, 3)),
+    "orthogonal": lambda: parametrizations.orthogonal(nn.Linear(3, 3)),
+    "orthogonal by cayley": lambda: parametrizations.orthogonal(nn.Linear(3, 3), orthogonal_map="cayley"),
+    "old spectral_norm": lambda: nn.utils.spectral_norm(nn.Linear(3, 3)),
+    "attention and batch norm": Attention,
+    "old weight_norm": old_weight_norm,
+    **{
+        kind.__name__: kind
+        for kind in (WithNumpy, Branches, ReadsItsParameter, Aliases, UnsavedAlias, UnsavedOfAParameter)
+    },
+    **{kind.__name__: kind for kind in (HiddenLayers, WithBuffer, Hooked)},
+}
+
+
+def randomised(module: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.rand(parameter.shape))
+    return module
+
+
+def plain(build: Callable[[], nn.Module], path: Path) -> nn.Module:
+    """What torch's own `load_state_dict` makes."""
+    torch.manual_seed(0)
+    module = build()
+    module.load_state_dict(load_file(path) if path.suffix == ".safetensors" else torch.load(path))
+    return module.eval()
+
+
+@torch.no_grad()
+def assert_same(module: nn.Module, wanted: nn.Module, x: Tensor) -> None:
+    assert torch.equal(module(x), wanted(x))
+    state = module.state_dict()
+    assert state.keys() == wanted.state_dict().keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in wanted.state_dict().items())
+
+
+@pytest.mark.parametrize("strategy", ALL)
+@pytest.mark.parametrize("name", BUILDS)
+def test_a_module_is_loaded_as_plain_torch_does_or_refused_with_a_strategy_that_can(
+    name: str, strategy: str, tmp_path: Path
+):
+    build, path = BUILDS[name], tmp_path / "model.pth"
+    torch.save(randomised(build()).state_dict(), path)
+    torch.manual_seed(0)
+    if strategy in ("auto", *BUILT) or name in ON_META:
+        assert_same(load_module(build, path, strategy=strategy), plain(build, path), torch.rand(4, 3, 3))
+    else:
+        with pytest.raises(UsageError, match=f'"{strategy}" cannot .* use strategy="sequential" or "auto"'):
+            load_module(build, path, strategy=strategy)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "stream", "baseline"])
+def test_gradients_reach_what_a_recurrent_layer_computes_with(strategy: str, tmp_path: Path):
+    torch.save(nn.LSTM(3, 3).state_dict(), tmp_path / "model.pth")
+    if strategy == "stream":
+        with pytest.raises(UsageError, match="_flat_weights"):
+            load_module(lambda: nn.LSTM(3, 3), tmp_path / "model.pth", strategy=strategy)
+        return
+    loaded = load_module(lambda: nn.LSTM(3, 3), tmp_path / "model.pth", strategy=strategy)
+    assert all(a is b for a, b in zip(loaded._flat_weights, loaded.parameters(), strict=True))
+
+
+# ---- modules that load themselves --------------------------------------------------------------------------
+
+
+class PreHook(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+        self._register_load_state_dict_pre_hook(self.double)
+
+    def double(self, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+        state[prefix + "weight"] = state[prefix + "weight"] * 2
+
+
+class PublicPreHook(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+        self.register_load_state_dict_pre_hook(self.double)
+
+    def double(self, _module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+        state[prefix + "weight"].mul_(2)
+
+
+class PostHook(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+        self.register_load_state_dict_post_hook(self.double)
+
+    def double(self, *_: object) -> None:
+        self.weight.data.mul_(2)
+
+
+class Renames(nn.Linear):
+    """Loads what an older version called `kernel`."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+        self._register_load_state_dict_pre_hook(self.rename)
+
+    def rename(self, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+        if prefix + "kernel" in state:
+            state[prefix + "weight"] = state.pop(prefix + "kernel")
+
+
+class Versioned(nn.Linear):
+    """Adds 1 to what was saved before version 3."""
+
+    _version = 3
+
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, meta: Any, *rest: Any) -> None:
+        if meta.get("version", 1) < 3:
+            state[prefix + "weight"] = state[prefix + "weight"] + 1
+        super()._load_from_state_dict(state, prefix, meta, *rest)
+
+
+class LoadsAll(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+
+    def load_state_dict(self, state: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().load_state_dict({name: tensor * 2 for name, tensor in state.items()}, *args, **kwargs)
+
+
+class ExtraState(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+        self.scale = 1.0
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(7.0)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.scale = state.item()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
+
+
+OWN: dict[str, Callable[[], nn.Module]] = {
+    kind.__name__: kind
+    for kind in (PreHook, PublicPreHook, PostHook, Renames, Versioned, LoadsAll, ExtraState)
+}
+INSIDE = {
+    f"inside, {name}": lambda kind=kind: nn.Sequential(nn.Linear(3, 3), kind(), nn.BatchNorm1d(4))
+    for name, kind in OWN.items()
+    if name != "LoadsAll"  # torch asks only the outermost module
+}
+OLDER = {
+    "weight_norm": lambda: parametrizations.weight_norm(nn.Linear(3, 3)),
+    "BatchNorm": lambda: nn.BatchNorm1d(4),
+}
+
+
+def stored_state(name: str, build: Callable[[], nn.Module]) -> dict[str, Tensor]:
+    module = old_weight_norm() if name == "weight_norm" else build()
+    state = randomised(module).state_dict()
+    if name == "BatchNorm":
+        del state["num_batches_tracked"]
+        state._metadata[""]["version"] = 1
+    if name == "Renames":
+        state["kernel"] = state.pop("weight")
+    return state
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".legacy.pth"])
+@pytest.mark.parametrize("name", [*OWN, *INSIDE, *OLDER])
+def test_a_module_that_loads_itself_is_given_to_its_own_load_state_dict(
+    name: str, suffix: str, tmp_path: Path
+):
+    build, path = (OWN | INSIDE | OLDER)[name], tmp_path / f"model{suffix}"
+    state = stored_state(name, build)
+    if suffix == ".safetensors":
+        save_file(dict(state), path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization="legacy" not in suffix)
+    wanted, x = plain(build, path), torch.rand(2, 4, 3)
+    for strategy in ("auto", "baseline"):
+        assert_same(load_module(build, path, strategy=strategy), wanted, x)
+    for strategy in set(ONE_FILE) - {"baseline"}:
+        with pytest.raises(UsageError, match=r'cannot load this module, which loads itself .*"baseline"'):
+            load_module(build, path, strategy=strategy)
+
+
+def test_versions_are_found_behind_a_wrapper_and_a_prefix(tmp_path: Path):
+    state = nn.Sequential(Versioned()).state_dict()
+    wrapped = type(state)((f"module.{name}", tensor) for name, tensor in state.items())
+    wrapped._metadata = {f"module.{name}".rstrip("."): version for name, version in state._metadata.items()}
+    torch.save({"model": wrapped, "step": 3}, tmp_path / "model.pth")
+    loaded = load_module(lambda: nn.Sequential(Versioned()), tmp_path / "model.pth")
+    assert torch.equal(loaded[0].weight, state["0.weight"])
+
+
+def test_dtype_casts_a_module_that_loads_itself(tmp_path: Path):
+    torch.save(PreHook().state_dict(), tmp_path / "model.pth")
+    loaded = load_module(PreHook, tmp_path / "model.pth", dtype=torch.bfloat16)
+    wanted = PreHook().to(torch.bfloat16)
+    wanted.load_state_dict(torch.load(tmp_path / "model.pth"))
+    assert torch.equal(loaded.weight, wanted.weight)
+
+
+def test_what_a_modules_own_loading_refuses_is_a_checkpoint_error(tmp_path: Path):
+    torch.save({"weight": torch.ones(2, 2)}, tmp_path / "model.pth")
+    with pytest.raises(
+        CheckpointError, match=r"model.pth: load_state_dict of PreHook refuses it: (?s:.*)bias"
+    ):
+        load_module(PreHook, tmp_path / "model.pth")
+
+
+def test_a_module_that_loads_itself_is_refused_where_baseline_does_not_fit(tmp_path: Path):
+    torch.save(PreHook().state_dict(), tmp_path / "model.pth")
+    with pytest.raises(InsufficientMemoryError, match="baseline would take"):
+        load_module(PreHook, tmp_path / "model.pth", max_host_memory=50)
+
+
+def test_batch_norm_needs_no_loading_of_its_own(tmp_path: Path):
+    build = lambda: nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))  # noqa: E731
+    torch.save(randomised(build()).state_dict(), tmp_path / "model.pth")
+    loaded = load_module(build, tmp_path / "model.pth", strategy="stream")
+    assert_same(loaded, plain(build, tmp_path / "model.pth"), torch.rand(2, 3))
