@@ -103,7 +103,7 @@ def side_file(path: Path, suffix: str) -> Path:
     `model.json`.
     """
     path = path.absolute()
-    if path.is_dir():
+    if os.path.isdir(path):
         return path.with_name(path.name + suffix)
     return path.with_name(path.name.removesuffix(INDEX_SUFFIX)).with_suffix(suffix)
 
