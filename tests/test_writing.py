@@ -349,7 +349,11 @@ def occupied_by_socket(path: Path) -> None:
 
 NO_DESTINATIONS = {
     "a circle of links": ("model.pth", circle, "model.pth: links lead in a circle; choose another name"),
-    "a link into no folder": ("model.pth", link_into_nowhere, "the folder .*nowhere does not exist; make it"),
+    "a link into no folder": (
+        "model.pth",
+        link_into_nowhere,
+        "model.pth: is a link to .*nowhere/model.pth, whose folder",
+    ),
     "a FIFO": ("model.pth", os.mkfifo, "model.pth: is a FIFO, socket or device, and a file is to be written"),
     "a socket": ("model.pth", occupied_by_socket, "model.pth: is a FIFO, socket or device"),
     "a device": ("model.pth", lambda path: path.symlink_to("/dev/null"), "is a FIFO, socket or device"),

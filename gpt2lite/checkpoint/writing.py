@@ -97,6 +97,10 @@ def destination_of(path: Path) -> Path:
         kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a FIFO, socket or device"
         raise UsageError(f"{path}: is {kind}, and a file is to be written there; choose another name")
     followed = Path(os.path.realpath(path))
+    if path.is_symlink() and not followed.parent.exists():
+        raise UsageError(
+            f"{path}: is a link to {followed}, whose folder does not exist; make it, or mend the link"
+        )
     _require_folder(followed.parent)
     return followed
 
