@@ -177,9 +177,9 @@ def _format_of(destination: Path, format: str | None) -> str:
         raise UsageError(f"{destination}: its suffix says {said}, format says {format}")
     found = format or said or "safetensors"
     if suffix in OTHER_FILES.split() and _is_folder(destination, found):
+        wanted = f'take {", ".join(SUFFIXES)}, or none for a folder, or say format="pth"'
         raise UsageError(
-            f"{destination}: {suffix} is the suffix of a file that is not written here; take one of "
-            f'{", ".join(SUFFIXES)}, or none for a folder, or say format="pth"'
+            f"{destination}: {suffix} is the suffix of a file that is not written here; {wanted}"
         )
     return found
 
@@ -409,7 +409,7 @@ def verify(job: Conversion, path: Path, digests: Mapping[str, Callable[[], bytes
 
 def run_conversion(job: Conversion, *, verified: bool = True, progress: Progress | None = None) -> Path:
     """Write what was planned, and read it back to prove it unless told not to. Raises as `convert`."""
-    require_space(destination_of(job.destination).parent, job.nbytes)
+    require_space(job.destination, job.nbytes)
     hashed = [_hashed(tensor) for tensor in job.tensors] if verified else []
     tensors = [tensor for tensor, _ in hashed] or list(job.tensors)
     with replacing(job.destination) as temporary:

@@ -19,13 +19,7 @@ from torch import Tensor, nn
 
 from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.checkpoint.chunks import tensors_of
-from gpt2lite.checkpoint.writing import (
-    destination_of,
-    read_side_fields,
-    require_space,
-    write_side_fields,
-    write_torch_zip,
-)
+from gpt2lite.checkpoint.writing import read_side_fields, require_space, write_side_fields, write_torch_zip
 from gpt2lite.checkpoint.writing_safetensors import write_safetensors
 from gpt2lite.collector import collector_paused
 from gpt2lite.config import ACTIVATIONS, OFFICIAL_SIZES, GPTConfig
@@ -275,8 +269,7 @@ class GPTModel(nn.Module):
         read_side_fields(path)
         write, ties = SAVERS[path.suffix]
         tensors = [tensor for tensor in tensors_of(self.state_dict()) if ties or not tensor.shares]
-        nbytes = sum(tensor.nbytes for tensor in tensors if not tensor.shares)
-        require_space(destination_of(path).parent, nbytes)
+        require_space(path, sum(tensor.nbytes for tensor in tensors if not tensor.shares))
         write(path, tensors, progress or (lambda done, total: None))
         write_side_fields(path, self.config.as_dict())
         return path

@@ -89,6 +89,14 @@ def test_a_checkpoint_beside_a_folder_of_tensors_is_asked_about(model: GPTModel,
     )
 
 
+def test_a_tensor_may_be_called_as_a_passenger_is(tmp_path: Path):
+    module = nn.ModuleDict(
+        {"scaler": nn.Linear(2, 2), "adapter": nn.Linear(2, 2), "optimizer": nn.Linear(2, 2)}
+    )
+    folder = save_per_tensor(module, tmp_path / "parts")
+    assert open_checkpoint(folder).tensors.keys() == module.state_dict().keys()
+
+
 def test_a_damaged_file_in_a_folder_of_tensors_is_named(model: GPTModel, tmp_path: Path):
     folder = save_per_tensor(model, tmp_path / "parts")
     whole = (folder / "tok_emb.weight.pt").read_bytes()
@@ -214,7 +222,7 @@ NOT_CHECKPOINTS: dict[str, tuple[bytes, str]] = {
     "config.json": (b'{"model_type": "gpt2", "n_head": 12}', "a model's config; pass the folder that"),
     "other JSON": (b'{"a": 1}', "it is JSON, not weights; pass the file of the weights"),
     "a JSON list": (b"[1, 2]", "is text, not weights"),
-    "text": (b"Entry not found", "is text, not weights; if a server answered so, download the file again"),
+    "text": (b"Entry not found", "is text, not weights; if a server wrote it, download again"),
     "UTF-8": ("Nicht gefunden: größer".encode(), "is text, not weights"),
     "gzip": (gzip.compress(b"x" * 99), "is compressed with gzip; unpack it first"),
     "bzip2": (bz2.compress(b"x" * 99), "is compressed with bzip2; unpack it first"),
@@ -228,8 +236,8 @@ NOT_CHECKPOINTS: dict[str, tuple[bytes, str]] = {
     "ONNX": (b"\x08\x07\x12\x07pytorch\x1a\x052.0.1:\xff\x01", "is an ONNX graph; pass the checkpoint"),
     "ONNX without a producer": (b"\x08\x0a:\xd0\x01\n\x03abc", "is an ONNX graph"),
     "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(99), "is HDF5, as Keras writes tf_model.h5; save it"),
-    "msgpack": (b"\x81\xabtransformer\x85\xa1h\x8c\xa10", "is msgpack, as Flax writes it; save it as"),
-    "msgpack of many": (b"\xde\x00\x94\xa3wte\x81", "is msgpack, as Flax writes it"),
+    "msgpack": (b"\x81\xabtransformer\x85\xa1h\x8c\xa10", "is Flax's msgpack; save it as"),
+    "msgpack of many": (b"\xde\x00\x94\xa3wte\x81", "is Flax's msgpack"),
     "npy": (by_numpy(numpy.save, numpy.ones(3)), "is one NumPy array"),
     "npz": (by_numpy(numpy.savez, wte=numpy.ones(3)), r"NumPy's \.npz; torch\.save"),
     "compressed npz": (by_numpy(numpy.savez_compressed, wte=numpy.ones(3)), r"NumPy's \.npz"),

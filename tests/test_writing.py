@@ -448,7 +448,7 @@ def test_the_format_is_the_one_that_was_asked_for(
         ("x.PTH", "safetensors", "its suffix says pth, format says safetensors"),
         ("x.safetensors", "pth", "its suffix says safetensors, format says pth"),
         ("x.bin", "per-tensor", "its suffix says pth, format says per-tensor"),
-        ("x.ckpt", None, r"\.ckpt is the suffix of a file that is not written here; take one of \.pth"),
+        ("x.ckpt", None, r"\.ckpt is the suffix of a file that is not written here; take \.pth"),
         ("x.gguf", None, r"\.gguf is the suffix of a file that is not written here"),
         ("x.H5", "safetensors", r"\.h5 is the suffix of a file that is not written here"),
         ("x.npz", "per-tensor", r"\.npz is the suffix of a file that is not written here"),

@@ -13,7 +13,7 @@ from gpt2lite.checkpoint.foreign import READABLE, is_optimizer_state, shortened,
 from gpt2lite.checkpoint.manifest import Manifest, TensorSpan
 from gpt2lite.checkpoint.safetensors_file import open_safetensors
 from gpt2lite.checkpoint.sharded import INDEX_SUFFIX, open_sharded
-from gpt2lite.checkpoint.tensor_folder import join_tensors, sort_out
+from gpt2lite.checkpoint.tensor_folder import join_tensors, open_tensors
 from gpt2lite.checkpoint.torch_zip import open_torch_zip
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError
 
@@ -76,16 +76,17 @@ def _open_folder(path: Path) -> Manifest:
     if named := next((path / name for name in FOLDER_FILES if (path / name).is_file()), None):
         return _open_file(named)
     refuse_divided(path)
-    tensors, files = sort_out(candidates(path))
-    are_many = len(tensors) > len(files)
-    if are_many and not files:
+    tensors = open_tensors(path)
+    files = candidates(path, tensors)
+    if tensors and not files:
         return join_tensors(path, tensors)
-    if are_many or len(files) > 1:
+    are_many = len(tensors) > len(files)
+    if len(files) == 1 and not are_many:
+        return _open_file(files[0])
+    if files:
         found = f"{len(tensors)} files of exactly one tensor each and " if are_many else ""
         names = shortened(file.name for file in files)
         raise CheckpointError(f"{path}: holds {found}{names}; pass the one that is the checkpoint")
-    if files:
-        return _open_file(files[0])
     if indices := sorted(path.glob("*.index")):
         return tf_bundle.open_tf_bundle(tf_bundle.current_index(path, indices))
     raise without_weights(path)

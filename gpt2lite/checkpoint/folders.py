@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from pathlib import Path
 
 from gpt2lite.checkpoint.foreign import shortened
@@ -40,9 +41,9 @@ def refuse_divided(folder: Path) -> None:
             raise CheckpointError(f"{folder}: {said}")
 
 
-def candidates(folder: Path) -> list[Path]:
-    """The files of a folder that may be a checkpoint, by their names; else those that can only be named."""
-    files = [file for file in sorted(folder.iterdir()) if file.is_file()]
+def candidates(folder: Path, tensors: Container[Path]) -> list[Path]:
+    """The files of a folder that may be a checkpoint, by their names; else one that can only be named."""
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file not in tensors]
     found = [file for file in files if file.suffix in SUFFIXES and not PASSENGER.fullmatch(file.name)]
     return found or [file for file in files if file.suffix in NOT_READ][:1]
 

@@ -16,10 +16,7 @@ from gpt2lite.checkpoint.torch_zip import DAMAGED_ZIP, RESAVE
 MAX_SHOWN = 5  # names in a message
 UNPACK = "unpack it first, and pass what is in it"
 ORIGINAL = "pass the checkpoint that it was converted from (model.safetensors or pytorch_model.bin)"
-READABLE = (
-    "wanted a file of torch.save (zip or older), safetensors, an index of shards, the index of a TensorFlow "
-    "checkpoint (not its data), or llm.c's .bin"
-)
+CONVERT = "save it as safetensors with transformers 4"
 FIRST_BYTES = (
     (rb"\Z", "empty. Copy or download it again."),
     (rb"version https://git-lfs", "a Git LFS pointer, not the file itself; run `git lfs pull` in its clone"),
@@ -29,29 +26,18 @@ FIRST_BYTES = (
     (rb"\xfd7zXZ\0", f"compressed with xz; {UNPACK}"),
     (rb"\x28\xb5\x2f\xfd", f"compressed with zstd; {UNPACK}"),
     (rb"GGUF|(lm|fm|tj|la)gg", f"a GGUF or ggml file of llama.cpp; {ORIGINAL}"),
-    (
-        rb"\x89HDF\r\n",
-        "HDF5, as Keras writes tf_model.h5; save it as safetensors with transformers (from_tf=True)",
-    ),
+    (rb"\x89HDF\r\n", f"HDF5, as Keras writes tf_model.h5; {CONVERT} (from_tf=True)"),
     (rb"\x08[\x02-\x20][\x12\x3a]", f"an ONNX graph; {ORIGINAL}"),
-    (
-        rb"([\x81-\x8f]|\xde..|\xdf....)[\xa1-\xbf\xd9]",
-        "msgpack, as Flax writes it; save it as safetensors with transformers (from_flax=True)",
-    ),
+    (rb"([\x81-\x8f]|\xde..|\xdf....)[\xa1-\xbf\xd9]", f"Flax's msgpack; {CONVERT} (from_flax=True)"),
     (rb"\x93NUMPY", "one NumPy array; a checkpoint names its tensors: torch.save({name: tensor, …}, path)"),
-    (
-        rb".{257}ustar",
-        f"a tar archive; {UNPACK}. If torch before 0.1.10 wrote it, only running it could read it: {RESAVE}",
-    ),
+    (rb".{257}ustar", f"a tar archive; {UNPACK}. If torch before 0.1.10 wrote it, load it there. {RESAVE}"),
     (rb"\x80", f"a bare pickle, which only running it could read. {RESAVE}"),
-    (
-        rb"model_checkpoint_path",
-        "a note of TensorFlow's; pass its folder or the index of a TensorFlow checkpoint",
-    ),
-    (
-        rb"[\t\n\r -~][\t\n\r -~\x80-\xff]*\Z",
-        "text, not weights; if a server answered so, download the file again",
-    ),
+    (rb"model_checkpoint_path", "TensorFlow's note; pass its folder or the index of a TensorFlow checkpoint"),
+    (rb"[\t\n\r -~][\t\n\r -~\x80-\xff]*\Z", "text, not weights; if a server wrote it, download again"),
+)
+READABLE = (
+    "wanted a file of torch.save (zip or older), safetensors, an index of shards, the index of a TensorFlow "
+    "checkpoint (not its data), or llm.c's .bin"
 )
 FROM_SCRIPT = "torch.save({n.replace('|', '.'): t for n, t in torch.jit.load(path).state_dict().items()}, …)"
 OPTIMIZER = re.compile(r"(.*\.)?(state\.\d+|param_groups|optim\w*)\..*")

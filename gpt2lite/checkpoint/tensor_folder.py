@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,23 +14,21 @@ from gpt2lite.errors import CheckpointError
 
 def _tensor_in(path: Path) -> Manifest | None:
     """The manifest of a file that is one tensor, None for anything else, damaged files too."""
-    try:
-        manifest = open_torch_zip(path) if path.suffix == ".pt" else None
-    except CheckpointError:
-        return None
-    return manifest if manifest and list(manifest.tensors) == [""] else None
+    with suppress(CheckpointError):
+        manifest = open_torch_zip(path)
+        return manifest if list(manifest.tensors) == [""] else None
+    return None
 
 
-def sort_out(files: Iterable[Path]) -> tuple[list[Manifest], list[Path]]:
-    """(those that are one tensor each, opened; the others). Reads headers, each file's once."""
-    opened = {file: _tensor_in(file) for file in files}
-    tensors = [manifest for manifest in opened.values() if manifest is not None]
-    return tensors, [file for file, manifest in opened.items() if manifest is None]
+def open_tensors(folder: Path) -> dict[Path, Manifest]:
+    """The `.pt` files of a folder that are one tensor each. Reads the headers of all."""
+    opened = {file: _tensor_in(file) for file in sorted(folder.glob("*.pt"))}
+    return {file: manifest for file, manifest in opened.items() if manifest is not None}
 
 
-def join_tensors(path: Path, opened: Sequence[Manifest]) -> Manifest:
+def join_tensors(path: Path, opened: Mapping[Path, Manifest]) -> Manifest:
     """The manifest of a folder from those of its files, one tensor each, named as its file is."""
-    spans = {each.path.stem: replace(each.tensors[""], name=each.path.stem) for each in opened}
-    files = {file: state for manifest in opened for file, state in manifest.files.items()}
-    storages = {file: sizes for manifest in opened for file, sizes in manifest.storages.items()}
+    spans = {file.stem: replace(manifest.tensors[""], name=file.stem) for file, manifest in opened.items()}
+    files = {file: manifest.files[file] for file, manifest in opened.items()}
+    storages = {file: manifest.storages[file] for file, manifest in opened.items()}
     return Manifest(path, "tensor_folder", spans, {}, files, storages)

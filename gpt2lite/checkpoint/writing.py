@@ -287,9 +287,12 @@ def save_per_tensor(
     return folder
 
 
-def require_space(folder: Path, nbytes: int) -> None:
-    """Raise OSError before writing `nbytes` if the disk has no room, UsageError if there is no folder."""
-    _require_folder(folder)
+def require_space(path: Path, nbytes: int) -> None:
+    """Raise OSError before writing `nbytes` into a folder, or a file, if the disk has no room.
+
+    Raises UsageError for a file as `destination_of`.
+    """
+    folder = path if os.path.isdir(path) else destination_of(path).parent
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise OSError(
