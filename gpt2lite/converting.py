@@ -24,9 +24,11 @@ from gpt2lite.checkpoint.reading import map_tensors, memory_of, read_bytes_into
 from gpt2lite.checkpoint.writing import (
     Arrange,
     Progress,
+    destination_of,
     fill_tensor_folder,
     fill_torch_zip,
     replacing,
+    require_new_folder,
     require_space,
     spans_on_disk,
 )
@@ -126,6 +128,8 @@ TARGETS = {
     ),
 }
 SUFFIXES = {".pth": "pth", ".pt": "pth", ".bin": "pth", ".safetensors": "safetensors"}
+# No folder is named so by somebody who wants one, unlike `gpt2.v2`.
+OTHER_FILES = ".ckpt .gguf .ggml .gz .h5 .index .json .msgpack .npy .npz .onnx .ot .pb .pickle .pkl .tar .zip"
 
 
 # ---- what will be written ----------------------------------------------------------------------------------
@@ -157,30 +161,35 @@ class Conversion:
 
 
 def _is_folder(destination: Path, format: str) -> bool:
-    return format == "per-tensor" or (format == "safetensors" and destination.suffix != ".safetensors")
+    return format == "per-tensor" or (
+        format == "safetensors" and destination.suffix.lower() != ".safetensors"
+    )
 
 
 def _format_of(destination: Path, format: str | None) -> str:
     """The format that was asked for or that the destination's suffix says; a folder is safetensors."""
-    said = SUFFIXES.get(destination.suffix)
-    if format is None:
-        return said or "safetensors"
-    if format not in WRITERS:
+    suffix = destination.suffix.lower()
+    said = SUFFIXES.get(suffix)
+    if format is not None and format not in WRITERS:
         raise UsageError(f"no format is called {format!r}; there are {', '.join(WRITERS)}")
-    if said and said != format:
+    if format and said and said != format:
         raise UsageError(f"{destination}: its suffix says {said}, format says {format}")
-    return format
+    found = format or said or "safetensors"
+    if suffix in OTHER_FILES.split() and _is_folder(destination, found):
+        wanted = f'take {", ".join(SUFFIXES)}, or none for a folder, or say format="pth"'
+        raise UsageError(
+            f"{destination}: {suffix} is the suffix of a file that is not written here; {wanted}"
+        )
+    return found
 
 
 def _check_destination(source: Manifest, destination: Path, format: str, max_shard_bytes: int | None) -> None:
     folder = _is_folder(destination, format)
-    if destination.exists():
-        if any(destination.samefile(path) for path in (source.path, *source.files)):
-            raise UsageError(f"{destination}: is the source itself; name another place")
-        if folder:
-            raise UsageError(f"{destination}: is there already; name a folder that is not")
-        if not destination.is_file():
-            raise UsageError(f"{destination}: is no file, and a {format} file is to be written there")
+    if folder:
+        require_new_folder(destination)
+    followed = destination_of(destination)
+    if followed.exists() and any(followed.samefile(path) for path in (source.path, *source.files)):
+        raise UsageError(f"{destination}: is the source itself; name another place")
     if max_shard_bytes and (not folder or format != "safetensors"):
         raise UsageError(f"{destination}: shards go into a folder, as safetensors; name a folder")
 
@@ -395,7 +404,7 @@ def verify(job: Conversion, path: Path, digests: Mapping[str, Callable[[], bytes
 
 def run_conversion(job: Conversion, *, verified: bool = True, progress: Progress | None = None) -> Path:
     """Write what was planned, and read it back to prove it unless told not to. Raises as `convert`."""
-    require_space(job.destination.absolute().parent, job.nbytes)
+    require_space(job.destination, job.nbytes)
     hashed = [_hashed(tensor) for tensor in job.tensors] if verified else []
     tensors = [tensor for tensor, _ in hashed] or list(job.tensors)
     with replacing(job.destination) as temporary:

@@ -54,7 +54,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     known = (
         isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     )  # torch's, not imported
-    return known or "allocate memory" in str(error)
+    return known or any(said in str(error) for said in ("allocate memory", "can't start new thread"))
 
 
 def first_line(error: BaseException) -> str:

@@ -22,6 +22,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError, GPT2LiteError, UsageError
 
 OFFICIAL = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+OFFICIAL["distilgpt2"] = "distilbert/distilgpt2"
 
 CONFIG = "config.json"
 INDEX = ".index.json"
@@ -55,9 +56,10 @@ def fetch(
     """The local file or folder for a name: a path that is there, as it is, or a snapshot of a Hub model.
 
     A name from the Hub is one of `OFFICIAL` or `owner/name`; its config and one set of weights are fetched
-    into the client's cache (`cache_dir`, else HF_HOME's), unless they are there. What is cached also serves
-    where the Hub cannot be reached or must not be (`local_files_only`, HF_HUB_OFFLINE). `revision` is a
-    branch, a tag or a commit; `token` None takes HF_TOKEN or the saved login. Holds no weights in memory.
+    into the client's cache (`cache_dir`, else HF_HOME's), unless they are there, be it under the short name
+    (`models--gpt2`), as transformers keeps them. What is cached also serves where the Hub cannot be reached
+    or must not be (`local_files_only`, HF_HUB_OFFLINE). `revision` is a branch, a tag or a commit; `token`
+    None takes HF_TOKEN or the saved login. Holds no weights in memory.
 
     Raises CheckpointNotFoundError where nothing has this name, CheckpointError where something stands between
     (a gate, a missing network, a full disk), UsageError for a revision of a local path.
@@ -78,7 +80,8 @@ def fetch(
             raise
         except CLIENT_ERRORS as error:
             problem = error
-    found = None if isinstance(problem, RevisionNotFoundError) else _cached(repo, revision, cache)
+    names = () if isinstance(problem, RevisionNotFoundError) else _names_of(repo)
+    found = next(filter(None, (_cached(name, revision, cache) for name in names)), None)
     if found is None:
         raise _explained(problem, repo, revision, cache) from problem
     return found
@@ -89,11 +92,13 @@ def fetch_file(repo: str, filename: str) -> Path:
 
     Raises CheckpointError as `fetch` does.
     """
-    cached = try_to_load_from_cache(repo, filename)
-    if isinstance(cached, str):
-        return Path(cached)
+    for name in _names_of(repo):
+        if isinstance(cached := try_to_load_from_cache(name, filename), str):
+            return Path(cached)
     try:
-        _files(repo, None, None)  # fails at once, where hf_hub_download tries for half a minute
+        HfApi().model_info(
+            repo, timeout=constants.HF_HUB_ETAG_TIMEOUT
+        )  # fails at once, where hf_hub_download tries for half a minute
         return Path(hf_hub_download(repo, filename))
     except CLIENT_ERRORS as error:
         raise _explained(error, repo, None, None) from error
@@ -112,10 +117,9 @@ def _repo_of(name: str) -> str:
     return name
 
 
-def _files(repo: str, revision: str | None, token: str | bool | None) -> set[str]:
-    timeout = constants.HF_HUB_ETAG_TIMEOUT
-    found = HfApi(token=token).model_info(repo, revision=revision, timeout=timeout)
-    return {sibling.rfilename for sibling in found.siblings or ()}
+def _names_of(repo: str) -> list[str]:
+    """The names under which a repository may lie in the cache: its own, and a short one."""
+    return [repo, *(short for short, name in OFFICIAL.items() if name == repo)]
 
 
 def _shards(weights: Path) -> list[str]:
@@ -130,13 +134,19 @@ def _shards(weights: Path) -> list[str]:
 
 def _download(repo: str, revision: str | None, token: str | bool | None, cache: Path | None) -> Path:
     """The snapshot, complete; every file of the commit that the first one came from."""
-    listed = _files(repo, revision, token)
+    found = HfApi(token=token).model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    listed = {sibling.rfilename for sibling in found.siblings or ()}
     weights = next((name for name in WEIGHTS if name in listed), None)
     if weights is None:
         raise CheckpointNotFoundError(
             f"{repo}: holds no weights that gpt2lite opens; wanted {' or '.join(WEIGHTS)}, "
             f"found {_named(listed)}"
         )
+    for short in _names_of(repo)[1:]:
+        if (folder := _cached(short, found.sha, cache)) and (
+            CONFIG not in listed or (folder / CONFIG).exists()
+        ):
+            return folder
     get = partial(hf_hub_download, repo, token=token, cache_dir=cache)
     first, *rest = [name for name in (CONFIG, weights) if name in listed]
     folder = Path(get(first, revision=revision)).parent  # snapshots/<commit>

@@ -125,10 +125,26 @@ def cgroup_grants(proc: Path = PROC) -> list[tuple[int, str]]:
     return [(rest, name) for rest, name in rests if rest is not None]
 
 
+# Both count what is mapped, too: privately and writable, as checkpoints are.
+PROCESS_LIMITS = {"Max address space": ("VmSize", "ulimit -v"), "Max data size": ("VmData", "ulimit -d")}
+
+
+def process_grants(proc: Path = PROC) -> list[tuple[int, str]]:
+    """(bytes still granted, "ulimit -v") for what limits a process's own mappings: RLIMIT_AS, RLIMIT_DATA."""
+    limits = _read(proc / "limits").splitlines()
+    used = dict(line.split(":", 1) for line in _read(proc / "status").splitlines())
+    found = []
+    for name, (counted, said) in PROCESS_LIMITS.items():
+        soft = next((line.split()[-3] for line in limits if line.startswith(name)), "")
+        if soft.isdigit() and counted in used:
+            found.append((max(int(soft) - 1024 * int(used[counted].split()[0]), 0), said))
+    return found
+
+
 def host_memory() -> HostMemory:
-    """What this process can really have: the least of physical memory and every enclosing cgroup's rest."""
+    """What this process can really have: the least of physical memory and what cgroups and ulimits grant."""
     physical = psutil.virtual_memory()
-    grants = cgroup_grants()
+    grants = [*cgroup_grants(), *process_grants()]
     available, limited_by = min(
         [(physical.available, "physical memory"), *grants], key=lambda grant: grant[0]
     )
@@ -165,15 +181,19 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a load may take. `swap` is not part of `host`; it ends where a cap does."""
+    """What a load may take. `swap` is not part of `host`; it ends where a cap does.
+
+    `virtual` is for what is allocated on the host and mapped files together.
+    """
 
     host: Limit
     device: Limit
     swap: int = 0
+    virtual: Limit = Limit(None, "not limited")
 
     def of(self, place: str) -> Limit:
-        """The limit of "host" or "device"."""
-        return self.host if place == "host" else self.device
+        """The limit of "host", "device" or "virtual"."""
+        return {"host": self.host, "device": self.device, "virtual": self.virtual}[place]
 
     def with_swap(self) -> Budget:
         """The budget of one who counts on swap."""
@@ -204,7 +224,9 @@ def find_budget(
     host = _limit("host", memory.available, memory.limited_by, max_host_memory)
     room = NO_LIMIT if max_host_memory is None else parse_size(max_host_memory) - (host.nbytes or 0)
     on_device = _limit("device", device_memory(device), str(device), max_device_memory)
-    return Budget(host, on_device, min(memory.swap, room))
+    granted, source = min(process_grants(), default=(None, ""))
+    virtual = _limit("host", granted, source, None)
+    return Budget(host, on_device, min(memory.swap, room), virtual)
 
 
 def name_device(device: str | torch.device) -> torch.device:

@@ -210,7 +210,7 @@ class GPTModel(nn.Module):
             raise UsageError(f"{path}: a checkpoint's name ends in {' or '.join(SAVERS)}")
         write, ties = SAVERS[path.suffix]
         tensors = [tensor for tensor in tensors_of(self.state_dict()) if ties or not tensor.shares]
-        require_space(path.absolute().parent, sum(tensor.nbytes for tensor in tensors if not tensor.shares))
+        require_space(path, sum(tensor.nbytes for tensor in tensors if not tensor.shares))
         write(path, tensors, progress or (lambda done, total: None), self.config.as_dict())
         return path
 

@@ -351,6 +351,79 @@ def test_an_official_name_stands_for_its_repository(hub: Hub, client: Path):
     assert (fetch("gpt2-xl") / "model.safetensors").read_bytes() == b"weights"
 
 
+def cached_by_its_short_name(name: str, commit: str, files: dict[str, bytes], cache: Path) -> Path:
+    """A snapshot as transformers leaves it after from_pretrained("gpt2")."""
+    repo = cache / f"models--{name}"
+    folder = repo / "snapshots" / commit
+    folder.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    for file, content in files.items():
+        (folder / file).write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["gpt2", "distilgpt2", "openai-community/gpt2-xl"])
+@pytest.mark.parametrize("offline", ["HF_HUB_OFFLINE", "local_files_only", "the server is gone"])
+def test_offline_a_snapshot_under_the_short_name_serves(
+    name: str,
+    offline: str,
+    hub: Hub,
+    client: Path,
+    peer: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    folder = cached_by_its_short_name(name.rpartition("/")[2], "6" * 40, peer.single, client)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline == "HF_HUB_OFFLINE")
+    hub.status = 503
+    only = offline == "local_files_only"
+    assert fetch(name, local_files_only=only) == folder
+    assert fetch(name, revision="6" * 40, local_files_only=only) == folder
+    same_logits(GPTModel.from_pretrained(name, local_files_only=only), peer)
+    with pytest.raises(CheckpointError, match=r"not in the cache|answered 503"):
+        fetch(name, revision="7" * 40, local_files_only=only)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"not in the cache|answered 503"):
+        fetch(name, local_files_only=only)
+
+
+def test_online_a_complete_snapshot_of_the_same_commit_under_the_short_name_is_not_fetched_again(
+    hub: Hub, client: Path, peer: SimpleNamespace
+):
+    repo = OFFICIAL["gpt2"]
+    hub.repos[repo] = {"main": peer.single | NO_USE}
+    folder = cached_by_its_short_name("gpt2", commit_of(repo, "main"), peer.single, client)
+    assert fetch("gpt2") == fetch(repo) == folder
+    assert hub.fetched() == set()
+    (folder / "config.json").unlink()
+    assert fetch("gpt2") != folder
+    assert hub.fetched() == {"config.json", "model.safetensors"}
+
+
+def test_online_a_snapshot_of_another_commit_under_the_short_name_is_not_taken(
+    hub: Hub, client: Path, peer: SimpleNamespace
+):
+    hub.repos[OFFICIAL["distilgpt2"]] = {"main": dict(peer.single)}
+    folder = cached_by_its_short_name("distilgpt2", "6" * 40, peer.single, client)
+    assert fetch("distilgpt2") != folder
+    assert hub.fetched() == {"config.json", "model.safetensors"}
+
+
+def test_a_repositorys_own_snapshot_comes_before_the_one_under_its_short_name(hub: Hub, client: Path):
+    hub.repos[OFFICIAL["gpt2"]] = small(model__safetensors=b"new")
+    cached_by_its_short_name("gpt2", "6" * 40, {"model.safetensors": b"old"}, client)
+    folder = fetch("gpt2")
+    hub.stop()
+    assert fetch("gpt2") == folder
+    assert (folder / "model.safetensors").read_bytes() == b"new"
+
+
+def test_a_single_file_comes_from_the_cache_of_the_short_name_too(hub: Hub, client: Path):
+    folder = cached_by_its_short_name("gpt2", "6" * 40, {"vocab.json": b"{}"}, client)
+    assert fetch_file(OFFICIAL["gpt2"], "vocab.json") == folder / "vocab.json"
+    assert hub.asked == []
+
+
 def test_a_token_opens_what_is_private(hub: Hub, client: Path):
     hub.repos["owner/mine"] = small(model__safetensors=b"weights")
     hub.private["owner/mine"] = "hf_right"
@@ -460,7 +533,7 @@ def test_a_path_that_is_there_wins_and_comes_back_as_it_is(
         ("./owner/tiny", "./owner/tiny: no such file or folder$"),
         ("../tiny", "no such file or folder$"),
         ("/owner/tiny", "no such file or folder$"),
-        ("gpt3", "gpt3: no such file or folder, and no name of a model on the Hub.*gpt2-xl or owner/name"),
+        ("gpt3", "gpt3: no such file or folder, and no name of a model on the Hub.*distilgpt2 or owner/name"),
         ("a/b/c", "no name of a model"),
         ("owner/a--b", "no name of a model"),
         ("owner/a..b", "no name of a model"),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2lite import UsageError, clean_up, track_memory
-from gpt2lite.memory import cgroup_grants, find_budget, host_memory, human, parse_size
+from gpt2lite import GPTConfig, GPTModel, UsageError, clean_up, track_memory
+from gpt2lite.memory import cgroup_grants, find_budget, host_memory, human, parse_size, process_grants
 
 MIB = 1 << 20
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc on this system")
@@ -170,7 +171,7 @@ def test_a_containers_limit_is_what_can_be_had():
         script = f"""
 import os
 open({str(folder / "cgroup.procs")!r}, "w").write(str(os.getpid()))
-from gpt2lite.memory import cgroup_grants, find_budget, host_memory, human, parse_size
+from gpt2lite.memory import cgroup_grants, find_budget, host_memory, human, parse_size, process_grants
 found = host_memory()
 print(found.available, found.limited_by)
 """
@@ -244,6 +245,129 @@ def test_a_mounts_own_root_is_taken_off(cgroup: str, root: str, folder: str, tmp
     mount = f"30 23 0:26 {root} {tmp_path / 'mount'} rw shared:4 - cgroup2 cgroup2 rw\nan odd line\n"
     (tmp_path / "mountinfo").write_text(mount)
     assert cgroup_grants(tmp_path) == [(700, f"cgroup {at}")]
+
+
+def limits(address_space: str, data: str) -> str:
+    return f"""Limit                     Soft Limit           Hard Limit           Units
+Max cpu time              unlimited            unlimited            seconds
+Max data size             {data:20} unlimited            bytes
+Max address space         {address_space:20} unlimited            bytes
+"""
+
+
+@pytest.mark.parametrize(
+    ("soft", "grants"),
+    [
+        (("unlimited", "unlimited"), []),
+        ((str(500 * MIB), "unlimited"), [(300 * MIB, "ulimit -v")]),
+        ((str(100 * MIB), str(90 * MIB)), [(0, "ulimit -v"), (40 * MIB, "ulimit -d")]),
+    ],
+)
+def test_what_a_process_may_still_map_is_its_limit_less_what_it_has(
+    soft: tuple[str, str], grants: list[tuple[int, str]], tmp_path: Path
+):
+    (tmp_path / "limits").write_text(limits(*soft))
+    (tmp_path / "status").write_text(f"Name:\tpython\nVmSize:\t{200 << 10} kB\nVmData:\t{50 << 10} kB\n")
+    assert process_grants(tmp_path) == grants
+
+
+LIMITED = """
+import re, resource, sys, torch
+from gpt2lite import GPTConfig, GPTModel, Tuning
+from gpt2lite.checkpoint import open_checkpoint
+from gpt2lite.checkpoint.reading import map_tensors
+from gpt2lite.memory import find_budget, host_memory
+
+def limit(kind, key, more):
+    used = int(re.search(key + r":\\s*(\\d+)", open("/proc/self/status").read())[1]) << 10
+    resource.setrlimit(kind, (used + (more << 20), resource.RLIM_INFINITY))
+    return used
+"""
+
+
+def under_a_limit(body: str, path: Path) -> str:
+    script = f"{LIMITED}\npath = {str(path)!r}\n{body}"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stderr) == (0, "")
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def forty_mib(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = GPTConfig(20000, 512, 512, 8, 1, tied_head=True)
+    path = tmp_path_factory.mktemp("limited") / "model.safetensors"
+    return GPTModel(config).save_checkpoint(path)
+
+
+@needs_proc
+@pytest.mark.parametrize(("kind", "key", "said"), [("AS", "VmSize", "-v"), ("DATA", "VmData", "-d")])
+def test_a_limit_of_the_process_counts_in_budgets_and_forecasts(
+    kind: str, key: str, said: str, forty_mib: Path
+):
+    body = f"""
+limit(resource.RLIMIT_{kind}, {key!r}, 60)
+memory = host_memory()
+print(memory.limited_by, memory.swap, 50 << 20 < memory.available <= 60 << 20)
+for strategy in ("auto", "mmap", "stream"):
+    try:
+        GPTModel.from_checkpoint(path, strategy=strategy)
+    except MemoryError as error:
+        print(strategy, error)
+limit(resource.RLIMIT_{kind}, {key!r}, 200)
+print(GPTModel.from_checkpoint(path, tuning=Tuning(readers=1)).config.n_heads)
+"""
+    found = under_a_limit(body, forty_mib).splitlines()
+    assert found[0] == f"ulimit {said} 0 True"
+    for strategy in ("auto", "mmap", "stream"):
+        first = next(line for line in found if line.startswith(strategy))
+        assert first.endswith("nothing was allocated")
+    assert any(re.fullmatch(r"  stream would take 5\d\.\d MiB of host memory", line) for line in found)
+    assert any(re.fullmatch(r"  mmap would take 5\d\.\d MiB of virtual memory", line) for line in found)
+    assert any(f"(ulimit {said}) less 24.0 MiB" in line for line in found)
+    assert found[-1] == "8"
+
+
+@needs_proc
+def test_a_file_larger_than_the_address_space_is_not_mapped_though_its_weights_would_fit(
+    forty_mib: Path, tmp_path: Path
+):
+    """A mapping is of the whole file, an optimizer's state too."""
+    state = {"model": dict(torch.load(pth_of(forty_mib, tmp_path), weights_only=True))}
+    torch.save(state | {"optimizer": torch.zeros(50 << 20)}, tmp_path / "both.pth")
+    body = """
+limit(resource.RLIMIT_AS, "VmSize", 120)
+print(find_budget(torch.device("cpu")).virtual.nbytes >> 20)
+try:
+    GPTModel.from_checkpoint(path, strategy="mmap", config={"n_heads": 8})
+except MemoryError as error:
+    print(error)
+print(type(GPTModel.from_checkpoint(path, config={"n_heads": 8}, tuning=Tuning(readers=1))).__name__)
+"""
+    found = under_a_limit(body, tmp_path / "both.pth")
+    assert re.search(r"mmap would take 25\d\.\d MiB of virtual memory", found)
+    assert found.endswith("GPTModel\n")
+
+
+def pth_of(path: Path, folder: Path) -> Path:
+    return GPTModel.from_checkpoint(path).save_checkpoint(folder / "model.pth")
+
+
+@needs_proc
+def test_a_mapping_that_fails_names_file_size_and_limit(forty_mib: Path):
+    body = """
+spans = open_checkpoint(path).tensors.values()
+limit(resource.RLIMIT_AS, "VmSize", 10)
+try:
+    map_tensors(spans)
+except MemoryError as error:
+    print(type(error).__name__, error)
+"""
+    found = under_a_limit(body, forty_mib)
+    assert found == (
+        f"InsufficientMemoryError {forty_mib}: its {forty_mib.stat().st_size} bytes cannot be mapped (Cannot "
+        "allocate memory). Raise the limit of the address space (`ulimit -v`), or load with "
+        'strategy="stream", which maps no file\n'
+    )
 
 
 def test_what_no_forecast_counts_is_left_alone():

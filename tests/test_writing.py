@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
+import os
+import socket
+import stat
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +27,7 @@ from gpt2lite.checkpoint.writing import (
     save_per_tensor,
     write_torch_zip,
 )
+from gpt2lite.converting import convert
 from gpt2lite.errors import CheckpointNotFoundError, UsageError
 from gpt2lite.model import GPTModel
 
@@ -208,7 +213,7 @@ def test_the_folder_is_read_back_as_a_checkpoint(tmp_path):
 def test_an_existing_folder_is_refused_and_kept(tmp_path):
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "mine.txt").write_text("keep")
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="already exists; choose a new folder"):
         save_per_tensor(Tied(), tmp_path / "parts")
     assert (tmp_path / "parts" / "mine.txt").read_text() == "keep"
 
@@ -272,3 +277,184 @@ def test_equal_tensors_give_equal_bytes_at_any_time(
     first = model.save_checkpoint(tmp_path / "first.pth")
     monkeypatch.setattr("zipfile.time.localtime", lambda *_: time.struct_time((2001, 2, 3, 4, 5, 6, 0, 0, 0)))
     assert model.save_checkpoint(tmp_path / "second.pth").read_bytes() == first.read_bytes()
+
+
+# ---- destinations ------------------------------------------------------------------------------------------
+
+
+def test_a_link_is_followed_and_stays_a_link(model: GPTModel, tmp_path: Path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "big.pth").write_bytes(b"old")
+    (tmp_path / "middle.pth").symlink_to("disk/big.pth")
+    (tmp_path / "model.pth").symlink_to(tmp_path / "middle.pth")
+    model.save_checkpoint(tmp_path / "model.pth")
+    assert (tmp_path / "model.pth").is_symlink()
+    assert (tmp_path / "middle.pth").is_symlink()
+    assert_same(torch.load(tmp_path / "disk" / "big.pth", weights_only=True), dict(model.state_dict()))
+    assert sorted(file.name for file in (tmp_path / "disk").iterdir()) == ["big.pth"]
+
+
+def test_a_link_to_nothing_writes_where_it_points(model: GPTModel, tmp_path: Path):
+    (tmp_path / "disk").mkdir()
+    for name in ("model.pth", "parts"):
+        (tmp_path / name).symlink_to(Path("disk") / name)
+    model.save_checkpoint(tmp_path / "model.pth")
+    save_per_tensor(model, tmp_path / "parts")
+    assert_same(torch.load(tmp_path / "disk" / "model.pth", weights_only=True), dict(model.state_dict()))
+    assert (tmp_path / "parts").is_symlink()
+    assert read_folder(tmp_path / "disk" / "parts").keys() == model.state_dict().keys()
+
+
+def test_a_side_file_that_is_a_link_is_followed_too(model: GPTModel, tmp_path: Path):
+    (tmp_path / "kept.json").write_text('{"note": 1}')
+    (tmp_path / "model.json").symlink_to("kept.json")
+    model.save_checkpoint(tmp_path / "model.pth")
+    assert (tmp_path / "model.json").is_symlink()
+    assert json.loads((tmp_path / "kept.json").read_text())["note"] == 1
+    assert json.loads((tmp_path / "kept.json").read_text())["n_heads"] == model.config.n_heads
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_replaced_file_keeps_its_mode_and_a_new_one_honours_umask(
+    suffix: str, model: GPTModel, tmp_path: Path
+):
+    before = os.umask(0o027)
+    try:
+        (tmp_path / f"old{suffix}").touch()
+        for mode in (0o604, 0o440, 0o777):
+            (tmp_path / f"old{suffix}").chmod(mode)
+            model.save_checkpoint(tmp_path / f"old{suffix}")
+            assert stat.S_IMODE((tmp_path / f"old{suffix}").stat().st_mode) == mode
+        model.save_checkpoint(tmp_path / f"new{suffix}")
+        assert stat.S_IMODE((tmp_path / f"new{suffix}").stat().st_mode) == 0o640
+        assert stat.S_IMODE((tmp_path / "new.json").stat().st_mode) == 0o640
+        save_per_tensor(model, tmp_path / "parts")
+        assert stat.S_IMODE((tmp_path / "parts").stat().st_mode) == 0o750
+    finally:
+        os.umask(before)
+
+
+def circle(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def link_into_nowhere(path: Path) -> None:
+    path.symlink_to("nowhere/model.pth")
+
+
+def occupied_by_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(path))
+
+
+NO_DESTINATIONS = {
+    "a circle of links": ("model.pth", circle, "model.pth: links lead in a circle; choose another name"),
+    "a link into no folder": (
+        "model.pth",
+        link_into_nowhere,
+        "model.pth: is a link to .*nowhere/model.pth, whose folder",
+    ),
+    "a FIFO": ("model.pth", os.mkfifo, "model.pth: is a FIFO, socket or device, and a file is to be written"),
+    "a socket": ("model.pth", occupied_by_socket, "model.pth: is a FIFO, socket or device"),
+    "a device": ("model.pth", lambda path: path.symlink_to("/dev/null"), "is a FIFO, socket or device"),
+    "a folder": ("model.pth", Path.mkdir, "model.pth: is a folder, and a file is to be written there"),
+    "a long name": (
+        "x" * 252 + ".pth",
+        lambda path: None,
+        "longer than the file system allows; choose another name",
+    ),
+    "a long side file": ("x" * 252 + ".pt", lambda path: None, "json: longer than the file system allows"),
+    "no folder": ("none/model.pth", lambda path: None, "the folder .*none does not exist; make it first"),
+    "a file as folder": ("a/model.pth", lambda path: path.parent.touch(), "the folder .*a is a file, not a"),
+    "config.pth": (
+        "config.pth",
+        lambda path: None,
+        "written to config.json, which is another program's file",
+    ),
+    "tokenizer.pth": ("tokenizer.pth", lambda path: None, "tokenizer.json, which is another program's file"),
+}
+
+
+@pytest.mark.parametrize(("name", "occupy", "message"), NO_DESTINATIONS.values(), ids=NO_DESTINATIONS)
+def test_where_no_file_can_be_put_nothing_is_written(
+    name: str, occupy: Callable[[Path], object], message: str, pth: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(pth.parent)
+    (pth.parent / "out").mkdir()
+    destination = pth.parent / "out" / name
+    occupy(destination)
+    before = sorted(os.listdir(pth.parent / "out"))
+    with pytest.raises(UsageError, match=message):
+        convert(pth, destination, config={"n_heads": 4})
+    if destination.suffix != ".pt":
+        with pytest.raises(UsageError, match=message):
+            GPTModel.from_checkpoint(pth, config={"n_heads": 4}).save_checkpoint(destination)
+    assert sorted(os.listdir(pth.parent / "out")) == before
+
+
+def test_a_hub_folders_config_is_not_written_over(model: GPTModel, tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_head": 2}')
+    with pytest.raises(UsageError, match=r"config\.pth: its config would be written to config\.json"):
+        model.save_checkpoint(tmp_path / "config.pth")
+    assert json.loads((tmp_path / "config.json").read_text()) == {"model_type": "gpt2", "n_head": 2}
+    assert os.listdir(tmp_path) == ["config.json"]
+
+
+def test_the_longest_name_that_fits_is_written(model: GPTModel, tmp_path: Path):
+    name = "ß" * 125 + ".pth"  # 254 bytes, and 255 with .json
+    model.save_checkpoint(tmp_path / name)
+    assert len(os.listdir(tmp_path)) == 2
+    assert_same(torch.load(tmp_path / name, weights_only=True), dict(model.state_dict()))
+
+
+def test_a_tensor_whose_name_no_file_can_have_is_refused_before_anything_is_written(tmp_path: Path):
+    torch.save({"a": torch.ones(1), "x" * 253: torch.ones(1)}, tmp_path / "model.pth")
+    with pytest.raises(UsageError, match="longer than the file system allows"):
+        save_per_tensor(tmp_path / "model.pth", tmp_path / "parts")
+    assert os.listdir(tmp_path) == ["model.pth"]
+
+
+def test_a_file_where_a_folder_is_wanted_is_said(tmp_path: Path):
+    (tmp_path / "parts").touch()
+    with pytest.raises(UsageError, match="parts: is a file, and a folder is to be made there"):
+        save_per_tensor(Tied(), tmp_path / "parts")
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "is_file", "opened_as"),
+    [
+        ("model.bin", None, True, "torch_zip"),
+        ("MODEL.PTH", None, True, "torch_zip"),
+        ("model", "pth", True, "torch_zip"),
+        ("model.ckpt", "pth", True, "torch_zip"),
+        ("model.SafeTensors", None, True, "safetensors"),
+        ("model.safetensors", "safetensors", True, "safetensors"),
+        ("gpt2-v1.5", None, False, "safetensors"),
+        ("model", "safetensors", False, "safetensors"),
+        ("model", "per-tensor", False, "tensor_folder"),
+    ],
+)
+def test_the_format_is_the_one_that_was_asked_for(
+    name: str, format: str | None, is_file: bool, opened_as: str, pth: Path
+):
+    found = convert(pth, pth.parent / f"new-{name}", format=format, config={"n_heads": 4})
+    assert found.is_file() == is_file
+    assert open_checkpoint(found).format == opened_as
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "message"),
+    [
+        ("x.PTH", "safetensors", "its suffix says pth, format says safetensors"),
+        ("x.safetensors", "pth", "its suffix says safetensors, format says pth"),
+        ("x.bin", "per-tensor", "its suffix says pth, format says per-tensor"),
+        ("x.ckpt", None, r"\.ckpt is the suffix of a file that is not written here; take \.pth"),
+        ("x.gguf", None, r"\.gguf is the suffix of a file that is not written here"),
+        ("x.H5", "safetensors", r"\.h5 is the suffix of a file that is not written here"),
+        ("x.npz", "per-tensor", r"\.npz is the suffix of a file that is not written here"),
+    ],
+)
+def test_a_suffix_that_says_another_format_is_refused(name: str, format: str | None, message: str, pth: Path):
+    with pytest.raises(UsageError, match=message):
+        convert(pth, pth.parent / name, format=format, config={"n_heads": 4})
+    assert os.listdir(pth.parent) == ["model.pth"]

@@ -8,22 +8,16 @@ from functools import partial
 from pathlib import Path
 
 from gpt2lite.checkpoint import llmc_bin, tf_bundle, torch_legacy
+from gpt2lite.checkpoint.folders import FOLDER_FILES, candidates, refuse_divided, without_weights
+from gpt2lite.checkpoint.foreign import READABLE, is_optimizer_state, shortened, what_is, what_is_zip
 from gpt2lite.checkpoint.manifest import Manifest, TensorSpan
 from gpt2lite.checkpoint.safetensors_file import open_safetensors
 from gpt2lite.checkpoint.sharded import INDEX_SUFFIX, open_sharded
-from gpt2lite.checkpoint.tensor_folder import open_tensor_folder
-from gpt2lite.checkpoint.torch_zip import RESAVE, open_torch_zip
+from gpt2lite.checkpoint.tensor_folder import join_tensors, open_tensors
+from gpt2lite.checkpoint.torch_zip import open_torch_zip
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError
 
-__all__ = ["Manifest", "TensorSpan", "open_checkpoint", "side_file"]
-
-# A folder from the Hub holds its weights under one of these names; the first that is there counts.
-FOLDER_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+__all__ = ["FOLDER_FILES", "Manifest", "TensorSpan", "open_checkpoint", "side_file"]
 
 
 def _open_shard(path: Path) -> Manifest:
@@ -33,13 +27,21 @@ def _open_shard(path: Path) -> Manifest:
     return OPENERS[kind](path)
 
 
+def _open_zip(path: Path) -> Manifest:
+    try:
+        return open_torch_zip(path)
+    except CheckpointError as error:
+        if said := what_is_zip(path):
+            raise CheckpointError(f"{path}: {said}") from error
+        raise
+
+
 OPENERS: dict[str, Callable[[Path], Manifest]] = {
-    "zip": open_torch_zip,
+    "zip": _open_zip,
     "legacy": torch_legacy.open_torch_legacy,
     "safetensors": open_safetensors,
     "sharded": partial(open_sharded, open_shard=_open_shard),
     "llmc": llmc_bin.open_llmc,
-    "tensor folder": open_tensor_folder,
     "tf bundle": tf_bundle.open_tf_bundle,
 }
 
@@ -49,8 +51,6 @@ def _kind_of_file(path: Path) -> str:
         head = file.read(512)
         file.seek(max(os.path.getsize(path) - len(tf_bundle.MAGIC), 0))
         tail = file.read(len(tf_bundle.MAGIC))
-    if not head:
-        raise CheckpointError(f"{path}: is empty. Copy or download it again.")
     if head.startswith(b"PK\x03\x04"):
         return "zip"
     if head.startswith(llmc_bin.MAGIC) and head[4:8] != bytes(4):
@@ -59,41 +59,37 @@ def _kind_of_file(path: Path) -> str:
         return "sharded"
     if tail == tf_bundle.MAGIC:
         return "tf bundle"
-    if head[8:9] == b"{":
+    said = what_is(head)
+    if head[8:9] == b"{" and not (any(head[4:8]) and said):
         return "safetensors"
     if head.startswith(b"\x80") and torch_legacy.MAGIC in head[:32]:
         return "legacy"
-    if head[257:262] == b"ustar":
-        raise CheckpointError(
-            f"{path}: a tar archive, written before torch 0.1.10, which torch.load reads only by running it. "
-            f"{RESAVE}"
-        )
-    if head.startswith(b"\x80"):
-        raise CheckpointError(f"{path}: a bare pickle, which only running it could read. {RESAVE}")
-    raise CheckpointError(
-        f"{path}: begins with {head[:8]!r}, wanted a file of torch.save (zip or older), safetensors, an "
-        "index of shards, the index of a TensorFlow checkpoint (not its data), or llm.c's .bin"
-    )
+    raise CheckpointError(f"{path}: is {said}" if said else f"{path}: begins with {head[:8]!r}, {READABLE}")
 
 
-def _locate(path: Path) -> tuple[Path, str]:
-    """The file or folder to open, and its kind."""
-    if not path.exists():
-        return tf_bundle.index_of(path), "tf bundle"
-    if not path.is_dir():
-        return path, _kind_of_file(path)
-    for name in FOLDER_FILES:
-        if (path / name).is_file():
-            return path / name, _kind_of_file(path / name)
-    if any(path.glob("*.pt")):
-        return path, "tensor folder"
+def _open_file(path: Path) -> Manifest:
+    return OPENERS[_kind_of_file(path)](path)
+
+
+def _open_folder(path: Path) -> Manifest:
+    """The checkpoint that a folder is or holds. Raises CheckpointError where none or more than one does."""
+    if named := next((path / name for name in FOLDER_FILES if (path / name).is_file()), None):
+        return _open_file(named)
+    refuse_divided(path)
+    tensors = open_tensors(path)
+    files = candidates(path, tensors)
+    if tensors and not files:
+        return join_tensors(path, tensors)
+    are_many = len(tensors) > len(files)
+    if len(files) == 1 and not are_many:
+        return _open_file(files[0])
+    if files:
+        found = f"{len(tensors)} files of exactly one tensor each and " if are_many else ""
+        names = shortened(file.name for file in files)
+        raise CheckpointError(f"{path}: holds {found}{names}; pass the one that is the checkpoint")
     if indices := sorted(path.glob("*.index")):
-        return tf_bundle.current_index(path, indices), "tf bundle"
-    found = sorted(child.name for child in path.iterdir())[:5]
-    raise CheckpointError(
-        f"{path}: a folder without weights; wanted {', '.join(FOLDER_FILES)}, one .pt file a tensor or a "
-        f".index of TensorFlow, found {', '.join(found) or 'nothing'}"
-    )
+        return tf_bundle.open_tf_bundle(tf_bundle.current_index(path, indices))
+    raise without_weights(path)
 
 
 def side_file(path: Path, suffix: str) -> Path:
@@ -103,7 +99,7 @@ def side_file(path: Path, suffix: str) -> Path:
     `model.json`.
     """
     path = path.absolute()
-    if path.is_dir():
+    if os.path.isdir(path):
         return path.with_name(path.name + suffix)
     return path.with_name(path.name.removesuffix(INDEX_SUFFIX)).with_suffix(suffix)
 
@@ -111,11 +107,17 @@ def side_file(path: Path, suffix: str) -> Path:
 def open_checkpoint(path: str | os.PathLike[str]) -> Manifest:
     """Read the headers of a checkpoint, whatever its extension, and say what lies where.
 
-    Reads no tensor data and allocates none. Raises CheckpointNotFoundError, or CheckpointError for a file
-    that is damaged, of an unknown kind, or wants to run code.
+    A folder is what its content says: a Hub model's (the first of FOLDER_FILES counts), one file, or a tensor
+    a file. Reads no tensor data and allocates none. Raises CheckpointNotFoundError, or CheckpointError for a
+    file that is damaged, of an unknown kind, or wants to run code, and for a folder that holds two.
     """
     path = Path(path)
-    if not path.exists() and not tf_bundle.index_of(path).is_file():
+    if os.path.exists(path):
+        manifest = _open_folder(path) if path.is_dir() else _open_file(path)
+    elif os.path.isfile(index := tf_bundle.index_of(path)):
+        manifest = tf_bundle.open_tf_bundle(index)
+    else:
         raise CheckpointNotFoundError(f"{path}: no such file or folder")
-    located, kind = _locate(path)
-    return OPENERS[kind](located)
+    if is_optimizer_state(manifest.tensors):
+        raise CheckpointError(f"{manifest.path}: an optimizer's state alone; pass the file of the weights")
+    return manifest

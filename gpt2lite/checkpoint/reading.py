@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import io
 import mmap
 import os
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, flatten
 from gpt2lite.checkpoint.page_cache import PastCache
-from gpt2lite.errors import CheckpointError, first_line, is_out_of_memory
+from gpt2lite.errors import CheckpointError, InsufficientMemoryError, first_line, is_out_of_memory
 
 STEP = 1 << 20
 MOST_MEMORIES = 512  # of one read; Linux takes 1024
@@ -186,13 +187,24 @@ def _apart(manifest: Manifest, names: Iterable[str]) -> tuple[list[str], list[st
 
 
 def _map_file(path: Path) -> torch.UntypedStorage:
-    """A private mapping of a whole file, which may be larger than memory and swap (MAP_NORESERVE)."""
+    """A private mapping of a whole file, which may be larger than memory and swap (MAP_NORESERVE).
+
+    Raises InsufficientMemoryError where the address space is too small for it.
+    """
+    access: dict[str, int] = {"access": mmap.ACCESS_COPY}
+    if hasattr(mmap, "MAP_PRIVATE"):
+        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", LINUX_MAP_NORESERVE)
+        access = {"flags": flags, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
     with open(path, "rb") as file:
-        if hasattr(mmap, "MAP_PRIVATE"):
-            flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", LINUX_MAP_NORESERVE)
-            mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        else:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        try:
+            mapped = mmap.mmap(file.fileno(), 0, **access)
+        except OSError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+            raise InsufficientMemoryError(
+                f"{path}: its {os.path.getsize(path)} bytes cannot be mapped ({error.strerror}). Raise the "
+                'limit of the address space (`ulimit -v`), or load with strategy="stream", which maps no file'
+            ) from None
     return torch.frombuffer(mapped, dtype=torch.uint8).untyped_storage()
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from gpt2lite.checkpoint.foreign import what_is_json
 from gpt2lite.checkpoint.manifest import FileState, Manifest, validate
 from gpt2lite.checkpoint.safetensors_file import unique_keys
 from gpt2lite.errors import CheckpointError, listed
@@ -32,7 +33,7 @@ def _read_index(path: Path, size: int) -> dict[str, Any]:
     match index:
         case {"weight_map": {**placed}} if placed:
             return index
-    raise CheckpointError(f"{path}: has no weight_map that names tensors: no index of a sharded checkpoint")
+    raise CheckpointError(f"{path}: has no weight_map that names tensors; it is {what_is_json(index)}")
 
 
 def _shard_name(said: object) -> str | None:

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from gpt2lite.checkpoint.manifest import Manifest, TensorSpan
+from gpt2lite.checkpoint.manifest import Manifest
 from gpt2lite.checkpoint.torch_zip import open_torch_zip
 from gpt2lite.errors import CheckpointError
 
 
-def _open_one(path: Path) -> tuple[TensorSpan, Manifest]:
-    manifest = open_torch_zip(path)
-    if list(manifest.tensors) != [""]:
-        raise CheckpointError(f"{path}: a folder of tensors needs exactly one tensor a file, this is a dict")
-    return replace(manifest.tensors[""], name=path.stem), manifest
+def _tensor_in(path: Path) -> Manifest | None:
+    """The manifest of a file that is one tensor, None for anything else, damaged files too."""
+    with suppress(CheckpointError):
+        manifest = open_torch_zip(path)
+        return manifest if list(manifest.tensors) == [""] else None
+    return None
 
 
-def open_tensor_folder(path: Path) -> Manifest:
-    """The manifest of a folder of `.pt` files, one tensor each."""
-    opened = [_open_one(file) for file in sorted(path.glob("*.pt"))]
-    spans = {span.name: span for span, _ in opened}
-    files = {file: state for _, manifest in opened for file, state in manifest.files.items()}
-    storages = {file: sizes for _, manifest in opened for file, sizes in manifest.storages.items()}
+def open_tensors(folder: Path) -> dict[Path, Manifest]:
+    """The `.pt` files of a folder that are one tensor each. Reads the headers of all."""
+    opened = {file: _tensor_in(file) for file in sorted(folder.glob("*.pt"))}
+    return {file: manifest for file, manifest in opened.items() if manifest is not None}
+
+
+def join_tensors(path: Path, opened: Mapping[Path, Manifest]) -> Manifest:
+    """The manifest of a folder from those of its files, one tensor each, named as its file is."""
+    spans = {file.stem: replace(manifest.tensors[""], name=file.stem) for file, manifest in opened.items()}
+    files = {file: manifest.files[file] for file, manifest in opened.items()}
+    storages = {file: manifest.storages[file] for file, manifest in opened.items()}
     return Manifest(path, "tensor_folder", spans, {}, files, storages)

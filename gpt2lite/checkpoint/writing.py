@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import shutil
+import stat
 import struct
 import tempfile
 import zipfile
@@ -36,9 +37,11 @@ __all__ = [
     "ALIGNMENT",
     "Progress",
     "TensorToWrite",
+    "destination_of",
     "fill_tensor_folder",
     "fill_torch_zip",
     "replacing",
+    "require_new_folder",
     "require_space",
     "save_per_tensor",
     "spans_on_disk",
@@ -48,6 +51,8 @@ __all__ = [
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 Config = Mapping[str, Any]  # the fields of a model's config
 ALIGNMENT = 64  # torch.save's own, so that mapped tensors are aligned
+MAX_PREFIX = 20  # characters of a temporary name that are the file's own: it must fit wherever the file does
+NO_PLACE = {errno.ELOOP: "links lead in a circle", errno.ENAMETOOLONG: "longer than the file system allows"}
 LOCAL_HEADER_BYTES = 30
 ZIP64_EXTRA_BYTES = 20
 STORAGES = torch.storage._dtype_to_storage_type_map()  # newer dtypes than these have no class of their own
@@ -62,22 +67,59 @@ def _flush(path: Path) -> None:
 
 def _require_folder(folder: Path) -> None:
     if not folder.is_dir():
-        raise UsageError(f"the folder {folder} does not exist; make it first")
+        wrong = "is a file, not a folder" if folder.exists() else "does not exist; make it first"
+        raise UsageError(f"the folder {folder} {wrong}")
+
+
+def _state_of(path: Path) -> os.stat_result | None:
+    """What lies at `path`, links followed; None if nothing does. UsageError for a path that never can."""
+    try:
+        return os.stat(path)
+    except OSError as error:
+        if error.errno in NO_PLACE:
+            raise UsageError(f"{path}: {NO_PLACE[error.errno]}; choose another name") from None
+        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            raise
+    return None
+
+
+def destination_of(path: Path) -> Path:
+    """Where the file that is to be written at `path` will lie: a link is followed, and stays a link.
+
+    Raises UsageError where no file can be put: its folder does not exist, the name is too long, links lead in
+    a circle, or a folder, FIFO, socket or device lies there.
+    """
+    found = _state_of(path)
+    if found is not None and not stat.S_ISREG(found.st_mode):
+        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a FIFO, socket or device"
+        raise UsageError(f"{path}: is {kind}, and a file is to be written there; choose another name")
+    followed = Path(os.path.realpath(path))
+    if path.is_symlink() and not followed.parent.exists():
+        raise UsageError(
+            f"{path}: is a link to {followed}, whose folder does not exist; make it, or mend the link"
+        )
+    _require_folder(followed.parent)
+    return followed
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block succeeds and vanishes when not.
 
-    What is written there is on the disk before it is renamed. A process that is killed leaves the old file
-    and a folder `.<name>.….part` beside it.
+    A link is followed, and a file that is replaced hands on its mode. What is written there is on the disk
+    before it is renamed. A process that is killed leaves the old file and a folder `.<name>.….part` beside
+    it. Raises UsageError as `destination_of`.
     """
-    _require_folder(path.parent)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    target = destination_of(path)
+    temporary = Path(
+        tempfile.mkdtemp(prefix=f".{target.name[:MAX_PREFIX]}.", suffix=".part", dir=target.parent)
+    )
     try:
-        yield temporary / path.name
-        _flush(temporary / path.name)
-        os.replace(temporary / path.name, path)
+        yield temporary / target.name
+        _flush(temporary / target.name)
+        if (replaced := _state_of(target)) is not None:
+            os.chmod(temporary / target.name, stat.S_IMODE(replaced.st_mode))
+        os.replace(temporary / target.name, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -181,8 +223,10 @@ def write_torch_zip(
 
 
 def _require_file_name(folder: Path, name: str) -> None:
+    """Raise UsageError for a tensor whose name cannot be a file's in `folder`."""
     if not name or name.startswith(".") or set(name) & {os.sep, "\0"}:
         raise UsageError(f"{folder}: a tensor is called {name!r}, which is no file name")
+    _state_of(folder.parent / f"{name}.pt")
 
 
 def fill_tensor_folder(
@@ -195,9 +239,10 @@ def fill_tensor_folder(
     """
     stored = _stored_once(tensors)
     total, done = sum(tensor.nbytes for tensor in stored), 0
-    folder.mkdir()
     for tensor in stored:
         _require_file_name(folder, tensor.name)
+    folder.mkdir()
+    for tensor in stored:
         fill_torch_zip(
             folder / f"{tensor.name}.pt",
             [tensor],
@@ -219,15 +264,21 @@ def _distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: state[name] for name in seen.values()}
 
 
-def _tensors_of(source: nn.Module | str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
-    """Names and host tensors, one in memory at a time."""
+def _tensors_of(source: nn.Module | str | os.PathLike[str]) -> dict[str, Callable[[], Tensor]]:
+    """Names, and what makes the host tensor of each."""
     if isinstance(source, nn.Module):
-        for name, tensor in _distinct(source.state_dict()).items():
-            yield name, tensor.detach().cpu().clone()
-        return
+        state = _distinct(source.state_dict())
+        return {name: tensor.detach().cpu().clone for name, tensor in state.items()}
     spans = open_checkpoint(source).tensors
-    for span in {span.address: span for span in reversed(list(spans.values()))}.values():
-        yield span.name, read_span(span).contiguous()
+    distinct = {span.address: span for span in reversed(list(spans.values()))}.values()
+    return {span.name: lambda span=span: read_span(span).contiguous() for span in distinct}  # type: ignore[misc]
+
+
+def require_new_folder(folder: Path) -> None:
+    """Raise UsageError where a folder is to be made and something lies already."""
+    if _state_of(folder) is not None:
+        kind = "already exists" if folder.is_dir() else "is a file, and a folder is to be made there"
+        raise UsageError(f"{folder}: {kind}; choose a new folder")
 
 
 def save_per_tensor(
@@ -239,19 +290,23 @@ def save_per_tensor(
     tensors are written once. Raises UsageError, CheckpointError.
     """
     folder = Path(folder)
-    if folder.exists():
-        raise UsageError(f"{folder}: is there already; name a folder that is not")
+    require_new_folder(folder)
+    tensors = _tensors_of(model_or_path)
+    for name in tensors:
+        _require_file_name(folder, name)
     with replacing(folder) as temporary:
         temporary.mkdir()
-        for name, tensor in _tensors_of(model_or_path):
-            _require_file_name(folder, name)
-            torch.save(tensor, temporary / f"{name}.pt")
+        for name, make in tensors.items():
+            torch.save(make(), temporary / f"{name}.pt")
     return folder
 
 
-def require_space(folder: Path, nbytes: int) -> None:
-    """Raise OSError before writing `nbytes` if the disk has no room, UsageError if there is no folder."""
-    _require_folder(folder)
+def require_space(path: Path, nbytes: int) -> None:
+    """Raise OSError before writing `nbytes` into a folder, or a file, if the disk has no room.
+
+    Raises UsageError for a file as `destination_of`.
+    """
+    folder = path if os.path.isdir(path) else destination_of(path).parent
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise OSError(

@@ -59,7 +59,7 @@ def load(
     try:
         module = _filled(name, plan)
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        if isinstance(error, InsufficientMemoryError) or not is_out_of_memory(error):
             raise
         reason = first_line(error)
     else:

@@ -21,7 +21,8 @@ from gpt2lite.memory import Budget, human
 class Verdict:
     """What a strategy would take, with the largest ring that fits, and which memory is too small for it.
 
-    `lacking` says how many bytes of "host" and "device" would be needed; it is empty where the load fits.
+    `lacking` says how many bytes of "host", "device" and "virtual" memory would be needed; it is empty where
+    the load fits.
     """
 
     plan: LoadPlan
@@ -59,9 +60,19 @@ def _automatic(plan: LoadPlan) -> tuple[str, ...]:
     return BUILT[1:] if plan.own_loading else BUILT if plan.lost else AUTO
 
 
-def _lacking(forecast: Forecast, budget: Budget) -> dict[str, int]:
+def _lacking(plan: LoadPlan, forecast: Forecast, budget: Budget) -> dict[str, int]:
     needed = {"device": forecast.peak_device, "host": forecast.peak_host_anonymous}
+    if budget.host.admits(needed["host"]):
+        needed["virtual"] = needed["host"] + _mapped(plan, forecast)
     return {place: nbytes for place, nbytes in needed.items() if not budget.of(place).admits(nbytes)}
+
+
+def _mapped(plan: LoadPlan, forecast: Forecast) -> int:
+    """Bytes of address space for files: one that is mapped is mapped whole."""
+    if not (forecast.peak_host_reclaimable or forecast.stays_mapped):
+        return 0
+    paths = {span.path for span in plan.spans.values()}
+    return sum(state.size for path, state in plan.manifest.files.items() if path in paths)
 
 
 def judge(plan: LoadPlan, name: str, budget: Budget) -> Verdict:
@@ -88,7 +99,7 @@ def _ring_sizes(largest: int) -> list[int]:
 def _judge_with(plan: LoadPlan, name: str, budget: Budget, ring_bytes: int) -> Verdict:
     plan = replace(plan, tuning=replace(plan.tuning, ring_bytes=ring_bytes))
     forecast = _forecast(plan, name)
-    return Verdict(plan, forecast, _lacking(forecast, budget))
+    return Verdict(plan, forecast, _lacking(plan, forecast, budget))
 
 
 def choose(plan: LoadPlan, strategy: str, budget: Budget) -> tuple[str, LoadPlan]:
