@@ -24,10 +24,10 @@ Allowed: TypeAlias = Literal["all"] | AbstractSet[str]
 class Tokenizer:
     """The tokenizer that belongs to a checkpoint.
 
-    `n_vocab` is its largest id plus one, `eot_token` the id that ends a text, or None. `ids_of(text, allowed)`
-    reads the special tokens that are allowed as such and others as plain text; `bytes_of` raises KeyError
-    for an id without a token. With `cuts_at_spaces`, a text that is cut before a space or a line end gives
-    the same ids as the whole.
+    `n_vocab` is its largest id plus one, `eot_token` the id that ends a text, or None. `ids_of(text,
+    allowed)` reads the special tokens that are allowed as such and others as plain text; `bytes_of` raises
+    KeyError for an id without a token. With `cuts_at_spaces`, a text that is cut before a space or a line
+    end gives the same ids as the whole.
     """
 
     name: str

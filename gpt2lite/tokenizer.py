@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -49,6 +50,7 @@ UNREAD = ("vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.mod
 GENERATION = "generation_config.json"
 MAX_META_BYTES = 16 << 20
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # of a BPE with byte_fallback
 OTHER_RULES = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
 FLAGS = ("lstrip", "rstrip", "single_word")
 REWRITE = (
@@ -114,6 +116,11 @@ def _json(files: Files, name: str) -> dict[str, Any]:
     return found
 
 
+def _ids(vocab: Any) -> dict[str, int]:
+    """The ids of a vocabulary, which Unigram writes as a list of tokens and scores."""
+    return vocab if isinstance(vocab, dict) else {token: id for id, (token, _) in enumerate(vocab)}
+
+
 def _special_names(settings: Mapping[str, Any]) -> dict[str, str]:
     """{"eos_token": "<|endoftext|>", …}, and the additional ones by number."""
     listed = {str(n): token for n, token in enumerate(settings.get("additional_special_tokens") or ())}
@@ -126,7 +133,7 @@ def _tree(files: Files, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What tokenizer.json says; where there is none, the same of vocab.json and merges.txt."""
     tree, vocab = _json(files, TREE), _json(files, VOCAB)
     if tree:
-        known = {row["content"]: row["id"] for row in tree["added_tokens"]} | tree["model"]["vocab"]
+        known = {row["content"]: row["id"] for row in tree["added_tokens"]} | _ids(tree["model"]["vocab"])
         if stale := next((token for token, id in vocab.items() if known.get(token) != id), None):
             raise CheckpointError(
                 f"{files[VOCAB]}: {stale!r} is {vocab[stale]}, in {TREE} beside it {known.get(stale)}. "
@@ -135,7 +142,7 @@ def _tree(files: Files, settings: Mapping[str, Any]) -> dict[str, Any]:
         return tree
     if not vocab or MERGES not in files or not all(type(id) is int for id in vocab.values()):
         raise CheckpointError(
-            f"{next(iter(files.values()))}: cannot be read as a tokenizer from {', '.join(files)}; wanted "
+            f"{next(iter(files.values()))}: cannot be read as a tokenizer from {', '.join(files)}; wanted"
             f" {TREE}, or {VOCAB} (token to id) with {MERGES}. {REWRITE}"
         )
     lines = files[MERGES].read_text(encoding="utf-8").split("\n")
@@ -177,7 +184,14 @@ def _through_tokenizers(name: str, tree: Mapping[str, Any], end: int | None) -> 
 
     def ids_of(text: str, allowed: Allowed) -> list[int]:
         peer.encode_special_tokens = not allowed
-        return list(peer.encode(text, add_special_tokens=False).ids)
+        ids = list(peer.encode(text, add_special_tokens=False).ids)
+        back = peer.decode(ids, skip_special_tokens=False)
+        is_exact = is_byte_level and not tree.get("normalizer")  # but for spaces
+        if is_exact and "".join(back.split()) != "".join(text.split()):
+            raise UsageError(
+                f"{name}: has no tokens for all of this text; without them it reads {back[:99]!r}"
+            )
+        return ids
 
     def bytes_of(id: int) -> bytes:
         token = peer.id_to_token(id)
@@ -185,6 +199,8 @@ def _through_tokenizers(name: str, tree: Mapping[str, Any], end: int | None) -> 
             raise KeyError(id)
         if is_byte_level:
             return unspelled(token)
+        if BYTE_TOKEN.fullmatch(token):
+            return bytes.fromhex(token[3:5])
         pair, one = (peer.decode([id] * n, skip_special_tokens=False) for n in (2, 1))
         return str(pair)[len(one) :].encode()  # inside a text, so with the space before it
 
@@ -201,7 +217,7 @@ def _from_hub(files: Files) -> Tokenizer:
         raise CheckpointError(f"{name}: {SETTINGS[1]} says add_prefix_space={said}, {TREE} says {not said}")
     if settings.get("add_bos_token") or (tree.get("post_processor") or {}).get("special_tokens"):
         warnings.warn(f"{name}: puts special tokens around a text; here, write them yourself", stacklevel=2)
-    vocab, special = tree["model"]["vocab"], set(names.values())
+    vocab, special = _ids(tree["model"]["vocab"]), set(names.values())
     listed = [{"id": id, "content": token} for token in special if (id := vocab.get(token)) is not None]
     rows = {row["content"]: row for row in (*listed, *tree["added_tokens"])}
     defaults = dict.fromkeys((*FLAGS, "normalized"), False)
@@ -296,10 +312,10 @@ def is_gpt2_size(vocab_size: int) -> bool:
 def tokenizer_for(checkpoint: Path, vocab_size: int) -> Tokenizer:
     """The tokenizer that lies beside a checkpoint; where none does and the vocabulary is GPT-2's, GPT-2's.
 
-    Reads `<stem>.tiktoken`, `tokenizer.json`, `vocab.json` with `merges.txt`, and nanoGPT's `meta.pkl`. A file
-    that is called after the checkpoint (`model.tokenizer.json`) counts before one in its folder, which
-    belongs to every checkpoint there. What does not follow GPT-2's rules needs the package tokenizers. Rows of
-    the model past the tokenizer's ids are padding: never sampled, and U+FFFD where they are decoded.
+    Reads `<stem>.tiktoken`, `tokenizer.json`, `vocab.json` with `merges.txt`, and nanoGPT's `meta.pkl`. A
+    file that is called after the checkpoint (`model.tokenizer.json`) counts before one in its folder, which
+    belongs to every checkpoint there. What does not follow GPT-2's rules needs the package tokenizers. Rows
+    of the model past the tokenizer's ids are padding: never sampled, and U+FFFD where they are decoded.
 
     Raises CheckpointError for files that are damaged, disagree or cannot be read here, and for more tokens
     than the model has rows; UsageError where there is no tokenizer and the vocabulary is not GPT-2's.
