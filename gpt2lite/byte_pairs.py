@@ -57,6 +57,7 @@ def as_encoding(
         len(tokens) < 256 + len(merges)
         or [*ranks.values()] != sorted(ranks.values())
         or vocab.keys() - tokens.keys() - special.keys()
+        or any(vocab.get(token, id) != id for token, id in special.items())
         or any(b.startswith(a) for a, b in pairwise(sorted(special)))  # tiktoken may take the shorter
         or any(split(a + b, ranks, ranks[a + b]) != [a, b] for a, b in merges)
     ):

@@ -63,13 +63,14 @@ class Tokenizer:
 Encoding: TypeAlias = Tokenizer | tiktoken.Encoding
 
 
-def as_tokenizer(encoding: tiktoken.Encoding, end: int | None) -> Tokenizer:
-    """The same encoding; `end` ends a text."""
+def as_tokenizer(encoding: tiktoken.Encoding, end: str = END_OF_TEXT) -> Tokenizer:
+    """The same encoding; the token `end` ends a text, if there is one of this name."""
 
     def ids_of(text: str, allowed: Allowed) -> list[int]:
         return encoding.encode(text, allowed_special=allowed, disallowed_special=())
 
-    return Tokenizer(encoding.name, encoding.n_vocab, end, ids_of, encoding.decode_single_token_bytes)
+    end_id = encoding.encode_single_token(end) if end in encoding.special_tokens_set else None
+    return Tokenizer(encoding.name, encoding.n_vocab, end_id, ids_of, encoding.decode_single_token_bytes)
 
 
 def end_of_text(encoding: Encoding) -> int:

@@ -108,12 +108,9 @@ def _seed_cache_from_hub() -> None:
 # ---- tokenizer.json, or vocab.json and merges.txt ----------------------------------------------------------
 
 
-def _json(files: Files, name: str) -> dict[str, Any]:
-    """A file's object, {} where the file is not there."""
-    found = json.loads(files[name].read_bytes()) if name in files else {}
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{files[name]}: holds a {type(found).__name__}, wanted an object")
-    return found
+def _json(files: Files, name: str) -> Any:
+    """What a file says, {} where it is not there."""
+    return json.loads(files[name].read_bytes()) if name in files else {}
 
 
 def _ids(vocab: Any) -> dict[str, int]:
@@ -135,10 +132,8 @@ def _tree(files: Files, settings: Mapping[str, Any]) -> dict[str, Any]:
     if tree:
         known = {row["content"]: row["id"] for row in tree["added_tokens"]} | _ids(tree["model"]["vocab"])
         if stale := next((token for token, id in vocab.items() if known.get(token) != id), None):
-            raise CheckpointError(
-                f"{files[VOCAB]}: {stale!r} is {vocab[stale]}, in {TREE} beside it {known.get(stale)}. "
-                "Remove the one that is stale"
-            )
+            ids = f"{vocab[stale]}, in {TREE} beside it {known.get(stale)}"
+            raise CheckpointError(f"{files[VOCAB]}: {stale!r} is {ids}. Remove the file that is stale")
         return tree
     if not vocab or MERGES not in files or not all(type(id) is int for id in vocab.values()):
         raise CheckpointError(
@@ -146,16 +141,12 @@ def _tree(files: Files, settings: Mapping[str, Any]) -> dict[str, Any]:
             f" {TREE}, or {VOCAB} (token to id) with {MERGES}. {REWRITE}"
         )
     lines = files[MERGES].read_text(encoding="utf-8").split("\n")
-    listed = {int(id): row for id, row in settings.get("added_tokens_decoder", {}).items()}
-    added = {id: {"content": token} for token, id in _json(files, ADDED).items()} | listed
+    merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    added = [{"content": token, "id": id} for token, id in _json(files, ADDED).items()]
+    added += [row | {"id": int(id)} for id, row in settings.get("added_tokens_decoder", {}).items()]
     before = BYTE_LEVEL | {"add_prefix_space": bool(settings.get("add_prefix_space"))}
-    model = {
-        "type": "BPE",
-        "vocab": vocab,
-        "merges": [x for x in lines if x and not x.startswith("#version")],
-    }
-    rows = [row | {"id": id} for id, row in added.items()]
-    return {"added_tokens": rows, "pre_tokenizer": before, "decoder": BYTE_LEVEL, "model": model}
+    model = {"type": "BPE", "vocab": vocab, "merges": merges}
+    return {"added_tokens": added, "pre_tokenizer": before, "decoder": BYTE_LEVEL, "model": model}
 
 
 def _has_gpt2_rules(tree: Mapping[str, Any]) -> bool:
@@ -169,14 +160,13 @@ def _has_gpt2_rules(tree: Mapping[str, Any]) -> bool:
     )
 
 
-def _through_tokenizers(name: str, tree: Mapping[str, Any], end: int | None) -> Tokenizer:
+def _through_tokenizers(name: str, tree: Mapping[str, Any], end: str) -> Tokenizer:
     """Any tokenizer.json, computed by the package tokenizers."""
     try:
         import tokenizers
     except ImportError:
-        raise CheckpointError(
-            f"{name}: not GPT-2's rules of byte-level BPE; pip install 'gpt2lite[tokenizers]' to read it"
-        ) from None
+        do = "pip install 'gpt2lite[tokenizers]'"
+        raise CheckpointError(f"{name}: does not follow GPT-2's rules; to read it, {do}") from None
     peer = tokenizers.Tokenizer.from_str(json.dumps(tree))
     peer.no_truncation()
     peer.no_padding()
@@ -188,9 +178,7 @@ def _through_tokenizers(name: str, tree: Mapping[str, Any], end: int | None) -> 
         back = peer.decode(ids, skip_special_tokens=False)
         is_exact = is_byte_level and not tree.get("normalizer")  # but for spaces
         if is_exact and "".join(back.split()) != "".join(text.split()):
-            raise UsageError(
-                f"{name}: has no tokens for all of this text; without them it reads {back[:99]!r}"
-            )
+            raise UsageError(f"{name}: has no tokens for all of this text; of it remains {back[:99]!r}")
         return ids
 
     def bytes_of(id: int) -> bytes:
@@ -205,26 +193,26 @@ def _through_tokenizers(name: str, tree: Mapping[str, Any], end: int | None) -> 
         return str(pair)[len(one) :].encode()  # inside a text, so with the space before it
 
     n_vocab = max(peer.get_vocab().values()) + 1
-    return Tokenizer(name, n_vocab, end, ids_of, bytes_of, cuts_at_spaces=False)
+    return Tokenizer(name, n_vocab, peer.token_to_id(end), ids_of, bytes_of, cuts_at_spaces=False)
 
 
 def _from_hub(files: Files) -> Tokenizer:
     name = str(files.get(TREE) or next(iter(files.values())))
     settings = {key: value for file in SETTINGS for key, value in _json(files, file).items()}
-    names, tree = {"eos_token": END_OF_TEXT} | _special_names(settings), _tree(files, settings)
+    tree, names = _tree(files, settings), {"eos_token": END_OF_TEXT} | _special_names(settings)
     said, before = settings.get("add_prefix_space"), tree["pre_tokenizer"] or {}
     if said is not None and before.get("add_prefix_space", said) != said:
         raise CheckpointError(f"{name}: {SETTINGS[1]} says add_prefix_space={said}, {TREE} says {not said}")
     if settings.get("add_bos_token") or (tree.get("post_processor") or {}).get("special_tokens"):
         warnings.warn(f"{name}: puts special tokens around a text; here, write them yourself", stacklevel=2)
-    vocab, special = _ids(tree["model"]["vocab"]), set(names.values())
-    listed = [{"id": id, "content": token} for token in special if (id := vocab.get(token)) is not None]
+    vocab, special, end = _ids(tree["model"]["vocab"]), {*names.values()}, names["eos_token"]
+    listed = [{"id": vocab[token], "content": token} for token in special & vocab.keys()]
     rows = {row["content"]: row for row in (*listed, *tree["added_tokens"])}
+    if settings.get("eos_token") and end not in rows:
+        raise CheckpointError(f"{name}: lacks {end!r}, which {SETTINGS[1]} says ends a text")
     defaults = dict.fromkeys((*FLAGS, "normalized"), False)
-    tree["added_tokens"] = [defaults | {"special": token in special} | row for token, row in rows.items()]
-    end = rows[names["eos_token"]]["id"] if names["eos_token"] in rows else None
-    if end is None and settings.get("eos_token"):
-        raise CheckpointError(f"{name}: lacks {names['eos_token']!r}, which {SETTINGS[1]} says ends a text")
+    added = [defaults | {"special": token in special} | row for token, row in rows.items()]
+    tree["added_tokens"] = sorted(added, key=lambda row: row["id"])
     if _has_gpt2_rules(tree):
         pairs = [x.split(" ") if isinstance(x, str) else x for x in tree["model"]["merges"]]
         ids = {token: row["id"] for token, row in rows.items()}
@@ -236,27 +224,20 @@ def _from_hub(files: Files) -> Tokenizer:
 # ---- every kind --------------------------------------------------------------------------------------------
 
 
-def _from_ranks(files: Files) -> Tokenizer:
-    encoding = read_encoding(files[RANKS])
-    return as_tokenizer(encoding, encoding.eot_token)
-
-
 def _from_characters(files: Files) -> Tokenizer:
     """nanoGPT's meta.pkl: one id per character, and no token that ends a text."""
     path = files[META]
     if path.stat().st_size > MAX_META_BYTES:
-        raise CheckpointError(f"{path}: larger than {MAX_META_BYTES >> 20} MiB; no table of characters")
+        raise CheckpointError(f"{path}: larger than {MAX_META_BYTES >> 20} MiB, so not a table of characters")
     with open(path, "rb") as file:
-        match describe(path, DescribingUnpickler(file, encoding="utf-8")):
-            case {"stoi": dict(ids), "itos": dict(characters)} if characters:
-                pass
-            case _:
-                raise CheckpointError(f"{path}: wanted nanoGPT's stoi and itos")
-    texts = {id: str(character).encode() for id, character in characters.items()}
-    if ids != {c: id for id, c in characters.items()} or not all(
-        len(c.decode()) == 1 for c in texts.values()
-    ):
-        raise CheckpointError(f"{path}: stoi and itos must map each character to an id and back")
+        found: Any = describe(path, DescribingUnpickler(file, encoding="utf-8"))
+    # types first: what a pickle nests can take for ever to compare or to hash
+    if not all(type(id) is int and type(c) is str and len(c) == 1 for id, c in found["itos"].items()):
+        raise CheckpointError(f"{path}: wanted nanoGPT's table of an id and a character each")
+    texts = {id: character.encode() for id, character in found["itos"].items()}
+    ids = {character: id for id, character in found["itos"].items()}
+    if ids != found["stoi"]:
+        raise CheckpointError(f"{path}: its stoi and its itos disagree")
 
     def ids_of(text: str, allowed: Allowed) -> list[int]:
         if unknown := next((character for character in text if character not in ids), None):
@@ -268,7 +249,7 @@ def _from_characters(files: Files) -> Tokenizer:
 
 # Each kind of tokenizer: the files that only it has, and what reads them.
 KINDS: tuple[tuple[frozenset[str], Callable[[Files], Tokenizer]], ...] = (
-    (frozenset({RANKS}), _from_ranks),
+    (frozenset({RANKS}), lambda files: as_tokenizer(read_encoding(files[RANKS]))),
     (frozenset({TREE, VOCAB, MERGES, ADDED, *SETTINGS, *UNREAD}), _from_hub),
     (frozenset({META}), _from_characters),
 )
@@ -327,7 +308,7 @@ def tokenizer_for(checkpoint: Path, vocab_size: int) -> Tokenizer:
             f"{side_file(checkpoint, f'.{RANKS}').name} beside it. Put its tokenizer there, that or {TREE}, "
             f"{VOCAB} with {MERGES}, or nanoGPT's {META}, or call gpt2lite.generate with token ids."
         )
-    found = _read(files) if files else as_tokenizer(encoding := gpt2_encoding(), encoding.eot_token)
+    found = _read(files) if files else as_tokenizer(gpt2_encoding())
     if found.n_vocab > vocab_size:
         where = next(iter(files.values()), checkpoint)
         raise CheckpointError(

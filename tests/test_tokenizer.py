@@ -285,10 +285,11 @@ class Canary:
 @pytest.mark.parametrize(
     ("meta", "message"),
     [
-        ({"stoi": {"a": 0}, "itos": {0: "b"}}, "must map each character"),
-        ({"stoi": {"ab": 0}, "itos": {0: "ab"}}, "must map each character"),
-        ({"stoi": {}, "itos": {}}, "wanted nanoGPT's stoi"),
-        ([1], "wanted nanoGPT's stoi"),
+        ({"stoi": {"a": 0}, "itos": {0: "b"}}, "stoi and its itos disagree"),
+        ({"stoi": {"ab": 0}, "itos": {0: "ab"}}, "an id and a character each"),
+        ({"stoi": {}, "itos": {}}, "not a sound tokenizer"),
+        ({"stoi": {"a": 0}}, "not a sound tokenizer"),
+        ([1], "not a sound tokenizer"),
         (Canary(), "meta.pkl"),
     ],
 )
@@ -318,7 +319,7 @@ CONTRADICTIONS = {
         lambda folder: write_meta(folder / "meta.pkl", "abc"),
         "holds two tokenizers",
     ),
-    "stale vocab.json": (stale_vocabulary, "Remove the one that is stale"),
+    "stale vocab.json": (stale_vocabulary, "Remove the file that is stale"),
     "prefix space": (
         lambda folder: changed(folder, "tokenizer_config.json", add_prefix_space=True),
         "says add_prefix_space=True, tokenizer.json says False",
@@ -328,7 +329,10 @@ CONTRADICTIONS = {
         "lacks '</s>'",
     ),
     "damaged": (lambda folder: (folder / "tokenizer.json").write_text("<html>"), "not a sound tokenizer"),
-    "not an object": (lambda folder: (folder / "tokenizer.json").write_text("[]"), "holds a list"),
+    "not an object": (
+        lambda folder: (folder / "tokenizer.json").write_text("[]"),
+        "not a sound|wanted tokenizer.json",
+    ),
 }
 
 
