@@ -41,7 +41,7 @@ class Tokenizer:
         """The ids of a text in which special tokens are plain text."""
         return self.ids_of(text, frozenset())
 
-    def encode(self, text: str, *, allowed_special: Allowed) -> list[int]:
+    def encode(self, text: str, *, allowed_special: Allowed = frozenset()) -> list[int]:
         """The ids of a text, with these special tokens read as such; others are plain text."""
         return self.ids_of(text, allowed_special)
 
