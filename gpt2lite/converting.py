@@ -40,6 +40,7 @@ from gpt2lite.loading.skeleton import build_on_meta
 from gpt2lite.memory import parse_size
 from gpt2lite.model import GPTModel, open_model
 from gpt2lite.opening import Opened
+from gpt2lite.tokenizer import GENERATION, hub_files, tokenizer_files, write_beside
 
 HEAD, EMBEDDING = "out_head.weight", "tok_emb.weight"
 END_OF_TEXT = 50256  # GPT-2's own token
@@ -87,6 +88,23 @@ def _nanogpt_args(config: GPTConfig) -> dict[str, Any]:
     }
 
 
+def _nanogpt_state(config: GPTConfig) -> dict[str, Any]:
+    """What lies beside `model` in nanoGPT's ckpt.pt: enough for sample.py and train.py --init_from=resume.
+
+    The training begins at step 0 with its own settings: the optimizer's groups are those that nanoGPT makes,
+    without moments, since there are none of this model.
+    """
+    biases = 6 * config.n_layers + 1 if config.bias else 0
+    counts = {0.1: 4 * config.n_layers + 2, 0.0: 2 * config.n_layers + 1 + biases}  # by weight decay
+    groups = [
+        {"params": [torch.empty(0, device="meta") for _ in range(count)], "weight_decay": decay}
+        for decay, count in counts.items()
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95)).state_dict()
+    begin = {"iter_num": 0, "best_val_loss": 1e9}
+    return {"optimizer": optimizer, "model_args": _nanogpt_args(config), **begin}
+
+
 def _nanogpt_fields(config: GPTConfig) -> GPTConfig:
     has_bias = config.bias or config.qkv_bias
     return replace(config, bias=has_bias, qkv_bias=has_bias, tied_head=True)
@@ -124,7 +142,7 @@ TARGETS = {
         prefix="transformer.",
         drops_tie=("safetensors", "per-tensor"),
         wrapper="model",
-        beside=lambda config: {"model_args": _nanogpt_args(config)},
+        beside=_nanogpt_state,
     ),
 }
 SUFFIXES = {".pth": "pth", ".pt": "pth", ".bin": "pth", ".safetensors": "safetensors"}
@@ -147,6 +165,7 @@ class Conversion:
     config: GPTConfig
     tensors: tuple[TensorToWrite, ...]
     max_shard_bytes: int | None
+    beside: Mapping[str, bytes]
 
     @property
     def nbytes(self) -> int:
@@ -295,9 +314,18 @@ def plan_conversion(
     views = _views(opened, dtype)
     written = _target_config(opened.config, to, views)
     tensors = tuple(_stored(to, format, written, _with_zeros(views, written), dtype))
+    at = Path(source) if Path(source).exists() else opened.path
+    beside = _beside(at, to, _is_folder(destination, format), written.vocab_size)
     return Conversion(
-        manifest, destination, opened.reading.dialect, to, format, written, tensors, max_shard_bytes
+        manifest, destination, opened.reading.dialect, to, format, written, tensors, max_shard_bytes, beside
     )
+
+
+def _beside(source: Path, to: str, in_folder: bool, vocab_size: int) -> dict[str, bytes]:
+    """The tokenizer's files, which go where the weights go, and what else transformers wants there."""
+    if in_folder and to == "huggingface":
+        return hub_files(source, vocab_size)
+    return tokenizer_files(source, in_folder=in_folder)
 
 
 # ---- writing -----------------------------------------------------------------------------------------------
@@ -332,6 +360,9 @@ def _write_safetensors(
     fill_safetensors_folder(path, tensors, progress, job.max_shard_bytes)
     (dtype, _), *_ = Counter(tensor.dtype for tensor in tensors).most_common()
     fields = TARGETS[job.to].folder_config(job.config, dtype)
+    if GENERATION in job.beside:
+        said = json.loads(job.beside[GENERATION])
+        fields |= {name: said.get(name) for name in ("bos_token_id", "eos_token_id")}
     (path / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
@@ -409,9 +440,13 @@ def run_conversion(job: Conversion, *, verified: bool = True, progress: Progress
     tensors = [tensor for tensor, _ in hashed] or list(job.tensors)
     with replacing(job.destination) as temporary:
         WRITERS[job.format](job, tensors, temporary, progress or (lambda done, total: None))
+        for name, content in job.beside.items() if job.is_folder else ():
+            (temporary / name).write_bytes(content)
         job.source.check_unchanged()
         if verified:
             verify(job, temporary, {tensor.name: digest for tensor, digest in hashed})
+    if not job.is_folder:
+        write_beside(job.destination, job.beside)
     return job.destination
 
 

@@ -34,6 +34,10 @@ WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 
+# What makes text of tokens; fetched where a repository lists it.
+TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "generation_config.json")
+SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")
+
 REPO_ID = re.compile(r"(?!.*(--|\.\.))\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
 FILE_SUFFIXES = (".bin", ".ckpt", ".gguf", ".h5", ".index", ".json", ".pt", ".pth", ".safetensors", ".zip")
 
@@ -148,7 +152,7 @@ def _download(repo: str, revision: str | None, token: str | bool | None, cache: 
         ):
             return folder
     get = partial(hf_hub_download, repo, token=token, cache_dir=cache)
-    first, *rest = [name for name in (CONFIG, weights) if name in listed]
+    first, *rest = [name for name in (CONFIG, weights, *TOKENIZER, *SETTINGS) if name in listed]
     folder = Path(get(first, revision=revision)).parent  # snapshots/<commit>
     for name in rest:
         get(name, revision=folder.name)

@@ -1,20 +1,30 @@
-"""Text ↔ token ids, through tiktoken: the official GPT-2 encoding, or the one beside a checkpoint."""
+"""The tokenizer of a checkpoint: the files beside it, GPT-2's own encoding, and the same files for a copy.
+
+The files are called after the checkpoint (`model.tiktoken` or `model.tokenizer.json` beside `model.pth`); or
+they lie in its folder under the names that other programs give them, and belong to every checkpoint there.
+"""
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
+import json
 import os
+import re
 import tempfile
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 
+from gpt2lite.byte_pairs import as_encoding, as_lists, unspelled
 from gpt2lite.checkpoint import side_file
-from gpt2lite.errors import CheckpointError, UsageError
+from gpt2lite.checkpoint.torch_zip import DescribingUnpickler, describe
+from gpt2lite.checkpoint.writing import replacing
+from gpt2lite.encoding import END_OF_TEXT, Allowed, Tokenizer, as_tokenizer, read_encoding
+from gpt2lite.errors import CheckpointError, GPT2LiteError, UsageError
 
-END_OF_TEXT = "<|endoftext|>"
 # What tiktoken's gpt2 is made of: the name in its cache, the Hub's name of the same bytes, their sha256.
 GPT2_FILES = (
     (
@@ -29,27 +39,26 @@ GPT2_FILES = (
     ),
 )
 GPT2_VOCABULARY = 50257  # rows past it are padding that no text encodes to
-WORDS_AND_SPACES = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+PADDED_TO = (64, 128, 256)  # what programs pad a vocabulary to a multiple of
+
+Files = Mapping[str, Path]
+
+RANKS = "tiktoken"  # beside model.pth: model.tiktoken
+TREE, VOCAB, MERGES, META = "tokenizer.json", "vocab.json", "merges.txt", "meta.pkl"
+ADDED, SETTINGS = "added_tokens.json", ("special_tokens_map.json", "tokenizer_config.json")
+UNREAD = ("vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "bpe_merges.txt")
+GENERATION = "generation_config.json"
+MAX_META_BYTES = 16 << 20
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # of a BPE with byte_fallback
+OTHER_RULES = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
+FLAGS = ("lstrip", "rstrip", "single_word")
+REWRITE = (
+    "With transformers, AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes tokenizer.json"
+)
 
 
-def read_encoding(path: Path) -> tiktoken.Encoding:
-    """The byte-pair encoding in a `.tiktoken` file: a line a token, its bytes in base64 and its rank.
-
-    `<|endoftext|>` takes the id behind the last rank. Raises CheckpointError for a damaged file.
-    """
-    try:
-        lines = [line.split() for line in path.read_bytes().splitlines() if line]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-    except (ValueError, binascii.Error) as error:
-        raise CheckpointError(f"{path}: not a tiktoken file of 'base64 rank' lines ({error})") from None
-    if sorted(ranks.values()) != list(range(len(lines))) or not lines:
-        raise CheckpointError(f"{path}: {len(lines)} lines, whose ranks must be 0, 1, 2 … each once")
-    if any(bytes([byte]) not in ranks for byte in range(256)):
-        raise CheckpointError(f"{path}: lacks some of the 256 single bytes, so not every text can be encoded")
-    special = {END_OF_TEXT: len(ranks)}
-    return tiktoken.Encoding(
-        path.stem, pat_str=WORDS_AND_SPACES, mergeable_ranks=ranks, special_tokens=special
-    )
+# ---- GPT-2's own -------------------------------------------------------------------------------------------
 
 
 def gpt2_encoding() -> tiktoken.Encoding:
@@ -96,19 +105,276 @@ def _seed_cache_from_hub() -> None:
         half.replace(folder / cached_name)
 
 
-def tokenizer_for(checkpoint: Path, vocab_size: int) -> tiktoken.Encoding:
-    """The encoding for a model: `<stem>.tiktoken` beside its checkpoint if there is one, else GPT-2's.
+# ---- tokenizer.json, or vocab.json and merges.txt ----------------------------------------------------------
 
-    Raises UsageError where the model's vocabulary is too small for the encoding.
+
+def _json(files: Files, name: str) -> Any:
+    """What a file says, {} where it is not there."""
+    return json.loads(files[name].read_bytes()) if name in files else {}
+
+
+def _ids(vocab: Any) -> dict[str, int]:
+    """The ids of a vocabulary, which Unigram writes as a list of tokens and scores."""
+    return vocab if isinstance(vocab, dict) else {token: id for id, (token, _) in enumerate(vocab)}
+
+
+def _special_names(settings: Mapping[str, Any]) -> dict[str, str]:
+    """{"eos_token": "<|endoftext|>", …}, and the additional ones by number."""
+    listed = {str(n): token for n, token in enumerate(settings.get("additional_special_tokens") or ())}
+    named = {key: token for key, token in settings.items() if key.endswith("_token")} | listed
+    contents = {key: token["content"] if isinstance(token, dict) else token for key, token in named.items()}
+    return {key: token for key, token in contents.items() if isinstance(token, str)}
+
+
+def _tree(files: Files, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What tokenizer.json says; where there is none, the same of vocab.json and merges.txt."""
+    tree, vocab = _json(files, TREE), _json(files, VOCAB)
+    if tree:
+        known = {row["content"]: row["id"] for row in tree["added_tokens"]} | _ids(tree["model"]["vocab"])
+        if stale := next((token for token, id in vocab.items() if known.get(token) != id), None):
+            ids = f"{vocab[stale]}, in {TREE} beside it {known.get(stale)}"
+            raise CheckpointError(f"{files[VOCAB]}: {stale!r} is {ids}. Remove the file that is stale")
+        return tree
+    if not vocab or MERGES not in files or not all(type(id) is int for id in vocab.values()):
+        raise CheckpointError(
+            f"{next(iter(files.values()))}: cannot be read as a tokenizer from {', '.join(files)}; wanted"
+            f" {TREE}, or {VOCAB} (token to id) with {MERGES}. {REWRITE}"
+        )
+    lines = files[MERGES].read_text(encoding="utf-8").split("\n")
+    merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    added = [{"content": token, "id": id} for token, id in _json(files, ADDED).items()]
+    added += [row | {"id": int(id)} for id, row in settings.get("added_tokens_decoder", {}).items()]
+    before = BYTE_LEVEL | {"add_prefix_space": bool(settings.get("add_prefix_space"))}
+    model = {"type": "BPE", "vocab": vocab, "merges": merges}
+    return {"added_tokens": added, "pre_tokenizer": before, "decoder": BYTE_LEVEL, "model": model}
+
+
+def _has_gpt2_rules(tree: Mapping[str, Any]) -> bool:
+    """Whether vocabulary, merges and special tokens are all that sets this tokenizer apart from GPT-2's."""
+    return (
+        {"use_regex": True, **(tree["pre_tokenizer"] or {}), "trim_offsets": True} == BYTE_LEVEL
+        and (tree["decoder"] or {}).get("type") == "ByteLevel"
+        and tree["model"].get("type", "BPE") == "BPE"
+        and not any([tree.get("normalizer"), *map(tree["model"].get, OTHER_RULES)])
+        and all(row["special"] and not any(map(row.get, FLAGS)) for row in tree["added_tokens"])
+    )
+
+
+def _through_tokenizers(name: str, tree: Mapping[str, Any], end: str) -> Tokenizer:
+    """Any tokenizer.json, computed by the package tokenizers."""
+    try:
+        import tokenizers
+    except ImportError:
+        do = "pip install 'gpt2lite[tokenizers]'"
+        raise CheckpointError(f"{name}: does not follow GPT-2's rules; to read it, {do}") from None
+    peer = tokenizers.Tokenizer.from_str(json.dumps(tree))
+    peer.no_truncation()
+    peer.no_padding()
+    is_byte_level = "ByteLevel" in json.dumps(tree["decoder"])
+
+    def ids_of(text: str, allowed: Allowed) -> list[int]:
+        peer.encode_special_tokens = not allowed
+        ids = list(peer.encode(text, add_special_tokens=False).ids)
+        back = peer.decode(ids, skip_special_tokens=False)
+        is_exact = is_byte_level and not tree.get("normalizer")  # but for spaces
+        if is_exact and "".join(back.split()) != "".join(text.split()):
+            raise UsageError(f"{name}: has no tokens for all of this text; of it remains {back[:99]!r}")
+        return ids
+
+    def bytes_of(id: int) -> bytes:
+        token = peer.id_to_token(id)
+        if token is None:
+            raise KeyError(id)
+        if is_byte_level:
+            return unspelled(token)
+        if BYTE_TOKEN.fullmatch(token):
+            return bytes.fromhex(token[3:5])
+        pair, one = (peer.decode([id] * n, skip_special_tokens=False) for n in (2, 1))
+        return str(pair)[len(one) :].encode()  # inside a text, so with the space before it
+
+    n_vocab = max(peer.get_vocab().values()) + 1
+    return Tokenizer(name, n_vocab, peer.token_to_id(end), ids_of, bytes_of, cuts_at_spaces=False)
+
+
+def _from_hub(files: Files) -> Tokenizer:
+    name = str(files.get(TREE) or next(iter(files.values())))
+    settings = {key: value for file in SETTINGS for key, value in _json(files, file).items()}
+    tree, names = _tree(files, settings), {"eos_token": END_OF_TEXT} | _special_names(settings)
+    said, before = settings.get("add_prefix_space"), tree["pre_tokenizer"] or {}
+    if said is not None and before.get("add_prefix_space", said) != said:
+        raise CheckpointError(f"{name}: {SETTINGS[1]} says add_prefix_space={said}, {TREE} says {not said}")
+    if settings.get("add_bos_token") or (tree.get("post_processor") or {}).get("special_tokens"):
+        warnings.warn(f"{name}: puts special tokens around a text; here, write them yourself", stacklevel=2)
+    vocab, special, end = _ids(tree["model"]["vocab"]), {*names.values()}, names["eos_token"]
+    listed = [{"id": vocab[token], "content": token} for token in special & vocab.keys()]
+    rows = {row["content"]: row for row in (*listed, *tree["added_tokens"])}
+    if settings.get("eos_token") and end not in rows:
+        raise CheckpointError(f"{name}: lacks {end!r}, which {SETTINGS[1]} says ends a text")
+    defaults = dict.fromkeys((*FLAGS, "normalized"), False)
+    added = [defaults | {"special": token in special} | row for token, row in rows.items()]
+    tree["added_tokens"] = sorted(added, key=lambda row: row["id"])
+    if _has_gpt2_rules(tree):
+        pairs = [x.split(" ") if isinstance(x, str) else x for x in tree["model"]["merges"]]
+        ids = {token: row["id"] for token, row in rows.items()}
+        if encoding := as_encoding(name, vocab, [(a, b) for a, b in pairs], ids):
+            return as_tokenizer(encoding, end)
+    return _through_tokenizers(name, tree, end)
+
+
+# ---- every kind --------------------------------------------------------------------------------------------
+
+
+def _from_characters(files: Files) -> Tokenizer:
+    """nanoGPT's meta.pkl: one id per character, and no token that ends a text."""
+    path = files[META]
+    if path.stat().st_size > MAX_META_BYTES:
+        raise CheckpointError(f"{path}: larger than {MAX_META_BYTES >> 20} MiB, so not a table of characters")
+    with open(path, "rb") as file:
+        found: Any = describe(path, DescribingUnpickler(file, encoding="utf-8"))
+    # types first: what a pickle nests can take for ever to compare or to hash
+    if not all(type(id) is int and type(c) is str and len(c) == 1 for id, c in found["itos"].items()):
+        raise CheckpointError(f"{path}: wanted nanoGPT's table of an id and a character each")
+    texts = {id: character.encode() for id, character in found["itos"].items()}
+    ids = {character: id for id, character in found["itos"].items()}
+    if ids != found["stoi"]:
+        raise CheckpointError(f"{path}: its stoi and its itos disagree")
+
+    def ids_of(text: str, allowed: Allowed) -> list[int]:
+        if unknown := next((character for character in text if character not in ids), None):
+            raise UsageError(f"{path}: has no token for {unknown!r}; leave it out of the text")
+        return [ids[character] for character in text]
+
+    return Tokenizer(str(path), max(texts) + 1, None, ids_of, texts.__getitem__)
+
+
+# Each kind of tokenizer: the files that only it has, and what reads them.
+KINDS: tuple[tuple[frozenset[str], Callable[[Files], Tokenizer]], ...] = (
+    (frozenset({RANKS}), lambda files: as_tokenizer(read_encoding(files[RANKS]))),
+    (frozenset({TREE, VOCAB, MERGES, ADDED, *SETTINGS, *UNREAD}), _from_hub),
+    (frozenset({META}), _from_characters),
+)
+NAMES = sorted(frozenset().union(*(names for names, _ in KINDS)))
+
+
+def files_beside(checkpoint: Path) -> dict[str, Path]:
+    """The tokenizer's files by their own names: called after the checkpoint, or else in its folder."""
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.absolute().parent
+    levels = (
+        {name: side_file(checkpoint, f".{name}") for name in NAMES},
+        {name: folder / name for name in NAMES if name != RANKS},
+        {VOCAB: folder / "encoder.json", MERGES: folder / "vocab.bpe"},  # as OpenAI calls them
+    )
+    found = ({name: path for name, path in level.items() if path.is_file()} for level in levels)
+    return next(filter(None, found), {})
+
+
+def _read(files: Files) -> Tokenizer:
+    """Raises CheckpointError for files that are damaged, disagree or are of no kind known here."""
+    first = next(iter(files.values()))
+    (names, read), *others = [(names & files.keys(), read) for names, read in KINDS if names & files.keys()]
+    if others:
+        raise CheckpointError(
+            f"{first.parent}: holds two tokenizers, {' and '.join(sorted(names))}, and "
+            f"{' and '.join(sorted(others[0][0]))}. Remove the one that is not this model's"
+        )
+    try:
+        return read(files)
+    except GPT2LiteError:
+        raise
+    except Exception as error:  # of files that are not what their names say; tokenizers' own are no narrower
+        raise CheckpointError(f"{first}: not a sound tokenizer ({type(error).__name__}: {error})") from None
+
+
+def is_gpt2_size(vocab_size: int) -> bool:
+    """Whether a vocabulary is GPT-2's, as it is or padded."""
+    return vocab_size in {GPT2_VOCABULARY, *(-(-GPT2_VOCABULARY // n) * n for n in PADDED_TO)}
+
+
+def tokenizer_for(checkpoint: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer that lies beside a checkpoint; where none does and the vocabulary is GPT-2's, GPT-2's.
+
+    Reads `<stem>.tiktoken`, `tokenizer.json`, `vocab.json` with `merges.txt`, and nanoGPT's `meta.pkl`. A
+    file that is called after the checkpoint (`model.tokenizer.json`) counts before one in its folder, which
+    belongs to every checkpoint there. What does not follow GPT-2's rules needs the package tokenizers. Rows
+    of the model past the tokenizer's ids are padding: never sampled, and U+FFFD where they are decoded.
+
+    Raises CheckpointError for files that are damaged, disagree or cannot be read here, and for more tokens
+    than the model has rows; UsageError where there is no tokenizer and the vocabulary is not GPT-2's.
     """
-    beside = side_file(checkpoint, ".tiktoken")
-    encoding = read_encoding(beside) if beside.is_file() else None
-    if encoding is None and vocab_size < GPT2_VOCABULARY:
+    files = files_beside(checkpoint)
+    if not files and not is_gpt2_size(vocab_size):
         raise UsageError(
             f"{checkpoint}: a vocabulary of {vocab_size} is not GPT-2's {GPT2_VOCABULARY}, and there is no "
-            f"{beside.name} beside it. Put its tokenizer there, or call gpt2lite.generate with token ids."
+            f"{side_file(checkpoint, f'.{RANKS}').name} beside it. Put its tokenizer there, that or {TREE}, "
+            f"{VOCAB} with {MERGES}, or nanoGPT's {META}, or call gpt2lite.generate with token ids."
         )
-    encoding = encoding or gpt2_encoding()
-    if encoding.n_vocab > vocab_size:
-        raise UsageError(f"{beside}: {encoding.n_vocab} tokens for a model with a vocabulary of {vocab_size}")
-    return encoding
+    found = _read(files) if files else as_tokenizer(gpt2_encoding())
+    if found.n_vocab > vocab_size:
+        where = next(iter(files.values()), checkpoint)
+        raise CheckpointError(
+            f"{where}: {found.n_vocab} tokens for a model with a vocabulary of {vocab_size}"
+        )
+    return found
+
+
+# ---- writing -----------------------------------------------------------------------------------------------
+
+
+def _as_json(fields: Mapping[str, Any]) -> bytes:
+    return (json.dumps(fields, ensure_ascii=False) + "\n").encode()
+
+
+def _hub_lists(encoding: tiktoken.Encoding) -> dict[str, bytes]:
+    """vocab.json, merges.txt and settings, as GPT2Tokenizer.save_pretrained writes them."""
+    vocab, merges = as_lists(encoding)
+    names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    rules = {"add_prefix_space": False, "clean_up_tokenization_spaces": False}
+    return {
+        VOCAB: _as_json(vocab | {END_OF_TEXT: encoding.eot_token}),
+        MERGES: "\n".join(["#version: 0.2", *map(" ".join, merges), ""]).encode(),
+        SETTINGS[0]: _as_json(names),
+        SETTINGS[1]: _as_json({"tokenizer_class": "GPT2Tokenizer", **names, **rules}),
+    }
+
+
+def tokenizer_files(checkpoint: Path, *, in_folder: bool = False) -> dict[str, bytes]:
+    """The files of the tokenizer beside a checkpoint, {} where there is none: a few MB.
+
+    In a folder, a .tiktoken file becomes vocab.json and merges.txt, which give the same ids for every text.
+    """
+    files = files_beside(checkpoint)
+    if RANKS in files and in_folder:
+        return _hub_lists(read_encoding(files[RANKS]))
+    return {name: path.read_bytes() for name, path in files.items()}
+
+
+def write_beside(checkpoint: Path, files: Mapping[str, bytes]) -> None:
+    """Write a tokenizer's files, called after a checkpoint; nothing stays of an older tokenizer there."""
+    for name in NAMES if files else ():
+        path = side_file(checkpoint, f".{name}")
+        if name not in files:
+            path.unlink(missing_ok=True)
+            continue
+        with replacing(path) as temporary:
+            temporary.write_bytes(files[name])
+
+
+def hub_files(checkpoint: Path, vocab_size: int) -> dict[str, bytes]:
+    """What transformers needs beside weights and config.json to make text: tokenizer, generation_config.json.
+
+    {} where the checkpoint has no tokenizer, with a warning where it should have one. As `tokenizer_files`;
+    for GPT-2's vocabulary without any file, GPT-2's own.
+    """
+    if not files_beside(checkpoint) and not is_gpt2_size(vocab_size):
+        return {}
+    try:
+        end = tokenizer_for(checkpoint, vocab_size).eot_token
+        files = tokenizer_files(checkpoint, in_folder=True) or _hub_lists(gpt2_encoding())
+    except CheckpointError as error:
+        warnings.warn(f"no tokenizer is written: {error}", stacklevel=2)
+        return {}
+    if META in files:
+        warnings.warn(f"{META} is copied; gpt2lite reads it, transformers does not", stacklevel=2)
+    said = (checkpoint if checkpoint.is_dir() else checkpoint.absolute().parent) / GENERATION
+    ids = {"_from_model_config": True, "bos_token_id": end, "eos_token_id": end}
+    return files | {GENERATION: said.read_bytes() if said.is_file() else _as_json(ids)}

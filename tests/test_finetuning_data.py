@@ -15,6 +15,7 @@ from test_cli import has_gpt2_encoding
 from gpt2lite import CheckpointError, UsageError
 from gpt2lite.cli import tokenize
 from gpt2lite.cli.terminal import EMBEDDED
+from gpt2lite.encoding import END_OF_TEXT, WORDS_AND_SPACES, Encoding
 from gpt2lite.finetuning import data
 from gpt2lite.finetuning.data import (
     IGNORED,
@@ -33,7 +34,7 @@ from gpt2lite.finetuning.examples import (
     read_records,
     split,
 )
-from gpt2lite.tokenizer import END_OF_TEXT, gpt2_encoding, tokenizer_for
+from gpt2lite.tokenizer import gpt2_encoding, tokenizer_for
 
 # What GPT-2's pattern treats apart, or Python and Rust might: among them NBSP, U+001C, which only Python
 # takes for a space, a combining accent, and a zero-width joiner.
@@ -42,7 +43,7 @@ ATOMS += [".", "1", "²", "é", "e\u0301", "\u200d", "中", "。", "👩", END_O
 
 
 @pytest.fixture(scope="module")
-def encoding() -> tiktoken.Encoding:
+def encoding() -> Encoding:
     return tokenizer_for(EMBEDDED, 1024)
 
 
@@ -51,7 +52,7 @@ def awkward(seed: int) -> str:
     return "".join(rng.choice(ATOMS) for _ in range(rng.randrange(1, 120)))
 
 
-def tokenized(text: str, folder: Path, encoding: tiktoken.Encoding) -> list[int]:
+def tokenized(text: str, folder: Path, encoding: Encoding) -> list[int]:
     source, tokens = folder / "text.txt", folder / "text.bin"
     source.write_bytes(text.encode())
     count = tokenize_file(source, tokens, encoding)
@@ -60,7 +61,7 @@ def tokenized(text: str, folder: Path, encoding: tiktoken.Encoding) -> list[int]
     return found.tolist()
 
 
-def whole(text: str, encoding: tiktoken.Encoding) -> list[int]:
+def whole(text: str, encoding: Encoding) -> list[int]:
     return encoding.encode(text, allowed_special={END_OF_TEXT})
 
 
@@ -69,7 +70,7 @@ def whole(text: str, encoding: tiktoken.Encoding) -> list[int]:
 
 @pytest.mark.parametrize("piece", [1, 7, 30])
 def test_a_text_in_pieces_has_the_ids_of_the_whole(
-    piece: int, encoding: tiktoken.Encoding, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    piece: int, encoding: Encoding, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(data, "PIECE", piece)
     for seed in range(150):
@@ -90,15 +91,13 @@ def test_so_it_has_with_the_pattern_of_gpt2_itself(tmp_path: Path, monkeypatch: 
     ["one word after another " * 30_000, "nospace" * 100_000, " " * 300_000, "\n" * 300_000 + "end"],
     ids=["no line end", "no space", "only spaces", "line ends first"],
 )
-def test_a_long_text_without_lines_has_the_ids_of_the_whole(
-    text: str, encoding: tiktoken.Encoding, tmp_path: Path
-):
+def test_a_long_text_without_lines_has_the_ids_of_the_whole(text: str, encoding: Encoding, tmp_path: Path):
     assert len(text) > data.PIECE
     assert tokenized(text, tmp_path, encoding) == whole(text, encoding)
 
 
 def test_pieces_are_no_longer_than_they_need_to_be(
-    encoding: tiktoken.Encoding, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    encoding: Encoding, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(data, "PIECE", 100)
     with open(tmp_path / "text.txt", "w+", encoding="utf-8") as file:
@@ -107,13 +106,11 @@ def test_pieces_are_no_longer_than_they_need_to_be(
         assert max(map(len, data._pieces(file))) < 120
 
 
-def test_line_ends_are_read_as_everywhere(encoding: tiktoken.Encoding, tmp_path: Path):
+def test_line_ends_are_read_as_everywhere(encoding: Encoding, tmp_path: Path):
     assert tokenized("a\r\nb\rc\n", tmp_path, encoding) == whole("a\nb\nc\n", encoding)
 
 
-def test_the_file_is_little_endian_uint16_and_progress_ends_with_all(
-    encoding: tiktoken.Encoding, tmp_path: Path
-):
+def test_the_file_is_little_endian_uint16_and_progress_ends_with_all(encoding: Encoding, tmp_path: Path):
     source, tokens, seen = tmp_path / "text.txt", tmp_path / "text.bin", []
     source.write_text("Once there was a fox.\n" * 20_000 + "é")
     count = tokenize_file(source, tokens, encoding, lambda *now: seen.append(now))
@@ -136,7 +133,7 @@ def test_the_file_is_little_endian_uint16_and_progress_ends_with_all(
     ids=["empty", "wrong far behind", "ends within a character"],
 )
 def test_a_text_that_cannot_be_read_leaves_what_was_there(
-    content: bytes, message: str, encoding: tiktoken.Encoding, tmp_path: Path
+    content: bytes, message: str, encoding: Encoding, tmp_path: Path
 ):
     source, tokens = tmp_path / "text.txt", tmp_path / "text.bin"
     source.write_bytes(content)
@@ -147,7 +144,7 @@ def test_a_text_that_cannot_be_read_leaves_what_was_there(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["text.bin", "text.txt"]
 
 
-def test_a_text_is_never_written_over(encoding: tiktoken.Encoding, tmp_path: Path):
+def test_a_text_is_never_written_over(encoding: Encoding, tmp_path: Path):
     source = tmp_path / "text.txt"
     source.write_text("dear to somebody")
     with pytest.raises(UsageError, match="is the text itself"):
@@ -155,18 +152,16 @@ def test_a_text_is_never_written_over(encoding: tiktoken.Encoding, tmp_path: Pat
     assert source.read_text() == "dear to somebody"
 
 
-def test_a_vocabulary_beyond_uint16_is_refused(encoding: tiktoken.Encoding, tmp_path: Path):
+def test_a_vocabulary_beyond_uint16_is_refused(tmp_path: Path):
+    ranks = {bytes([byte]): byte for byte in range(256)}
     large = tiktoken.Encoding(
-        "large",
-        pat_str=encoding._pat_str,
-        mergeable_ranks=encoding._mergeable_ranks,
-        special_tokens={END_OF_TEXT: 2**16},
+        "large", pat_str=WORDS_AND_SPACES, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 2**16}
     )
     with pytest.raises(UsageError, match="large: 65537 tokens; a token file can number 65536"):
         tokenize_file(tmp_path / "text.txt", tmp_path / "text.bin", large)
 
 
-def test_open_tokens_gives_back_what_was_written(encoding: tiktoken.Encoding, tmp_path: Path):
+def test_open_tokens_gives_back_what_was_written(encoding: Encoding, tmp_path: Path):
     ids = tokenized("Once there was a fox. " * 100, tmp_path, encoding)
     tokens = open_tokens(tmp_path / "text.bin", encoding.n_vocab)
     assert tokens.dtype == torch.uint16
@@ -207,7 +202,7 @@ def tokenize_command(*words: object) -> int:
 
 
 def test_the_command_writes_the_ids_of_the_models_tokenizer(
-    encoding: tiktoken.Encoding, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    encoding: Encoding, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     source, tokens = tmp_path / "text.txt", tmp_path / "text.bin"
     source.write_text("Once there was a fox.")
@@ -411,7 +406,7 @@ def test_the_prompt_is_the_books_byte_for_byte():
     )
 
 
-def test_the_loss_is_taken_on_the_response_and_the_end_alone(encoding: tiktoken.Encoding):
+def test_the_loss_is_taken_on_the_response_and_the_end_alone(encoding: Encoding):
     [example] = instruction_examples([ASKED], encoding, 512)
     learned = [target for target in example.targets if target != IGNORED]
     assert encoding.decode(example.ids) == PROMPT + "Red."
@@ -422,7 +417,7 @@ def test_the_loss_is_taken_on_the_response_and_the_end_alone(encoding: tiktoken.
     assert example.targets == [IGNORED] * begin + example.ids[begin + 1 :] + [encoding.eot_token]
 
 
-def test_a_long_response_is_cut_and_a_long_prompt_left_out(encoding: tiktoken.Encoding):
+def test_a_long_response_is_cut_and_a_long_prompt_left_out(encoding: Encoding):
     long = ASKED | {"output": "Red and blue. " * 100}
     [example] = instruction_examples([long], encoding, 512)
     room = len(encoding.encode_ordinary(PROMPT)) + 1
@@ -431,13 +426,13 @@ def test_a_long_response_is_cut_and_a_long_prompt_left_out(encoding: tiktoken.En
     assert sum(target != IGNORED for target in cut.targets) == 2
 
 
-def test_prompts_that_leave_no_room_at_all_are_refused(encoding: tiktoken.Encoding):
+def test_prompts_that_leave_no_room_at_all_are_refused(encoding: Encoding):
     room = len(encoding.encode_ordinary(PROMPT))
     with pytest.raises(UsageError, match=f"all 2 prompts are too long, {room} tokens or more"):
         instruction_examples([ASKED, ASKED], encoding, room)
 
 
-def test_a_special_token_in_a_record_is_plain_text(encoding: tiktoken.Encoding):
+def test_a_special_token_in_a_record_is_plain_text(encoding: Encoding):
     [example] = instruction_examples([ASKED | {"output": END_OF_TEXT}], encoding, 512)
     assert encoding.eot_token not in example.ids
     assert example.targets.count(encoding.eot_token) == 1
@@ -451,7 +446,7 @@ def labelled(*labels: str) -> list[dict[str, str]]:
     return [{"text": f"Text number {number}", "label": label} for number, label in enumerate(labels)]
 
 
-def test_the_class_is_the_target_of_the_last_token(encoding: tiktoken.Encoding):
+def test_the_class_is_the_target_of_the_last_token(encoding: Encoding):
     examples, labels = classifier_examples(labelled("spam", "ham", "spam"), encoding, 512, None)
     assert labels == ["ham", "spam"]
     assert [example.targets[-1] for example in examples] == [1, 0, 1]
@@ -460,7 +455,7 @@ def test_the_class_is_the_target_of_the_last_token(encoding: tiktoken.Encoding):
         assert targets[:-1] == [IGNORED] * (len(ids) - 1)
 
 
-def test_a_long_text_keeps_its_beginning_and_an_empty_one_is_the_end_of_text(encoding: tiktoken.Encoding):
+def test_a_long_text_keeps_its_beginning_and_an_empty_one_is_the_end_of_text(encoding: Encoding):
     records = [{"text": "Once there was a fox", "label": "a"}, {"text": "", "label": "b"}]
     examples, _ = classifier_examples(records, encoding, 3, None)
     assert examples[0] == Example(encoding.encode("Once there was a fox")[:3], [IGNORED, IGNORED, 0])
@@ -475,11 +470,11 @@ def test_a_long_text_keeps_its_beginning_and_an_empty_one_is_the_end_of_text(enc
         (("1.0", "1", "0"), ["0", "1", "1.0"]),
     ],
 )
-def test_labels_are_in_their_order(found: tuple[str, ...], wanted: list[str], encoding: tiktoken.Encoding):
+def test_labels_are_in_their_order(found: tuple[str, ...], wanted: list[str], encoding: Encoding):
     assert classifier_examples(labelled(*found), encoding, 64, None)[1] == wanted
 
 
-def test_given_labels_keep_their_order(encoding: tiktoken.Encoding):
+def test_given_labels_keep_their_order(encoding: Encoding):
     examples, labels = classifier_examples(labelled("ham", "spam"), encoding, 64, ["spam", "ham", "other"])
     assert labels == ["spam", "ham", "other"]
     assert [example.targets[-1] for example in examples] == [1, 0]
@@ -493,11 +488,11 @@ def test_given_labels_keep_their_order(encoding: tiktoken.Encoding):
         ([], "needs at least two labels, found none"),
     ],
 )
-def test_labels_that_cannot_be_are_refused(labels: list[str], message: str, encoding: tiktoken.Encoding):
+def test_labels_that_cannot_be_are_refused(labels: list[str], message: str, encoding: Encoding):
     with pytest.raises(UsageError, match=message):
         classifier_examples(labelled("spam", "ham"), encoding, 64, labels)
 
 
-def test_one_class_is_none(encoding: tiktoken.Encoding):
+def test_one_class_is_none(encoding: Encoding):
     with pytest.raises(UsageError, match="needs at least two labels, found spam"):
         classifier_examples(labelled("spam", "spam"), encoding, 64, None)

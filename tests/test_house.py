@@ -15,8 +15,9 @@ PACKAGE = Path(gpt2lite.__file__).parent
 # may import each other.
 FLOORS = [
     {"errors", "_version", "_torch", "sampler", "collector"},
-    {"config", "checkpoint", "memory", "hub", "quantization"},
-    {"dialects", "tokenizer", "tracking"},
+    {"config", "checkpoint", "memory", "hub", "quantization", "encoding"},
+    {"dialects", "byte_pairs", "tracking"},
+    {"tokenizer"},
     {"loading"},
     {"opening"},
     {"generation"},

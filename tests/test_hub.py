@@ -245,8 +245,14 @@ def test_a_model_by_its_name_gives_transformers_logits(tiny: str, peer: SimpleNa
 def test_only_config_and_one_set_of_weights_are_fetched(tiny: str, hub: Hub):
     hub.repos[tiny]["main"] |= {"pytorch_model.bin": b"the same once more"}
     folder = fetch(tiny)
-    assert hub.fetched() == {"config.json", "model.safetensors"}
+    assert hub.fetched() == {"config.json", "generation_config.json", "model.safetensors"}
     assert {path.name for path in folder.iterdir()} == hub.fetched()
+
+
+def test_the_tokenizer_is_fetched_where_there_is_one(tiny: str, hub: Hub):
+    names = {"tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json"}
+    hub.repos[tiny]["main"] |= dict.fromkeys(names, b"{}")
+    assert {path.name for path in fetch(tiny).iterdir()} >= names
 
 
 def test_a_second_time_nothing_is_fetched(tiny: str, hub: Hub):
@@ -260,8 +266,8 @@ def test_shards_are_fetched_with_their_index(hub: Hub, client: Path, peer: Simpl
     stray = {"model-00001-of-00099.safetensors": b"of an older set"}
     hub.repos["owner/sharded"] = {"main": peer.sharded | NO_USE | stray}
     folder = fetch("owner/sharded")
-    wanted = {name for name in peer.sharded if "model" in name} | {"config.json"}
-    assert len(wanted) > 3
+    wanted = {name for name in peer.sharded if "model" in name} | {"config.json", "generation_config.json"}
+    assert len(wanted) > 4
     assert {path.name for path in folder.iterdir()} == wanted
 
 

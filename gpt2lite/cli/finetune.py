@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from gpt2lite.checkpoint import side_file
 from gpt2lite.cli.plot import plot_losses
 from gpt2lite.cli.terminal import (
     EMBEDDED,
@@ -36,7 +34,7 @@ from gpt2lite.finetuning.tasks import classifier_task, instruction_task, open_te
 from gpt2lite.loading import STRATEGIES
 from gpt2lite.memory import human, resolve_device
 from gpt2lite.model import GPTModel
-from gpt2lite.tokenizer import tokenizer_for
+from gpt2lite.tokenizer import tokenizer_files, tokenizer_for, write_beside
 
 DATA = {
     "text": "UTF-8 text, or a token file (.bin) that `gpt2lite tokenize` wrote",
@@ -133,8 +131,7 @@ def run(args: argparse.Namespace) -> int:
             model_path = finetune(
                 model, task, args.out, recipe, rhythm=rhythm, resume=args.resume, report=report
             )
-    if side_file(path, ".tiktoken").is_file():
-        shutil.copyfile(side_file(path, ".tiktoken"), side_file(model_path, ".tiktoken"))
+    write_beside(model_path, tokenizer_files(path))
     if task.labels:
         (args.out / "labels.json").write_text(json.dumps(task.labels) + "\n")
     try:

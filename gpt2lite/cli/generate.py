@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import tiktoken
 import torch
 
 from gpt2lite.cli.loading import add_load_arguments, load_to_read
 from gpt2lite.cli.terminal import EMBEDDED, add_quantize_argument, local_path, read_text, steps_bar
+from gpt2lite.encoding import Encoding, end_of_text
 from gpt2lite.errors import UsageError
 from gpt2lite.generation import ENGINES, require_language_head
 from gpt2lite.generation.text import stream_text
@@ -93,8 +93,8 @@ def _prompts(args: argparse.Namespace, default: str) -> list[str]:
     return [prompt for prompt in prompts for _ in range(args.num_samples)]
 
 
-def _ids(prompt: str, encoding: tiktoken.Encoding) -> list[int]:
-    return encoding.encode_ordinary(prompt) or [encoding.eot_token]
+def _ids(prompt: str, encoding: Encoding) -> list[int]:
+    return encoding.encode(prompt, allowed_special="all") or [end_of_text(encoding)]
 
 
 def _room(ids: Sequence[Sequence[int]], context: int, args: argparse.Namespace) -> int:
@@ -122,9 +122,7 @@ def _said_if_slow() -> Iterator[threading.Timer]:
         timer.cancel()
 
 
-def _write_one(
-    prompt: str, tokens: Iterator[torch.Tensor], encoding: tiktoken.Encoding, stops: list[str]
-) -> int:
+def _write_one(prompt: str, tokens: Iterator[torch.Tensor], encoding: Encoding, stops: list[str]) -> int:
     """Print a text as it comes; returns the number of its tokens."""
     count = 0
     with _said_if_slow() as slow:
@@ -150,7 +148,7 @@ def _write_all(
     ids: list[list[int]],
     room: int,
     seed: int | None,
-    encoding: tiktoken.Encoding,
+    encoding: Encoding,
     stops: list[str],
     options: dict[str, Any],
 ) -> int:
@@ -180,7 +178,7 @@ def run(args: argparse.Namespace) -> int:
     options: dict[str, Any] = {
         **{name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p")},
         **{name: getattr(args, name) for name in ("repetition_penalty", "window", "engine")},
-        "stop": [encoding.eot_token, *args.stop],
+        "stop": [*([] if encoding.eot_token is None else [encoding.eot_token]), *args.stop],
         "encoding": encoding,
     }
     began, count = time.perf_counter(), 0

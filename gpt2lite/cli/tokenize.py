@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import tiktoken
-
 from gpt2lite.cli.terminal import add_revision_argument, bytes_bar, local_path
+from gpt2lite.encoding import Encoding
 from gpt2lite.finetuning.data import tokenize_file
 from gpt2lite.model import open_model
 from gpt2lite.tokenizer import gpt2_encoding, tokenizer_for
@@ -27,14 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_revision_argument(parser)
 
 
-def _encoding_of(model: Path) -> tiktoken.Encoding:
+def _encoding_of(model: Path) -> Encoding:
     """A model's, from its headers alone."""
     return tokenizer_for(model, open_model(model).sizes.vocab_size)
 
 
 def run(args: argparse.Namespace) -> int:
     """Tokenize, and say how much it was."""
-    encoding = _encoding_of(local_path(args.model, args.revision)) if args.model else gpt2_encoding()
+    model = local_path(args.model, args.revision) if args.model else None
+    encoding: Encoding = _encoding_of(model) if model else gpt2_encoding()
     with bytes_bar(f"tokenizing {args.text.name}") as progress:
         count = tokenize_file(args.text, args.tokens, encoding, progress)
     print(f"{count} tokens to {args.tokens}")

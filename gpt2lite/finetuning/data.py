@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-import tiktoken
 import torch
 from torch import Tensor
 
 from gpt2lite.checkpoint.writing import Progress, replacing
+from gpt2lite.encoding import END_OF_TEXT, Encoding
 from gpt2lite.errors import CheckpointError, UsageError
-from gpt2lite.tokenizer import END_OF_TEXT
 
 IGNORED = -100  # a target that is none; F.cross_entropy's own ignore_index
 PIECE = 2**18  # characters of a text in memory at a time
@@ -54,14 +53,13 @@ def _pieces(text: TextIO) -> Iterator[str]:
     yield rest
 
 
-def tokenize_file(
-    text: Path, tokens: Path, encoding: tiktoken.Encoding, progress: Progress | None = None
-) -> int:
+def tokenize_file(text: Path, tokens: Path, encoding: Encoding, progress: Progress | None = None) -> int:
     """Write a UTF-8 text's ids as nanoGPT's train.bin, uint16 and no header; returns how many there are.
 
     The ids are those of the whole text, line ends read as \\n and <|endoftext|> as the special token. Holds
-    PIECE characters and their ids, a few MB, or the longest stretch without a space or a line end. The
-    file appears whole or not at all. `progress` is called with (bytes read, bytes in all).
+    PIECE characters and their ids, a few MB, or the longest stretch without a space or a line end; the whole
+    text for a tokenizer that looks past spaces. The file appears whole or not at all. `progress` is called
+    with (bytes read, bytes in all).
     Raises UsageError for a text that is empty or not UTF-8, and a vocabulary that uint16 cannot number.
     """
     if encoding.n_vocab > MOST_IDS:
@@ -78,7 +76,8 @@ def tokenize_file(
         open(half, "wb") as written,
     ):
         try:
-            for piece in _pieces(decoded):
+            whole = not getattr(encoding, "cuts_at_spaces", True)
+            for piece in [decoded.read()] if whole else _pieces(decoded):
                 written.write(array("H", encoding.encode(piece, allowed_special={END_OF_TEXT})))
                 if progress:
                     progress(source.tell(), nbytes)

@@ -9,8 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tiktoken
-
+from gpt2lite.encoding import Encoding, end_of_text
 from gpt2lite.errors import UsageError
 from gpt2lite.finetuning.data import IGNORED, Example, shuffled
 
@@ -103,9 +102,7 @@ def format_prompt(record: Record) -> str:
     return f"{PREAMBLE}\n\n### Instruction:\n{record['instruction']}{given}\n\n### Response:\n"
 
 
-def instruction_examples(
-    records: Sequence[Record], encoding: tiktoken.Encoding, seq_len: int
-) -> list[Example]:
+def instruction_examples(records: Sequence[Record], encoding: Encoding, seq_len: int) -> list[Example]:
     """Prompt, output and <|endoftext|>, the targets one ahead; loss on the output and the end alone.
 
     Longer ones are cut to seq_len; those whose prompt leaves no room are left out. Special tokens in a
@@ -114,7 +111,7 @@ def instruction_examples(
     examples = []
     for record in records:
         prompt = encoding.encode_ordinary(format_prompt(record))
-        response = [*encoding.encode_ordinary(record["output"]), encoding.eot_token]
+        response = [*encoding.encode_ordinary(record["output"]), end_of_text(encoding)]
         if len(prompt) < seq_len:
             targets = [IGNORED] * (len(prompt) - 1) + response
             examples.append(Example((prompt + response)[:-1][:seq_len], targets[:seq_len]))
@@ -134,7 +131,7 @@ def _inshuffled(labels: set[str]) -> list[str]:
 
 
 def classifier_examples(
-    records: Sequence[Record], encoding: tiktoken.Encoding, seq_len: int, labels: Sequence[str] | None = None
+    records: Sequence[Record], encoding: Encoding, seq_len: int, labels: Sequence[str] | None = None
 ) -> tuple[list[Example], list[str]]:
     """(the first seq_len tokens of each text, its class the target of the last; the classes' labels).
 
@@ -148,7 +145,7 @@ def classifier_examples(
     for number, record in enumerate(records, 1):
         if record["label"] not in classes:
             raise UsageError(f"entry {number}: the label {record['label']!r} is not of {', '.join(names)}")
-        ids = encoding.encode_ordinary(record["text"])[:seq_len] or [encoding.eot_token]
+        ids = encoding.encode_ordinary(record["text"])[:seq_len] or [end_of_text(encoding)]
         examples.append(Example(ids, [IGNORED] * (len(ids) - 1) + [classes[record["label"]]]))
     return examples, names
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import tiktoken
 from torch import Tensor
 
 from gpt2lite.config import GPTConfig
+from gpt2lite.encoding import Encoding, end_of_text
 from gpt2lite.errors import UsageError
 from gpt2lite.finetuning.data import (
     example_batches,
@@ -40,15 +40,16 @@ def _seq_len(config: GPTConfig, recipe: Recipe) -> int:
     return wanted
 
 
-def _written(model: Any, prompt: list[int], encoding: tiktoken.Encoding, **options: Any) -> str:
+def _written(model: Any, prompt: list[int], encoding: Encoding, **options: Any) -> str:
     """What the model writes after a prompt, until it ends the text."""
     prompt = prompt[-(model.config.context_length - 1) :]
     room = min(SAMPLE_TOKENS, model.config.context_length - len(prompt))
-    ids = model.generate([prompt], room, stop=[encoding.eot_token], encoding=encoding, **options)[0]
-    return encoding.decode([id for id in ids[len(prompt) :].tolist() if id != encoding.eot_token])
+    stop = [] if encoding.eot_token is None else [encoding.eot_token]
+    ids = model.generate([prompt], room, stop=stop, encoding=encoding, **options)[0]
+    return encoding.decode([id for id in ids[len(prompt) :].tolist() if id not in stop])
 
 
-def text_task(tokens: Tensor, encoding: tiktoken.Encoding, config: GPTConfig, recipe: Recipe) -> Task:
+def text_task(tokens: Tensor, encoding: Encoding, config: GPTConfig, recipe: Recipe) -> Task:
     """Go on with a text, ids (N,), which may be a mapped file's: its last tenth is for validation.
 
     Raises UsageError for one that is too short for a window in each part.
@@ -56,14 +57,15 @@ def text_task(tokens: Tensor, encoding: tiktoken.Encoding, config: GPTConfig, re
     seq_len = _seq_len(config, recipe)
     held = max(int(len(tokens) * HELD_OUT), seq_len + 1)
     training = tokens[: max(len(tokens) - held, 0)]
+    first = int(tokens[0]) if encoding.eot_token is None else encoding.eot_token
     return Task(
         text_batches(training, seq_len, recipe.batch_size, recipe.seed),
         text_windows(tokens[len(training) :], seq_len, recipe.batch_size, MOST_WINDOWS),
-        sample=lambda model: _written(model, [encoding.eot_token], encoding, temperature=0.8, seed=0),
+        sample=lambda model: _written(model, [first], encoding, temperature=0.8, seed=0),
     )
 
 
-def instruction_task(path: Path, encoding: tiktoken.Encoding, config: GPTConfig, recipe: Recipe) -> Task:
+def instruction_task(path: Path, encoding: Encoding, config: GPTConfig, recipe: Recipe) -> Task:
     """Answer: records with instruction, output and perhaps input (.json, .jsonl, .csv), in Alpaca's words.
 
     The loss is of the response alone. A tenth is for validation. Raises UsageError for bad records.
@@ -76,14 +78,16 @@ def instruction_task(path: Path, encoding: tiktoken.Encoding, config: GPTConfig,
             instruction_examples(training, encoding, seq_len),
             recipe.batch_size,
             recipe.seed,
-            encoding.eot_token,
+            end_of_text(encoding),
         ),
-        example_windows(instruction_examples(held, encoding, seq_len), recipe.batch_size, encoding.eot_token),
+        example_windows(
+            instruction_examples(held, encoding, seq_len), recipe.batch_size, end_of_text(encoding)
+        ),
         sample=lambda model: f"{held[0]['instruction']} → {_written(model, prompt, encoding)}",
     )
 
 
-def classifier_task(path: Path, encoding: tiktoken.Encoding, config: GPTConfig, recipe: Recipe) -> Task:
+def classifier_task(path: Path, encoding: Encoding, config: GPTConfig, recipe: Recipe) -> Task:
     """Say what a text is: records with text and label (.json, .jsonl, .csv); the loss of the last token.
 
     A tenth is for validation. Raises UsageError for bad records, or fewer than two labels.
@@ -92,13 +96,13 @@ def classifier_task(path: Path, encoding: tiktoken.Encoding, config: GPTConfig, 
     examples, labels = classifier_examples(read_records(path, ("text", "label")), encoding, seq_len)
     training, held = split(examples, HELD_OUT, recipe.seed)
     return Task(
-        example_batches(training, recipe.batch_size, recipe.seed, encoding.eot_token),
-        example_windows(held, recipe.batch_size, encoding.eot_token),
+        example_batches(training, recipe.batch_size, recipe.seed, end_of_text(encoding)),
+        example_windows(held, recipe.batch_size, end_of_text(encoding)),
         labels=tuple(labels),
     )
 
 
-def open_text(path: Path, tokens: Path, encoding: tiktoken.Encoding, vocab_size: int) -> Tensor:
+def open_text(path: Path, tokens: Path, encoding: Encoding, vocab_size: int) -> Tensor:
     """The ids of a token file (.bin), mapped, or of a text, tokenised to `tokens` and mapped there."""
     if path.suffix == ".bin":
         return open_tokens(path, vocab_size)

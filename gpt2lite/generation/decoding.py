@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, overload
 
-import tiktoken
 import torch
 from torch import Tensor
 
 from gpt2lite.config import GPTConfig
+from gpt2lite.encoding import Encoding
 from gpt2lite.errors import UsageError
 from gpt2lite.generation.cache import KVCache, require_room
 from gpt2lite.generation.engines import choose_engine, make_step
@@ -52,7 +52,7 @@ def _decode(
     max_new_tokens: int,
     sampling: Sampling,
     stop: Collection[int | str],
-    encoding: tiktoken.Encoding | None,
+    encoding: Encoding | None,
     seed: int | None,
     window: int | None,
     engine: str,
@@ -110,7 +110,7 @@ def generate_tokens(
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
     stop: Collection[int | str] = (),
-    encoding: tiktoken.Encoding | None = None,
+    encoding: Encoding | None = None,
     seed: int | None = None,
     window: int | None = None,
     engine: str = "auto",
@@ -144,7 +144,7 @@ def generate(  # type: ignore[misc]  # the overloads leave the options to it
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
     stop: Collection[int | str] = (),
-    encoding: tiktoken.Encoding | None = None,
+    encoding: Encoding | None = None,
     seed: int | None = None,
     window: int | None = None,
     engine: str = "auto",

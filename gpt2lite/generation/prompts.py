@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-import tiktoken
 import torch
 from torch import Tensor
 
 from gpt2lite.config import GPTConfig
+from gpt2lite.encoding import Encoding
 from gpt2lite.errors import UsageError
 
 INTEGERS = (torch.int64, torch.int32)
@@ -77,7 +77,7 @@ def as_batch(
     return Batch(padded.to(device), pads.to(device) if bool(pads.any()) else None, is_ragged)
 
 
-def usable_vocabulary(config: GPTConfig, encoding: tiktoken.Encoding | None) -> int:
+def usable_vocabulary(config: GPTConfig, encoding: Encoding | None) -> int:
     """How many ids can be sampled: the encoding's, else GPT-2's where rows only fill up a multiple of 64."""
     if encoding is not None:
         return min(encoding.n_vocab, config.vocab_size)
@@ -91,7 +91,7 @@ class Stops:
     def __init__(
         self,
         stop: Collection[int | str],
-        encoding: tiktoken.Encoding | None,
+        encoding: Encoding | None,
         batch: int,
         vocab_size: int,
         device: torch.device,
@@ -106,7 +106,8 @@ class Stops:
         self.strings, self.encoding = strings, encoding
         self.ids = torch.tensor(ids, dtype=torch.int64, device=device)
         self.running = torch.ones(batch, dtype=torch.bool, device=device)
-        end = encoding.eot_token if encoding and encoding.eot_token < vocab_size else 0
+        end = encoding.eot_token if encoding else None
+        end = end if end is not None and end < vocab_size else 0
         self.fill = torch.full((batch, 1), end, device=device)
         self.tails = [b""] * batch
 

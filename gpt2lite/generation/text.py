@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable, Iterator, Sequence
 
-import tiktoken
+from gpt2lite.encoding import Encoding
 
 
 def _held_back(text: str, stops: Sequence[str]) -> int:
@@ -14,9 +14,7 @@ def _held_back(text: str, stops: Sequence[str]) -> int:
     return next((n for n in lengths if n <= len(text) and any(s.startswith(text[-n:]) for s in stops)), 0)
 
 
-def stream_text(
-    tokens: Iterable[int], encoding: tiktoken.Encoding, stops: Sequence[str] = ()
-) -> Iterator[str]:
+def stream_text(tokens: Iterable[int], encoding: Encoding, stops: Sequence[str] = ()) -> Iterator[str]:
     """Pieces of text, the last before the end-of-text token or a stop string.
 
     A piece holds whole characters and nothing that may turn out to begin a stop string.
