@@ -15,7 +15,7 @@ PACKAGE = Path(gpt2lite.__file__).parent
 # may import each other.
 FLOORS = [
     {"errors", "_version", "_torch", "sampler", "collector"},
-    {"config", "checkpoint", "memory", "hub", "quantization"},
+    {"config", "checkpoint", "memory", "hub", "quantization", "reading_text"},
     {"dialects", "tokenizer", "tracking"},
     {"loading"},
     {"generation"},

@@ -9,12 +9,18 @@ once.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+import torch
 from numba import njit, prange, types
 from numba.extending import overload
+
+if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
+    raise RuntimeError("NUMBA_DISABLE_JIT is set")
 
 EPSILON = np.float32(1e-5)
 GELU_SLOPE, GELU_CUBE = np.float32(-2 * math.sqrt(2 / math.pi)), np.float32(0.044715)
@@ -48,11 +54,21 @@ class Block(NamedTuple):
     contract: Matrix
 
 
-def use_threads(count: int) -> int:
-    """Run in at most `count` threads from now on; how many those are."""
-    count = min(count, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-    numba.set_num_threads(count)
-    return count
+@contextmanager
+def threads_of_torch() -> Iterator[int]:
+    """Run in as many threads as torch has, where numba has so many; yields how many.
+
+    Afterwards both have as many as before: OpenMP keeps one number for the two, which numba's pool sets.
+    """
+    count = torch.get_num_threads()
+    try:
+        before = numba.get_num_threads()
+        parts = min(count, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+        numba.set_num_threads(parts)
+        yield parts
+        numba.set_num_threads(before)
+    finally:
+        torch.set_num_threads(count)
 
 
 def _number(weight: Any) -> Any:
