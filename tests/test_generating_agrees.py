@@ -129,7 +129,7 @@ def test_a_filter_that_lets_all_through_changes_nothing(options: dict):
 @pytest.mark.parametrize("options", [{"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}])
 def test_a_filter_without_a_temperature_is_refused(model: GPTModel, options: dict, capsys: Command):
     name, value = next(iter(options.items()))
-    with pytest.raises(UsageError, match=f"{name} would change nothing: at temperature 0 .* above 0"):
+    with pytest.raises(UsageError, match=f"{name} would change nothing at temperature 0; pass one above 0"):
         model.generate([[1]], 3, **options)
     assert main(["generate", f"--{name.replace('_', '-')}", str(value)]) == 1
     out, err = capsys.readouterr()

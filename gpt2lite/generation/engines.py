@@ -143,8 +143,7 @@ def _numba_step(model: Any, cache: KVCache) -> Step:
     from gpt2lite.generation import kernels
 
     def norm(layer: Any) -> tuple[Any, Any]:
-        size = model.config.emb_dim
-        return _vector(layer.scale, size, 1.0), _vector(layer.shift, size, 0.0)
+        return _vector(layer.scale, len(layer.scale), 1.0), _vector(layer.shift, len(layer.scale), 0.0)
 
     blocks = [
         kernels.Block(  # type: ignore[call-arg]  # a map has no length

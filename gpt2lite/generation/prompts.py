@@ -76,9 +76,7 @@ def as_batch(
     rows = [_row(row) for row in ids]
     length = max(map(len, rows))
     pads = torch.tensor([length - len(row) for row in rows], device="cpu")
-    padded = torch.stack([
-        torch.nn.functional.pad(row, (int(pad), 0)) for row, pad in zip(rows, pads, strict=True)
-    ])  # fmt: skip
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
     require_ids(padded, config.vocab_size)
     return Batch(padded.to(device), pads.to(device) if bool(pads.any()) else None, is_ragged)
 

@@ -24,7 +24,7 @@ def _refuse(name: str, wanted: str, found: object) -> None:
 class Sampling:
     """How a token is drawn; as it stands, the likeliest is taken (greedy).
 
-    Raises UsageError for what cannot be.
+    Raises UsageError for invalid values, and for a filter beside a temperature of 0, which it cannot affect.
     """
 
     temperature: float = 0.0
@@ -46,10 +46,7 @@ class Sampling:
             _refuse("repetition_penalty", "a positive number, 1 for none", self.repetition_penalty)
         filters = {"top_k": self.top_k, "top_p": (self.top_p or 1) < 1, "min_p": self.min_p}
         if self.temperature == 0 and (idle := [name for name, value in filters.items() if value]):
-            raise UsageError(
-                f"{', '.join(idle)} would change nothing: at temperature 0 the likeliest token is taken. "
-                "Pass a temperature above 0; 1 samples from the model's own probabilities"
-            )
+            raise UsageError(f"{', '.join(idle)} would change nothing at temperature 0; pass one above 0")
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
