@@ -14,6 +14,8 @@ from torch import Tensor
 
 from gpt2lite.errors import UsageError
 from gpt2lite.generation import require_language_head
+from gpt2lite.generation.engines import in_eval_mode
+from gpt2lite.generation.prompts import INTEGERS, require_ids
 from gpt2lite.loading import Progress
 
 POSITIONS_AT_ONCE = 128  # whose logits are in memory together: 25 MB of GPT-2's
@@ -62,6 +64,16 @@ def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, 
             return
 
 
+def _require_text(ids: object, vocab_size: int) -> None:
+    """Raise UsageError where ids are not integers (T ≥ 2,) of the vocabulary."""
+    if not isinstance(ids, Tensor) or ids.dim() != 1 or ids.dtype not in INTEGERS:
+        found = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise UsageError(f"ids must be a tensor of integers of shape (tokens,), one text, got {found}")
+    if len(ids) < 2:
+        raise UsageError(f"a text of {len(ids)} tokens has nothing to predict; wanted at least 2")
+    require_ids(ids, vocab_size)
+
+
 @torch.inference_mode()
 def evaluate(
     model: Any,
@@ -71,13 +83,13 @@ def evaluate(
     stride: int | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """The loss of predicting each token of a text, ids (T,) int64, from those before it; but for the first.
+    """The loss of predicting each token of a text, integers (T,), from those before it; but for the first.
 
     The text is read in windows of `context` tokens (the model's whole context), one every `stride` (half of
     it): a token is predicted in the first window that can, so from more than context - stride tokens
     wherever the text has them. stride = context is the fastest, stride = 1 the most exact. Costs the
     activations of one window and POSITIONS_AT_ONCE rows of logits. `progress` is called with (tokens
-    predicted, tokens in all).
+    predicted, tokens in all). Dropout is off; the model keeps its mode.
 
     Source of the protocol: Hugging Face, "Perplexity of fixed-length models".
     Raises UsageError for a classifier, a text of fewer than two tokens, or windows that cannot be.
@@ -86,17 +98,17 @@ def evaluate(
     most = model.config.context_length
     context = most if context is None else context
     stride = max(context // 2, 1) if stride is None else stride
-    if not 1 <= context <= most:
+    if type(context) is not int or not 1 <= context <= most:
         raise UsageError(f"context must be in 1 … {most}, which is the model's, got {context}")
-    if not 1 <= stride <= context:
+    if type(stride) is not int or not 1 <= stride <= context:
         raise UsageError(f"stride must be in 1 … {context}, the context, got {stride}")
-    if ids.numel() < 2:
-        raise UsageError(f"a text of {ids.numel()} tokens has nothing to predict; wanted at least 2")
-    ids = ids.to(model.pos_emb.weight.device)
+    _require_text(ids, model.config.vocab_size)
     began, nats = time.perf_counter(), 0.0
     for begin, end, first in windows(len(ids), context, stride):
-        hidden = model.hidden(ids[None, begin : end - 1])[0, first - 1 - begin :]
-        nats += float(loss_of(model, hidden, ids[first:end]))
+        read = ids[begin:end].to(model.pos_emb.weight.device, torch.int64)
+        with in_eval_mode(model):
+            hidden = model.hidden(read[None, :-1])[0, first - 1 - begin :]
+            nats += float(loss_of(model, hidden, read[first - begin :]))
         if progress:
             progress(end - 1, len(ids) - 1)
     return Evaluation(len(ids) - 1, nats, time.perf_counter() - began)

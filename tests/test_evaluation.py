@@ -131,7 +131,7 @@ def test_the_command_says_the_same_of_a_file_and_of_standard_input(
     assert said["perplexity"] == pytest.approx(found.perplexity, abs=1e-4)
     assert said["bits_per_byte"] == pytest.approx(found.nats / math.log(2) / 3000, abs=1e-4)
     assert said["tokens"] == found.tokens
-    monkeypatch.setattr("sys.stdin", io.StringIO(stories[:3000]))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stories[:3000].encode())))
     assert main(["evaluate", "--text", "-", "--context", "64", "--stride", "64"]) == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[0].split() == ["perplexity", str(said["perplexity"])]

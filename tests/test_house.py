@@ -15,7 +15,7 @@ PACKAGE = Path(gpt2lite.__file__).parent
 # may import each other.
 FLOORS = [
     {"errors", "_version", "_torch", "sampler", "collector"},
-    {"config", "checkpoint", "memory", "hub", "quantization", "encoding"},
+    {"config", "checkpoint", "memory", "hub", "quantization", "encoding", "reading_text"},
     {"dialects", "byte_pairs", "tracking"},
     {"tokenizer"},
     {"loading"},

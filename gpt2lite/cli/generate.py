@@ -14,11 +14,14 @@ import torch
 
 from gpt2lite.cli.loading import add_load_arguments, load_to_read
 from gpt2lite.cli.terminal import EMBEDDED, add_quantize_argument, local_path, read_text, steps_bar
+from gpt2lite.config import GPTConfig
 from gpt2lite.encoding import Encoding, end_of_text
 from gpt2lite.errors import UsageError
 from gpt2lite.generation import ENGINES, require_language_head
+from gpt2lite.generation.decoding import require_fit
 from gpt2lite.generation.text import stream_text
 from gpt2lite.model import GPTModel
+from gpt2lite.reading_text import filled_lines, typed_text
 from gpt2lite.tokenizer import tokenizer_for
 
 EMBEDDED_PROMPT = "Once upon a time"
@@ -85,9 +88,9 @@ def _prompts(args: argparse.Namespace, default: str) -> list[str]:
         raise UsageError(f"--num-samples must be at least 1, got {args.num_samples}")
     if args.num_samples > 1 and args.temperature == 0:
         raise UsageError("greedy samples are all the same: --num-samples needs a --temperature above 0")
-    prompts = [default if args.prompt is None else args.prompt]
+    prompts = [default if args.prompt is None else typed_text("--prompt", args.prompt)]
     if args.prompts is not None:
-        prompts = [line for line in read_text(args.prompts).splitlines() if line.strip()]
+        prompts = [line for _, line in filled_lines(read_text(args.prompts))]
         if not prompts:
             raise UsageError(f"{args.prompts}: no line with a prompt")
     return [prompt for prompt in prompts for _ in range(args.num_samples)]
@@ -97,16 +100,14 @@ def _ids(prompt: str, encoding: Encoding) -> list[int]:
     return encoding.encode(prompt, allowed_special="all") or [end_of_text(encoding)]
 
 
-def _room(ids: Sequence[Sequence[int]], context: int, args: argparse.Namespace) -> int:
-    """How many tokens to write. Raises UsageError for a prompt that fills the context."""
-    if args.max_new_tokens is not None or args.window is not None:
-        return DEFAULT_NEW_TOKENS if args.max_new_tokens is None else args.max_new_tokens
-    longest = max(map(len, ids))
-    if longest >= context:
-        raise UsageError(
-            f"the prompt has {longest} tokens, the context {context}; shorten it, or pass --window"
-        )
-    return min(DEFAULT_NEW_TOKENS, context - longest)
+def _room(ids: Sequence[Sequence[int]], config: GPTConfig, args: argparse.Namespace) -> int:
+    """How many tokens to write. Raises UsageError, before any is written, where a prompt does not fit."""
+    longest, room = max(map(len, ids)), args.max_new_tokens
+    if room is None:
+        left = DEFAULT_NEW_TOKENS if args.window is not None else config.context_length - longest
+        room = min(DEFAULT_NEW_TOKENS, max(left, 1))
+    require_fit(longest, room, args.window, config)
+    return int(room)
 
 
 @contextmanager
@@ -174,19 +175,20 @@ def run(args: argparse.Namespace) -> int:
     encoding = tokenizer_for(path, model.config.vocab_size)
     prompts = _prompts(args, EMBEDDED_PROMPT if path == EMBEDDED else DEFAULT_PROMPT)
     ids = [_ids(prompt, encoding) for prompt in prompts]
-    room = _room(ids, model.config.context_length, args)
+    room = _room(ids, model.config, args)
+    stops = [typed_text("--stop", text) for text in args.stop]
     options: dict[str, Any] = {
         **{name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p")},
         **{name: getattr(args, name) for name in ("repetition_penalty", "window", "engine")},
-        "stop": [*([] if encoding.eot_token is None else [encoding.eot_token]), *args.stop],
+        "stop": [*([] if encoding.eot_token is None else [encoding.eot_token]), *stops],
         "encoding": encoding,
     }
     began, count = time.perf_counter(), 0
     if len(prompts) == 1:
         tokens = model.generate_tokens(ids, room, seed=args.seed, **options)
-        count = _write_one(prompts[0], tokens, encoding, args.stop)
+        count = _write_one(prompts[0], tokens, encoding, stops)
     else:
-        count = _write_all(model, prompts, ids, room, args.seed, encoding, args.stop, options)
+        count = _write_all(model, prompts, ids, room, args.seed, encoding, stops, options)
     if sys.stderr.isatty():
         seconds = time.perf_counter() - began
         print(f"\n{count} tokens, {count / seconds:.1f} tokens/s", file=sys.stderr)

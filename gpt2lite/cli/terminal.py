@@ -14,8 +14,8 @@ import torch
 from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
 from gpt2lite.config import ACTIVATIONS
-from gpt2lite.errors import UsageError
 from gpt2lite.opening import locate
+from gpt2lite.reading_text import decode_text
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 EMBEDDED = DATA / "embedded.pth"
@@ -75,10 +75,7 @@ def steps_bar(steps: Sequence[str], what: str) -> Any:
 
 def read_text(name: str) -> str:
     """A file's text, or for - standard input's. Raises UsageError where it is not UTF-8."""
-    try:
-        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{name}: not UTF-8 ({error})") from None
+    return decode_text(sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes(), name)
 
 
 def add_revision_argument(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor
 from gpt2lite.checkpoint.writing import Progress, replacing
 from gpt2lite.encoding import END_OF_TEXT, Encoding
 from gpt2lite.errors import CheckpointError, UsageError
+from gpt2lite.reading_text import not_utf8, text_stream
 
 IGNORED = -100  # a target that is none; F.cross_entropy's own ignore_index
 PIECE = 2**18  # characters of a text in memory at a time
@@ -71,7 +71,7 @@ def tokenize_file(text: Path, tokens: Path, encoding: Encoding, progress: Progre
         raise UsageError(f"{tokens}: is the text itself; name another file for its tokens")
     with (
         open(text, "rb") as source,
-        io.TextIOWrapper(source, "utf-8") as decoded,
+        text_stream(source) as decoded,
         replacing(tokens) as half,
         open(half, "wb") as written,
     ):
@@ -82,8 +82,7 @@ def tokenize_file(text: Path, tokens: Path, encoding: Encoding, progress: Progre
                 if progress:
                     progress(source.tell(), nbytes)
         except UnicodeDecodeError as error:
-            place = source.tell() - len(error.object) + error.start
-            raise UsageError(f"{text}: not UTF-8 at byte {place} ({error.reason}); convert it") from None
+            raise not_utf8(text, source.tell(), error) from None
         return written.tell() // 2
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from gpt2lite.encoding import Encoding, end_of_text
 from gpt2lite.errors import UsageError
 from gpt2lite.finetuning.data import IGNORED, Example, shuffled
+from gpt2lite.reading_text import decode_text, filled_lines
 
 PREAMBLE = (
     "Below is an instruction that describes a task. "
@@ -40,8 +41,7 @@ def _json_entries(path: Path, text: str) -> Entries:
 
 
 def _jsonl_entries(path: Path, text: str) -> Entries:
-    lines = enumerate(text.split("\n"), 1)  # splitlines would also cut at U+2028, which JSON may hold
-    yield from ((number, _parsed(path, line, number)) for number, line in lines if line.strip())
+    yield from ((number, _parsed(path, line, number)) for number, line in filled_lines(text))
 
 
 def _csv_entries(path: Path, text: str) -> Entries:
@@ -82,10 +82,7 @@ def read_records(path: Path, fields: Sequence[str]) -> list[Record]:
     """
     if path.suffix.lower() not in READERS:
         raise UsageError(f"{path}: of unknown kind {path.suffix!r}; the known are {', '.join(READERS)}")
-    try:
-        text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")  # spreadsheets write the mark
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 at byte {error.start} ({error.reason}); convert it") from None
+    text = decode_text(path.read_bytes(), path)
     kind, entries = READERS[path.suffix.lower()]
     records = [_record(f"{path}, {kind} {number}", entry, fields) for number, entry in entries(path, text)]
     if not records:

@@ -91,6 +91,7 @@ class CursorCache(KVCache):
 
     def __init__(self, cache: KVCache) -> None:
         self.memory, self.pads, self.length = cache.memory, cache.pads, cache.length
+        self.memory[:, :, :, :, self.length :] = 0  # a masked token weighs 0, and 0 × NaN would be NaN
         self.cursor = torch.tensor([cache.length], device=cache.memory.device)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

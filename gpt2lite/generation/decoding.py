@@ -28,22 +28,30 @@ def require_language_head(config: GPTConfig) -> None:
         raise UsageError(f"this model is a classifier of {config.n_classes} classes and writes no text")
 
 
-def _fitted(batch: Batch, max_new_tokens: int, window: int | None, config: GPTConfig) -> Batch:
-    """The prompts, cut to the window where there is one. Raises UsageError where they do not fit."""
-    context, T = config.context_length, batch.ids.shape[1]
+def require_fit(T: int, max_new_tokens: int, window: int | None, config: GPTConfig) -> None:
+    """Raise UsageError where a prompt of T tokens and what is asked for neither fit the context nor slide."""
+    context = config.context_length
     if type(max_new_tokens) is not int or max_new_tokens < 1:
         raise UsageError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if window is not None and (type(window) is not int or not 0 < window < context):
         raise UsageError(f"window must be an int in 1 … {context - 1}, got {window!r}")
-    if T + max_new_tokens <= context:
-        return batch
-    if window is None:
+    slide = f"let a window slide: window={max(context // 2, 1)} keeps that many whenever the context is full"
+    if window is None and context <= T:
+        raise UsageError(f"the prompt has {T} tokens, the context {context}; shorten it, or {slide}")
+    if window is None and T + max_new_tokens > context:
         raise UsageError(
             f"a prompt of {T} tokens and {max_new_tokens} new ones are more than the context of {context}; "
-            f"shorten the prompt, ask for {max(context - T, 0)} at most, or let a window slide: "
-            f"window={max(context // 2, 1)} keeps that many tokens whenever the context is full"
+            f"shorten the prompt, ask for {context - T} at most, or {slide}"
         )
-    return batch.last(window) if context <= T else batch
+
+
+def _require_finite(logits: Tensor, running: Tensor) -> None:
+    """Raise UsageError where a row (B, V) that still runs has no largest logit."""
+    if not bool((logits.amax(-1).isfinite() | ~running).all()):
+        raise UsageError(
+            f"the model's logits are NaN or infinite: its weights hold such values, or {logits.dtype} is too "
+            "narrow for them. Check the checkpoint, or load it with dtype=torch.float32"
+        )
 
 
 def _decode(
@@ -61,7 +69,9 @@ def _decode(
     config, like = model.config, model.pos_emb.weight
     require_language_head(config)
     prompts = as_batch(ids, config, like.device)
-    batch = _fitted(prompts, max_new_tokens, window, config)
+    T = prompts.ids.shape[1]
+    require_fit(T, max_new_tokens, window, config)
+    batch = prompts if window is None or config.context_length > T else prompts.last(window)
     n_rows, T = batch.ids.shape
     generators = make_generators(seed, n_rows, like.device)
     stops = Stops(stop, encoding, n_rows, config.vocab_size, like.device)
@@ -78,6 +88,7 @@ def _decode(
         logits = step(batch.ids)
         for number in range(1, max_new_tokens + 1):
             logits = logits[:, :vocabulary]
+            _require_finite(logits, stops.running)
             if seen is not None:
                 logits = penalise(logits, seen[:, :vocabulary], sampling.repetition_penalty)
             token = stops.take(draw(logits, sampling, generators))
@@ -96,7 +107,8 @@ def _decode(
                 cache.restart(batch.pads)
                 logits = step(batch.ids)
 
-    return prompts, stops, tokens(batch)
+    # Cloned out here they are no inference tensors, which could not be trained on.
+    return prompts, stops, (token.clone() for token in tokens(batch))
 
 
 def generate_tokens(
@@ -117,7 +129,8 @@ def generate_tokens(
 ) -> Iterator[Tensor]:
     """Yield what `generate` appends, token ids (B, 1) int64, as they come; its arguments, costs and errors.
 
-    Arguments are checked at once, before the first token is asked for.
+    Arguments are checked at once, before the first token is asked for. Between tokens the model is in
+    its own mode, so that the iterator may be dropped at any token.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     return _decode(model, ids, max_new_tokens, sampling, stop, encoding, seed, window, engine)[2]
@@ -153,7 +166,12 @@ def generate(  # type: ignore[misc]  # the overloads leave the options to it
 
     `ids` (B, T) gives a tensor (B, T + new), int64, in which rows that stopped earlier are filled up with
     what they stopped at; a list of B rows of any lengths gives a list of B tensors, each ending where it
-    stopped. Every row is what it would be alone; with a `seed`, row b is drawn as alone with `seed + b`.
+    stopped. With a `seed`, row b is drawn as alone with `seed + b`. Dropout is off in any mode.
+
+    Every row is what it would be alone, but for rounding: a batch adds up in another order than a row, which
+    moves logits by a millionth in float32, and by a hundredth in bfloat16 and float16. Two tokens that are
+    closer than that can change places, and the rest of the text with them: in float32 hardly ever, in 16
+    bits within some dozens of tokens. Where rows must not depend on their neighbours, use float32.
 
     `temperature` above 0 draws, after `repetition_penalty` (above 1: what was there becomes less likely),
     among the `top_k` likeliest, the likeliest that have `top_p` of the probability together, and what has
@@ -169,8 +187,8 @@ def generate(  # type: ignore[misc]  # the overloads leave the options to it
     bfloat16 and int8 models on the CPU, up to 128 rows), "cuda_graph", or "torch"; "auto" takes the first
     that can and is worth its start. Allocates one KVCache, 2 × n_layers × emb_dim elements a token and row.
 
-    Raises UsageError for arguments that cannot work, InsufficientMemoryError, before anything is allocated,
-    where the cache does not fit.
+    Raises UsageError for arguments that cannot work, and in place of the first token that would come of NaN
+    or infinite logits; InsufficientMemoryError, before anything is allocated, where the cache does not fit.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     prompts, stops, tokens = _decode(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from gpt2lite.errors import UsageError
+from gpt2lite.errors import UsageError, first_line
 from gpt2lite.generation.cache import CursorCache, KVCache
 from gpt2lite.quantization import Int8Linear
 
@@ -22,11 +24,35 @@ MOST_ROWS = 128  # of texts times tokens for numba; above it torch's products of
 # over all tokens (20 of gpt2).
 FEWEST_FOR_GRAPH, FEWEST_FOR_NUMBA = 16, 25 * 10**8
 ONE_AT_A_TIME = threading.Lock()  # not all of numba's thread pools can be entered twice
+NUMBA_FAILED: list[str] = []  # why numba is not tried again in this process
+OUT_OF_MODE = threading.RLock()  # held while a model that trains computes without dropout
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """No module of the model is in training mode; afterwards, also after an error, each is as it was.
+
+    Only one thread at a time has a model out of its mode: another would take it for one in eval mode, and get
+    dropout back on the way. The flags alone are set, since some modules override `train` and do more.
+    """
+    with OUT_OF_MODE:
+        training = [module for module in model.modules() if module.training]
+        try:
+            for module in training:
+                module.training = False
+            if training:
+                yield
+        finally:
+            for module in training:
+                module.training = True
+    if not training:
+        yield
 
 
 def last_logits(model: Any, ids: Tensor, cache: KVCache) -> Tensor:
-    """Ids (B, T) → logits (B, V) of the last of them; the head sees no other."""
-    return model.out_head(model.hidden(ids, cache)[:, -1])
+    """Ids (B, T) → logits (B, V) of the last of them, without dropout; the head sees no other."""
+    with in_eval_mode(model):
+        return model.out_head(model.hidden(ids, cache)[:, -1])
 
 
 # ---- torch -------------------------------------------------------------------------------------------------
@@ -70,13 +96,21 @@ def _lacks_for_numba(model: Any, batch: int) -> str:
         return f"it computes in {model.pos_emb.weight.dtype}"
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
         return "it has forward hooks"
-    if model.training and model.config.drop_rate:
-        return "it is in training mode"
     try:
         import gpt2lite.generation.kernels  # noqa: F401  # here, since numba takes half a second
     except ImportError as error:
         return f"numba cannot be imported ({error}): pip install 'gpt2lite[cpu]'"
-    return ""
+    except Exception as error:  # nowhere to keep what it compiles is a RuntimeError
+        _give_up_numba(error)
+    return "".join(NUMBA_FAILED)
+
+
+def _give_up_numba(error: Exception) -> None:
+    """Warn, once, that torch takes over."""
+    if not NUMBA_FAILED:
+        NUMBA_FAILED.append(f"numba does not work here ({type(error).__name__}: {first_line(error)})")
+        advice = 'Set NUMBA_CACHE_DIR to an empty folder that can be written, or pass engine="torch".'
+        warnings.warn(f"{NUMBA_FAILED[0]}; torch generates instead. {advice}", UserWarning, stacklevel=2)
 
 
 def _flat(weight: Tensor) -> tuple[Any, int, bool]:
@@ -93,8 +127,8 @@ def _flat(weight: Tensor) -> tuple[Any, int, bool]:
 
 
 def _vector(tensor: Tensor | None, size: int, default: float) -> Any:
-    made = torch.full((size,), default) if tensor is None else tensor.detach().to(torch.float32, copy=True)
-    return made.numpy()
+    made = torch.full((size,), default, dtype=torch.float32, device="cpu")
+    return (made if tensor is None else made.copy_(tensor.detach())).numpy()
 
 
 def _matrix(linear: Any) -> Matrix:
@@ -109,8 +143,7 @@ def _numba_step(model: Any, cache: KVCache) -> Step:
     from gpt2lite.generation import kernels
 
     def norm(layer: Any) -> tuple[Any, Any]:
-        size = model.config.emb_dim
-        return _vector(layer.scale, size, 1.0), _vector(layer.shift, size, 0.0)
+        return _vector(layer.scale, len(layer.scale), 1.0), _vector(layer.shift, len(layer.scale), 0.0)
 
     blocks = [
         kernels.Block(  # type: ignore[call-arg]  # a map has no length
@@ -126,22 +159,28 @@ def _numba_step(model: Any, cache: KVCache) -> Step:
     memory = cache.memory.view(torch.uint16) if cache.memory.dtype == torch.bfloat16 else cache.memory
     layers = list(memory.numpy())
     batch = cache.memory.shape[2]
-    parts = kernels.use_threads(torch.get_num_threads())
+    no_pads = torch.zeros(batch, dtype=torch.int64, device="cpu")
 
-    def step(ids: Tensor) -> Tensor:
-        if ids.numel() > MOST_ROWS:
-            return last_logits(model, ids, cache)
+    def loops(ids: Tensor) -> Tensor:
         T = ids.shape[1]
-        pads = torch.zeros(batch, dtype=torch.int64) if cache.pads is None else cache.pads
+        pads = no_pads if cache.pads is None else cache.pads
         x = (model.tok_emb(ids) + model.pos_emb(cache.positions(T))).float().flatten(0, 1).contiguous()
-        logits = torch.empty(batch, model.out_head.weight.shape[0])
-        with ONE_AT_A_TIME:
+        logits = torch.empty(batch, model.out_head.weight.shape[0], dtype=torch.float32, device="cpu")
+        with ONE_AT_A_TIME, kernels.threads_of_torch() as parts:
             for block, memory in zip(blocks, layers, strict=True):
                 kernels.run_block(block, x.numpy(), memory, cache.length, pads.numpy(), activation, parts)
             last = x[T - 1 :: T].contiguous()
             kernels.run_head(*final, head, last.numpy(), logits.numpy(), parts)
         cache.advance(T)
         return logits
+
+    def step(ids: Tensor) -> Tensor:
+        if ids.numel() <= MOST_ROWS and not NUMBA_FAILED:
+            try:
+                return loops(ids)
+            except Exception as error:  # its cache is damaged, its threads cannot start, …
+                _give_up_numba(error)
+        return last_logits(model, ids, cache)
 
     return step
 
@@ -177,7 +216,7 @@ def _graph_step(model: Any, cache: KVCache) -> Step:
         if ids.shape[1] > 1:
             recorded = None  # the pads may be others
             return last_logits(model, ids, cache)
-        if recorded is None:
+        if recorded is None or recorded[0].pads is not cache.pads:  # others after a window of one token
             moving, own = CursorCache(cache), ids.clone()
             recorded = moving, own, *_record(model, own, moving)
         moving, own, graph, logits = recorded

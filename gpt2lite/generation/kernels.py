@@ -9,17 +9,25 @@ once.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+import torch
 from numba import njit, prange, types
 from numba.extending import overload
+
+if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
+    raise RuntimeError("NUMBA_DISABLE_JIT is set")
 
 EPSILON = np.float32(1e-5)
 GELU_SLOPE, GELU_CUBE = np.float32(-2 * math.sqrt(2 / math.pi)), np.float32(0.044715)
 HALF, ROOT_HALF = np.float32(0.5), np.float32(math.sqrt(0.5))
 NONE, GELU_TANH, GELU_EXACT, ADD = range(4)
+# numpy's division: 0 / 0 is NaN, where Python's would raise from inside of a pool that cannot carry it
+FAST: Any = {"fastmath": True, "cache": True, "error_model": "numpy"}
 Array = Any  # np.ndarray of numba's choosing
 
 
@@ -48,11 +56,21 @@ class Block(NamedTuple):
     contract: Matrix
 
 
-def use_threads(count: int) -> int:
-    """Run in at most `count` threads from now on; how many those are."""
-    count = min(count, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-    numba.set_num_threads(count)
-    return count
+@contextmanager
+def threads_of_torch() -> Iterator[int]:
+    """Run in as many threads as torch has, where numba has so many; yields how many.
+
+    Afterwards both have as many as before: OpenMP keeps one number for the two, which numba's pool sets.
+    """
+    count = torch.get_num_threads()
+    try:
+        before = numba.get_num_threads()
+        parts = min(count, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+        numba.set_num_threads(parts)
+        yield parts
+        numba.set_num_threads(before)
+    finally:
+        torch.set_num_threads(count)
 
 
 def _number(weight: Any) -> Any:
@@ -88,7 +106,7 @@ def _store_of(values, into):  # type: ignore[no-untyped-def]
     return copy
 
 
-@njit(fastmath=True, cache=True)
+@njit(**FAST)
 def _rows(flat: Array, step: int, x: Array, y: Array, start: int, stop: int) -> None:
     """y[:, start:stop] of a weight that is stored row by row: dot products, of four rows of x with two."""
     n_rows, n = x.shape
@@ -113,7 +131,7 @@ def _rows(flat: Array, step: int, x: Array, y: Array, start: int, stop: int) -> 
             y[r, o] = total
 
 
-@njit(fastmath=True, cache=True)
+@njit(**FAST)
 def _columns(flat: Array, step: int, x: Array, y: Array, start: int, stop: int) -> None:
     """y[:, start:stop] of a weight that is stored column by column: sums of columns, eight at a time."""
     batch, n_in = x.shape
@@ -142,7 +160,7 @@ def _columns(flat: Array, step: int, x: Array, y: Array, start: int, stop: int) 
                 total[o] += x[b, i] * _number(column[o])
 
 
-@njit(parallel=True, fastmath=True, cache=True)
+@njit(parallel=True, **FAST)
 def _linear(matrix: Matrix, x: Array, y: Array, activation: int, parts: int) -> None:
     """y (B, out) = activation(W x + bias), or for ADD what y was and W x + bias."""
     flat, step, transposed, scale, bias = matrix
@@ -164,7 +182,7 @@ def _linear(matrix: Matrix, x: Array, y: Array, activation: int, parts: int) -> 
                 y[b, o] = y[b, o] + v if activation == ADD else v
 
 
-@njit(fastmath=True, cache=True)
+@njit(**FAST)
 def _norm(x: Array, scale: Array, shift: Array, y: Array) -> None:
     """Layer normalisation of each row."""
     batch, n = x.shape
@@ -180,7 +198,7 @@ def _norm(x: Array, scale: Array, shift: Array, y: Array) -> None:
             y[b, i] = (row[i] - mean) * factor * scale[i] + shift[i]
 
 
-@njit(fastmath=True, cache=True)
+@njit(**FAST)
 def _attend(query: Array, keys: Array, values: Array, scores: Array, y: Array) -> None:
     """One head of one token: softmax(query keys / √D) values, into y (D,); 0 where there are no keys."""
     n, width = keys.shape
@@ -202,7 +220,7 @@ def _attend(query: Array, keys: Array, values: Array, scores: Array, y: Array) -
             y[d] += share * _number(value[d])
 
 
-@njit(parallel=True, fastmath=True, cache=True)
+@njit(parallel=True, **FAST)
 def _attention(
     query: Array, key: Array, value: Array, cache: Array, length: int, pads: Array, y: Array, parts: int
 ) -> None:
@@ -223,7 +241,7 @@ def _attention(
                 _attend(query[row, head], cache[0, b, h, seen], cache[1, b, h, seen], own, y[row, head])
 
 
-@njit(fastmath=True, cache=True)
+@njit(**FAST)
 def run_block(
     block: Block, x: Array, cache: Array, length: int, pads: Array, activation: int, parts: int
 ) -> None:
@@ -244,7 +262,7 @@ def run_block(
     _linear(block.contract, wide, x, ADD, parts)
 
 
-@njit(fastmath=True, cache=True)
+@njit(**FAST)
 def run_head(scale: Array, shift: Array, head: Matrix, x: Array, logits: Array, parts: int) -> None:
     """x (B, C) → logits (B, V), through the last norm."""
     normed = np.empty_like(x)

@@ -12,9 +12,18 @@ from gpt2lite.config import GPTConfig
 from gpt2lite.encoding import Encoding
 from gpt2lite.errors import UsageError
 
-INTEGERS = (torch.int64, torch.int32)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.uint16, torch.uint32)
+CHECKED = 2**20  # ids looked at together
 WANTED = "ids must be a tensor of integers of shape (batch, tokens ≥ 1), or a list of such rows"
 GPT2_VOCABULARY, ROWS_PADDED_TO = 50257, 64
+
+
+def require_ids(ids: Tensor, vocab_size: int) -> None:
+    """Raise UsageError where ids of any shape, at least one, are not all in 0 … vocab_size - 1."""
+    ends = [part.long().aminmax() for part in ids.split(CHECKED)]
+    low, high = (int(min(low for low, _ in ends)), int(max(high for _, high in ends)))
+    if low < 0 or high >= vocab_size:
+        raise UsageError(f"ids must be in 0 … {vocab_size - 1}, got {low} … {high}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +56,7 @@ class Batch:
 
 def _row(row: object) -> Tensor:
     try:
-        found = row if isinstance(row, Tensor) else torch.tensor(row)
+        found = row if isinstance(row, Tensor) else torch.tensor(row, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise UsageError(f"{WANTED}, got a row of {type(row).__name__}") from None
     if found.dim() != 1 or not found.numel() or found.dtype not in INTEGERS:
@@ -66,14 +75,9 @@ def as_batch(
         raise UsageError(f"{WANTED}, got {type(ids).__name__} {ids!r:.40}")
     rows = [_row(row) for row in ids]
     length = max(map(len, rows))
-    pads = torch.tensor([length - len(row) for row in rows])
-    padded = torch.stack([
-        torch.nn.functional.pad(row, (int(pad), 0)) for row, pad in zip(rows, pads, strict=True)
-    ])  # fmt: skip
-    if int(padded.min()) < 0 or int(padded.max()) >= config.vocab_size:
-        raise UsageError(
-            f"ids must be in 0 … {config.vocab_size - 1}, got {int(padded.min())} … {int(padded.max())}"
-        )
+    pads = torch.tensor([length - len(row) for row in rows], device="cpu")
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+    require_ids(padded, config.vocab_size)
     return Batch(padded.to(device), pads.to(device) if bool(pads.any()) else None, is_ragged)
 
 

@@ -24,7 +24,7 @@ def _refuse(name: str, wanted: str, found: object) -> None:
 class Sampling:
     """How a token is drawn; as it stands, the likeliest is taken (greedy).
 
-    Raises UsageError for what cannot be.
+    Raises UsageError for invalid values, and for a filter beside a temperature of 0, which it cannot affect.
     """
 
     temperature: float = 0.0
@@ -44,13 +44,17 @@ class Sampling:
             _refuse("min_p", "in 0 … 1", self.min_p)
         if not 0 < self.repetition_penalty < math.inf:
             _refuse("repetition_penalty", "a positive number, 1 for none", self.repetition_penalty)
+        filters = {"top_k": self.top_k, "top_p": (self.top_p or 1) < 1, "min_p": self.min_p}
+        if self.temperature == 0 and (idle := [name for name, value in filters.items() if value]):
+            raise UsageError(f"{', '.join(idle)} would change nothing at temperature 0; pass one above 0")
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Ids of which `seen` (B, V) is true become less likely for a penalty above 1.
+    """Ids of which `seen` (B, V) is true become less likely for a penalty above 1; in fp32, as (B, V).
 
     Source: Keskar et al. 2019, CTRL.
     """
+    logits = logits.float()  # 16 bits would round the penalised ones, and so choose another token
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
@@ -61,16 +65,20 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the likeliest tokens that have p together: nucleus sampling, Holtzman et al. 2020."""
+    """Keep the likeliest tokens that have p together, for 1 all: nucleus sampling, Holtzman et al. 2020."""
+    if p == 1:
+        return logits
     ordered, order = logits.sort(descending=True)
-    shares = ordered.softmax(-1)
+    shares = ordered.double().softmax(-1)  # fp32 sums of 50,000 shares pass p too early, or reach 1
     is_past = shares.cumsum(-1) - shares >= p  # what stands before it is enough
     return logits.masked_fill(is_past.scatter(-1, order, is_past), NEVER)
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """Keep what has at least p times the probability of the likeliest: Nguyen et al. 2024."""
-    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(max(p, 1e-45)), NEVER)
+    """Keep what has at least p times the probability of the likeliest, for 0 all: Nguyen et al. 2024."""
+    if p == 0:
+        return logits
+    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(p), NEVER)
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -94,7 +102,9 @@ def make_generators(seed: int | None, batch: int, device: torch.device) -> list[
         return []
     if type(seed) is not int or seed not in SEEDS:  # of what is no int, `in` asks every number
         _refuse("seed", "in 0 … 2**64 - 1", seed)
-    return [torch.Generator(device).manual_seed((seed + row) % 2**64) for row in range(batch)]
+    seeds = [(seed + row) % 2**64 for row in range(batch)]
+    # Of a seed torch's CPU generator reads 32 bits: the upper go into the lower, so that 2**40 is not 0.
+    return [torch.Generator(device).manual_seed((n + (n >> 32) * 0x9E3779B1) % 2**64) for n in seeds]
 
 
 def draw(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator] = ()) -> Tensor:
