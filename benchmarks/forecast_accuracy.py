@@ -63,9 +63,14 @@ def layout(dialect: str, config: GPTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def write(dialect: str, format: str, dtype: torch.dtype, config: GPTConfig, folder: Path) -> str:
-    """The path of a checkpoint of zeros in `folder`."""
+    """The path of a checkpoint of zeros, but for its masks, in `folder`."""
     folder.mkdir(exist_ok=True)
     state = {name: torch.zeros(shape, dtype=dtype) for name, shape in layout(dialect, config).items()}
+    for name in state:
+        if name.endswith(".att.mask"):
+            state[name] = torch.ones_like(state[name]).triu(1)
+        elif name.endswith(".attn.bias"):
+            state[name] = torch.ones_like(state[name]).tril()
     path = folder / f"{dialect}.pth"
     if format == "pth":
         torch.save(state, path)

@@ -27,12 +27,12 @@ from gpt2lite import (
     InsufficientMemoryError,
     Tuning,
     UsageError,
+    forecast,
     load_module,
     save_per_tensor,
 )
 from gpt2lite.checkpoint import reading
 from gpt2lite.loading import stream as stream_engine
-from gpt2lite.model import plan_load
 
 ONE_FILE = [name for name in STRATEGIES if name != "per_tensor"]
 HEADS = {"n_heads": TINY.n_heads}
@@ -310,7 +310,7 @@ def test_dtypes_that_a_gpt_cannot_compute_with_are_refused_or_cast(
 ):
     state = {name: t if stays(name) else t.to(others) for name, t in ours().state_dict().items()}
     path = save_pth(state, tmp_path)
-    for read in (GPTModel.from_checkpoint, plan_load):
+    for read in (GPTModel.from_checkpoint, forecast):
         with pytest.raises(CheckpointError, match=rf"holds .*{others} .* Pass dtype=torch.float32"):
             read(path, config=HEADS)
     loaded = GPTModel.from_checkpoint(path, config=HEADS, dtype=torch.float32)
