@@ -8,11 +8,12 @@ from functools import partial
 from pathlib import Path
 
 from gpt2lite.checkpoint import llmc_bin, tf_bundle, torch_legacy
+from gpt2lite.checkpoint.inert_pickle import RESAVE
 from gpt2lite.checkpoint.manifest import Manifest, TensorSpan
 from gpt2lite.checkpoint.safetensors_file import open_safetensors
 from gpt2lite.checkpoint.sharded import INDEX_SUFFIX, open_sharded
 from gpt2lite.checkpoint.tensor_folder import open_tensor_folder
-from gpt2lite.checkpoint.torch_zip import RESAVE, open_torch_zip
+from gpt2lite.checkpoint.torch_zip import open_torch_zip
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError
 
 __all__ = ["Manifest", "TensorSpan", "open_checkpoint", "side_file"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeGuard
@@ -112,8 +112,11 @@ class Manifest:
     """A checkpoint's table of contents.
 
     `values` holds the plain numbers, strings and flags that were saved beside the tensors, by their dotted
-    names; `files` the state of every file when it was opened; `storages` the bytes of everything that
-    `torch.load` allocates to read a file, which can be more than the tensors.
+    names, and the plain attributes of objects; `files` the state of every file when it was opened; `storages`
+    the bytes of everything that `torch.load` allocates to read a file, which can be more than the tensors.
+    `modules` are the classes of pickled modules, by the modules' names ("" for the whole); `unreadable` says of
+    every tensor that is not read why. `is_plain` is False for a pickle that `torch.load(weights_only=True)`
+    may refuse.
     """
 
     path: Path
@@ -122,6 +125,9 @@ class Manifest:
     values: Mapping[str, object] = field(default_factory=dict)
     files: Mapping[Path, FileState] = field(default_factory=dict)
     storages: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
+    modules: Mapping[str, str] = field(default_factory=dict)
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+    is_plain: bool = True
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError if a file is not what it was when the manifest was made."""
@@ -147,36 +153,40 @@ def validate(manifest: Manifest) -> Manifest:
     return manifest
 
 
-def _walk(node: object, name: str, depth: int, visited: Iterator[int]) -> Iterator[tuple[str, object]]:
-    """(dotted name, node) for everything in `node` that is no container."""
+def contents_of(node: object) -> Iterable[tuple[object, object]] | None:
+    """A container's keys or places, each with what lies there; None for all else."""
+    if isinstance(node, dict):
+        return node.items()
+    return enumerate(node) if isinstance(node, (list, tuple)) else None
+
+
+def walk(
+    node: object,
+    visited: Iterator[int],
+    contents: Callable[[object], Iterable[tuple[object, object]] | None],
+    name: str = "",
+    depth: int = 0,
+) -> Iterator[tuple[str, object]]:
+    """(dotted name, node) for everything in `node`, itself and containers too; they are what has `contents`."""
     if depth > MAX_DEPTH or next(visited) > MAX_ENTRIES or len(name) > MAX_NAME:
         raise CheckpointError(
             f"nested deeper than {MAX_DEPTH}, more than {MAX_ENTRIES} entries, or names longer than "
             f"{MAX_NAME} characters, at {name[:40] or 'the top'}: not weights"
         )
-    items: Iterable[tuple[object, object]]
-    if isinstance(node, dict):
-        items = node.items()
-    elif isinstance(node, (list, tuple)):
-        items = enumerate(node)
-    else:
-        yield name, node
-        return
-    for key, child in items:
-        yield from _walk(child, f"{name}.{key}" if name else str(key), depth + 1, visited)
+    yield name, node
+    for key, child in contents(node) or ():
+        yield from walk(child, visited, contents, dotted(name, key), depth + 1)
 
 
-def flatten(tree: object, leaf: type) -> tuple[dict[str, object], dict[str, object]]:
-    """Nested dicts and lists → ({dotted name: leaf object}, {dotted name: plain value}).
+def dotted(name: str, key: object) -> str:
+    """The name of what lies in `name` under `key`."""
+    return f"{name}.{key}" if name else str(key)
 
-    Raises CheckpointError for a name that occurs twice, and for trees too deep or too large to be data.
+
+def flatten(tree: object, leaf: type) -> dict[str, object]:
+    """Nested dicts and lists → {dotted name: leaf object}.
+
+    Raises CheckpointError for trees too deep or too large to be data.
     """
-    leaves: dict[str, object] = {}
-    values: dict[str, object] = {}
     visited = itertools.count()  # containers too: a nest of empty lists has no entry and 2**MAX_DEPTH nodes
-    for name, node in _walk(tree, "", 0, visited):
-        found = leaves if isinstance(node, leaf) else values
-        if name in found:
-            raise CheckpointError(f"the name {name!r} occurs twice")
-        found[name] = node
-    return leaves, values
+    return {name: node for name, node in walk(tree, visited, contents_of) if isinstance(node, leaf)}

@@ -23,4 +23,5 @@ def open_tensor_folder(path: Path) -> Manifest:
     spans = {span.name: span for span, _ in opened}
     files = {file: state for _, manifest in opened for file, state in manifest.files.items()}
     storages = {file: sizes for _, manifest in opened for file, sizes in manifest.storages.items()}
-    return Manifest(path, "tensor_folder", spans, {}, files, storages)
+    is_plain = all(manifest.is_plain for _, manifest in opened)
+    return Manifest(path, "tensor_folder", spans, {}, files, storages, is_plain=is_plain)
