@@ -62,7 +62,7 @@ def _kind_of_file(path: Path) -> str:
         return "tf bundle"
     if head[8:9] == b"{":
         return "safetensors"
-    if head.startswith(b"\x80") and torch_legacy.MAGIC in head[:32]:
+    if torch_legacy.MAGIC in head[:32] or head.startswith(torch_legacy.MAGIC_TEXT):
         return "legacy"
     if head[257:262] == b"ustar":
         raise CheckpointError(

@@ -1,7 +1,7 @@
 """What the objects of a pickle give by name: tensors, plain values, the classes of modules.
 
-A module's tensors have the names that its `state_dict()` would give, in its order; its attributes and those of
-other objects are values under their dotted paths.
+A module's tensors have the names that its `state_dict()` would give, in its order; the attributes of modules
+and of other objects are values under their dotted paths.
 """
 
 from __future__ import annotations

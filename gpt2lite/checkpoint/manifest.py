@@ -114,8 +114,8 @@ class Manifest:
     `values` holds the plain numbers, strings and flags that were saved beside the tensors, by their dotted
     names, and the plain attributes of objects; `files` the state of every file when it was opened; `storages`
     the bytes of everything that `torch.load` allocates to read a file, which can be more than the tensors.
-    `modules` are the classes of pickled modules, by the modules' names ("" for the whole); `unreadable` says of
-    every tensor that is not read why. `is_plain` is False for a pickle that `torch.load(weights_only=True)`
+    `modules` are the classes of pickled modules, by the modules' names ("" for the whole); `unreadable` says
+    why a tensor is not read. `is_plain` is False for a pickle that `torch.load(weights_only=True)`
     may refuse.
     """
 
@@ -167,7 +167,7 @@ def walk(
     name: str = "",
     depth: int = 0,
 ) -> Iterator[tuple[str, object]]:
-    """(dotted name, node) for everything in `node`, itself and containers too; they are what has `contents`."""
+    """(dotted name, node) for all in `node`, itself and containers too: they are what has `contents`."""
     if depth > MAX_DEPTH or next(visited) > MAX_ENTRIES or len(name) > MAX_NAME:
         raise CheckpointError(
             f"nested deeper than {MAX_DEPTH}, more than {MAX_ENTRIES} entries, or names longer than "

@@ -29,6 +29,7 @@ from gpt2lite.errors import CheckpointError
 
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 MAGIC = MAGIC_NUMBER.to_bytes(10, "little")  # as every binary pickle holds it, in the first 32 bytes
+MAGIC_TEXT = b"L%dL\n." % MAGIC_NUMBER  # as protocols 0 and 1 hold it
 VERSION = 1001
 COUNT = struct.Struct("<q")
 
