@@ -627,7 +627,7 @@ INERT = {
     "torch, no dtype": zip_of(b"\x80\x02ctorch\nload\n."),
     "torch, imported lazily": zip_of(b"\x80\x02ctorch\n_dynamo\n."),
     "dotted": zip_of(b"\x80\x04\x8c\x05torch\x8c\x0eSize.__class__\x93."),
-    "an instance of protocol 0": zip_of(b"(ios\nsystem\nS'true'\n."),
+    "an instance of protocol 0": zip_of(b"(S'true'\nios\nsystem\n."),
     "an instance of protocol 1": zip_of(b"(cos\nsystem\nS'true'\no."),
     "nest for a key": zip_of(pickled({nest(1, 22, tuple): 1})),
     "nest for an ordered key": zip_of(pickled(Call(OrderedDict, [[nest(1, 22, tuple), 1]]))),

@@ -222,7 +222,7 @@ class Config:
     name: str = "small"
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Slotted:
     n_head: int = 4
 
@@ -372,7 +372,7 @@ UNREADABLE: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("key", UNREADABLE)
 def test_a_tensor_that_is_not_read_is_listed_with_its_reason(key, tmp_path):
     node, reason = UNREADABLE[key]
-    torch.save({"w": node, "b": torch.ones(1)}, tmp_path / "m.pth")
+    torch.save({"w": node, "b": torch.ones(1)}, tmp_path / "m.pth", pickle_protocol=4)
     found = open_checkpoint(tmp_path / "m.pth")
     assert list(found.tensors) == ["b"]
     assert list(found.unreadable) == ["w"]

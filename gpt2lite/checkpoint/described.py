@@ -70,12 +70,15 @@ def _contents(node: object) -> Iterable[tuple[object, object]] | None:
     return contents_of(node)
 
 
+def _public(node: Inert) -> dict[str, object]:
+    return {key: value for key, value in node.attributes.items() if key[:1] != "_" and key != "training"}
+
+
 def _facts(node: object) -> dict[object, object]:
-    """What may hold plain values: the public attributes and items of an object, a container's contents."""
-    if not isinstance(node, Inert):
-        return dict(contents_of(node) or ())
-    public = {key: value for key, value in node.attributes.items() if key[:1] != "_" and key != "training"}
-    return public | node.items
+    """What may hold plain values: an object's public attributes and items, a container's contents."""
+    if isinstance(node, Inert):
+        return {**_public(node), **node.items}
+    return dict(contents_of(node) or ())
 
 
 def _values(
@@ -109,7 +112,7 @@ def _keep_object(found: Described, name: str, node: Inert, visited: Iterator[int
     elif node.wraps_tensor or any(isinstance(value, TENSORS) for value in node.attributes.values()):
         found.unreadable[name] = f"is made by {node}, which was not run"
     seen.add(id(node))
-    for key, fact in _facts(node).items():
+    for key, fact in _public(node).items():
         found.values.update(_values(fact, dotted(name, key), 1, visited, seen))
 
 

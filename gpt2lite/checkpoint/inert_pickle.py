@@ -92,13 +92,14 @@ class Inert:
     """Something that a pickle names and we do not know; calling it gives another one and runs nothing.
 
     It is never taken for its arguments: of these it keeps only whether there was a tensor among them. `items`
-    are what the pickle appended to it, by index, or set in it, by key.
+    are what the pickle appended to it, by index, or set in it, by key; `members` those of a set.
     """
 
     name: str
     wraps_tensor: bool = False
     state: object = None
     items: dict[Any, Any] = field(default_factory=dict)
+    members: list[object] = field(default_factory=list)
 
     def __repr__(self) -> str:
         return f"<{self.name[:200]}>"
@@ -120,7 +121,9 @@ class Inert:
         """Keep one more value."""
         self.extend([value])
 
-    add = append
+    def add(self, value: object) -> None:
+        """Keep one more member of a set, without a name."""
+        self.members.append(value)
 
     @property
     def attributes(self) -> dict[str, object]:
@@ -141,11 +144,8 @@ class Inert:
         """A module's parameters, buffers and modules, as `state_dict` would list them."""
         attributes: Mapping[str, Any] = self.attributes
         unsaved = attributes.get("_non_persistent_buffers_set")
-        skipped = (
-            [key for key in unsaved.items.values() if isinstance(key, str)]
-            if isinstance(unsaved, Inert)
-            else []
-        )
+        members = unsaved.members if isinstance(unsaved, Inert) else ()
+        skipped = {key for key in members if isinstance(key, str)}
         for key, tensor in attributes["_parameters"].items():
             yield key, _as_tensor(tensor)
         for key, tensor in attributes["_buffers"].items():
@@ -264,9 +264,7 @@ def _ordered_dict(pairs: object = ()) -> OrderedDict[Any, Any]:
 
 def _set(values: object = ()) -> Inert:
     """A set by the order in which it was written: nothing is hashed."""
-    made = Inert("builtins.set")
-    made.extend(values if isinstance(values, (list, tuple)) else ())
-    return made
+    return Inert("builtins.set", members=list(values) if isinstance(values, (list, tuple)) else [])
 
 
 ALLOWED: dict[tuple[str, str], object] = {
@@ -358,7 +356,8 @@ class DescribingUnpickler(pickle._Unpickler):
     def load_frozenset(self) -> None:
         """A set of what lies above the mark."""
         self.is_plain = False
-        self.append(_set(self.pop_mark()))
+        values = self.pop_mark()  # which changes what `append` appends to
+        self.append(_set(values))
 
     def load_newobj_ex(self) -> None:
         """An inert object, made with keywords."""
