@@ -36,7 +36,7 @@ from gpt2lite.checkpoint.manifest import (
 )
 from gpt2lite.errors import CheckpointError
 
-MAX_ITEMS = 1000  # of a container within an object: a longer one is a vocabulary or a data set, not a fact
+MAX_ITEMS = 1000  # of a container within an object: what is longer is a vocabulary or data
 T = TypeVar("T")
 PLAIN = (str, int, float, NoneType, torch.dtype)
 
@@ -70,15 +70,20 @@ def _contents(node: object) -> Iterable[tuple[object, object]] | None:
     return contents_of(node)
 
 
-def _public(node: Inert) -> dict[str, object]:
-    return {key: value for key, value in node.attributes.items() if key[:1] != "_" and key != "training"}
+def _counted(items: Iterable[tuple[object, object]], visited: Iterator[int]) -> Iterator[tuple[str, object]]:
+    """Public names and what they stand for, until there are too many of all."""
+    for key, fact in items:
+        if next(visited) > MAX_ENTRIES:
+            return
+        if not str(key).startswith("_") and key != "training":
+            yield str(key), fact
 
 
-def _facts(node: object) -> dict[object, object]:
-    """What may hold plain values: an object's public attributes and items, a container's contents."""
+def _facts(node: object) -> Iterable[tuple[object, object]]:
+    """What may hold plain values: an object's attributes and items, a container's contents."""
     if isinstance(node, Inert):
-        return {**_public(node), **node.items}
-    return dict(contents_of(node) or ())
+        return itertools.chain(node.attributes(), node.items.items())
+    return contents_of(node) or ()
 
 
 def _values(
@@ -87,16 +92,14 @@ def _values(
     """The plain values within an attribute; each object is looked into once, and no module."""
     if isinstance(node, PLAIN):
         yield name, node
+    if depth > MAX_DEPTH or len(name) > MAX_NAME:
         return
     if isinstance(node, Inert):
         if node.is_module or id(node) in seen:
             return
         seen.add(id(node))
-    if depth > MAX_DEPTH or len(name) > MAX_NAME or next(visited) > MAX_ENTRIES:
-        return
-    facts = _facts(node)
-    for key, child in facts.items() if len(facts) <= MAX_ITEMS else ():
-        yield from _values(child, dotted(name, key), depth + 1, visited, seen)
+    for key, fact in _counted(itertools.islice(_facts(node), MAX_ITEMS), visited):
+        yield from _values(fact, dotted(name, key), depth + 1, visited, seen)
 
 
 def _keep(target: dict[str, T], name: str, node: T) -> None:
@@ -109,10 +112,12 @@ def _keep_object(found: Described, name: str, node: Inert, visited: Iterator[int
     """A module's class, why what wraps a tensor is not read, and the attributes of both."""
     if node.is_module:
         found.modules[name] = node.name
-    elif node.wraps_tensor or any(isinstance(value, TENSORS) for value in node.attributes.values()):
+    elif node.wraps_tensor:
         found.unreadable[name] = f"is made by {node}, which was not run"
     seen.add(id(node))
-    for key, fact in _public(node).items():
+    for key, fact in _counted(node.attributes(), visited):
+        if isinstance(fact, TENSORS) and not node.is_module:
+            found.unreadable[name] = f"is made by {node}, which was not run"
         found.values.update(_values(fact, dotted(name, key), 1, visited, seen))
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar
@@ -53,6 +53,7 @@ RECONSTRUCTORS = tuple(
     f"{module}.{name}" for module in ("copyreg", "copy_reg") for name in ("_reconstructor", "__newobj__")
 )
 TENSOR_TYPES = ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter")
+FEW = 64  # arguments or names that are looked at
 REGISTRIES = ("_parameters", "_buffers", "_modules")  # what makes an object a module
 
 
@@ -89,7 +90,7 @@ class Unreadable:
 
 @dataclass(slots=True, eq=False, repr=False)
 class Inert:
-    """Something that a pickle names and we do not know; calling it gives another one and runs nothing.
+    """Something that a pickle names and we do not know.
 
     It is never taken for its arguments: of these it keeps only whether there was a tensor among them. `items`
     are what the pickle appended to it, by index, or set in it, by key; `members` those of a set.
@@ -99,18 +100,18 @@ class Inert:
     wraps_tensor: bool = False
     state: object = None
     items: dict[Any, Any] = field(default_factory=dict)
-    members: list[object] = field(default_factory=list)
+    members: Any = ()
 
     def __repr__(self) -> str:
         return f"<{self.name[:200]}>"
 
-    def __call__(self, *args: object) -> Inert | Unreadable:
-        """Describe what the call would return."""
+    def made(self, args: tuple[object, ...]) -> Inert | Unreadable:
+        """What a call would return, described; looks at few arguments, since a pickle can repeat many."""
         if self.name in RECONSTRUCTORS and args and isinstance(args[0], Inert):
-            return args[0](*args[1:])
+            return Inert(args[0].name)
         if self.name.startswith("torch.") and "._rebuild_" in self.name:
             return Unreadable(f"is made by {self}, a kind of tensor that is not read")
-        parts = chain.from_iterable(arg if isinstance(arg, tuple) else (arg,) for arg in args)
+        parts = (part for arg in args[:FEW] for part in (arg[:FEW] if isinstance(arg, tuple) else (arg,)))
         return Inert(self.name, any(isinstance(part, TENSORS) for part in parts))
 
     def extend(self, values: Iterable[object]) -> None:
@@ -125,44 +126,49 @@ class Inert:
         """Keep one more member of a set, without a name."""
         self.members.append(value)
 
-    @property
-    def attributes(self) -> dict[str, object]:
-        """What it was given by name: its `__dict__` and its slots; nothing of a state by position."""
+    def _named_states(self) -> list[dict[Any, Any]]:
+        """Its `__dict__` and its slots, where the pickle gives them by name and not by position."""
         states = self.state if isinstance(self.state, tuple) and len(self.state) == 2 else (self.state,)
-        if not all(isinstance(state, (dict, NoneType)) for state in states):
-            return {}
-        named = chain.from_iterable(state.items() for state in states if isinstance(state, dict))
-        return {key: value for key, value in named if isinstance(key, str)}
+        named = [state for state in states if isinstance(state, dict)]
+        return named if len(named) + states.count(None) == len(states) else []
+
+    def attributes(self) -> Iterator[tuple[object, object]]:
+        """What it was given by name."""
+        return chain.from_iterable(state.items() for state in self._named_states())
+
+    def attribute(self, name: str) -> Any:
+        """One of them, or None."""
+        return next((state[name] for state in self._named_states() if name in state), None)
 
     @property
     def is_module(self) -> bool:
         """Whether it has the registries of a `torch.nn.Module`."""
-        attributes = self.attributes
-        return all(isinstance(attributes.get(registry), dict) for registry in REGISTRIES)
+        return all(isinstance(self.attribute(registry), dict) for registry in REGISTRIES)
 
     def registered(self) -> Iterator[tuple[object, object]]:
-        """A module's parameters, buffers and modules, as `state_dict` would list them."""
-        attributes: Mapping[str, Any] = self.attributes
-        unsaved = attributes.get("_non_persistent_buffers_set")
-        members = unsaved.members if isinstance(unsaved, Inert) else ()
-        skipped = {key for key in members if isinstance(key, str)}
-        for key, tensor in attributes["_parameters"].items():
+        """A module's parameters, buffers and modules, as `state_dict` would list them; () where it would not."""
+        unsaved = self.attribute("_non_persistent_buffers_set")
+        members = unsaved.members[:FEW] if isinstance(unsaved, Inert) else ()
+        for key, tensor in self.attribute("_parameters").items():
             yield key, _as_tensor(tensor)
-        for key, tensor in attributes["_buffers"].items():
-            if key not in skipped:
-                yield key, _as_tensor(tensor)
-        for key, module in attributes["_modules"].items():
-            if isinstance(module, Inert) and module.is_module:
-                yield key, module
+        for key, tensor in self.attribute("_buffers").items():
+            yield key, () if key in members else _as_tensor(tensor)
+        for key, module in self.attribute("_modules").items():
+            yield key, module if isinstance(module, Inert) and module.is_module else ()
 
 
 TENSORS = (TensorRecord, Unreadable, Storage)
 
 
 def _as_tensor(node: object) -> object:
-    """What is registered as a tensor: a record, the reason why there is none, or None."""
-    known = isinstance(node, (TensorRecord, Unreadable, NoneType))
-    return node if known else Unreadable(f"is made by {shown(node)}, which was not run")
+    """What is registered as a tensor: a record, or why there is none; () for None."""
+    if node is None:
+        return ()
+    return (
+        node
+        if isinstance(node, (TensorRecord, Unreadable))
+        else Unreadable(f"is made by {shown(node)}, which was not run")
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +270,7 @@ def _ordered_dict(pairs: object = ()) -> OrderedDict[Any, Any]:
 
 def _set(values: object = ()) -> Inert:
     """A set by the order in which it was written: nothing is hashed."""
-    return Inert("builtins.set", members=list(values) if isinstance(values, (list, tuple)) else [])
+    return Inert("builtins.set", members=values if isinstance(values, (list, tuple)) else ())
 
 
 ALLOWED: dict[tuple[str, str], object] = {
@@ -351,7 +357,7 @@ class DescribingUnpickler(pickle._Unpickler):
     def load_set(self) -> None:
         """An empty set."""
         self.is_plain = False
-        self.append(_set())
+        self.append(_set([]))
 
     def load_frozenset(self) -> None:
         """A set of what lies above the mark."""
@@ -359,10 +365,19 @@ class DescribingUnpickler(pickle._Unpickler):
         values = self.pop_mark()  # which changes what `append` appends to
         self.append(_set(values))
 
+    def load_reduce(self) -> None:
+        """Describe the result of a call, or of making an object."""
+        args, kind = self.stack.pop(), self.stack.pop()
+        self.append(kind.made(args) if isinstance(kind, Inert) else kind(*args))
+
     def load_newobj_ex(self) -> None:
-        """An inert object, made with keywords."""
+        """Describe an object that is made with keywords."""
         named, args, kind = self.stack.pop(), self.stack.pop(), self.stack.pop()
-        self.append(Inert.__call__(kind, *args, *named.values()))
+        self.append(Inert.made(kind, (args, tuple(islice(named.values(), FEW)))))
+
+    def _instantiate(self, kind: Inert, args: list[object]) -> None:
+        """What protocols 0 and 1 call an instance."""
+        self.append(Inert.made(kind, tuple(args)))
 
     dispatch |= {
         pickle.BUILD[0]: load_build,
@@ -371,7 +386,8 @@ class DescribingUnpickler(pickle._Unpickler):
         pickle.DICT[0]: load_dict,
         pickle.EMPTY_SET[0]: load_set,
         pickle.FROZENSET[0]: load_frozenset,
-        pickle.NEWOBJ[0]: pickle._Unpickler.dispatch[pickle.REDUCE[0]],
+        pickle.REDUCE[0]: load_reduce,
+        pickle.NEWOBJ[0]: load_reduce,
         pickle.NEWOBJ_EX[0]: load_newobj_ex,
         # The one that it has allocates as many bytes as the pickle says.
         pickle.BYTEARRAY8[0]: pickle._Unpickler.dispatch[pickle.BINBYTES8[0]],
