@@ -460,3 +460,13 @@ def test_shards_list_what_is_not_read(tmp_path):
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     found = open_checkpoint(tmp_path)
     assert (list(found.tensors), list(found.unreadable)) == (["a"], ["b"])
+
+
+def test_attributes_that_repeat_each_other_endlessly_end(tmp_path):
+    """2**40 references to one object within an attribute, and one state that thousands of objects share."""
+    bomb: object = SimpleNamespace(n=1)
+    for _ in range(40):
+        bomb = [bomb, bomb]
+    torch.save({"w": torch.ones(1), "config": SimpleNamespace(bomb=bomb)}, tmp_path / "m.pth")
+    with pytest.raises(CheckpointError, match="more than 1000000 entries"):
+        open_checkpoint(tmp_path / "m.pth")

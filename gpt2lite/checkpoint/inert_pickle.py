@@ -146,7 +146,7 @@ class Inert:
         return all(isinstance(self.attribute(registry), dict) for registry in REGISTRIES)
 
     def registered(self) -> Iterator[tuple[object, object]]:
-        """A module's parameters, buffers and modules, as `state_dict` would list them; () where it would not."""
+        """What `state_dict` would list of a module, by key; () for what it would leave out."""
         unsaved = self.attribute("_non_persistent_buffers_set")
         members = unsaved.members[:FEW] if isinstance(unsaved, Inert) else ()
         for key, tensor in self.attribute("_parameters").items():
@@ -264,7 +264,8 @@ def _ordered_dict(pairs: object = ()) -> OrderedDict[Any, Any]:
     if not isinstance(pairs, (list, tuple)):
         raise CheckpointError(f"its pickle makes an OrderedDict of {shown(pairs)}")
     made: OrderedDict[Any, Any] = OrderedDict()
-    _set_items(made, [key for key, _ in pairs], [value for _, value in pairs])
+    if pairs:  # a tensor's hooks are none
+        _set_items(made, [key for key, _ in pairs], [value for _, value in pairs])
     return made
 
 
