@@ -463,10 +463,9 @@ def test_shards_list_what_is_not_read(tmp_path):
 
 
 def test_attributes_that_repeat_each_other_endlessly_end(tmp_path):
-    """2**40 references to one object within an attribute, and one state that thousands of objects share."""
+    """2**40 references to one object within an attribute, and the weights after it."""
     bomb: object = SimpleNamespace(n=1)
     for _ in range(40):
         bomb = [bomb, bomb]
-    torch.save({"w": torch.ones(1), "config": SimpleNamespace(bomb=bomb)}, tmp_path / "m.pth")
-    with pytest.raises(CheckpointError, match="more than 1000000 entries"):
-        open_checkpoint(tmp_path / "m.pth")
+    torch.save({"config": SimpleNamespace(bomb=bomb), "w": torch.ones(1)}, tmp_path / "m.pth")
+    assert list(open_checkpoint(tmp_path / "m.pth").tensors) == ["w"]

@@ -122,8 +122,8 @@ def _keep_object(found: Described, name: str, node: Inert, visited: Iterator[int
 
 
 def _sort(tree: object, found: Described) -> None:
-    visited, root, seen = itertools.count(), None, set[int]()
-    for name, node in walk(tree, visited, _contents):
+    visited, root, seen = itertools.count(), None, set[int]()  # of facts: too many do not matter, they end
+    for name, node in walk(tree, itertools.count(), _contents):
         if isinstance(node, TensorRecord):
             _keep(found.tensors, name, node)
         elif isinstance(node, Unreadable):
