@@ -20,7 +20,7 @@ import tiktoken
 
 from gpt2lite.byte_pairs import as_encoding, as_lists, unspelled
 from gpt2lite.checkpoint import side_file
-from gpt2lite.checkpoint.torch_zip import DescribingUnpickler, describe
+from gpt2lite.checkpoint.inert_pickle import DescribingUnpickler, describe
 from gpt2lite.checkpoint.writing import replacing
 from gpt2lite.encoding import END_OF_TEXT, Allowed, Tokenizer, as_tokenizer, read_encoding
 from gpt2lite.errors import CheckpointError, GPT2LiteError, UsageError

@@ -150,7 +150,8 @@ def verify(
     config, like = model.config, model.pos_emb.weight
     prompt = torch.tensor([PROMPT], device=like.device)[:, : config.context_length] % config.vocab_size
     start = prompt.shape[1]
-    room = 0 if config.n_classes else min(NEW_TOKENS, config.context_length - start)
+    is_sound = bool(model(prompt).isfinite().all())  # else it writes nothing, and its logits tell
+    room = min(NEW_TOKENS, config.context_length - start) if is_sound and not config.n_classes else 0
     ids = (model.generate(prompt, room) if room else prompt).cpu()
     ours, dtype = model(ids.to(like.device))[0].float().cpu(), like.dtype
     del model, like

@@ -575,19 +575,7 @@ ZIP_DAMAGES = {
     "empty pickle": (zip_of(b""), "its pickle is damaged"),
     "pickle without an end": (zip_of(pickled({"a": 1})[:-1]), "its pickle is damaged"),
     "unknown opcode": (zip_of(b"\x80\x02\xff."), "its pickle is damaged"),
-    "a set": (zip_of(pickled({"w": {1, 2}}, 4)), "its pickle is damaged"),
     "a buffer of 2**40 bytes": (zip_of(b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b"."), "is damaged"),
-    "a config object": (zip_of(pickled({"config": TrainingConfig()})), "asks for .*, which is not data"),
-    "a class of ours": (
-        zip_of(pickled({"config": TrainingConfig()}, 4)),
-        "which is not data.*save the weights",
-    ),
-    "allowed name, wrong module": (zip_of(b"\x80\x02cos\nOrderedDict\n)R."), "asks for os.OrderedDict"),
-    "storage, wrong module": (zip_of(b"\x80\x02cos\nFloatStorage\n."), "asks for os.FloatStorage"),
-    "dtype, wrong module": (zip_of(b"\x80\x02cos\nfloat32\n."), "asks for os.float32"),
-    "torch, no dtype": (zip_of(b"\x80\x02ctorch\nload\n."), "asks for torch.load"),
-    "torch, imported lazily": (zip_of(b"\x80\x02ctorch\n_dynamo\n."), "asks for torch._dynamo"),
-    "dotted": (zip_of(b"\x80\x04\x8c\x05torch\x8c\x0eSize.__class__\x93."), "asks for torch.Size.__class__"),
     "extension": (zip_of(b"\x80\x02\x82\x01."), "its pickle is damaged"),
     "setstate of ours": (build_on(b"torch._utils\n_rebuild_tensor_v2\n", b"]q\x00K\x00a"), "wants to alter"),
     "attributes of ours": (build_on(b"torch\nSize\n", b"}(U\x05buildK\x00u"), "wants to alter"),
@@ -598,11 +586,6 @@ ZIP_DAMAGES = {
     "negative storage": (zip_of_tensor(Stored(numel=-6)), "which is not a storage"),
     "flag for a storage size": (zip_of_tensor(Stored(numel=2**62)), "which is not a storage"),
     "key that is no string": (zip_of_tensor(Stored(key=nest(1, 22))), "which is not a storage"),
-    "tensor on a number": (zip_of_tensor(5), "built on 5, not on a storage"),
-    "tensor on a nest": (zip_of_tensor(nest(1, 22)), "built on <list>, not on a storage"),
-    "storage missing": (zip_of_tensor(Stored(key="1")), "needs data/1 of 24 bytes, which is missing"),
-    "storage elsewhere": (zip_of_tensor(Stored(key="../byteorder")), "which is missing"),
-    "storage too short": (zip_of_tensor(Stored(numel=7)), "needs data/0 of 28 bytes, which has 24"),
     "past its storage": (zip_of_tensor(Stored(), 1), "w reaches past the end of its storage 0"),
     "past its own part": (zip_of_tensor(Stored(numel=3)), "w reaches past the end of its storage 0"),
     "strides past its storage": (zip_of_tensor(None, 0, (2, 3), (4, 1)), "reaches past the end"),
@@ -621,21 +604,59 @@ ZIP_DAMAGES = {
     "fewer strides than sizes": (zip_of_tensor(None, 0, (2, 3), (1,)), "no tensor can have"),
     "shape that is no tuple": (zip_of_tensor(None, 0, [2, 3], (3, 1)), r"shape \[2, 3\]"),
     "shape that is a nest": (zip_of_tensor(None, 0, nest(1, 22), (3, 1)), "shape <list>"),
-    "conjugated": (zip_of_tensor(None, 0, (2, 3), (3, 1), {"conj": True}), "conjugated or negated"),
     "too few arguments": (zip_of(pickled(Call(torch._utils._rebuild_tensor_v2, 1))), "its pickle is damaged"),
     "holds itself": (zip_of(pickled(cyclic())), "nested deeper than"),
     "a thousand levels": (zip_of(b"\x80\x02" + b"]" * 1000 + b"a" * 999 + b"."), "nested deeper than"),
     "billion laughs": (zip_of(pickled(nest(1, 29))), "more than 1000000 entries"),
     "billion silences": (zip_of(pickled(nest([], 29))), "more than 1000000 entries"),
-    "nest for a key": (zip_of(pickled({nest(1, 22, tuple): 1})), "the key <tuple>, which is not plain"),
-    "nest for an ordered key": (
-        zip_of(pickled(Call(OrderedDict, [[nest(1, 22, tuple), 1]]))),
-        "the key <tuple>, which is not plain",
-    ),
-    "key of 5,000 digits": (zip_of(pickled({10**5000: 1})), "the key <int>, which is not plain"),
     "long name": (zip_of(pickled({"x" * 2000: [1] * 100})), "names longer than"),
     "one name twice": (zip_of(pickled({"a": {"b": 1}, "a.b": 2})), "the name 'a.b' occurs twice"),
 }
+
+
+# What is described and does nothing: no tensors, no values.
+INERT = {
+    "a set": zip_of(pickled({"w": {1, 2}}, 4)),
+    "a config object": zip_of(pickled({"config": Stored}, 4)),
+    "a set of lying nests": zip_of(pickled({"w": [Call(set, [nest(1, 22, tuple)])]})),
+    "allowed name, wrong module": zip_of(b"\x80\x02cos\nOrderedDict\n)R."),
+    "storage, wrong module": zip_of(b"\x80\x02cos\nFloatStorage\n."),
+    "dtype, wrong module": zip_of(b"\x80\x02cos\nfloat32\n."),
+    "torch, no dtype": zip_of(b"\x80\x02ctorch\nload\n."),
+    "torch, imported lazily": zip_of(b"\x80\x02ctorch\n_dynamo\n."),
+    "dotted": zip_of(b"\x80\x04\x8c\x05torch\x8c\x0eSize.__class__\x93."),
+    "an instance of protocol 0": zip_of(b"(S'true'\nios\nsystem\n."),
+    "an instance of protocol 1": zip_of(b"(cos\nsystem\nS'true'\no."),
+    "nest for a key": zip_of(pickled({nest(1, 22, tuple): 1})),
+    "nest for an ordered key": zip_of(pickled(Call(OrderedDict, [[nest(1, 22, tuple), 1]]))),
+    "nest for a key of protocol 0": zip_of(b"(" + pickled(nest(1, 22, tuple), 0)[:-1] + b"I1\nd."),
+    "key of 5,000 digits": zip_of(pickled({10**5000: 1})),
+}
+
+
+@pytest.mark.parametrize("write", INERT.values(), ids=INERT)
+def test_what_is_not_known_is_described_and_gives_nothing(write, tmp_path):
+    write(tmp_path / "model.pth")
+    found = open_checkpoint(tmp_path / "model.pth")
+    assert (found.tensors, found.values, found.unreadable) == ({}, {}, {})
+
+
+NOT_READ = {
+    "tensor on a number": (zip_of_tensor(5), "built on 5, not on a storage"),
+    "tensor on a nest": (zip_of_tensor(nest(1, 22)), "built on <list>, not on a storage"),
+    "storage missing": (zip_of_tensor(Stored(key="1")), "needs data/1 of 24 bytes, which is missing"),
+    "storage elsewhere": (zip_of_tensor(Stored(key="../byteorder")), "which is missing"),
+    "storage too short": (zip_of_tensor(Stored(numel=7)), "needs data/0 of 28 bytes, which has 24"),
+    "conjugated": (zip_of_tensor(None, 0, (2, 3), (3, 1), {"conj": True}), "conjugated or negated"),
+}
+
+
+@pytest.mark.parametrize(("write", "reason"), NOT_READ.values(), ids=NOT_READ)
+def test_a_tensor_that_is_not_read_says_why(write, reason, tmp_path):
+    write(tmp_path / "model.pth")
+    found = open_checkpoint(tmp_path / "model.pth")
+    assert not found.tensors
+    assert reason in found.unreadable["w"]
 
 
 @pytest.mark.parametrize(("damage", "message"), ZIP_DAMAGES.values(), ids=ZIP_DAMAGES)
@@ -675,7 +696,7 @@ def payloads(mark: Path) -> dict[str, Call]:
 
 @pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("key", payloads(Path()))
-def test_a_pickle_that_wants_to_run_code_is_refused_and_does_not_run(key, protocol, tmp_path):
+def test_a_pickle_that_wants_to_run_code_does_not_run(key, protocol, tmp_path):
     mark = tmp_path / "ran"
     data = pickled({"w": payloads(mark)[key]}, protocol)
     opened = pickle.loads(data)["w"]
@@ -684,7 +705,8 @@ def test_a_pickle_that_wants_to_run_code_is_refused_and_does_not_run(key, protoc
         opened.close()
     mark.unlink()
     zip_of(data)(tmp_path / "model.pth")
-    assert_refused(tmp_path / "model.pth", "which is not data and was not run")
+    found = open_checkpoint(tmp_path / "model.pth")
+    assert (found.tensors, found.values) == ({}, {})
     assert not mark.exists()
 
 

@@ -62,7 +62,7 @@ def _kind_of_file(path: Path) -> str:
     said = what_is(head)
     if head[8:9] == b"{" and not (any(head[4:8]) and said):
         return "safetensors"
-    if head.startswith(b"\x80") and torch_legacy.MAGIC in head[:32]:
+    if torch_legacy.MAGIC in head[:32] or head.startswith(torch_legacy.MAGIC_TEXT):
         return "legacy"
     raise CheckpointError(f"{path}: is {said}" if said else f"{path}: begins with {head[:8]!r}, {READABLE}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeGuard
@@ -115,9 +115,13 @@ class Manifest:
     """A checkpoint's table of contents.
 
     `values` holds the plain numbers, strings and flags that were saved beside the tensors, by their dotted
-    names; `files` the state of every file when it was opened; `storages` the bytes of everything that
-    `torch.load` allocates to read a file, which can be more than the tensors. `containers` says in which dict
-    or module of its file a tensor lies, by that one's dotted name; what is not there lies in the outermost.
+    names, and the plain attributes of objects; `files` the state of every file when it was opened; `storages`
+    the bytes of everything that `torch.load` allocates to read a file, which can be more than the tensors.
+    `modules` are the classes of pickled modules, by the modules' names ("" for the whole); `unreadable` says
+    why a tensor is not read. `is_plain` is False for a pickle that `torch.load(weights_only=True)`
+    may refuse.
+    `containers` says in which dict or module of its file a tensor lies, by that one's dotted name; what is
+    not there lies in the outermost.
     """
 
     path: Path
@@ -126,6 +130,9 @@ class Manifest:
     values: Mapping[str, object] = field(default_factory=dict)
     files: Mapping[Path, FileState] = field(default_factory=dict)
     storages: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
+    modules: Mapping[str, str] = field(default_factory=dict)
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+    is_plain: bool = True
     containers: Mapping[str, str] = field(default_factory=dict)
 
     def container_of(self, tensor: str) -> str:
@@ -157,41 +164,40 @@ def validate(manifest: Manifest) -> Manifest:
     return manifest
 
 
-def _walk(
-    node: object, name: str, depth: int, visited: Iterator[int], container: str = ""
-) -> Iterator[tuple[str, str, object]]:
-    """(its container's dotted name, its own, node) for everything in `node` that is no container."""
+def contents_of(node: object) -> Iterable[tuple[object, object]] | None:
+    """A container's keys or places, each with what lies there; None for all else."""
+    if isinstance(node, dict):
+        return node.items()
+    return enumerate(node) if isinstance(node, (list, tuple)) else None
+
+
+def walk(
+    node: object,
+    visited: Iterator[int],
+    contents: Callable[[object], Iterable[tuple[object, object]] | None],
+    name: str = "",
+    depth: int = 0,
+) -> Iterator[tuple[str, object]]:
+    """(dotted name, node) for all in `node`, itself and containers too: they are what has `contents`."""
     if depth > MAX_DEPTH or next(visited) > MAX_ENTRIES or len(name) > MAX_NAME:
         raise CheckpointError(
             f"nested deeper than {MAX_DEPTH}, more than {MAX_ENTRIES} entries, or names longer than "
             f"{MAX_NAME} characters, at {name[:40] or 'the top'}: not weights"
         )
-    items: Iterable[tuple[object, object]]
-    if isinstance(node, dict):
-        items = node.items()
-    elif isinstance(node, (list, tuple)):
-        items = enumerate(node)
-    else:
-        yield container, name, node
-        return
-    for key, child in items:
-        yield from _walk(child, f"{name}.{key}" if name else str(key), depth + 1, visited, name)
+    yield name, node
+    for key, child in contents(node) or ():
+        yield from walk(child, visited, contents, dotted(name, key), depth + 1)
 
 
-def flatten(tree: object, leaf: type) -> tuple[dict[str, object], dict[str, object], dict[str, str]]:
-    """Nested dicts and lists → ({dotted name: leaf object}, {dotted name: plain value}, {leaf: container}).
+def dotted(name: str, key: object) -> str:
+    """The name of what lies in `name` under `key`."""
+    return f"{name}.{key}" if name else str(key)
 
-    Raises CheckpointError for a name that occurs twice, and for trees too deep or too large to be data.
+
+def flatten(tree: object, leaf: type) -> dict[str, object]:
+    """Nested dicts and lists → {dotted name: leaf object}.
+
+    Raises CheckpointError for trees too deep or too large to be data.
     """
-    leaves: dict[str, object] = {}
-    values: dict[str, object] = {}
     visited = itertools.count()  # containers too: a nest of empty lists has no entry and 2**MAX_DEPTH nodes
-    containers: dict[str, str] = {}
-    for container, name, node in _walk(tree, "", 0, visited):
-        found = leaves if isinstance(node, leaf) else values
-        if name in found:
-            raise CheckpointError(f"the name {name!r} occurs twice")
-        found[name] = node
-        if found is leaves and container:
-            containers[name] = container
-    return leaves, values, containers
+    return {name: node for name, node in walk(tree, visited, contents_of) if isinstance(node, leaf)}

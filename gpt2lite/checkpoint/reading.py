@@ -10,7 +10,7 @@ import os
 import sys
 import zipfile
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -110,8 +110,7 @@ def _read_zip(manifest: Manifest, names: Iterable[str], device: torch.device) ->
     """All tensors of all files: a state dict keeps its masks to the end."""
     state: dict[str, Tensor] = {}
     for path in manifest.storages:
-        tensors, *_ = flatten(_torch_load(path, device), Tensor)
-        state |= tensors  # type: ignore[arg-type]
+        state |= flatten(_torch_load(path, device), Tensor)  # type: ignore[arg-type]
     return state
 
 
@@ -135,22 +134,21 @@ def _span_sizes(manifest: Manifest, names: Iterable[str]) -> Sequence[int]:
     return [manifest.tensors[name].extent for name in names]
 
 
-READERS = {
-    "torch_zip": (_read_zip, _zip_sizes),
-    "safetensors": (_read_spans, _span_sizes),
-    "llmc": (_read_spans, _span_sizes),
-    "tensor_folder": (_read_folder, _folder_sizes),
-    "tf_bundle": (_read_spans, _span_sizes),
-}
+SPAN_BY_SPAN = (_read_spans, _span_sizes)
+READERS = {"torch_zip": (_read_zip, _zip_sizes), "tensor_folder": (_read_folder, _folder_sizes)}
+
+
+def _reader(manifest: Manifest) -> tuple[Callable[..., dict[str, Tensor]], Callable[..., Sequence[int]]]:
+    return READERS.get(manifest.format, SPAN_BY_SPAN) if manifest.is_plain else SPAN_BY_SPAN
 
 
 def read_tensors(manifest: Manifest, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
     """At least `names`, at once, on `device`, by the call that its users write (torch.load for `.pth`).
 
     Costs what torch.load costs: every byte of the file on the device, passengers included, and on the way
-    there one tensor of host memory.
+    there one tensor of host memory. A pickle that torch.load may refuse is read tensor by tensor.
     """
-    read, _ = READERS[manifest.format]
+    read, _ = _reader(manifest)
     own, beside = _apart(manifest, names)
     return read(manifest, own, device) | _read_spans(manifest, beside, device)
 
@@ -172,7 +170,7 @@ def stored_versions(manifest: Manifest, prefix: str) -> dict[str, object]:
 
 def sizes_read(manifest: Manifest, names: Iterable[str]) -> Sequence[int]:
     """Bytes of every allocation that `read_tensors` makes, in its order."""
-    _, sizes = READERS[manifest.format]
+    _, sizes = _reader(manifest)
     own, beside = _apart(manifest, names)
     return [*sizes(manifest, own), *_span_sizes(manifest, beside)]
 

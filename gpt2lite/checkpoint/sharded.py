@@ -68,7 +68,9 @@ def _mismatches(placed: Mapping[str, str | None], opened: Mapping[str, Manifest]
     lines = [
         f"{name}: is not in {shard}, where the index looks for it"
         for name, shard in placed.items()
-        if shard is not None and shard in opened and name not in opened[shard].tensors
+        if shard is not None
+        and shard in opened
+        and name not in opened[shard].tensors.keys() | opened[shard].unreadable.keys()
     ]
     for shard, manifest in opened.items():
         for name in manifest.tensors:
@@ -110,12 +112,19 @@ def open_sharded(path: Path, open_shard: Callable[[Path], Manifest]) -> Manifest
             f"{listed(lines)}"
         )
     values, files, storages = _metadata(index), {path: state}, dict[Path, tuple[int, ...]]()
+    unreadable: dict[str, str] = {}
     containers: dict[str, str] = {}
     for manifest in opened.values():
+        unreadable |= manifest.unreadable
+        containers |= manifest.containers
         values |= manifest.values
         files |= manifest.files
         storages |= manifest.storages
-        containers |= manifest.containers
-    spans = {name: opened[shard].tensors[name] for name, shard in placed.items() if shard is not None}
-    format = next(iter(opened.values())).format
-    return validate(Manifest(path, format, spans, values, files, storages, containers))
+    spans = {
+        name: opened[shard].tensors[name]
+        for name, shard in placed.items()
+        if shard is not None and name not in unreadable
+    }
+    first, is_plain = next(iter(opened.values())), all(manifest.is_plain for manifest in opened.values())
+    rest = (first.modules, unreadable, is_plain, containers)
+    return validate(Manifest(path, first.format, spans, values, files, storages, *rest))

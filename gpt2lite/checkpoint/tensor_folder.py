@@ -31,4 +31,5 @@ def join_tensors(path: Path, opened: Mapping[Path, Manifest]) -> Manifest:
     spans = {file.stem: replace(manifest.tensors[""], name=file.stem) for file, manifest in opened.items()}
     files = {file: manifest.files[file] for file, manifest in opened.items()}
     storages = {file: manifest.storages[file] for file, manifest in opened.items()}
-    return Manifest(path, "tensor_folder", spans, {}, files, storages)
+    is_plain = all(manifest.is_plain for manifest in opened.values())
+    return Manifest(path, "tensor_folder", spans, {}, files, storages, is_plain=is_plain)

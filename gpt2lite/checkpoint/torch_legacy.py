@@ -12,21 +12,24 @@ import struct
 from pathlib import Path
 from typing import BinaryIO
 
-from gpt2lite.checkpoint.manifest import FileState, Manifest, are_sizes, validate
-from gpt2lite.checkpoint.torch_zip import (
+from gpt2lite.checkpoint.described import described
+from gpt2lite.checkpoint.inert_pickle import (
     MAX_SMALL_BYTES,
     RESAVE,
     DescribingUnpickler,
+    Inert,
     Storage,
     describe,
-    described_tensors,
-    place,
     shown,
+    stored,
 )
+from gpt2lite.checkpoint.manifest import FileState, Manifest, are_sizes, validate
+from gpt2lite.checkpoint.torch_zip import place
 from gpt2lite.errors import CheckpointError
 
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 MAGIC = MAGIC_NUMBER.to_bytes(10, "little")  # as every binary pickle holds it, in the first 32 bytes
+MAGIC_TEXT = b"L%dL\n." % MAGIC_NUMBER  # as protocols 0 and 1 hold it
 VERSION = 1001
 COUNT = struct.Struct("<q")
 
@@ -64,14 +67,19 @@ class LegacyUnpickler(DescribingUnpickler):
         """All that lie in the file by themselves, by key, in the order in which torch.load allocates them."""
         return {key: storage for key, storage in self.named.items() if key == storage.key}
 
-    def persistent_load(self, pid: object) -> Storage:
+    def persistent_load(self, pid: object) -> object:
         """('storage', class, key, location, number of elements, view or None) → Storage.
+
+        ('module', class, path of its source, source) → the class, of which no more is known.
 
         A view is (key of its own, first element, number of elements); torch has not written one since 0.4.
         """
+        match pid:
+            case ("module", Inert() as kind, _, _):
+                return kind
         if not isinstance(pid, tuple) or len(pid) != 6:
             raise CheckpointError(f"its pickle refers to {shown(pid)}, which is not a storage. {RESAVE}")
-        root, view = super().persistent_load(pid[:5]), pid[5]
+        root, view = stored(pid[:5]), pid[5]
         root = self._known(root.key, root)
         if view is None:
             return root
@@ -146,7 +154,7 @@ def _find_storages(
 
 
 def open_torch_legacy(path: Path) -> Manifest:
-    """The manifest of a `.pth` that is no zip. Raises CheckpointError for all but tensors and plain data.
+    """The manifest of a `.pth` that is no zip. Raises CheckpointError for a file that is damaged.
 
     Its format is "torch_zip", since torch.load reads both alike. Bytes after the last storage are left alone,
     as torch leaves them.
@@ -156,10 +164,12 @@ def open_torch_legacy(path: Path) -> Manifest:
         pickles = _Pickles(file)
         _check_head(path, pickles)
         unpickler = LegacyUnpickler(pickles)
-        records, values, containers = described_tensors(path, describe(path, unpickler))
+        found = described(path, unpickler)
         storages = unpickler.storages
         keys = _check_keys(path, describe(path, DescribingUnpickler(pickles, encoding="utf-8")), storages)
         begins = _find_storages(path, file, keys, storages)
-    spans = {name: place(path, name, record, begins[record.storage.key]) for name, record in records.items()}
+    spans = {
+        name: place(path, name, record, begins[record.storage.key]) for name, record in found.tensors.items()
+    }
     sizes = tuple(storage.nbytes for storage in storages.values())
-    return validate(Manifest(path, "torch_zip", spans, values, {path: state}, {path: sizes}, containers))
+    return validate(found.manifest(path, spans, {path: state}, {path: sizes}))

@@ -1,0 +1,417 @@
+"""A pickle read without importing or calling anything that it names.
+
+The few names that describe tensors are looked up in a table here. Every other name becomes an `Inert`: a
+description that remembers what it was called and the attributes and items it was given, and does nothing.
+Format: the opcodes of Lib/pickletools.py, and torch/_utils.py for what rebuilds tensors.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from types import NoneType
+from typing import Any, ClassVar
+
+import torch
+
+from gpt2lite.checkpoint.manifest import are_sizes, is_countable
+from gpt2lite.errors import CheckpointError
+
+MAX_SMALL_BYTES = 64 << 20  # of what is read whole: the pickle
+RESAVE = "Where it came from, save the weights alone: torch.save(model.state_dict(), 'model.pth')"
+
+# Opcodes that look objects up in this process: a registry of extensions, and buffers handed to the unpickler.
+NOT_DATA = (pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.EXT1, pickle.EXT2, pickle.EXT4)
+
+STORAGE_DTYPES = {
+    "UntypedStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "ByteStorage": torch.uint8,
+    "CharStorage": torch.int8,
+    "ShortStorage": torch.int16,
+    "IntStorage": torch.int32,
+    "LongStorage": torch.int64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+    "QInt8Storage": torch.qint8,
+    "QUInt8Storage": torch.quint8,
+    "QInt32Storage": torch.qint32,
+    "QUInt4x2Storage": torch.quint4x2,
+    "QUInt2x4Storage": torch.quint2x4,
+}
+QUANTIZED = tuple(dtype for name, dtype in STORAGE_DTYPES.items() if name.startswith("Q"))
+# How protocols 0 to 2 say "an object of the class that is my first argument".
+RECONSTRUCTORS = tuple(
+    f"{module}.{name}" for module in ("copyreg", "copy_reg") for name in ("_reconstructor", "__newobj__")
+)
+TENSOR_TYPES = ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter")
+FEW = 64  # arguments or names that are looked at
+REGISTRIES = ("_parameters", "_buffers", "_modules")  # what makes an object a module
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A storage as the pickle names it: `nbytes` from byte `start` of what is kept under `key`.
+
+    In a zip that is the whole entry `data/<key>`.
+    """
+
+    key: str
+    dtype: torch.dtype
+    nbytes: int
+    start: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """A tensor as the pickle describes it; offset and strides count elements of `dtype`."""
+
+    storage: Storage
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A tensor that is not read, and why."""
+
+    reason: str
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class Inert:
+    """Something that a pickle names and we do not know.
+
+    It is never taken for its arguments: of these it keeps only whether there was a tensor among them. `items`
+    are what the pickle appended to it, by index, or set in it, by key; `members` those of a set.
+    """
+
+    name: str
+    wraps_tensor: bool = False
+    state: object = None
+    items: dict[Any, Any] = field(default_factory=dict)
+    members: Any = ()
+
+    def __repr__(self) -> str:
+        return f"<{self.name[:200]}>"
+
+    def made(self, args: tuple[object, ...]) -> Inert | Unreadable:
+        """What a call would return, described; looks at few arguments, since a pickle can repeat many."""
+        if self.name in RECONSTRUCTORS and args and isinstance(args[0], Inert):
+            return Inert(args[0].name)
+        if self.name.startswith("torch.") and "._rebuild_" in self.name:
+            return Unreadable(f"is made by {self}, a kind of tensor that is not read")
+        parts = (part for arg in args[:FEW] for part in (arg[:FEW] if isinstance(arg, tuple) else (arg,)))
+        return Inert(self.name, any(isinstance(part, TENSORS) for part in parts))
+
+    def extend(self, values: Iterable[object]) -> None:
+        """Keep values by index; none is hashed."""
+        self.items.update(enumerate(values, len(self.items)))
+
+    def append(self, value: object) -> None:
+        """Keep one more value."""
+        self.extend([value])
+
+    def add(self, value: object) -> None:
+        """Keep one more member of a set, without a name."""
+        self.members.append(value)
+
+    def _named_states(self) -> list[dict[Any, Any]]:
+        """Its `__dict__` and its slots, where the pickle gives them by name and not by position."""
+        states = self.state if isinstance(self.state, tuple) and len(self.state) == 2 else (self.state,)
+        named = [state for state in states if isinstance(state, dict)]
+        return named if len(named) + states.count(None) == len(states) else []
+
+    def attributes(self) -> Iterator[tuple[object, object]]:
+        """What it was given by name."""
+        return chain.from_iterable(state.items() for state in self._named_states())
+
+    def attribute(self, name: str) -> Any:
+        """One of them, or None."""
+        return next((state[name] for state in self._named_states() if name in state), None)
+
+    @property
+    def is_module(self) -> bool:
+        """Whether it has the registries of a `torch.nn.Module`."""
+        return all(isinstance(self.attribute(registry), dict) for registry in REGISTRIES)
+
+    def registered(self) -> Iterator[tuple[object, object]]:
+        """What `state_dict` would list of a module, by key; () for what it would leave out."""
+        unsaved = self.attribute("_non_persistent_buffers_set")
+        members = unsaved.members[:FEW] if isinstance(unsaved, Inert) else ()
+        for key, tensor in self.attribute("_parameters").items():
+            yield key, _as_tensor(tensor)
+        for key, tensor in self.attribute("_buffers").items():
+            yield key, () if key in members else _as_tensor(tensor)
+        for key, module in self.attribute("_modules").items():
+            yield key, module if isinstance(module, Inert) and module.is_module else ()
+
+
+TENSORS = (TensorRecord, Unreadable, Storage)
+
+
+def _as_tensor(node: object) -> object:
+    """What is registered as a tensor: a record, or why there is none; () for None."""
+    if node is None:
+        return ()
+    return (
+        node
+        if isinstance(node, (TensorRecord, Unreadable))
+        else Unreadable(f"is made by {shown(node)}, which was not run")
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Builder:
+    """A stand-in for one callable that pickles name."""
+
+    build: Callable[..., object]
+
+    def __call__(self, *args: object) -> object:
+        """Build the description."""
+        return self.build(*args)
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, int):
+        return value.bit_length() <= 64
+    return isinstance(value, (str, float, NoneType, torch.dtype))
+
+
+def shown(value: object) -> str:
+    """A short repr; of a nest, whose own might not end, the type alone."""
+    parts = value if isinstance(value, (tuple, list)) else (value,)
+    is_short = isinstance(value, Inert) or all(map(_is_plain, parts))
+    return repr(value)[:200] if is_short else f"<{type(value).__name__}>"
+
+
+def _tensor(
+    storage: object,
+    offset: object,
+    shape: object,
+    stride: object,
+    dtype: object = None,
+    metadata: object = None,
+) -> TensorRecord | Unreadable:
+    if not isinstance(storage, Storage):
+        return Unreadable(f"is built on {shown(storage)}, not on a storage")
+    dtype = storage.dtype if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype) or dtype in QUANTIZED:
+        return Unreadable(f"has dtype {shown(dtype)}, which is not read")
+    if metadata:
+        return Unreadable(f"carries {shown(metadata)} (conjugated or negated lazily), which is not read")
+    if (
+        not are_sizes(shape)
+        or not are_sizes(stride)
+        or not isinstance(offset, int)
+        or not are_sizes((offset,))
+        or len(shape) != len(stride)
+        or not is_countable(shape, dtype)
+    ):
+        raise CheckpointError(
+            f"a tensor has shape {shown(shape)}, strides {shown(stride)}, offset {shown(offset)}, "
+            "which no tensor can have"
+        )
+    return TensorRecord(storage, dtype, offset, shape, stride)
+
+
+def _tensor_v2(storage, offset, shape, stride, grad, hooks, metadata=None):  # type: ignore[no-untyped-def]
+    return _tensor(storage, offset, shape, stride, metadata=metadata)
+
+
+def _tensor_v3(storage, offset, shape, stride, grad, hooks, dtype, metadata=None):  # type: ignore[no-untyped-def]
+    return _tensor(storage, offset, shape, stride, dtype, metadata)
+
+
+def _parameter(data, grad, hooks, state=None):  # type: ignore[no-untyped-def]
+    return _as_tensor(data)
+
+
+def _from_type(build: object, kind: object, args: Iterable[object], state: object = None) -> object:
+    """A tensor with attributes, or of a subclass, which may mean anything by its numbers."""
+    if isinstance(build, Builder) and isinstance(kind, Inert) and kind.name in TENSOR_TYPES:
+        return _as_tensor(build(*args))
+    return Unreadable(f"is a {shown(kind)}, a kind of tensor that is not read")
+
+
+def _device(kind: object, index: object = None) -> str:
+    return shown(kind).strip("'") + (f":{shown(index)}" if index is not None else "")
+
+
+def _set_items(target: dict[Any, Any], keys: list[Any], values: list[Any]) -> bool:
+    """Set what has a name, and say whether all had: plain keys and flat tuples of them.
+
+    No other key is hashed: to hash a nest of tuples can take for ever, or end the process.
+    """
+    named = [all(map(_is_plain, key if isinstance(key, tuple) else (key,))) for key in keys]
+    target.update(
+        pair for pair, has_name in zip(zip(keys, values, strict=True), named, strict=True) if has_name
+    )
+    return all(named)
+
+
+def _ordered_dict(pairs: object = ()) -> OrderedDict[Any, Any]:
+    if not isinstance(pairs, (list, tuple)):
+        raise CheckpointError(f"its pickle makes an OrderedDict of {shown(pairs)}")
+    made: OrderedDict[Any, Any] = OrderedDict()
+    if pairs:  # a tensor's hooks are none
+        _set_items(made, [key for key, _ in pairs], [value for _, value in pairs])
+    return made
+
+
+def _set(values: object = ()) -> Inert:
+    """A set by the order in which it was written: nothing is hashed."""
+    return Inert("builtins.set", members=values if isinstance(values, (list, tuple)) else ())
+
+
+ALLOWED: dict[tuple[str, str], object] = {
+    ("collections", "OrderedDict"): Builder(_ordered_dict),
+    ("torch", "Size"): Builder(tuple),
+    ("torch", "device"): Builder(_device),
+    ("torch._utils", "_rebuild_tensor"): Builder(_tensor),
+    ("torch._utils", "_rebuild_tensor_v2"): Builder(_tensor_v2),
+    ("torch._utils", "_rebuild_tensor_v3"): Builder(_tensor_v3),
+    ("torch._utils", "_rebuild_parameter"): Builder(_parameter),
+    ("torch._utils", "_rebuild_parameter_with_state"): Builder(_parameter),
+    ("torch._tensor", "_rebuild_from_type_v2"): Builder(_from_type),
+}
+SETS = (("builtins", "set"), ("__builtin__", "set"))
+
+
+def _known(module: str, name: str) -> object:
+    """What a global stands for; None for a name that we do not know."""
+    if module in ("torch", "torch.storage") and name in STORAGE_DTYPES:
+        return STORAGE_DTYPES[name]
+    found = vars(torch).get(name)  # getattr would import what torch imports lazily
+    if module == "torch" and isinstance(found, torch.dtype):
+        return found
+    return ALLOWED.get((module, name))
+
+
+def stored(pid: object) -> Storage:
+    """('storage', class, key, location, number of elements) → Storage."""
+    match pid:
+        case ("storage", torch.dtype() as dtype, str(key), _, int(numel)) if are_sizes(
+            (numel,)
+        ) and is_countable((numel,), dtype):
+            return Storage(key, dtype, numel * dtype.itemsize)
+    raise CheckpointError(f"its pickle refers to {shown(pid)}, which is not a storage")
+
+
+class DescribingUnpickler(pickle._Unpickler):
+    """An unpickler that can build nothing but containers, plain values and the descriptions of this module.
+
+    Python's own, since the one in C takes memory by the largest memo index that a pickle names.
+    `is_plain` says whether `torch.load(weights_only=True)` reads the same: no inert name, protocol 2.
+    """
+
+    stack: list[Any]
+    proto: int
+    append: Callable[[object], None]
+    pop_mark: Callable[[], list[Any]]
+    is_plain = True
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = {
+        code: load for code, load in pickle._Unpickler.dispatch.items() if code not in b"".join(NOT_DATA)
+    }
+
+    def load_build(self) -> None:
+        """Keep the state of what is inert, forget a state dict's (`_metadata`); alter nothing else."""
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, Inert):
+            target.state = state
+        elif not isinstance(target, OrderedDict):
+            raise CheckpointError(f"its pickle wants to alter {shown(target)}, which was not done")
+
+    def load_setitem(self) -> None:
+        """One key and value into a dict."""
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set_items([key], [value])
+
+    def load_setitems(self) -> None:
+        """Keys and values into a dict."""
+        items = self.pop_mark()
+        self._set_items(items[::2], items[1::2])
+
+    def load_dict(self) -> None:
+        """A dict of what lies above the mark."""
+        items = self.pop_mark()
+        self.append({})
+        self._set_items(items[::2], items[1::2])
+
+    def _set_items(self, keys: list[object], values: list[object]) -> None:
+        target = self.stack[-1]
+        items = target.items if isinstance(target, Inert) else target
+        if not isinstance(items, dict):
+            raise CheckpointError(f"its pickle wants to alter {shown(target)}, which was not done")
+        self.is_plain &= _set_items(items, keys, values)
+
+    def load_set(self) -> None:
+        """An empty set."""
+        self.is_plain = False
+        self.append(_set([]))
+
+    def load_frozenset(self) -> None:
+        """A set of what lies above the mark."""
+        self.is_plain = False
+        values = self.pop_mark()  # which changes what `append` appends to
+        self.append(_set(values))
+
+    def load_reduce(self) -> None:
+        """Describe the result of a call, or of making an object."""
+        args, kind = self.stack.pop(), self.stack.pop()
+        self.append(kind.made(args) if isinstance(kind, Inert) else kind(*args))
+
+    def load_newobj_ex(self) -> None:
+        """Describe an object that is made with keywords."""
+        named, args, kind = self.stack.pop(), self.stack.pop(), self.stack.pop()
+        self.append(Inert.made(kind, (args, tuple(islice(named.values(), FEW)))))
+
+    def _instantiate(self, kind: Inert, args: list[object]) -> None:
+        """What protocols 0 and 1 call an instance."""
+        self.append(Inert.made(kind, tuple(args)))
+
+    dispatch |= {
+        pickle.BUILD[0]: load_build,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.DICT[0]: load_dict,
+        pickle.EMPTY_SET[0]: load_set,
+        pickle.FROZENSET[0]: load_frozenset,
+        pickle.REDUCE[0]: load_reduce,
+        pickle.NEWOBJ[0]: load_reduce,
+        pickle.NEWOBJ_EX[0]: load_newobj_ex,
+        # The one that it has allocates as many bytes as the pickle says.
+        pickle.BYTEARRAY8[0]: pickle._Unpickler.dispatch[pickle.BINBYTES8[0]],
+    }
+
+    def find_class(self, module: str, name: str) -> object:
+        """What stands for a global; nothing is imported."""
+        known = _known(module, name)
+        self.is_plain &= known is not None
+        if (module, name) in SETS:
+            return Builder(_set)
+        return Inert(f"{module}.{name}") if known is None else known
+
+    def persistent_load(self, pid: object) -> object:
+        """The storage that a persistent id names."""
+        return stored(pid)
+
+
+def describe(path: Path, unpickler: DescribingUnpickler) -> object:
+    """The next object of a pickle of `path`; reads no further than its end. Raises CheckpointError alone."""
+    try:
+        return unpickler.load()
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except Exception as error:  # a damaged pickle can raise anything; none of it is ours
+        raise CheckpointError(f"{path}: its pickle is damaged ({type(error).__name__}: {error})") from None
