@@ -11,7 +11,8 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from gpt2lite.checkpoint.torch_zip import DAMAGED_ZIP, RESAVE
+from gpt2lite.checkpoint.inert_pickle import RESAVE
+from gpt2lite.checkpoint.torch_zip import DAMAGED_ZIP
 
 MAX_SHOWN = 5  # names in a message
 UNPACK = "unpack it first, and pass what is in it"
