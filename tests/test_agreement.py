@@ -521,3 +521,50 @@ def test_nothing_is_said_where_nothing_is_odd(tmp_path: Path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         GPTModel.from_checkpoint(saved(hub_model(), tmp_path))
+
+
+# ---- whole pickled models ----------------------------------------------------------------------------------
+
+
+def whole_models(**changes: Any) -> dict[str, nn.Module]:
+    ch04 = pytest.importorskip("llms_from_scratch.ch04", reason="llms-from-scratch is not installed")
+    shape = {"vocab_size": 101, "context_length": 32, "emb_dim": 48, "n_heads": 4, "n_layers": 2}
+    book = ch04.GPTModel(shape | {"drop_rate": 0.1, "qkv_bias": True})
+    ours = GPTModel(GPTConfig(**shape, activation="gelu"))
+    return {"book": randomise(book), "ours": randomise(ours), "transformers": hub_model(**changes)}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("kind", ["book", "ours", "transformers"])
+@pytest.mark.parametrize("strategy", ["baseline", "mmap", "stream"])
+def test_a_whole_pickled_model_says_its_heads_and_activation(
+    inside: bool, kind: str, strategy: str, tmp_path: Path
+):
+    theirs = whole_models()[kind]
+    torch.save({"model": theirs, "epoch": 3} if inside else theirs, tmp_path / "model.pth")
+    loaded = GPTModel.from_checkpoint(tmp_path / "model.pth", strategy=strategy)
+    assert loaded.config.n_heads == 4
+    assert difference(loaded, theirs) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("changes", list(PLANTED.values())[:6], ids=list(PLANTED)[:6])
+def test_a_whole_pickled_variant_is_refused_by_its_own_config(changes: dict[str, Any], tmp_path: Path):
+    torch.save(hub_model(**changes), tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match=next(iter(changes))):
+        GPTModel.from_checkpoint(tmp_path / "model.pth")
+
+
+def test_a_whole_books_model_with_another_epsilon_is_refused(tmp_path: Path):
+    theirs = whole_models()["book"]
+    theirs.trf_blocks[1].norm2.eps = 1e-3
+    torch.save(theirs, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match=r"trf_blocks.1.norm2.eps: layer_norm_epsilon=0.001"):
+        GPTModel.from_checkpoint(tmp_path / "model.pth")
+
+
+def test_weights_that_cannot_be_read_say_why(model: GPTModel, tmp_path: Path):
+    state = dict(model.state_dict())
+    state["out_head.weight"] = state["out_head.weight"].to_sparse()
+    with pytest.raises(CheckpointError, match=r"(?s)out_head.weight.*sparse"):
+        GPTModel.from_checkpoint(save_pth(state, tmp_path), config=HEADS)

@@ -55,6 +55,7 @@ def _oddities(reading: Reading) -> list[str]:
         (len(reading.passengers), "tensors beside the model (an optimizer?), which loading never reads"),
         (len(reading.adapters), "LoRA layers, merged on load with the alpha that you give"),
         (len(reading.unexpected), f"unknown tensors: {', '.join(reading.unexpected[:MAX_NAMED])}"),
+        (len(reading.manifest.unreadable), f"unreadable: {', '.join(reading.manifest.unreadable)[:200]}"),
         (misaligned, "tensors that do not begin at a multiple of their item size"),
         (strided, "tensors that are no contiguous run of bytes"),
     ]

@@ -33,7 +33,11 @@ MODULE_FACTS = {
         "h.{i}.attn.num_heads",
         "h.{i}.attn.n_head",
     ),
-    "activation": ("trf_blocks.{i}.ff.layers.1.approximate", "h.{i}.mlp.act.approximate"),
+    "activation": (
+        "trf_blocks.{i}.ff.layers.1.approximate",
+        "h.{i}.mlp.act.approximate",
+        "h.{i}.mlp.gelu.approximate",
+    ),
     "layer_norm_epsilon": (
         "trf_blocks.{i}.norm1.eps",
         "trf_blocks.{i}.norm2.eps",
@@ -189,6 +193,9 @@ def _agreed(reading: Reading, sources: list[Source], shapes: Mapping[str, Any]) 
     agreed: dict[str, Any] = {}
     places = dict.fromkeys(shapes, f"{reading.manifest.path}, its weights")
     lines = [f"{source.where}: {line}" for source in sources for line in refusals(source.words)]
+    made_by = reading.manifest.modules.get(reading.root.rstrip("."), "")
+    if made_by.startswith("transformers.models.") and ".gpt2." not in made_by:
+        lines.append(f"a pickled {made_by}, wanted one of transformers.models.gpt2")
     if lines:
         raise CheckpointError(
             f"{reading.manifest.path}: computes something that gpt2lite does not, so it was not loaded"

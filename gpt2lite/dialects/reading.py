@@ -10,7 +10,7 @@ from difflib import get_close_matches
 
 from gpt2lite.checkpoint import Manifest, TensorSpan
 from gpt2lite.dialects.tables import DIALECTS, Placement, Row
-from gpt2lite.errors import CheckpointError, UsageError
+from gpt2lite.errors import CheckpointError, UsageError, listed
 
 # What wrappers put into every name (DataParallel, torch.compile, DeepSpeed, FSDP), and LoRA before a leaf.
 NOISE = frozenset(
@@ -152,6 +152,18 @@ def _names_of(manifest: Manifest, model: _Model) -> tuple[dict[str, str], dict[s
     return inside, beside
 
 
+def _require_readable(manifest: Manifest, model: _Model, wanted: Collection[str]) -> None:
+    """Raise CheckpointError for a weight that is stored in a way that is not read; it is not just absent."""
+    inside = {name: _plain(name.removeprefix(model.container)) for name in manifest.unreadable}
+    lines = [
+        f"{name} {manifest.unreadable[name]}"
+        for name, plain in inside.items()
+        if plain.removeprefix(model.prefix) in wanted or plain.endswith(("out_head.weight", "lm_head.weight"))
+    ]
+    if lines:
+        raise CheckpointError(f"{manifest.path}: {len(lines)} weight(s) cannot be read{listed(lines)}")
+
+
 def _with_heads(names: Mapping[str, str], dialect: str) -> tuple[dict[str, str], tuple[str, ...]]:
     """Names with the output head under its dialect's own, and the stored names of other heads."""
     found = dict(names)
@@ -205,7 +217,9 @@ def read_dialect(manifest: Manifest) -> Reading:
         raise CheckpointError(
             f"{manifest.path}: names block {n_layers - 1}, but has only {len(names)} tensors"
         )
-    rows = [row for row in expand_rows(dialect.rows, n_layers) if row[0] in names]
+    all_rows = list(expand_rows(dialect.rows, n_layers))
+    _require_readable(manifest, model, {theirs for theirs, _, _ in all_rows})
+    rows = [row for row in all_rows if row[0] in names]
     placements = {ours: replace(placement, source=names[theirs]) for theirs, ours, placement in rows}
     for absent, present in (("out_head.weight", "tok_emb.weight"), ("tok_emb.weight", "out_head.weight")):
         if present in placements:

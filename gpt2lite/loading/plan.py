@@ -138,8 +138,9 @@ def _mismatches(reading: Reading, groups: list[tuple[tuple[str, ...], Tensor]]) 
 
 
 def _check(reading: Reading, groups: list[tuple[tuple[str, ...], Tensor]], hint: Callable[[], str]) -> None:
-    lines = _mismatches(reading, groups)
+    lines, unreadable = _mismatches(reading, groups), reading.manifest.unreadable.items()
     if lines:
+        lines += [f"{name} {reason}" for name, reason in unreadable if name.startswith(reading.container)]
         raise CheckpointError(
             f"{reading.manifest.path}: does not fit the model in {len(lines)} place(s){hint()}{listed(lines)}"
         )
