@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -13,7 +15,9 @@ import tiktoken
 import torch
 from torch import Tensor
 
+from gpt2lite.checkpoint.reading import memory_of
 from gpt2lite.checkpoint.writing import Progress, replacing
+from gpt2lite.config import GPTConfig
 from gpt2lite.errors import CheckpointError, UsageError
 from gpt2lite.tokenizer import END_OF_TEXT
 
@@ -27,10 +31,49 @@ TO_LAST_BORDER = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 
 class Batch(NamedTuple):
-    """ids and targets, each (B, T) int64; IGNORED where no loss is taken."""
+    """Rows to learn from: `ids` and `targets`, each (B, T) int64, T up to the context.
+
+    The target at a place is what the model should say there: in text the *next* token, so that
+    targets[:, t] is ids[:, t + 1] (transformers shifts labels itself, here they are shifted already); for a
+    classifier the class, 0 … n_classes - 1, at the last token of a row. -100 (IGNORED) does not count. The
+    loss is the mean over all targets of a step that count. `check_batch` is asked wherever one is used.
+    """
 
     ids: Tensor
     targets: Tensor
+
+
+def _are_unshifted(ids: Tensor, targets: Tensor, counted: Tensor) -> bool:
+    """Whether each target is its own token, and some are not the next one."""
+    copies = bool((targets == ids)[counted].all())
+    return copies and not bool((targets[:, :-1] == ids[:, 1:])[counted[:, :-1]].all())
+
+
+def check_batch(batch: Batch, config: GPTConfig) -> None:
+    """Raise UsageError, with what was found, where a model of this config cannot learn from a batch."""
+    ids, targets = batch
+    for name, tensor in zip(Batch._fields, batch, strict=True):
+        if tensor.dtype != torch.int64 or tensor.dim() != 2 or tensor.shape != ids.shape or not ids.numel():
+            raise UsageError(
+                f"Batch.{name} is {tuple(tensor.shape)} {tensor.dtype}; wanted (B, T) torch.int64, "
+                "ids and targets of one shape"
+            )
+    if ids.shape[1] > config.context_length:
+        raise UsageError(f"Batch: rows of {ids.shape[1]} tokens, the context is {config.context_length}")
+    counted = targets != IGNORED
+    ends = (config.vocab_size, config.n_classes or config.vocab_size)
+    for name, values, end in zip(Batch._fields, (ids, targets[counted]), ends, strict=True):
+        least, most = (int(values.min()), int(values.max())) if values.numel() else (0, 0)
+        if least < 0 or most >= end:
+            raise UsageError(
+                f"Batch.{name} holds {least if least < 0 else most}; wanted 0 … {end - 1}, "
+                f"and {IGNORED} for a target that does not count"
+            )
+    if not config.n_classes and _are_unshifted(ids, targets, counted):
+        raise UsageError(
+            "Batch.targets are the ids themselves, which trains a model to copy; they must be one ahead: "
+            "Batch(ids[:, :-1], ids[:, 1:])"
+        )
 
 
 class Example(NamedTuple):
@@ -41,6 +84,21 @@ class Example(NamedTuple):
 
 
 Batches = Callable[[int], Batch]  # number n is always the same batch: a run is resumed from n alone
+
+
+def digest_of(*parts: Iterable[bytes | memoryview]) -> str:
+    """SHA-256 of all bytes, in hex."""
+    found = hashlib.sha256()
+    for part in chain(*parts):
+        found.update(part)
+    return found.hexdigest()
+
+
+def tensor_parts(*tensors: Tensor) -> Iterator[bytes | memoryview]:
+    """Shapes and bytes, CHECKED numbers at a time."""
+    for tensor in tensors:
+        yield f"{tuple(tensor.shape)} {tensor.dtype}".encode()
+        yield from (memory_of(part.cpu().contiguous()) for part in tensor.flatten().split(CHECKED))
 
 
 def _pieces(text: TextIO) -> Iterator[str]:
