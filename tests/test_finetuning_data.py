@@ -7,6 +7,7 @@ import random
 from array import array
 from pathlib import Path
 
+import numpy
 import pytest
 import tiktoken
 import torch
@@ -33,6 +34,7 @@ from gpt2lite.finetuning.examples import (
     read_records,
     split,
 )
+from gpt2lite.finetuning.tasks import open_text
 from gpt2lite.tokenizer import END_OF_TEXT, gpt2_encoding, tokenizer_for
 
 # What GPT-2's pattern treats apart, or Python and Rust might: among them NBSP, U+001C, which only Python
@@ -162,7 +164,9 @@ def test_a_vocabulary_beyond_uint16_is_refused(encoding: tiktoken.Encoding, tmp_
         mergeable_ranks=encoding._mergeable_ranks,
         special_tokens={END_OF_TEXT: 2**16},
     )
-    with pytest.raises(UsageError, match="large: 65537 tokens; a token file can number 65536"):
+    with pytest.raises(
+        UsageError, match=r"text.bin: 65537 tokens are more than the 65536 that 16 bits can number; name"
+    ):
         tokenize_file(tmp_path / "text.txt", tmp_path / "text.bin", large)
 
 
@@ -198,6 +202,87 @@ def test_a_file_that_is_not_the_models_is_refused(
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
         open_tokens(path, 1024)
+
+
+LLMC = {torch.uint16: (20240520, 1), torch.uint32: (20240801, 7)}
+IDS = [7, 1023, 0, 500] * 9
+
+
+def llmc(dtype: torch.dtype, ids: list[int] = IDS, version: int | None = None) -> bytes:
+    magic, known = LLMC[dtype]
+    header = array("i", [magic, known if version is None else version, len(ids)] + [0] * 253)
+    return header.tobytes() + array("H" if dtype == torch.uint16 else "I", ids).tobytes()
+
+
+def npy(content: object, path: Path) -> bytes:
+    numpy.save(path, content)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32])
+def test_llmcs_token_files_say_their_width(dtype: torch.dtype, tmp_path: Path):
+    path = tmp_path / "text.bin"
+    path.write_bytes(llmc(dtype))
+    tokens = open_tokens(path, 1024)
+    assert (tokens.dtype, tokens.tolist()) == (dtype, IDS)
+    assert text_batches(tokens, len(IDS) - 1, 1, seed=0)(0).targets.tolist() == [IDS[1:]]
+
+
+@pytest.mark.parametrize("kind", ["uint16", "uint32", "int32", "int64"])
+def test_numpys_files_say_their_width(kind: str, tmp_path: Path):
+    numpy.save(tmp_path / "text.npy", numpy.array(IDS, kind))
+    assert open_text(tmp_path / "text.npy", tmp_path / "none", None, 1024).tolist() == IDS
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            array("I", IDS).tobytes(),
+            "has no header, so it would be read as 16 bits a token, but every second",
+        ),
+        (array("q", IDS).tobytes(), "every second id would be 0. Save it as .npy"),
+        (array("f", IDS).tobytes(), "holds the id"),
+        (array("i", [-100, *IDS]).tobytes(), "holds the id 65535"),
+        (b"Once there was a fox. " * 9, "looks like text, not tokens; give it another suffix than .bin"),
+        (llmc(torch.uint16)[:-2], "its header .llm.c. says 36 tokens of 2 bytes, the file has 70 bytes"),
+        (llmc(torch.uint32, version=3), "llm.c's tokens of version 3, which is unknown"),
+        (llmc(torch.uint16, [5, 2000]), "holds the id 2000, the model's are below 1024"),
+        ("cut", "its header ..npy. says 36 tokens of 8 bytes, the file has 280 bytes"),
+        (numpy.array(IDS, ">u2"), "wanted one row of little-endian integers in a .npy"),
+        (numpy.array(IDS, "f4"), "wanted one row of little-endian integers"),
+        (numpy.array([IDS], "u2"), "wanted one row of little-endian integers"),
+        (numpy.array([5, -1]), "holds the id -1, the model's are below 1024"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_token_file_of_another_width_is_refused(content: object, message: str, tmp_path: Path):
+    path = tmp_path / "text.bin"
+    whole = npy(numpy.array(IDS) if isinstance(content, str) else content, tmp_path / "a.npy")
+    whole = whole[:-8] if isinstance(content, str) else whole
+    path.write_bytes(content if isinstance(content, bytes) else whole)
+    with pytest.raises(CheckpointError, match=message):
+        open_tokens(path, 1024)
+
+
+def test_a_large_vocabulary_gets_32_bits_and_needs_them(encoding: tiktoken.Encoding, tmp_path: Path):
+    source = tmp_path / "text.txt"
+    source.write_bytes("\ufeffOnce there was a fox.".encode())
+    ids = whole("Once there was a fox.", encoding)
+    for kind, vocabulary in ((torch.uint16, 2**16), (torch.uint32, 2**16 + 1)):
+        large = tiktoken.Encoding(
+            "large",
+            pat_str=encoding._pat_str,
+            mergeable_ranks=encoding._mergeable_ranks,
+            special_tokens={END_OF_TEXT: vocabulary - 1},
+        )
+        assert tokenize_file(source, tmp_path / "text.npy", large) == len(ids)
+        tokens = open_tokens(tmp_path / "text.npy", vocabulary)
+        assert (tokens.dtype, tokens.tolist()) == (kind, ids)
+        assert numpy.load(tmp_path / "text.npy").tolist() == ids
+    tokenize_file(source, tmp_path / "text.bin", encoding)
+    with pytest.raises(CheckpointError, match="read as 16 bits a token, but 65537 ids need more"):
+        open_tokens(tmp_path / "text.bin", 2**16 + 1)
 
 
 def tokenize_command(*words: object) -> int:

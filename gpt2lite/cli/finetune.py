@@ -39,7 +39,7 @@ from gpt2lite.model import GPTModel
 from gpt2lite.tokenizer import tokenizer_for
 
 DATA = {
-    "text": "UTF-8 text, or a token file (.bin) that `gpt2lite tokenize` wrote",
+    "text": "UTF-8 text, or a token file: .npy, or .bin as gpt2lite, nanoGPT and llm.c write it",
     "instructions": "records with instruction, output, perhaps input: .json, .jsonl, .csv",
     "classify": "records with text and label: .json, .jsonl, .csv; makes a classifier",
 }
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
     path = local_path(args.path, args.revision)
     with tempfile.TemporaryDirectory(prefix="gpt2lite-") as folder:
         model = _load(path, args)
-        task = _task(path, model, args, recipe, Path(folder) / "tokens.bin")
+        task = _task(path, model, args, recipe, Path(folder) / "tokens.npy")
         with _reports(recipe.steps) as report:
             model_path = finetune(
                 model, task, args.out, recipe, rhythm=rhythm, resume=args.resume, report=report

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import struct
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
@@ -19,12 +20,25 @@ from gpt2lite.checkpoint.reading import memory_of
 from gpt2lite.checkpoint.writing import Progress, replacing
 from gpt2lite.config import GPTConfig
 from gpt2lite.errors import CheckpointError, UsageError
-from gpt2lite.tokenizer import END_OF_TEXT
 
 IGNORED = -100  # a target that is none; F.cross_entropy's own ignore_index
 PIECE = 2**18  # characters of a text in memory at a time
 CHECKED = 2**20  # ids looked at together
 MOST_IDS = 2**16  # that two bytes can tell apart
+PRINTABLE = bytes([*b"\t\n\r", *range(32, 127)])
+NPY_MAGIC = b"\x93NUMPY"
+NPY_SAYS = re.compile(
+    rb"^.{6}\x01\x00..\{'descr': '(.\w+)', 'fortran_order': \w+, 'shape': \((\d+),\)", re.DOTALL
+)
+NPY_DTYPES = {
+    "<u2": torch.uint16,
+    "<u4": torch.uint32,
+    "<i4": torch.int32,
+    "<i8": torch.int64,
+}
+LLMC_HEADER = 1024  # bytes: 256 int32, of which the first three are magic, version and count
+LLMC_DTYPES = {(20240520, 1): torch.uint16, (20240801, 7): torch.uint32}  # llm.c, dev/data/data_common.py
+LLMC_MAGICS = {magic for magic, _ in LLMC_DTYPES}
 # No piece of GPT-2's pattern goes on from anything else to a space, and none looks back, so that what is
 # before such a place and what is after it are encoded apart as they are together. Nor does END_OF_TEXT.
 TO_LAST_BORDER = re.compile(r".*\S(?=[ \n])", re.DOTALL)
@@ -112,18 +126,30 @@ def _pieces(text: TextIO) -> Iterator[str]:
     yield rest
 
 
+def _npy_header(width: int, count: int) -> bytes:
+    """NumPy's format 1.0, of one length for every count, which is known last."""
+    said = f"{{'descr': '<u{width}', 'fortran_order': False, 'shape': ({count},), }}"
+    return NPY_MAGIC + struct.pack("<BBH", 1, 0, 118) + said.ljust(117).encode() + b"\n"
+
+
 def tokenize_file(
     text: Path, tokens: Path, encoding: tiktoken.Encoding, progress: Progress | None = None
 ) -> int:
-    """Write a UTF-8 text's ids as nanoGPT's train.bin, uint16 and no header; returns how many there are.
+    """Write a UTF-8 text's ids to a token file; returns how many there are.
 
-    The ids are those of the whole text, line ends read as \\n and <|endoftext|> as the special token. Holds
-    PIECE characters and their ids, a few MB, or the longest stretch without a space or a line end. The
-    file appears whole or not at all. `progress` is called with (bytes read, bytes in all).
-    Raises UsageError for a text that is empty or not UTF-8, and a vocabulary that uint16 cannot number.
+    A `.npy` says its own width, uint16 or for vocabularies above 65,536 uint32; any other name is nanoGPT's
+    train.bin, uint16 and no header. The ids are those of the whole text, line ends read as \\n and
+    <|endoftext|> as the special token. Holds PIECE characters and their ids, a few MB, or the longest stretch
+    without a space or a line end. The file appears whole or not at all. `progress` is called with (bytes
+    read, bytes in all). Raises UsageError for a text that is empty or not UTF-8, and a vocabulary that uint16
+    cannot number where there is no header.
     """
-    if encoding.n_vocab > MOST_IDS:
-        raise UsageError(f"{encoding.name}: {encoding.n_vocab} tokens; a token file can number {MOST_IDS}")
+    is_npy, width = tokens.suffix == ".npy", 2 if encoding.n_vocab <= MOST_IDS else 4
+    if width > 2 and not is_npy:
+        raise UsageError(
+            f"{tokens}: {encoding.n_vocab} tokens are more than the {MOST_IDS} that 16 bits can number; "
+            "name it .npy, which says its width"
+        )
     nbytes = text.stat().st_size
     if not nbytes:
         raise UsageError(f"{text}: is empty; there is nothing to tokenize")
@@ -131,43 +157,106 @@ def tokenize_file(
         raise UsageError(f"{tokens}: is the text itself; name another file for its tokens")
     with (
         open(text, "rb") as source,
-        io.TextIOWrapper(source, "utf-8") as decoded,
+        io.TextIOWrapper(source, "utf-8-sig") as decoded,
         replacing(tokens) as half,
         open(half, "wb") as written,
     ):
+        begin = written.write(_npy_header(width, 0)) if is_npy else 0
         try:
             for piece in _pieces(decoded):
-                written.write(array("H", encoding.encode(piece, allowed_special={END_OF_TEXT})))
+                written.write(
+                    array("H" if width == 2 else "I", encoding.encode(piece, allowed_special="all"))
+                )
                 if progress:
                     progress(source.tell(), nbytes)
         except UnicodeDecodeError as error:
             place = source.tell() - len(error.object) + error.start
             raise UsageError(f"{text}: not UTF-8 at byte {place} ({error.reason}); convert it") from None
-        return written.tell() // 2
+        count = (written.tell() - begin) // width
+        written.seek(0)
+        written.write(_npy_header(width, count) if is_npy else b"")
+        return count
 
 
-def _largest(path: Path) -> int:
-    """Of all ids; read, since pages of a mapping would count as the process's memory from then on."""
+class _Layout(NamedTuple):
+    """Where a token file's ids are, and of what kind; `kind` is whose format it is."""
+
+    kind: str
+    dtype: torch.dtype
+    offset: int
+    length: int
+
+
+def _read_layout(path: Path) -> _Layout:
+    """What a file's header says, or nanoGPT's layout where it has none."""
+    nbytes = path.stat().st_size
     with open(path, "rb") as file:
-        parts = iter(lambda: bytearray(file.read(2 * CHECKED)), b"")
-        return max(int(torch.frombuffer(part, dtype=torch.uint16).int().max()) for part in parts)
+        head = file.read(LLMC_HEADER)
+    if head.startswith(NPY_MAGIC):
+        said, length = NPY_SAYS.search(head), struct.unpack_from("<H", head.ljust(10), 8)[0]
+        if said is None or said[1].decode() not in NPY_DTYPES:
+            raise CheckpointError(f"{path}: wanted one row of little-endian integers in a .npy of format 1.0")
+        return _Layout(".npy", NPY_DTYPES[said[1].decode()], 10 + length, int(said[2]))
+    magic, version, count = struct.unpack_from("<iii", head.ljust(12, b"\0"))
+    if magic in LLMC_MAGICS:
+        if (magic, version) not in LLMC_DTYPES:
+            raise CheckpointError(f"{path}: llm.c's tokens of version {version}, which is unknown")
+        return _Layout("llm.c", LLMC_DTYPES[magic, version], LLMC_HEADER, count)
+    if not nbytes or nbytes % 2:
+        raise CheckpointError(f"{path}: {nbytes} bytes, wanted two a token. Is it a token file, and whole?")
+    if len(head) >= 16 and not head.translate(None, PRINTABLE):
+        raise CheckpointError(
+            f"{path}: looks like text, not tokens; give it another suffix than {path.suffix}"
+        )
+    return _Layout("nanoGPT", torch.uint16, 0, nbytes // 2)
+
+
+def _scan(path: Path, layout: _Layout) -> tuple[int, int, bool]:
+    """(the least id, the largest, whether every second one is 0).
+
+    Read, since pages of a mapping would count as the process's memory from then on.
+    """
+    least = most = 0
+    used = [False, False]  # the ids at even places, and at odd ones
+    with open(path, "rb") as file:
+        file.seek(layout.offset)
+        while part := bytearray(file.read(CHECKED * layout.dtype.itemsize)):
+            ids = torch.frombuffer(part, dtype=layout.dtype).long()
+            least, most = min(least, int(ids.min())), max(most, int(ids.max()))
+            used = [some or bool(ids[parity::2].any()) for parity, some in enumerate(used)]
+    return least, most, not all(used)
 
 
 def open_tokens(path: Path, vocab_size: int) -> Tensor:
-    """A token file, mapped: (N,) uint16. Reads it once to check it, CHECKED ids at a time.
+    """A token file, mapped: (N,) of the file's own integers. Reads it once to check it, CHECKED at a time.
 
-    Raises CheckpointError for a file that is empty, ends within an id, or holds one that is not < vocab_size.
+    It is a `.npy` of one row, llm.c's `.bin`, whose headers say the width, or nanoGPT's: uint16, no header.
+    Raises CheckpointError for a file that is empty, truncated, holds an id that is not < vocab_size, or has
+    no header and may be of another width: where every second id would be 0, or 16 bits cannot number the
+    vocabulary.
     """
+    layout = _read_layout(path)
+    kind, dtype, offset, count = layout
     nbytes = path.stat().st_size
-    if not nbytes or nbytes % 2:
-        raise CheckpointError(f"{path}: {nbytes} bytes, wanted two a token. Is it a token file, and whole?")
-    largest = _largest(path)
-    if largest >= vocab_size:
+    if not count or offset + count * dtype.itemsize != nbytes:
         raise CheckpointError(
-            f"{path}: holds the id {largest}, the model's are below {vocab_size}. "
+            f"{path}: its header ({kind}) says {count} tokens of {dtype.itemsize} bytes, the file has "
+            f"{nbytes - offset} bytes for them. Is it whole?"
+        )
+    least, most, has_gaps = _scan(path, layout)
+    if least < 0 or most >= vocab_size:
+        raise CheckpointError(
+            f"{path}: holds the id {least if least < 0 else most}, the model's are below {vocab_size}. "
             "Tokenize the text for this model: gpt2lite tokenize --model"
         )
-    return torch.from_file(str(path), shared=False, size=nbytes // 2, dtype=torch.uint16)
+    if kind == "nanoGPT" and (vocab_size > MOST_IDS or (has_gaps and count > 3)):
+        why = f"{vocab_size} ids need more" if vocab_size > MOST_IDS else "every second id would be 0"
+        raise CheckpointError(
+            f"{path}: has no header, so it would be read as 16 bits a token, but {why}. "
+            "Save it as .npy, which says its width"
+        )
+    begin = offset // dtype.itemsize
+    return torch.from_file(str(path), shared=False, size=begin + count, dtype=dtype)[begin:]
 
 
 def _generator(seed: int, number: int) -> torch.Generator:

@@ -11,9 +11,11 @@ from torch import Tensor
 from gpt2lite.config import GPTConfig
 from gpt2lite.errors import UsageError
 from gpt2lite.finetuning.data import (
+    digest_of,
     example_batches,
     example_windows,
     open_tokens,
+    tensor_parts,
     text_batches,
     text_windows,
     tokenize_file,
@@ -57,8 +59,9 @@ def text_task(tokens: Tensor, encoding: tiktoken.Encoding, config: GPTConfig, re
     held = max(int(len(tokens) * HELD_OUT), seq_len + 1)
     training = tokens[: max(len(tokens) - held, 0)]
     return Task(
-        text_batches(training, seq_len, recipe.batch_size, recipe.seed),
-        text_windows(tokens[len(training) :], seq_len, recipe.batch_size, MOST_WINDOWS),
+        digest=digest_of(tensor_parts(tokens)),
+        train=text_batches(training, seq_len, recipe.batch_size, recipe.seed),
+        validation=text_windows(tokens[len(training) :], seq_len, recipe.batch_size, MOST_WINDOWS),
         sample=lambda model: _written(model, [encoding.eot_token], encoding, temperature=0.8, seed=0),
     )
 
@@ -99,8 +102,8 @@ def classifier_task(path: Path, encoding: tiktoken.Encoding, config: GPTConfig, 
 
 
 def open_text(path: Path, tokens: Path, encoding: tiktoken.Encoding, vocab_size: int) -> Tensor:
-    """The ids of a token file (.bin), mapped, or of a text, tokenised to `tokens` and mapped there."""
-    if path.suffix == ".bin":
+    """The ids of a token file (.bin, .npy), mapped, or of a text, tokenised to `tokens` and mapped there."""
+    if path.suffix in (".bin", ".npy"):
         return open_tokens(path, vocab_size)
     tokenize_file(path, tokens, encoding)
     return open_tokens(tokens, vocab_size)
