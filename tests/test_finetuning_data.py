@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import json
 import random
 from array import array
 from pathlib import Path
@@ -13,7 +15,7 @@ import tiktoken
 import torch
 from test_cli import has_gpt2_encoding
 
-from gpt2lite import CheckpointError, UsageError
+from gpt2lite import CheckpointError, GPTConfig, UsageError
 from gpt2lite.cli import tokenize
 from gpt2lite.cli.terminal import EMBEDDED
 from gpt2lite.finetuning import data
@@ -34,7 +36,8 @@ from gpt2lite.finetuning.examples import (
     read_records,
     split,
 )
-from gpt2lite.finetuning.tasks import open_text
+from gpt2lite.finetuning.recipe import Recipe
+from gpt2lite.finetuning.tasks import classifier_task, instruction_task, open_text, text_task
 from gpt2lite.tokenizer import END_OF_TEXT, gpt2_encoding, tokenizer_for
 
 # What GPT-2's pattern treats apart, or Python and Rust might: among them NBSP, U+001C, which only Python
@@ -509,9 +512,10 @@ def test_the_loss_is_taken_on_the_response_and_the_end_alone(encoding: tiktoken.
 
 def test_a_long_response_is_cut_and_a_long_prompt_left_out(encoding: tiktoken.Encoding):
     long = ASKED | {"output": "Red and blue. " * 100}
-    [example] = instruction_examples([long], encoding, 512)
+    [example] = instruction_examples([long], encoding, 4096)
     room = len(encoding.encode_ordinary(PROMPT)) + 1
-    [cut] = instruction_examples([long, ASKED | {"instruction": "Name. " * 100}], encoding, room)
+    with pytest.warns(UserWarning, match=f"of 2 instructions 1 are left out, .* {room} tokens .* and 1 lose"):
+        [cut] = instruction_examples([long, ASKED | {"instruction": "Name. " * 100}], encoding, room)
     assert cut == Example(example.ids[:room], example.targets[:room])
     assert sum(target != IGNORED for target in cut.targets) == 2
 
@@ -547,7 +551,8 @@ def test_the_class_is_the_target_of_the_last_token(encoding: tiktoken.Encoding):
 
 def test_a_long_text_keeps_its_beginning_and_an_empty_one_is_the_end_of_text(encoding: tiktoken.Encoding):
     records = [{"text": "Once there was a fox", "label": "a"}, {"text": "", "label": "b"}]
-    examples, _ = classifier_examples(records, encoding, 3, None)
+    with pytest.warns(UserWarning, match="1 of 2 texts are cut to 3 tokens"):
+        examples, _ = classifier_examples(records, encoding, 3, None)
     assert examples[0] == Example(encoding.encode("Once there was a fox")[:3], [IGNORED, IGNORED, 0])
     assert examples[1] == Example([encoding.eot_token], [1])
 
@@ -557,7 +562,7 @@ def test_a_long_text_keeps_its_beginning_and_an_empty_one_is_the_end_of_text(enc
     [
         (("10", "9", "-1"), ["-1", "9", "10"]),
         (("10", "9", "b"), ["10", "9", "b"]),
-        (("1.0", "1", "0"), ["0", "1", "1.0"]),
+        (("1e1", "1", " 0 "), ["0", "1", "1e1"]),
     ],
 )
 def test_labels_are_in_their_order(found: tuple[str, ...], wanted: list[str], encoding: tiktoken.Encoding):
@@ -581,6 +586,105 @@ def test_given_labels_keep_their_order(encoding: tiktoken.Encoding):
 def test_labels_that_cannot_be_are_refused(labels: list[str], message: str, encoding: tiktoken.Encoding):
     with pytest.raises(UsageError, match=message):
         classifier_examples(labelled("spam", "ham"), encoding, 64, labels)
+
+
+ROWS = {
+    "number": (
+        '{"text":"a","label":0}\n\n{"text":"b","label":1}\n{"text":"c","label":1.0}',
+        r"line 4: .*'1.0' look",
+    ),
+    "bool": (
+        '{"text":"a","label":true}\n{"text":"b","label":1}',
+        "line 2: the label '1' looks like 'True' at .*line 1",
+    ),
+    "case": (
+        '{"text":"a","label":"Spam"}\n{"text":"b","label":"spam"}',
+        "line 2: the label 'spam' looks like 'Spam'",
+    ),
+    "width": (
+        '{"text":"a","label":"\\uff11"}\n{"text":"b","label":"1"}',
+        "line 2: the label '1' looks like '\uff11'",
+    ),
+    "nan": ('{"text":"a","label":NaN}\n{"text":"b","label":1}', "line 1: the label is 'nan'; give it one"),
+    "blank": ('{"text":"a","label":1}\n{"text":"b","label":"  "}', "line 2: the label is '  '; give it one"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), ROWS.values(), ids=ROWS)
+def test_labels_that_look_alike_or_are_missing_are_refused_by_their_line(
+    content: str, message: str, encoding: tiktoken.Encoding, tmp_path: Path
+):
+    path = tmp_path / "a.jsonl"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(UsageError, match=message):
+        classifier_examples(read_records(path, ("text", "label")), encoding, 64)
+
+
+def test_a_csv_may_hold_long_fields_and_spaces_around_labels_but_no_label_twice(
+    encoding: tiktoken.Encoding, tmp_path: Path
+):
+    path = tmp_path / "a.csv"
+    path.write_text(f'text,label\n"{"word " * 30_000}",spam\nshort, spam\nother,ham\n')
+    records = read_records(path, ("text", "label"))
+    with pytest.warns(UserWarning, match="1 of 3 texts are cut to 64 tokens"):
+        assert classifier_examples(records, encoding, 64)[1] == ["ham", "spam"]
+    assert csv.field_size_limit() == 131072
+    path.write_text("text,label,label\na,1,2\n")
+    with pytest.raises(UsageError, match=r"a.csv, line 1: not CSV .two columns are called label"):
+        read_records(path, ("text", "label"))
+    path.write_text("text,label\na,1\n,\n")
+    with pytest.raises(UsageError, match=r"a.csv, line 3: the label is ''"):
+        classifier_examples(read_records(path, ("text", "label")), encoding, 64)
+
+
+# ---- tasks -------------------------------------------------------------------------------------------------
+
+SMALL = GPTConfig(1024, 256, 16, 2, 1)
+
+
+def lines(path: Path, records: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_a_few_long_instructions_are_left_out_whichever_part_they_fall_in(
+    encoding: tiktoken.Encoding, tmp_path: Path
+):
+    long = ASKED | {"instruction": "Name. " * 300}
+    path = lines(tmp_path / "a.jsonl", [ASKED] * 9 + [long])
+    for seed in range(8):
+        with pytest.warns(UserWarning, match="of 10 instructions 1 are left out"):
+            task = instruction_task(path, encoding, SMALL, Recipe(seed=seed))
+        assert sum(len(batch.ids) for batch in task.validation) == 1
+    lines(path, [ASKED] * 3 + [long] * 7)
+    with pytest.raises(UsageError, match="7 of 10 prompts are too long, 256 tokens or more"):
+        instruction_task(path, encoding, SMALL, Recipe())
+
+
+def test_a_class_that_is_not_validated_or_not_learned_is_said(encoding: tiktoken.Encoding, tmp_path: Path):
+    records = [{"text": f"Text {i}", "label": "rare" if i == 5 else "ab"[i % 2]} for i in range(60)]
+    path = lines(tmp_path / "a.jsonl", records)
+    seen = set()
+    for seed in range(12):
+        with pytest.warns(UserWarning, match=r"a.jsonl: no rows of .*rare .*; give more rows") as said:
+            classifier_task(path, encoding, SMALL, Recipe(seed=seed))
+        seen |= {str(each.message).split("rare ")[-1] for each in said}
+    assert {message.split(",")[0].split(";")[0] for message in seen} == {"to learn from", "to validate with"}
+
+
+def test_tasks_of_other_data_have_other_digests(encoding: tiktoken.Encoding, tmp_path: Path):
+    rows = [{"text": f"Text {i}", "label": "ab"[i % 2]} for i in range(60)]
+    for row in (rows[7], rows[8]):
+        digests = []
+        for text in ("Text", "Fox"):
+            row["text"] = text
+            path = lines(tmp_path / "a.jsonl", rows)
+            digests.append(classifier_task(path, encoding, SMALL, Recipe()).digest)
+        assert digests[0] != digests[1]
+    tokens = torch.arange(1000).to(torch.uint16)
+    before = text_task(tokens, encoding, SMALL, Recipe(seq_len=16)).digest
+    tokens[444] = 3
+    assert text_task(tokens, encoding, SMALL, Recipe(seq_len=16)).digest != before
 
 
 def test_one_class_is_none(encoding: tiktoken.Encoding):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor
 from gpt2lite.config import GPTConfig
 from gpt2lite.errors import UsageError
 from gpt2lite.finetuning.data import (
+    Example,
     digest_of,
     example_batches,
     example_windows,
@@ -23,7 +26,7 @@ from gpt2lite.finetuning.data import (
 from gpt2lite.finetuning.examples import (
     classifier_examples,
     format_prompt,
-    instruction_examples,
+    instruction_pairs,
     read_records,
     split,
 )
@@ -72,17 +75,22 @@ def instruction_task(path: Path, encoding: tiktoken.Encoding, config: GPTConfig,
     The loss is of the response alone. A tenth is for validation. Raises UsageError for bad records.
     """
     seq_len = _seq_len(config, recipe)
-    training, held = split(read_records(path, ("instruction", "output")), HELD_OUT, recipe.seed)
-    prompt = encoding.encode_ordinary(format_prompt(held[0]))
+    records = read_records(path, ("instruction", "output"))
+    training, held = split(instruction_pairs(records, encoding, seq_len), HELD_OUT, recipe.seed)
+    shown = held[0][0]
+    prompt = encoding.encode_ordinary(format_prompt(shown))
+    task = _example_task([e for _, e in training], [e for _, e in held], recipe, encoding)
+    return replace(task, sample=lambda model: f"{shown['instruction']} → {_written(model, prompt, encoding)}")
+
+
+def _example_task(
+    training: list[Example], held: list[Example], recipe: Recipe, encoding: tiktoken.Encoding
+) -> Task:
+    pad = encoding.eot_token
     return Task(
-        example_batches(
-            instruction_examples(training, encoding, seq_len),
-            recipe.batch_size,
-            recipe.seed,
-            encoding.eot_token,
-        ),
-        example_windows(instruction_examples(held, encoding, seq_len), recipe.batch_size, encoding.eot_token),
-        sample=lambda model: f"{held[0]['instruction']} → {_written(model, prompt, encoding)}",
+        example_batches(training, recipe.batch_size, recipe.seed, pad),
+        example_windows(held, recipe.batch_size, pad),
+        digest=digest_of(repr(example).encode() for example in (*training, *held)),
     )
 
 
@@ -94,11 +102,11 @@ def classifier_task(path: Path, encoding: tiktoken.Encoding, config: GPTConfig, 
     seq_len = _seq_len(config, recipe)
     examples, labels = classifier_examples(read_records(path, ("text", "label")), encoding, seq_len)
     training, held = split(examples, HELD_OUT, recipe.seed)
-    return Task(
-        example_batches(training, recipe.batch_size, recipe.seed, encoding.eot_token),
-        example_windows(held, recipe.batch_size, encoding.eot_token),
-        labels=tuple(labels),
-    )
+    for part, what in ((training, "to learn from"), (held, "to validate with, so accuracy does not tell")):
+        seen = {example.targets[-1] for example in part}
+        if lacking := [label for number, label in enumerate(labels) if number not in seen]:
+            warnings.warn(f"{path}: no rows of {', '.join(lacking)} {what}; give more rows", stacklevel=2)
+    return replace(_example_task(training, held, recipe, encoding), labels=tuple(labels))
 
 
 def open_text(path: Path, tokens: Path, encoding: tiktoken.Encoding, vocab_size: int) -> Tensor:
