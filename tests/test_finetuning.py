@@ -385,6 +385,10 @@ def test_resuming_otherwise_is_refused(tmp_path: Path):
         ({"lora_rank": 2, "last_blocks": 1}, "exclude each other"),
         ({"step_in_backward": True}, "needs clip=0 and accumulate=1"),
         ({"lora_targets": ("W_key", "head")}, "lora_targets are of W_query"),
+        ({"seed": 2**40}, r"seed must be below 2\*\*32, got 1099511627776"),
+        ({"seed": 1.5}, "seed must be an int of at least 0, got 1.5"),
+        ({"seed": None}, "seed must be an int of at least 0, got None"),
+        ({"autocast": "no"}, "autocast must be True or False, got 'no'"),
     ],
 )
 def test_a_recipe_that_cannot_work_is_refused(options: dict[str, Any], message: str):
@@ -876,6 +880,64 @@ def test_a_folder_that_is_not_empty_and_a_classifier_given_to_text_are_refused(
     assert not (tmp_path / "new").exists()
 
 
+def classify(out: Path, labels: str, *words: object, data: str = "abc") -> int:
+    """Three texts under three labels, twenty times."""
+    rows = [{"text": text, "label": label} for text, label in zip(data, labels.split(), strict=True)] * 20
+    path = out.with_suffix(".jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--classify", path, "--out", out, "--seq-len", 8, *words]
+    return main(["finetune", *map(str, flags)])
+
+
+def test_a_classifier_keeps_its_rows_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert classify(tmp_path / "1", "red sky tree", "--steps", 1) == 0
+    before = GPTModel.from_checkpoint(tmp_path / "1" / "model.pth").out_head
+    capsys.readouterr()
+    words = ("--steps", 1, "--learning-rate", 1e-12, tmp_path / "1" / "model.pth")
+    assert classify(tmp_path / "2", "red azure tree", *words) == 0
+    assert capsys.readouterr().out.startswith("labels kept: red, tree; new: azure; dropped: sky\n")
+    assert read_labels(tmp_path / "2" / "model.pth") == ("azure", "red", "tree")
+    after = GPTModel.from_checkpoint(tmp_path / "2" / "model.pth").out_head
+    for part in ("weight", "bias"):
+        torch.testing.assert_close(getattr(after, part)[1:], getattr(before, part)[::2], rtol=0, atol=1e-6)
+    assert not torch.allclose(after.weight[0], before.weight[1], atol=1e-3)
+    assert classify(tmp_path / "3", "tree sky red", *words) == 0
+    assert "labels kept" not in capsys.readouterr().out
+
+
+def test_labels_of_another_model_or_none_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    classify(tmp_path / "1", "red sky tree", "--steps", 1)
+    labels, model = tmp_path / "1" / "labels.json", tmp_path / "1" / "model.pth"
+    for content, message in (
+        (
+            '["sky", "red", "tree"]',
+            "labels.json: says sky, red, tree, model.json says red, sky, tree. Is it ano",
+        ),
+        ('["red", "sky"', "labels.json: not JSON"),
+        ('{"red": 0}', "labels.json: wanted a JSON list of the classes' labels"),
+    ):
+        labels.write_text(content)
+        assert classify(tmp_path / "2", "red sky tree", "--steps", 1, model) == 1
+        assert message in capsys.readouterr().err
+    labels.unlink()
+    assert read_labels(model) == ("red", "sky", "tree")
+    beside = model.with_suffix(".json")
+    beside.write_text(json.dumps({k: v for k, v in json.loads(beside.read_text()).items() if k != "labels"}))
+    assert classify(tmp_path / "2", "red sky tree", "--steps", 1, model) == 1
+    assert "no labels beside a head of 3 classes; write labels.json" in capsys.readouterr().err
+    assert not (tmp_path / "2").exists()
+
+
+def test_the_command_resumes_with_the_runs_own_recipe(tmp_path: Path):
+    out = tmp_path / "1"
+    assert classify(out, "red sky tree", "--steps", 2, "--clip", 3, "--lora-targets", "W_key") == 0
+    with pytest.warns(UserWarning, match="steps=2; from step 2 on it is steps=4"):
+        assert classify(out, "red sky tree", "--resume", "--steps", 4) == 0
+    assert len(read_metrics(out)) == 4
+    saved = GPTModel.from_checkpoint(out / "model.pth")
+    assert {p.dtype for p in saved.parameters()} == {torch.float16}  # as the embedded model came
+
+
 # ---- forecasts ---------------------------------------------------------------------------------------------
 
 MEASURE = """
@@ -952,3 +1014,15 @@ def test_only_levers_that_are_needed_are_named():
     assert named(60) == ["recompute=True"]
     assert named(40) == ["recompute=True", "batch_size=1"]
     assert len(named(10)) == 5
+    for asked in ({"lora_rank": 4}, {"last_blocks": 1}):
+        levers, _ = find_levers(replace(changed, **asked), 10, foretell)
+        assert not [lever for lever, _ in levers if "lora" in lever or "last_blocks" in lever]
+
+
+def test_plan_counts_a_classifiers_head(pth: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["plan", str(pth), "--n-heads", "4", "--train", "--json", "--batch-size", "2", "--seq-len", "8"]
+    found = []
+    for more in ([], ["--classes", "3"]):
+        assert main([*words, *more]) == 0
+        found.append(json.loads(capsys.readouterr().out)["forecast"]["weights"])
+    assert found[0] - found[1] == 4 * (101 * 48 - 3 * 48 - 3)

@@ -147,7 +147,7 @@ LEVERS: tuple[tuple[dict[str, Any], str], ...] = (
     ({"step_in_backward": True, "clip": 0.0, "accumulate": 1}, "no clipping, no accumulation"),
     ({"recompute": True}, "up to a third more time"),
     ({"batch_size": 1}, "noisier steps"),
-    ({"lora_rank": 8, "last_blocks": None}, "adapters alone are trained"),
+    ({"lora_rank": 8}, "adapters alone are trained"),
 )
 
 
@@ -163,7 +163,9 @@ def find_levers(
     They are added from the cheapest on until it fits, then those not needed are left out, the dearest
     first. All of them where nothing fits.
     """
-    left = [each for each in LEVERS if _with(recipe, [each[0]]) != recipe]
+    chosen_already = recipe.lora_rank or recipe.last_blocks  # what is trained was asked for
+    levers = [each for each in LEVERS if not (chosen_already and "lora_rank" in each[0])]
+    left = [each for each in levers if _with(recipe, [each[0]]) != recipe]
     chosen: list[tuple[dict[str, Any], str]] = []
     while (found := foretell(_with(recipe, (lever for lever, _ in chosen)))).peak > limit and left:
         chosen.append(left.pop(0))
