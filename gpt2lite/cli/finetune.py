@@ -27,8 +27,9 @@ from gpt2lite.cli.terminal import (
 from gpt2lite.cli.training import add_recipe_arguments, recipe_of
 from gpt2lite.errors import UsageError
 from gpt2lite.finetuning import Metrics, Rhythm, Task, as_classifier, finetune
-from gpt2lite.finetuning.loop import read_labels, read_metrics, relabel, saved_recipe
+from gpt2lite.finetuning.loop import read_labels, read_metrics, relabel
 from gpt2lite.finetuning.recipe import Recipe
+from gpt2lite.finetuning.states import saved_recipe
 from gpt2lite.finetuning.tasks import classifier_task, instruction_task, open_text, text_task
 from gpt2lite.loading import STRATEGIES
 from gpt2lite.memory import human, resolve_device

@@ -30,8 +30,8 @@ from gpt2lite.finetuning.examples import (
     read_records,
     split,
 )
-from gpt2lite.finetuning.loop import Task
 from gpt2lite.finetuning.recipe import Recipe
+from gpt2lite.finetuning.states import Task
 
 HELD_OUT = 0.1  # of the data, for validation
 MOST_WINDOWS = 64
