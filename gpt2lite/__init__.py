@@ -27,8 +27,9 @@ from gpt2lite.finetuning import (
     merge_lora,
 )
 from gpt2lite.generation import generate
-from gpt2lite.loading import STRATEGIES, Forecast, Tuning, load_module
-from gpt2lite.model import GPTModel, forecast
+from gpt2lite.loading import STRATEGIES, Forecast, LoadOptions, OpenOptions, Tuning
+from gpt2lite.model import GPTModel, forecast, open_model
+from gpt2lite.opening import Opened, load_module
 from gpt2lite.tracking import MemoryUse, clean_up, track_memory
 
 __all__ = [
@@ -42,7 +43,10 @@ __all__ = [
     "GPTConfig",
     "GPTModel",
     "InsufficientMemoryError",
+    "LoadOptions",
     "MemoryUse",
+    "OpenOptions",
+    "Opened",
     "Recipe",
     "Rhythm",
     "Task",
@@ -62,6 +66,7 @@ __all__ = [
     "load_lora",
     "load_module",
     "merge_lora",
+    "open_model",
     "save_per_tensor",
     "track_memory",
 ]

@@ -19,14 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.checkpoint.reading import memory_of
 from gpt2lite.checkpoint.writing import TensorToWrite, require_space, save_per_tensor, write_torch_zip
 from gpt2lite.config import GPTConfig
-from gpt2lite.dialects import find_config, read_dialect
 from gpt2lite.errors import GPT2LiteError
 from gpt2lite.loading import Progress
-from gpt2lite.model import GPTModel, forecast
+from gpt2lite.model import GPTModel, open_model
+from gpt2lite.opening import Opened
 from gpt2lite.tracking import Sample, track_memory
 from gpt2lite.verification import PROMPT, plain_model
 
@@ -143,7 +142,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         _warm_up(strategy, device, Path(folder))
     synchronize = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    foretold = forecast(path, device, config=config, dtype=_dtype(dtype))[strategy]
+    expected_bytes = open_model(path, config=config).forecast(device, dtype=_dtype(dtype))[strategy]
     with track_memory(device) as until_logits:
         with track_memory(device) as loading:
             began = time.perf_counter()
@@ -168,7 +167,7 @@ def measure(
         logits_tolerance=HALF_LOGITS_TOLERANCE if is_half else LOGITS_TOLERANCE,
         model_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         method=loading.method,
-        forecast=asdict(foretold),
+        forecast=asdict(expected_bytes),
         timeline=[_point(sample) for sample in until_logits.timeline],
     )
 
@@ -182,7 +181,7 @@ def write_reference(path: str, device: str, dtype: str | None, config: dict[str,
 
     Costs twice the model in host memory.
     """
-    model = plain_model(path, config, _dtype(dtype))
+    model = plain_model(open_model(path, config=config), _dtype(dtype))
     digests = {name: digest(tensor) for name, tensor in model.state_dict().items()}
     torch.save({"digests": digests, "logits": _first_logits(model.to(device))}, output)
 
@@ -223,9 +222,9 @@ class Failure:
     reason: str
 
 
-def _input(path: Path, strategy: str, folder: Path) -> Path:
+def _input(opened: Opened[GPTModel], strategy: str, folder: Path) -> Path:
     """What a strategy reads: the checkpoint, or for per_tensor a folder that is made here in `folder`."""
-    manifest = open_checkpoint(path)
+    manifest, path = opened.reading.manifest, opened.path
     if strategy != "per_tensor" or manifest.format == "tensor_folder":
         return path
     require_space(folder, sum(span.nbytes for span in manifest.tensors.values()))
@@ -245,17 +244,16 @@ def compare_strategies(
 
     Raises CheckpointError first, for a checkpoint that does not fit.
     """
-    reading = read_dialect(open_checkpoint(path))
-    found = find_config(reading, config)
-    forecast(path, device, config=found, dtype=_dtype(dtype))
-    common = {"device": device, "dtype": dtype, "config": found.as_dict()}
+    opened = open_model(path, config=config)
+    opened.forecast(device, dtype=_dtype(dtype))
+    common = {"device": device, "dtype": dtype, "config": opened.config.as_dict()}
     with tempfile.TemporaryDirectory(prefix="gpt2lite-", dir=folder) as temporary:
         reference = str(Path(temporary) / "reference.pt")
         _run_job("reference", {"path": str(path), "output": reference, **common})
         for strategy in strategies:
             arguments = {"strategy": strategy, "reference": reference, **common}
             try:
-                arguments["path"] = str(_input(path, strategy, Path(temporary)))
+                arguments["path"] = str(_input(opened, strategy, Path(temporary)))
                 yield Measurement(**_run_job("measure", arguments))
             except (GPT2LiteError, OSError) as error:
                 yield Failure(strategy, str(error))

@@ -18,27 +18,26 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.checkpoint.chunks import CHUNK_BYTES, TensorToWrite, join
 from gpt2lite.checkpoint.manifest import Manifest
-from gpt2lite.checkpoint.page_cache import forget_cached
 from gpt2lite.checkpoint.reading import map_tensors, memory_of, read_bytes_into
 from gpt2lite.checkpoint.writing import (
+    Arrange,
     Progress,
     fill_tensor_folder,
     fill_torch_zip,
-    read_side_fields,
     replacing,
     require_space,
-    write_side_fields,
+    spans_on_disk,
 )
 from gpt2lite.checkpoint.writing_safetensors import fill_safetensors, fill_safetensors_folder
 from gpt2lite.config import GPTConfig
-from gpt2lite.dialects import DIALECTS, Placement, expand_rows, find_config, read_dialect
+from gpt2lite.dialects import DIALECTS, Placement, expand_rows
 from gpt2lite.errors import CheckpointError, UsageError
 from gpt2lite.loading.skeleton import build_on_meta
 from gpt2lite.memory import parse_size
-from gpt2lite.model import GPTModel, plan_load
+from gpt2lite.model import GPTModel, open_model
+from gpt2lite.opening import Opened
 
 HEAD, EMBEDDING = "out_head.weight", "tok_emb.weight"
 END_OF_TEXT = 50256  # GPT-2's own token
@@ -184,12 +183,11 @@ def _check_destination(source: Manifest, destination: Path, format: str, max_sha
             raise UsageError(f"{destination}: is no file, and a {format} file is to be written there")
     if max_shard_bytes and (not folder or format != "safetensors"):
         raise UsageError(f"{destination}: shards go into a folder, as safetensors; name a folder")
-    read_side_fields(destination)
 
 
-def _views(source: str | os.PathLike[str], config: GPTConfig, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _views(opened: Opened[GPTModel], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Every parameter by our name, mapped. Raises CheckpointError where one is missing or does not fit."""
-    plan = plan_load(source, config=config, dtype=dtype)
+    plan = opened.plan(dtype=dtype)
     mapped = map_tensors(plan.spans.values())
     return {
         name: target.placement.of(mapped[target.span.name])
@@ -277,19 +275,19 @@ def plan_conversion(
     destination = Path(destination)
     format = _format_of(destination, format)
     max_shard_bytes = parse_size(max_shard_size) if max_shard_size is not None else None
-    reading = read_dialect(open_checkpoint(source))
-    if reading.adapters:
+    opened = open_model(source, config=config)
+    manifest = opened.reading.manifest
+    if opened.reading.adapters:
         raise UsageError(
-            f"{reading.manifest.path}: holds LoRA layers; merge them first: "
+            f"{manifest.path}: holds LoRA layers; merge them first: "
             "GPTModel.from_checkpoint(…, lora_alpha=…).save_checkpoint(…)"
         )
-    found = find_config(reading, config)
-    _check_destination(reading.manifest, destination, format, max_shard_bytes)
-    views = _views(source, found, dtype)
-    written = _target_config(found, to, views)
+    _check_destination(manifest, destination, format, max_shard_bytes)
+    views = _views(opened, dtype)
+    written = _target_config(opened.config, to, views)
     tensors = tuple(_stored(to, format, written, _with_zeros(views, written), dtype))
     return Conversion(
-        reading.manifest, destination, reading.dialect, to, format, written, tensors, max_shard_bytes
+        manifest, destination, opened.reading.dialect, to, format, written, tensors, max_shard_bytes
     )
 
 
@@ -309,16 +307,17 @@ def _write_pth(job: Conversion, tensors: Sequence[TensorToWrite], path: Path, pr
     target = TARGETS[job.to]
     beside = target.beside(job.config) if target.beside else {}
     if target.wrapper:
-        fill_torch_zip(path, tensors, progress, lambda state: {target.wrapper: state, **beside})
+        arrange: Arrange = lambda state: {target.wrapper: state, **beside}  # noqa: E731
+        fill_torch_zip(path, tensors, progress, job.config.as_dict(), arrange)
     else:
-        fill_torch_zip(path, tensors, progress)
+        fill_torch_zip(path, tensors, progress, job.config.as_dict())
 
 
 def _write_safetensors(
     job: Conversion, tensors: Sequence[TensorToWrite], path: Path, progress: Progress
 ) -> None:
     if not job.is_folder:
-        fill_safetensors(path, tensors, progress)
+        fill_safetensors(path, tensors, progress, job.config.as_dict())
         return
     path.mkdir()
     fill_safetensors_folder(path, tensors, progress, job.max_shard_bytes)
@@ -330,7 +329,7 @@ def _write_safetensors(
 def _write_per_tensor(
     job: Conversion, tensors: Sequence[TensorToWrite], path: Path, progress: Progress
 ) -> None:
-    fill_tensor_folder(path, tensors, progress)
+    fill_tensor_folder(path, tensors, progress, job.config.as_dict())
 
 
 WRITERS: dict[str, Writer] = {
@@ -376,11 +375,7 @@ def verify(job: Conversion, path: Path, digests: Mapping[str, Callable[[], bytes
 
     Holds one chunk. Raises CheckpointError that names the tensors that differ.
     """
-    manifests = [open_checkpoint(file) for file in _written_files(job, path)]
-    spans = {name: span for manifest in manifests for name, span in manifest.tensors.items()}
-    for manifest in manifests:
-        for file in manifest.files:
-            forget_cached(file)
+    spans = spans_on_disk(_written_files(job, path))
     inside = f"{TARGETS[job.to].wrapper}." if job.format == "pth" and TARGETS[job.to].wrapper else ""
     wanted = {inside + tensor.name: tensor for tensor in job.tensors}
     wrong = sorted(spans.keys() ^ wanted.keys())
@@ -408,8 +403,6 @@ def run_conversion(job: Conversion, *, verified: bool = True, progress: Progress
         job.source.check_unchanged()
         if verified:
             verify(job, temporary, {tensor.name: digest for tensor, digest in hashed})
-    if not (job.is_folder and job.format == "safetensors"):
-        write_side_fields(job.destination, job.config.as_dict())
     return job.destination
 
 
@@ -430,7 +423,7 @@ def convert(
     `to` is "book" (with the masks that its class wants), "huggingface" (transformers' GPT2LMHeadModel) or
     "nanogpt". `format` is "pth", "safetensors" or "per-tensor" (a folder with a file a tensor); by default
     the destination's suffix says it, and a name without is a folder of safetensors with its config.json, in
-    shards of `max_shard_size` (bytes, or "5GB"). Elsewhere the config lies in `<stem>.json` beside. `dtype`
+    shards of `max_shard_size` (bytes, or "5GB"). Other files carry the config in themselves. `dtype`
     casts; otherwise no value changes, and biases that a target has and the source lacks are zeros. `config`
     says what the source cannot, such as {"n_heads": 4}.
 

@@ -8,31 +8,29 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.checkpoint.chunks import tensors_of
-from gpt2lite.checkpoint.writing import read_side_fields, require_space, write_side_fields, write_torch_zip
+from gpt2lite.checkpoint.writing import require_space, write_torch_zip
 from gpt2lite.checkpoint.writing_safetensors import write_safetensors
-from gpt2lite.collector import collector_paused
-from gpt2lite.config import ACTIVATIONS, OFFICIAL_SIZES, GPTConfig
-from gpt2lite.dialects import UNSAYABLE, Reading, find_config, read_dialect, size_of, with_lora_alpha
+from gpt2lite.config import ACTIVATIONS, GPTConfig
 from gpt2lite.errors import UsageError
 from gpt2lite.generation import KVCache, generate, generate_tokens
-from gpt2lite.loading import Forecast, LoadPlan, Progress, Tuning, forecasts, load, make_plan
-from gpt2lite.memory import name_device
+from gpt2lite.loading import Forecast, OpenOptions, Options, Progress
+from gpt2lite.loading.options import check_names, split
+from gpt2lite.opening import Opened, locate, open_as
 from gpt2lite.quantization import Int8Linear
 
-SAVERS = {".pth": (write_torch_zip, True), ".safetensors": (write_safetensors, False)}  # whether it can tie
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-QUANTIZERS: dict[str, Callable[[str], bool]] = {"int8": lambda layer: layer != "pos_emb"}
+SAVERS = {".pth": (write_torch_zip, True), ".safetensors": (write_safetensors, False)}  # whether it can tie
 
 
 class Linear(nn.Linear):
@@ -149,57 +147,29 @@ class GPTModel(nn.Module):
             self.initialise()
 
     @classmethod
-    @collector_paused()
     def from_checkpoint(
         cls,
         path: str | os.PathLike[str],
         device: str | torch.device = "cpu",
         strategy: str = "auto",
-        *,
-        config: GPTConfig | Mapping[str, Any] | None = None,
-        dtype: torch.dtype | None = None,
-        quantize: str | None = None,
-        lora_alpha: float | None = None,
-        max_host_memory: int | str | None = None,
-        max_device_memory: int | str | None = None,
-        tuning: Tuning | None = None,
-        progress: Progress | None = None,
+        **options: Unpack[Options],
     ) -> GPTModel:
         """A GPT-2 from any checkpoint that `gpt2lite.dialects` knows, in eval mode.
 
-        The config is found; `config` may say a part of it, such as {"n_heads": 12}, or all. `strategy` is
-        one of `gpt2lite.STRATEGIES`, each of which says there what it costs on host and device, or auto: the
-        fastest whose forecast fits into what this process can have, copying (stream, with a ring as small as
-        is needed) before mapping (mmap, on the CPU a model that stands on the file).
+        The config is found; `config` may say what the file does not, such as {"n_heads": 12}, and must agree
+        with what it does. `strategy` is one of `gpt2lite.STRATEGIES`, each of which says there what it costs
+        on host and device, or auto: the fastest whose forecast fits into the memory that this process has,
+        copying (stream, with a ring as small as is needed) before mapping (mmap, on the CPU a model that
+        stands on the file). The other keywords are those of `gpt2lite.LoadOptions` and `lora_alpha`, what the
+        book's LoRA layers were made with, which no file says.
 
-        `dtype` casts the weights, None keeps the file's. `quantize="int8"` makes matrices but for positions
-        int8 with a scale a row, as it streams: a quarter of fp32's memory, at a cost in perplexity that
-        `gpt2lite evaluate` tells; such a model generates, and neither trains nor saves. `lora_alpha` is what
-        the book's LoRA layers were made with, which are merged on the way; no file holds it.
-        `max_host_memory` and `max_device_memory` (bytes, or "512MiB") cap what the load adds at its peak: the
-        host's stays below the cap plus 24 MiB or 3 %. `tuning` says how bytes are read where the machine's
-        own choice will not do (`gpt2lite.Tuning`).
-        `progress` is called with (bytes done, bytes in all).
-
-        Raises CheckpointError for a file that is damaged or does not fit the model, InsufficientMemoryError,
-        before anything is allocated, where no strategy or the one named does not fit in memory, UsageError
-        for a wrong argument.
+        Raises CheckpointError for a file that is damaged, contradicts itself or the caller, or does not fit
+        the model, InsufficientMemoryError, before anything is allocated, where no strategy or the one named
+        does not fit in memory, UsageError for a wrong argument.
         """
-        reading = with_lora_alpha(read_dialect(open_checkpoint(path)), lora_alpha)
-        found = find_config(reading, config)
-        return load(  # type: ignore[return-value]
-            reading,
-            lambda: cls(found),
-            device,
-            strategy,
-            dtype=dtype,
-            quantize=_quantizer(quantize),
-            max_host_memory=max_host_memory,
-            max_device_memory=max_device_memory,
-            tuning=tuning,
-            progress=progress,
-            hint=partial(_official_hint, found, reading),
-        )
+        check_names(options, Options)
+        opening, loading = split(options)
+        return open_as(cls, path, opening).load(device, strategy, **loading)
 
     @classmethod
     def from_pretrained(
@@ -207,19 +177,7 @@ class GPTModel(nn.Module):
         name: str | os.PathLike[str],
         device: str | torch.device = "cpu",
         strategy: str = "auto",
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
-        config: GPTConfig | Mapping[str, Any] | None = None,
-        dtype: torch.dtype | None = None,
-        quantize: str | None = None,
-        lora_alpha: float | None = None,
-        max_host_memory: int | str | None = None,
-        max_device_memory: int | str | None = None,
-        tuning: Tuning | None = None,
-        progress: Progress | None = None,
+        **options: Unpack[Options],
     ) -> GPTModel:
         """A GPT-2 by its name on the Hub: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" or "owner/name".
 
@@ -230,48 +188,28 @@ class GPTModel(nn.Module):
         Raises CheckpointNotFoundError where nothing has this name, CheckpointError also where the Hub
         cannot be reached and the cache does not have it.
         """
-        from gpt2lite.hub import fetch  # here, since the client takes half a second to import
-
-        path = fetch(
-            name,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
-        return cls.from_checkpoint(
-            path,
-            device,
-            strategy,
-            config=config,
-            dtype=dtype,
-            quantize=quantize,
-            lora_alpha=lora_alpha,
-            max_host_memory=max_host_memory,
-            max_device_memory=max_device_memory,
-            tuning=tuning,
-            progress=progress,
-        )
+        check_names(options, Options)
+        opening, loading = split(options)
+        return open_as(cls, locate(name, options), opening).load(device, strategy, **loading)
 
     def save_checkpoint(self, path: str | os.PathLike[str], *, progress: Progress | None = None) -> Path:
-        """Write the weights to a `.pth` or `.safetensors`, and the config to `<stem>.json` beside it.
+        """Write the weights and the config to one `.pth` or `.safetensors`.
 
-        `from_checkpoint` of it needs nothing said. The file is replaced whole or not at all, so a model that
-        stands on `model.pth` (strategy="mmap") can be saved over it. A tied head stays tied: in a `.pth` one
-        storage, in safetensors no second copy. Holds two chunks of 8 MiB on the host. Raises UsageError for
-        another suffix, a folder that is not there, or weights on meta, OSError for a full disk.
+        `from_checkpoint` of it needs nothing said; other programs pass over the config. The file is replaced
+        whole or not at all, so a model that stands on `model.pth` (strategy="mmap") can be saved over it. A
+        tied head stays tied: in a `.pth` one storage, in safetensors no second copy. Holds two chunks of 8
+        MiB on the host. Raises UsageError for another suffix, a folder that is not there, or weights on meta,
+        OSError for a full disk.
         """
         path = Path(path)
         if any(isinstance(part, Int8Linear) for part in self.modules()):
             raise UsageError(f"{path}: an int8 model is not saved; quantize the checkpoint when it is loaded")
         if path.suffix not in SAVERS:
             raise UsageError(f"{path}: a checkpoint's name ends in {' or '.join(SAVERS)}")
-        read_side_fields(path)
         write, ties = SAVERS[path.suffix]
         tensors = [tensor for tensor in tensors_of(self.state_dict()) if ties or not tensor.shares]
         require_space(path.absolute().parent, sum(tensor.nbytes for tensor in tensors if not tensor.shares))
-        write(path, tensors, progress or (lambda done, total: None))
-        write_side_fields(path, self.config.as_dict())
+        write(path, tensors, progress or (lambda done, total: None), self.config.as_dict())
         return path
 
     @torch.no_grad()
@@ -307,76 +245,19 @@ class GPTModel(nn.Module):
         return self.out_head(self.hidden(ids, cache))
 
 
-def _headers(
-    path: str | os.PathLike[str], config: GPTConfig | Mapping[str, Any] | None
-) -> tuple[Reading, GPTConfig]:
-    """What a plan needs to know; what no file says and no byte depends on is taken for granted."""
-    reading = read_dialect(open_checkpoint(path))
-    asked = UNSAYABLE if config is None else UNSAYABLE | config if isinstance(config, dict) else config
-    return reading, find_config(reading, asked)
+def open_model(source: str | os.PathLike[str], **options: Unpack[OpenOptions]) -> Opened[GPTModel]:
+    """Open a checkpoint by its path, or a model by its name on the Hub, and look before loading it.
 
-
-def plan_config(
-    path: str | os.PathLike[str], *, config: GPTConfig | Mapping[str, Any] | None = None
-) -> GPTConfig:
-    """The config of a checkpoint from headers alone, to plan with. Raises as `plan_load`."""
-    return _headers(path, config)[1]
-
-
-def plan_load(
-    path: str | os.PathLike[str],
-    device: str | torch.device = "cpu",
-    *,
-    config: GPTConfig | Mapping[str, Any] | None = None,
-    dtype: torch.dtype | None = None,
-    quantize: str | None = None,
-    tuning: Tuning | None = None,
-) -> LoadPlan:
-    """What `GPTModel.from_checkpoint` would do, from headers alone; the device need not be there.
-
-    Raises CheckpointError for a file that is damaged or does not fit, UsageError for a wrong argument.
+    `open_model("model.pth").config`, `.forecast("cuda")`, `.load("cuda")`; `options` are those of
+    `gpt2lite.OpenOptions`. Reads headers; raises as `GPTModel.from_pretrained`, but for memory.
     """
-    reading, found = _headers(path, config)
-    hint = partial(_official_hint, found, reading)
-    build = lambda: GPTModel(found)  # noqa: E731
-    return make_plan(
-        reading,
-        build,
-        name_device(device),
-        dtype=dtype,
-        tuning=tuning,
-        hint=hint,
-        quantize=_quantizer(quantize),
-    )
+    return open_as(GPTModel, locate(source, options), options)
 
 
 def forecast(
-    path: str | os.PathLike[str],
-    device: str | torch.device = "cpu",
-    *,
-    config: GPTConfig | Mapping[str, Any] | None = None,
-    dtype: torch.dtype | None = None,
-    quantize: str | None = None,
-    tuning: Tuning | None = None,
+    path: str | os.PathLike[str], device: str | torch.device = "cpu", **options: Unpack[Options]
 ) -> dict[str, Forecast]:
-    """What each strategy would add to host and device memory, from headers alone, in milliseconds.
-
-    The same bytes that `track_memory` measures around `GPTModel.from_checkpoint`, imports warmed: on the host
-    within 3 % or 24 MiB, on a CUDA device within 1 %. The device need not be there. A strategy that cannot
-    read this checkpoint is left out (per_tensor reads folders only). Raises as `plan_load`.
-    """
-    return forecasts(plan_load(path, device, config=config, dtype=dtype, quantize=quantize, tuning=tuning))
-
-
-def _quantizer(quantize: str | None) -> Callable[[str], bool] | None:
-    """Of which layers and embeddings the weights become int8."""
-    if quantize not in (None, *QUANTIZERS):
-        raise UsageError(f"quantize must be None or {' or '.join(QUANTIZERS)}, got {quantize!r}")
-    return QUANTIZERS[quantize] if quantize else None
-
-
-def _official_hint(config: GPTConfig, reading: Reading) -> str:
-    """ ". Is this gpt2 rather than gpt2-medium?" where the file has the shape of another official size."""
-    names = {(n_layers, emb_dim): name for name, (n_layers, emb_dim, _) in OFFICIAL_SIZES.items()}
-    found, wanted = names.get(size_of(reading)), names.get((config.n_layers, config.emb_dim))
-    return f". Is this {found} rather than {wanted}?" if found and wanted and found != wanted else ""
+    """What each strategy would add to host and device memory: `open_model(path).forecast(device)`."""
+    check_names(options, Options)
+    opening, loading = split(options)
+    return open_as(GPTModel, path, opening).forecast(device, **loading)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2lite.checkpoint import open_checkpoint
+from gpt2lite.checkpoint import FOLDER_FILES
 from gpt2lite.checkpoint.reading import read_tensors
 from gpt2lite.config import GPTConfig
 from gpt2lite.converting import convert
-from gpt2lite.dialects import find_config, read_dialect, with_lora_alpha
+from gpt2lite.dialects.configs import is_for_transformers, is_of_folder
 from gpt2lite.errors import UsageError
 from gpt2lite.model import GPTModel
+from gpt2lite.opening import Opened
 
 PROMPT = (15496, 11, 314, 716, 257, 3303, 2746)  # "Hello, I am a language model" in GPT-2's encoding
 NEW_TOKENS = 32
@@ -28,9 +29,13 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 5e-3, tor
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """Two loads compared: logits of a prompt and what our model wrote after it, in absolute numbers."""
+    """Two loads compared: logits of a prompt and what our model wrote after it, in absolute numbers.
+
+    `unchecked` says what both loads share, so that a mistake in it would not show.
+    """
 
     reference: str
+    unchecked: str
     config: GPTConfig
     difference: float
     tolerance: float
@@ -49,18 +54,12 @@ class Verification:
         return self.difference <= self.tolerance and self.agreed_tokens == self.new_tokens
 
 
-def plain_model(
-    path: str | os.PathLike[str],
-    config: GPTConfig | Mapping[str, Any] | None,
-    dtype: torch.dtype | None,
-    lora_alpha: float | None = None,
-) -> GPTModel:
+def plain_model(opened: Opened[GPTModel], dtype: torch.dtype | None) -> GPTModel:
     """As plain torch loads it, on the CPU: read the file whole, `load_state_dict`. Costs twice the model.
 
     A `.pth` is read by `torch.load`; no strategy and none of the streaming is used.
     """
-    reading = with_lora_alpha(read_dialect(open_checkpoint(path)), lora_alpha)
-    found = find_config(reading, config)
+    reading, found = opened.reading, opened.config
     sources = {placement.source for placement in reading.placements.values()}
     factors = {name for adapter in reading.adapters for name in (adapter.a, adapter.b)}
     stored = read_tensors(reading.manifest, sources | factors, torch.device("cpu"))
@@ -77,45 +76,43 @@ def plain_model(
     return model.eval().to(dtype=dtype)
 
 
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """What is to be loaded the other way."""
-
-    path: Path
-    config: GPTConfig
-    device: torch.device
-    dtype: torch.dtype
-    lora_alpha: float | None
-
-
 Forward = Callable[[Tensor], Tensor]  # ids (1, T) → logits (1, T, V)
+Load = Callable[[Opened[GPTModel], torch.dtype, str], tuple[Forward, str]]  # …, and what it shares with ours
+
+SAME_CONFIG = "the config and the forward pass: both loads take gpt2lite's (try --against transformers)"
+SAME_TABLES = "the config and the names: transformers cannot read this file, so gpt2lite converted it first"
+SAME_NAMES = (
+    "the names: transformers cannot read this file, so gpt2lite converted it; the config is the folder's"
+)
 
 
-def _plain(expected: Expected, folder: str) -> Forward:
-    model = plain_model(expected.path, expected.config, expected.dtype, expected.lora_alpha)
-    return model.to(expected.device)
+def _plain(opened: Opened[GPTModel], dtype: torch.dtype, folder: str) -> tuple[Forward, str]:
+    return plain_model(opened, dtype), SAME_CONFIG
 
 
-def _transformers(expected: Expected, folder: str) -> Forward:
-    """transformers' own model: of the checkpoint itself where it is a folder for it, else of a conversion."""
+def _transformers(opened: Opened[GPTModel], dtype: torch.dtype, folder: str) -> tuple[Forward, str]:
+    """transformers' own model, of its own class, as the folder's config.json says; else of a conversion."""
     try:
-        from transformers import GPT2LMHeadModel
+        from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.utils import logging
     except ImportError as error:
         raise UsageError(f"transformers cannot be imported ({error}): pip install transformers") from None
-    path = expected.path
-    if expected.config.n_classes:
-        raise UsageError(f"{path}: a classifier is compared with plain torch only")
-    readable = path.is_dir() and (path / "config.json").is_file()
-    if not readable or read_dialect(open_checkpoint(path)).dialect != "huggingface":
-        path = Path(folder) / "model"
-        convert(expected.path, path, to="huggingface", config=expected.config, verify=False)
     logging.disable_progress_bar()
-    model = GPT2LMHeadModel.from_pretrained(path, dtype=expected.dtype, local_files_only=True).eval()
-    return lambda ids: model.to(expected.device)(ids).logits
+    path, shared = opened.path if opened.path.is_dir() else opened.path.absolute().parent, ""
+    has_config = is_of_folder(opened.path) and is_for_transformers(path / "config.json")
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
+    if not has_config or opened.reading.dialect != "huggingface" or opened.path.name not in FOLDER_FILES:
+        if has_config:
+            options["config"] = AutoConfig.from_pretrained(path, local_files_only=True)
+        path, shared = Path(folder) / "model", SAME_NAMES if has_config else SAME_TABLES
+        if opened.config.n_classes:
+            raise UsageError(f"{opened.path}: a classifier is compared with plain torch only")
+        convert(opened.path, path, to="huggingface", config=opened.config.as_dict(), verify=False)
+    model = AutoModelForCausalLM.from_pretrained(path, **options).eval()
+    return lambda ids: model(ids).logits, shared
 
 
-REFERENCES: dict[str, tuple[str, Callable[[Expected, str], Forward]]] = {
+REFERENCES: dict[str, tuple[str, Load]] = {
     "torch": ("plain torch", _plain),
     "transformers": ("transformers", _transformers),
 }
@@ -130,18 +127,19 @@ def _agreeing(logits: Tensor, written: Tensor, tolerance: float) -> int:
 @torch.inference_mode()
 def verify(
     load: Callable[[], GPTModel],
-    path: str | os.PathLike[str],
+    opened: Opened[GPTModel],
     *,
     against: str = "torch",
-    lora_alpha: float | None = None,
     folder: str | os.PathLike[str] | None = None,
 ) -> Verification:
     """Compare logits and greedy tokens of the model that `load` makes of a checkpoint with another way's.
 
-    `against` is "torch" (the file read whole, `load_state_dict`) or "transformers", whose forward pass is its
-    own, too; what it cannot read is converted for it into `folder` (the system's temporary one), which takes
-    disk of the model's size. The two are in memory one after the other: costs what `load` costs, then twice
-    the model on the host. Greedy tokens of near equal logits count as agreeing.
+    `against` is "torch" (the file read whole, `load_state_dict`, with the config that we found) or
+    "transformers", whose config and forward pass are its own, too: it builds what the folder's config.json
+    says. What it cannot read is converted for it into `folder` (the system's temporary one), which takes disk
+    of the model's size. `Verification.unchecked` says what both share, which no comparison can tell. The two
+    are in memory one after the other: costs what `load` costs, then twice the model on the host. Greedy
+    tokens of near equal logits count as agreeing.
 
     Raises what `load` raises, and UsageError for an unknown `against` or one that cannot run.
     """
@@ -152,20 +150,21 @@ def verify(
     prompt = torch.tensor([PROMPT], device=like.device)[:, : config.context_length] % config.vocab_size
     start = prompt.shape[1]
     room = 0 if config.n_classes else min(NEW_TOKENS, config.context_length - start)
-    ids = model.generate(prompt, room) if room else prompt
-    ours = model(ids)[0].float().cpu()
-    del model
+    ids = (model.generate(prompt, room) if room else prompt).cpu()
+    ours, dtype = model(ids.to(like.device))[0].float().cpu(), like.dtype
+    del model, like
     name, load_other = REFERENCES[against]
     with tempfile.TemporaryDirectory(prefix="gpt2lite-", dir=folder) as temporary:
-        forward = load_other(Expected(Path(path), config, like.device, like.dtype, lora_alpha), temporary)
-        theirs = forward(ids)[0].float().cpu()
-    tolerance = TOLERANCES[like.dtype] * float(theirs.abs().max())
+        forward, unchecked = load_other(opened, dtype, temporary)
+        theirs = forward(ids)[0].float()
+    tolerance = TOLERANCES[dtype] * float(theirs.abs().max())
     return Verification(
         reference=name,
+        unchecked=unchecked,
         config=config,
-        difference=float((ours - theirs).abs().max()),
+        difference=float((ours - theirs).abs().max()) if ours.shape == theirs.shape else float("inf"),
         tolerance=tolerance,
         ids=ids[0].tolist(),
         prompt_tokens=start,
-        agreed_tokens=_agreeing(theirs[start - 1 : -1], ids[0, start:].cpu(), tolerance),
+        agreed_tokens=_agreeing(theirs[start - 1 : -1], ids[0, start:], tolerance),
     )

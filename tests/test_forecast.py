@@ -28,6 +28,7 @@ from gpt2lite import (
     forecast,
     load_module,
     loading,
+    open_model,
     save_per_tensor,
 )
 from gpt2lite.benchmarking import write_random_checkpoint
@@ -38,7 +39,6 @@ from gpt2lite.dialects import read_dialect, read_names
 from gpt2lite.loading import LoadPlan, choose, forecasts, make_plan
 from gpt2lite.loading.strategies import Strategy
 from gpt2lite.memory import Budget, Limit, host_memory
-from gpt2lite.model import plan_load
 
 MIB = 1 << 20
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -305,7 +305,7 @@ def test_a_device_that_is_too_small_is_told_what_would_fit():
 
 
 def test_a_named_strategy_may_count_on_swap_and_auto_does_not(pth: Path):
-    plan = plan_load(pth, config=HEADS)
+    plan = open_model(pth, config=HEADS).plan()
     peak = forecasts(plan)["stream"].peak_host_anonymous
     budget = Budget(Limit(peak // 2, ""), Limit(None, ""), swap=peak)
     assert choose(plan, "stream", budget)[0] == "stream"
@@ -501,7 +501,7 @@ def test_views_of_one_storage_are_mapped_once(tmp_path: Path):
     torch.save({"q": q, "k": k, "v": v}, tmp_path / "model.pth")
     reading = read_names(open_checkpoint(tmp_path / "model.pth"), ["q", "k", "v"])
     build = lambda: nn.ParameterDict({name: torch.empty(1024, 1024) for name in "qkv"})  # noqa: E731
-    plan = make_plan(reading, build, torch.device("cpu"), dtype=torch.bfloat16)
+    plan = make_plan(reading, build, torch.device("cpu"), {"dtype": torch.bfloat16})
     assert forecasts(plan)["mmap"].peak_host_reclaimable <= 12 * MIB + 4096
 
 

@@ -18,6 +18,7 @@ FLOORS = [
     {"config", "checkpoint", "memory", "hub", "quantization"},
     {"dialects", "tokenizer", "tracking"},
     {"loading"},
+    {"opening"},
     {"generation"},
     {"model"},
     {"converting", "evaluation", "finetuning"},

@@ -772,23 +772,8 @@ def test_the_head_count_is_found_in_a_side_file_a_wrapper_or_a_config_json(model
     assert GPTModel.from_checkpoint(index).config.n_heads == 4
 
 
-def test_the_nearer_to_the_weights_the_more_a_head_count_counts(model: GPTModel, tmp_path: Path):
-    path = save_pth({"model": model.state_dict(), "config": {"n_head": 4}}, tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"n_head": 12, "n_embd": 48, "n_layer": 3}))
-    assert GPTModel.from_checkpoint(path).config.n_heads == 4
-    path.with_suffix(".json").write_text(json.dumps({"n_heads": 6}))
-    assert GPTModel.from_checkpoint(path).config.n_heads == 6
-
-
-def test_a_config_json_of_another_model_is_not_believed(pth: Path):
-    (pth.parent / "config.json").write_text(json.dumps({"n_head": 12, "n_embd": 4096, "n_layer": 99}))
-    with pytest.raises(CheckpointError, match="the number of attention heads cannot be read off weights"):
-        GPTModel.from_checkpoint(pth)
-
-
-def test_a_complete_config_needs_no_side_file(pth: Path, model: GPTModel):
+def test_a_side_file_that_is_no_json_is_named(pth: Path):
     pth.with_suffix(".json").write_text("not json")
-    assert_equal_bits(GPTModel.from_checkpoint(pth, config=model.config), model.state_dict())
     with pytest.raises(CheckpointError, match=r"model.json: not sound JSON"):
         GPTModel.from_checkpoint(pth)
 
@@ -811,7 +796,7 @@ def test_a_variant_of_gpt2_with_other_arithmetic_is_refused(tmp_path: Path):
     huggingface().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"activation_function": "relu"}))
-    with pytest.raises(CheckpointError, match="activation_function='relu'; GPT-2 has 'gelu_new'"):
+    with pytest.raises(CheckpointError, match=r"config.json: activation_function='relu', wanted"):
         GPTModel.from_checkpoint(tmp_path)
 
 
@@ -822,7 +807,7 @@ def test_a_wrong_head_count_that_cannot_divide_is_refused(pth: Path):
 
 def test_weights_of_something_else_name_what_was_found(tmp_path: Path):
     path = save_pth(nn.Linear(2, 2).state_dict(), tmp_path)
-    with pytest.raises(CheckpointError, match=r"not a GPT-2 that is known here. It holds weight, bias"):
+    with pytest.raises(CheckpointError, match=r"not a GPT-2 that is known here; it holds weight, bias"):
         GPTModel.from_checkpoint(path)
 
 

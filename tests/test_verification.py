@@ -10,7 +10,7 @@ import torch
 from conftest import TINY
 from test_loading import HEADS, huggingface, save_hub, save_pth
 
-from gpt2lite import GPTConfig, GPTModel, UsageError
+from gpt2lite import GPTConfig, GPTModel, UsageError, open_model
 from gpt2lite.benchmarking import write_random_checkpoint
 from gpt2lite.cli import main
 from gpt2lite.verification import REFERENCES, verify
@@ -36,7 +36,7 @@ def pth(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_what_is_right_passes(against: str, pth: Path, dtype: torch.dtype):
     load = lambda: GPTModel.from_checkpoint(pth, config=HEADS, dtype=dtype)  # noqa: E731
-    found = verify(load, pth, against=against)
+    found = verify(load, open_model(pth, config=HEADS), against=against)
     assert found.passed
     assert found.agreed_tokens == found.new_tokens == TINY.context_length - 7
     assert found.difference <= found.tolerance
@@ -49,7 +49,7 @@ def test_one_wrong_weight_fails(against: str, pth: Path):
             model.trf_blocks[2].att.W_key.weight[5, 7] += 1
         return model
 
-    found = verify(load, pth, against=against)
+    found = verify(load, open_model(pth, config=HEADS), against=against)
     assert not found.passed
     assert found.difference > found.tolerance
 
@@ -60,7 +60,7 @@ def test_nan_fails(against: str, pth: Path):
         model.final_norm.shift.data.fill_(float("nan"))
         return model
 
-    assert not verify(load, pth, against=against).passed
+    assert not verify(load, open_model(pth, config=HEADS), against=against).passed
 
 
 def test_a_wrong_cache_fails_by_its_tokens(against: str, pth: Path, monkeypatch: pytest.MonkeyPatch):
@@ -70,7 +70,9 @@ def test_a_wrong_cache_fails_by_its_tokens(against: str, pth: Path, monkeypatch:
     monkeypatch.setattr(
         KVCache, "positions", lambda self, T: torch.zeros(T, dtype=torch.int64) + self.length // 2
     )
-    found = verify(lambda: GPTModel.from_checkpoint(pth, config=HEADS), pth, against=against)
+    found = verify(
+        lambda: GPTModel.from_checkpoint(pth, config=HEADS), open_model(pth, config=HEADS), against=against
+    )
     assert found.difference <= found.tolerance
     assert found.agreed_tokens < found.new_tokens
     assert not found.passed
@@ -81,7 +83,7 @@ def test_transformers_reads_its_own_folder_itself(tmp_path: Path, monkeypatch: p
     peer.save_pretrained(tmp_path / "hub")
     monkeypatch.setattr("gpt2lite.verification.convert", lambda *_, **__: pytest.fail("converted"))
     folder = tmp_path / "hub"
-    assert verify(lambda: GPTModel.from_checkpoint(folder), folder, against="transformers").passed
+    assert verify(lambda: GPTModel.from_checkpoint(folder), open_model(folder), against="transformers").passed
 
 
 def test_lora_layers_are_merged_both_ways(tmp_path: Path):
@@ -103,8 +105,8 @@ def test_lora_layers_are_merged_both_ways(tmp_path: Path):
     def load(alpha: float) -> GPTModel:
         return GPTModel.from_checkpoint(path, lora_alpha=alpha)
 
-    assert verify(lambda: load(0.5), path, lora_alpha=0.5).passed
-    assert not verify(lambda: load(0.6), path, lora_alpha=0.5).passed
+    assert verify(lambda: load(0.5), open_model(path, lora_alpha=0.5)).passed
+    assert not verify(lambda: load(0.6), open_model(path, lora_alpha=0.5)).passed
 
 
 def test_a_classifier_is_compared_by_its_logits(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -150,5 +152,5 @@ def test_a_file_in_the_official_layout_is_converted_for_transformers(tmp_path: P
     pytest.importorskip("transformers", reason="transformers is not installed")
     path = save_hub(huggingface().state_dict(), tmp_path)
     load = lambda: GPTModel.from_checkpoint(path, config=HEADS)  # noqa: E731
-    assert verify(load, path, against="transformers", folder=tmp_path).passed
+    assert verify(load, open_model(path, config=HEADS), against="transformers", folder=tmp_path).passed
     assert [each.name for each in tmp_path.iterdir()] == ["model.safetensors"]

@@ -14,6 +14,9 @@ import torch
 
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError
 
+BOUND_CONFIG = (
+    "gpt2lite"  # of a manifest's values: the model's config as JSON, written into the weights' own file
+)
 MAX_ENTRIES = 1_000_000
 MAX_DEPTH = 32
 MAX_NAME = 1000  # characters
@@ -113,7 +116,8 @@ class Manifest:
 
     `values` holds the plain numbers, strings and flags that were saved beside the tensors, by their dotted
     names; `files` the state of every file when it was opened; `storages` the bytes of everything that
-    `torch.load` allocates to read a file, which can be more than the tensors.
+    `torch.load` allocates to read a file, which can be more than the tensors. `containers` says in which dict
+    or module of its file a tensor lies, by that one's dotted name; what is not there lies in the outermost.
     """
 
     path: Path
@@ -122,6 +126,12 @@ class Manifest:
     values: Mapping[str, object] = field(default_factory=dict)
     files: Mapping[Path, FileState] = field(default_factory=dict)
     storages: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
+    containers: Mapping[str, str] = field(default_factory=dict)
+
+    def container_of(self, tensor: str) -> str:
+        """The dotted name of the dict that holds a tensor, with a dot at its end; "" for the outermost."""
+        found = self.containers.get(tensor, "")
+        return f"{found}." if found else ""
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError if a file is not what it was when the manifest was made."""
@@ -147,8 +157,10 @@ def validate(manifest: Manifest) -> Manifest:
     return manifest
 
 
-def _walk(node: object, name: str, depth: int, visited: Iterator[int]) -> Iterator[tuple[str, object]]:
-    """(dotted name, node) for everything in `node` that is no container."""
+def _walk(
+    node: object, name: str, depth: int, visited: Iterator[int], container: str = ""
+) -> Iterator[tuple[str, str, object]]:
+    """(its container's dotted name, its own, node) for everything in `node` that is no container."""
     if depth > MAX_DEPTH or next(visited) > MAX_ENTRIES or len(name) > MAX_NAME:
         raise CheckpointError(
             f"nested deeper than {MAX_DEPTH}, more than {MAX_ENTRIES} entries, or names longer than "
@@ -160,23 +172,26 @@ def _walk(node: object, name: str, depth: int, visited: Iterator[int]) -> Iterat
     elif isinstance(node, (list, tuple)):
         items = enumerate(node)
     else:
-        yield name, node
+        yield container, name, node
         return
     for key, child in items:
-        yield from _walk(child, f"{name}.{key}" if name else str(key), depth + 1, visited)
+        yield from _walk(child, f"{name}.{key}" if name else str(key), depth + 1, visited, name)
 
 
-def flatten(tree: object, leaf: type) -> tuple[dict[str, object], dict[str, object]]:
-    """Nested dicts and lists → ({dotted name: leaf object}, {dotted name: plain value}).
+def flatten(tree: object, leaf: type) -> tuple[dict[str, object], dict[str, object], dict[str, str]]:
+    """Nested dicts and lists → ({dotted name: leaf object}, {dotted name: plain value}, {leaf: container}).
 
     Raises CheckpointError for a name that occurs twice, and for trees too deep or too large to be data.
     """
     leaves: dict[str, object] = {}
     values: dict[str, object] = {}
     visited = itertools.count()  # containers too: a nest of empty lists has no entry and 2**MAX_DEPTH nodes
-    for name, node in _walk(tree, "", 0, visited):
+    containers: dict[str, str] = {}
+    for container, name, node in _walk(tree, "", 0, visited):
         found = leaves if isinstance(node, leaf) else values
         if name in found:
             raise CheckpointError(f"the name {name!r} occurs twice")
         found[name] = node
-    return leaves, values
+        if found is leaves and container:
+            containers[name] = container
+    return leaves, values, containers

@@ -108,7 +108,7 @@ def _read_zip(manifest: Manifest, names: Iterable[str], device: torch.device) ->
     """All tensors of all files: a state dict keeps its masks to the end."""
     state: dict[str, Tensor] = {}
     for path in manifest.storages:
-        tensors, _ = flatten(_torch_load(path, device), Tensor)
+        tensors, *_ = flatten(_torch_load(path, device), Tensor)
         state |= tensors  # type: ignore[arg-type]
     return state
 

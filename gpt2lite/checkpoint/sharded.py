@@ -109,9 +109,12 @@ def open_sharded(path: Path, open_shard: Callable[[Path], Manifest]) -> Manifest
             f"{listed(lines)}"
         )
     values, files, storages = _metadata(index), {path: state}, dict[Path, tuple[int, ...]]()
+    containers: dict[str, str] = {}
     for manifest in opened.values():
         values |= manifest.values
         files |= manifest.files
         storages |= manifest.storages
+        containers |= manifest.containers
     spans = {name: opened[shard].tensors[name] for name, shard in placed.items() if shard is not None}
-    return validate(Manifest(path, next(iter(opened.values())).format, spans, values, files, storages))
+    format = next(iter(opened.values())).format
+    return validate(Manifest(path, format, spans, values, files, storages, containers))

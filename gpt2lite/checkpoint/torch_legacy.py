@@ -156,10 +156,10 @@ def open_torch_legacy(path: Path) -> Manifest:
         pickles = _Pickles(file)
         _check_head(path, pickles)
         unpickler = LegacyUnpickler(pickles)
-        records, values = described_tensors(path, describe(path, unpickler))
+        records, values, containers = described_tensors(path, describe(path, unpickler))
         storages = unpickler.storages
         keys = _check_keys(path, describe(path, DescribingUnpickler(pickles, encoding="utf-8")), storages)
         begins = _find_storages(path, file, keys, storages)
     spans = {name: place(path, name, record, begins[record.storage.key]) for name, record in records.items()}
     sizes = tuple(storage.nbytes for storage in storages.values())
-    return validate(Manifest(path, "torch_zip", spans, values, {path: state}, {path: sizes}))
+    return validate(Manifest(path, "torch_zip", spans, values, {path: state}, {path: sizes}, containers))

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import torch
 
 from gpt2lite.checkpoint.manifest import (
+    BOUND_CONFIG,
     FileState,
     Manifest,
     TensorSpan,
@@ -34,6 +35,7 @@ from gpt2lite.errors import CheckpointError
 
 MAX_SMALL_BYTES = 64 << 20  # of what is read whole: the pickle
 ENCRYPTED, UTF8_NAME = 1, 0x800  # flag bits
+CONFIG_ENTRY = "gpt2lite.json"  # our writer's: the model's config, which torch.load passes over
 NO_CRC = 0  # what torch writes after set_crc32_options(False)
 # zipfile itself raises any of these on flipped bytes.
 DAMAGED_ZIP = (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, OverflowError, struct.error)
@@ -319,8 +321,8 @@ def describe(path: Path, unpickler: DescribingUnpickler) -> object:
         raise CheckpointError(f"{path}: its pickle is damaged ({type(error).__name__}: {error})") from None
 
 
-def _read_archive(path: Path) -> tuple[object, dict[str, Entry]]:
-    """The object that the pickle describes, and where each zip entry lies."""
+def _read_archive(path: Path) -> tuple[object, str, dict[str, Entry]]:
+    """The object that the pickle describes, our own config if it is there, and where each zip entry lies."""
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             entries = _read_directory(path, file, archive)
@@ -328,6 +330,7 @@ def _read_archive(path: Path) -> tuple[object, dict[str, Entry]]:
                 raise CheckpointError(f"{path}: a zip without data.pkl, so torch.save did not write it")
             pickled = _read_small(path, file, entries, "data.pkl")
             order = _read_small(path, file, entries, "byteorder") if "byteorder" in entries else b"little"
+            config = _read_small(path, file, entries, CONFIG_ENTRY) if CONFIG_ENTRY in entries else b""
     except DAMAGED_ZIP as error:
         raise CheckpointError(
             f"{path}: has no sound zip directory at its end ({type(error).__name__}: {error}). "
@@ -335,7 +338,8 @@ def _read_archive(path: Path) -> tuple[object, dict[str, Entry]]:
         ) from None
     if order != b"little":
         raise CheckpointError(f"{path}: written on a machine of other byte order, {order[:20]!r}. {RESAVE}")
-    return describe(path, DescribingUnpickler(io.BytesIO(pickled), encoding="utf-8")), entries
+    tree = describe(path, DescribingUnpickler(io.BytesIO(pickled), encoding="utf-8"))
+    return tree, config.decode("utf-8", "replace"), entries
 
 
 def _read_small(path: Path, file: io.BufferedIOBase, entries: dict[str, Entry], name: str) -> bytes:
@@ -350,8 +354,12 @@ def _read_small(path: Path, file: io.BufferedIOBase, entries: dict[str, Entry], 
     return data
 
 
-def described_tensors(path: Path, tree: object) -> tuple[dict[str, TensorRecord], dict[str, object]]:
-    """The tensors and the plain values of a described object, each by its dotted name."""
+def described_tensors(
+    path: Path, tree: object
+) -> tuple[dict[str, TensorRecord], dict[str, object], dict[str, str]]:
+    """The tensors and plain values of a described object by their dotted names, and the tensors'
+    containers.
+    """
     try:
         return flatten(tree, TensorRecord)  # type: ignore[return-value]
     except CheckpointError as error:
@@ -381,9 +389,11 @@ def _span(path: Path, name: str, record: TensorRecord, entries: dict[str, Entry]
 def open_torch_zip(path: Path) -> Manifest:
     """The manifest of a zip `.pth`. Raises CheckpointError for anything but tensors and plain data."""
     state = FileState.of(path)
-    tree, entries = _read_archive(path)
-    records, values = described_tensors(path, tree)
+    tree, config, entries = _read_archive(path)
+    records, values, containers = described_tensors(path, tree)
+    if config:
+        values[BOUND_CONFIG] = config
     spans = {name: _span(path, name, record, entries) for name, record in records.items()}
     storages = {record.storage.key: record.storage.nbytes for record in records.values()}
     sizes = tuple(storages.values())
-    return validate(Manifest(path, "torch_zip", spans, values, {path: state}, {path: sizes}))
+    return validate(Manifest(path, "torch_zip", spans, values, {path: state}, {path: sizes}, containers))

@@ -15,7 +15,7 @@ import struct
 import tempfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpt2lite.checkpoint import open_checkpoint, side_file
+from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.checkpoint.chunks import TensorToWrite, made_ahead
-from gpt2lite.checkpoint.manifest import contiguous_stride
+from gpt2lite.checkpoint.manifest import TensorSpan, contiguous_stride
+from gpt2lite.checkpoint.page_cache import forget_cached
 from gpt2lite.checkpoint.reading import read_span
+from gpt2lite.checkpoint.torch_zip import CONFIG_ENTRY
 from gpt2lite.errors import UsageError
 
 __all__ = [
@@ -36,15 +38,15 @@ __all__ = [
     "TensorToWrite",
     "fill_tensor_folder",
     "fill_torch_zip",
-    "read_side_fields",
     "replacing",
     "require_space",
     "save_per_tensor",
-    "write_side_fields",
+    "spans_on_disk",
     "write_torch_zip",
 ]
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+Config = Mapping[str, Any]  # the fields of a model's config
 ALIGNMENT = 64  # torch.save's own, so that mapped tensors are aligned
 LOCAL_HEADER_BYTES = 30
 ZIP64_EXTRA_BYTES = 20
@@ -136,12 +138,17 @@ def _stored_once(tensors: Sequence[TensorToWrite]) -> list[TensorToWrite]:
 
 
 def fill_torch_zip(
-    path: Path, tensors: Sequence[TensorToWrite], progress: Progress, arrange: Arrange = OrderedDict
+    path: Path,
+    tensors: Sequence[TensorToWrite],
+    progress: Progress,
+    config: Config | None,
+    arrange: Arrange = OrderedDict,
 ) -> None:
     """Write a new file as `torch.save` does; `arrange` puts the state dict into what surrounds it.
 
-    Tensors that share another's bytes are stored with it. No date is in it: equal tensors, equal bytes. Holds
-    two chunks in memory.
+    The model's config goes into an entry of its own, which torch.load passes over: in the weights' own file
+    it cannot become another model's. Tensors that share another's bytes are stored with it. No date is in it:
+    equal tensors, equal bytes. Holds two chunks in memory.
     """
     stored = _stored_once(tensors)
     keys = {tensor.name: str(i) for i, tensor in enumerate(stored)}
@@ -151,6 +158,8 @@ def fill_torch_zip(
         with archive.open(zipfile.ZipInfo("archive/data.pkl"), "w") as entry:
             _DescribingPickler(entry, protocol=2).dump(arrange(described))
         archive.writestr(zipfile.ZipInfo("archive/byteorder"), "little")
+        if config is not None:
+            archive.writestr(zipfile.ZipInfo(f"archive/{CONFIG_ENTRY}"), json.dumps(config, indent=2))
         for i, tensor in enumerate(stored):
             with archive.open(_entry(archive, f"archive/data/{i}", tensor.nbytes), "w") as entry:
                 for chunk in made_ahead(tensor.chunks()):
@@ -160,13 +169,15 @@ def fill_torch_zip(
         archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
 
 
-def write_torch_zip(path: Path, tensors: Sequence[TensorToWrite], progress: Progress) -> None:
+def write_torch_zip(
+    path: Path, tensors: Sequence[TensorToWrite], progress: Progress, config: Config | None = None
+) -> None:
     """Write a state dict as `torch.save` does, two chunks in memory at a time.
 
     torch.load, also with mmap, and every reader of `.pth` opens it. The file appears whole or not at all.
     """
     with replacing(path) as temporary:
-        fill_torch_zip(temporary, tensors, progress)
+        fill_torch_zip(temporary, tensors, progress, config)
 
 
 def _require_file_name(folder: Path, name: str) -> None:
@@ -174,8 +185,11 @@ def _require_file_name(folder: Path, name: str) -> None:
         raise UsageError(f"{folder}: a tensor is called {name!r}, which is no file name")
 
 
-def fill_tensor_folder(folder: Path, tensors: Sequence[TensorToWrite], progress: Progress) -> None:
-    """Write `<name>.pt` for every tensor, those that share another's bytes left out, into a new folder.
+def fill_tensor_folder(
+    folder: Path, tensors: Sequence[TensorToWrite], progress: Progress, config: Config
+) -> None:
+    """Write `<name>.pt` for every tensor, those that share another's bytes left out, and the config, to a
+    folder.
 
     Raises UsageError for a name that is no file name.
     """
@@ -185,10 +199,15 @@ def fill_tensor_folder(folder: Path, tensors: Sequence[TensorToWrite], progress:
     for tensor in stored:
         _require_file_name(folder, tensor.name)
         fill_torch_zip(
-            folder / f"{tensor.name}.pt", [tensor], lambda *_: None, lambda state: next(iter(state.values()))
+            folder / f"{tensor.name}.pt",
+            [tensor],
+            lambda *_: None,
+            None,
+            lambda state: next(iter(state.values())),
         )
         done += tensor.nbytes
         progress(done, total)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -242,27 +261,10 @@ def require_space(folder: Path, nbytes: int) -> None:
         )
 
 
-def read_side_fields(checkpoint: Path) -> dict[str, Any]:
-    """What the side file `<stem>.json` of a checkpoint holds, {} where there is none.
-
-    Raises UsageError for a file of that name that is something else, so that nobody writes over it.
-    """
-    path = side_file(checkpoint, ".json")
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise UsageError(f"{path}: is there and holds no config; it would be written over. Move it away")
-    return found
-
-
-def write_side_fields(checkpoint: Path, fields: dict[str, Any]) -> None:
-    """Put `fields` into the side file of a checkpoint that is there; what else it says stays."""
-    known = read_side_fields(checkpoint)
-    if known | fields != known:
-        path = side_file(checkpoint, ".json")
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(known | fields, indent=2) + "\n", encoding="utf-8")
+def spans_on_disk(files: Iterable[Path]) -> dict[str, TensorSpan]:
+    """Every tensor of some files that were just written; what the system cached of them is dropped."""
+    manifests = [open_checkpoint(file) for file in files]
+    for manifest in manifests:
+        for file in manifest.files:
+            forget_cached(file)
+    return {name: span for manifest in manifests for name, span in manifest.tensors.items()}

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from gpt2lite.checkpoint.chunks import TensorToWrite, made_ahead
+from gpt2lite.checkpoint.manifest import BOUND_CONFIG
 from gpt2lite.checkpoint.safetensors_file import DTYPES
-from gpt2lite.checkpoint.writing import Progress, replacing
+from gpt2lite.checkpoint.writing import Config, Progress, replacing
 from gpt2lite.errors import UsageError
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -26,9 +27,10 @@ ONE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-def _header(tensors: Iterable[TensorToWrite]) -> bytes:
+def _header(tensors: Iterable[TensorToWrite], config: Config | None) -> bytes:
     """The length and the JSON header, padded with spaces so that the data begin aligned."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    bound = {} if config is None else {BOUND_CONFIG: json.dumps(config)}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **bound}}
     end = 0
     for tensor in tensors:
         if tensor.dtype not in CODES:
@@ -70,13 +72,15 @@ def _flushed_meanwhile(file: int) -> Iterator[Callable[[int], None]]:
             flush.result()
 
 
-def fill_safetensors(path: Path, tensors: Sequence[TensorToWrite], progress: Progress) -> None:
-    """Write a new `.safetensors` file, two chunks in memory at a time.
+def fill_safetensors(
+    path: Path, tensors: Sequence[TensorToWrite], progress: Progress, config: Config | None = None
+) -> None:
+    """Write a new `.safetensors` file, two chunks in memory at a time; the config goes into its metadata.
 
     The format cannot tie: tensors that share another's bytes are written again. Raises UsageError for a
     dtype that the format lacks.
     """
-    header = _header(tensors)
+    header = _header(tensors, config)
     total, done = sum(tensor.nbytes for tensor in tensors), 0
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
@@ -92,10 +96,12 @@ def fill_safetensors(path: Path, tensors: Sequence[TensorToWrite], progress: Pro
         os.close(file)
 
 
-def write_safetensors(path: Path, tensors: Sequence[TensorToWrite], progress: Progress) -> None:
+def write_safetensors(
+    path: Path, tensors: Sequence[TensorToWrite], progress: Progress, config: Config | None = None
+) -> None:
     """Write a `.safetensors` file as `fill_safetensors`; it appears whole or not at all."""
     with replacing(path) as temporary:
-        fill_safetensors(temporary, tensors, progress)
+        fill_safetensors(temporary, tensors, progress, config)
 
 
 def divide(tensors: Iterable[TensorToWrite], max_bytes: int) -> list[list[TensorToWrite]]:

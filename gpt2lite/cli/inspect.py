@@ -6,7 +6,7 @@ import argparse
 from collections import Counter, defaultdict
 from typing import Any
 
-from gpt2lite.checkpoint import Manifest, open_checkpoint
+from gpt2lite.checkpoint import Manifest
 from gpt2lite.checkpoint.tf_bundle import check_crc32c
 from gpt2lite.cli.terminal import (
     add_config_arguments,
@@ -15,11 +15,12 @@ from gpt2lite.cli.terminal import (
     bytes_bar,
     config_of,
     facts,
-    local_path,
 )
-from gpt2lite.dialects import UNSAYABLE, Reading, find_config, read_dialect
+from gpt2lite.dialects import UNSAYABLE, Reading
 from gpt2lite.errors import CheckpointError
 from gpt2lite.memory import human
+from gpt2lite.model import GPTModel, open_model
+from gpt2lite.opening import Opened
 
 MAX_NAMED = 3
 CHECKS = {"tf_bundle": check_crc32c}
@@ -60,14 +61,13 @@ def _oddities(reading: Reading) -> list[str]:
     return [f"{count} {what}" for count, what in said if count]
 
 
-def _config(reading: Reading, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """The config, n_heads None where it cannot be known, and then the reason."""
+def _config(opened: Opened[GPTModel]) -> tuple[dict[str, Any], str]:
+    """The config, None for what cannot be known, and then the reason."""
     try:
-        return find_config(reading, config_of(args)).as_dict(), ""
+        return opened.config.as_dict(), ""
     except CheckpointError as error:
-        said = config_of(args) or {}
-        unsaid = {key: None for key in UNSAYABLE if key not in said}
-        return find_config(reading, UNSAYABLE | said).as_dict() | unsaid, str(error)
+        unsaid = {key: None for key in UNSAYABLE if opened.found.fields.get(key) is None}
+        return opened.sizes.as_dict() | unsaid, str(error)
 
 
 def _checked(manifest: Manifest) -> str:
@@ -81,10 +81,10 @@ def _checked(manifest: Manifest) -> str:
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that the command says, as a dict."""
-    manifest = open_checkpoint(local_path(args.path, args.revision))
+    opened = open_model(args.path, revision=args.revision, config=config_of(args))
+    reading, manifest = opened.reading, opened.reading.manifest
     sums = {"sums": _checked(manifest)} if args.check else {}
-    reading = read_dialect(manifest)
-    config, problem = _config(reading, args)
+    config, problem = _config(opened)
     used = {
         manifest.tensors[placement.source].address: placement.source
         for placement in reading.placements.values()
@@ -102,7 +102,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         "tensors": len(manifest.tensors),
         "dtypes": dict(dtypes),
         "ties": _ties(manifest),
-        "oddities": _oddities(reading) + ([problem] if problem else []),
+        "oddities": [*_oddities(reading), *opened.found.notes, *([problem] if problem else [])],
         **sums,
     }
 

@@ -19,7 +19,6 @@ from gpt2lite.cli.terminal import (
     config_of,
     dtype_of,
     facts,
-    local_path,
     table,
 )
 from gpt2lite.cli.training import add_recipe_arguments, recipe_of
@@ -28,7 +27,7 @@ from gpt2lite.finetuning import Recipe, TrainingForecast, forecast_training
 from gpt2lite.finetuning.forecast import find_levers
 from gpt2lite.loading import STRATEGIES, LoadPlan, Verdict, choose, helps, judge
 from gpt2lite.memory import Budget, find_budget, human, name_device, parse_size
-from gpt2lite.model import GPTModel, plan_config, plan_load
+from gpt2lite.model import GPTModel, open_model
 
 HEADER = ("strategy", "device", "host anon", "host file", "stays", "mapped", "fits")
 LEGEND = """\
@@ -118,7 +117,7 @@ def _auto(plan: LoadPlan, budget: Budget) -> str:
 
 def _plan_training(args: argparse.Namespace) -> int:
     """Print what training takes; with --fit what brings it there: 1 if nothing does."""
-    config = plan_config(local_path(args.path, args.revision), config=config_of(args))
+    config = open_model(args.path, revision=args.revision, config=config_of(args)).sizes
     if args.classes:
         config = replace(config, n_classes=args.classes, head_bias=True, tied_head=False)
     device, dtype, recipe = name_device(args.device), dtype_of(args) or torch.float32, recipe_of(args)
@@ -150,8 +149,8 @@ def run(args: argparse.Namespace) -> int:
         return _plan_training(args)
     device = name_device(args.device)
     budget = find_budget(device, args.max_host_memory, args.max_device_memory)
-    path = local_path(args.path, args.revision)
-    plan = plan_load(path, device, config=config_of(args), dtype=dtype_of(args), quantize=args.quantize)
+    opened = open_model(args.path, revision=args.revision, config=config_of(args))
+    plan = opened.plan(device, dtype=dtype_of(args), quantize=args.quantize)
     verdicts = _judge_all(plan, budget)
     auto = _auto(plan, budget)
     if args.json:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
-from gpt2lite.checkpoint.tf_bundle import index_of
 from gpt2lite.config import ACTIVATIONS
 from gpt2lite.errors import UsageError
+from gpt2lite.opening import locate
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 EMBEDDED = DATA / "embedded.pth"
@@ -91,12 +91,7 @@ def local_path(name: str | Path, revision: str | None) -> Path:
 
     The client draws its own bars, and those only where standard error is a terminal.
     """
-    path = Path(name)
-    if revision is None and (path.exists() or index_of(path).is_file()):
-        return path
-    from gpt2lite.hub import fetch  # here, since the client takes half a second to import
-
-    return fetch(name, revision=revision)
+    return locate(name, {"revision": revision})
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ import tiktoken
 
 from gpt2lite.cli.terminal import add_revision_argument, bytes_bar, local_path
 from gpt2lite.finetuning.data import tokenize_file
-from gpt2lite.model import plan_config
+from gpt2lite.model import open_model
 from gpt2lite.tokenizer import gpt2_encoding, tokenizer_for
 
 
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _encoding_of(model: Path) -> tiktoken.Encoding:
     """A model's, from its headers alone."""
-    return tokenizer_for(model, plan_config(model).vocab_size)
+    return tokenizer_for(model, open_model(model).sizes.vocab_size)
 
 
 def run(args: argparse.Namespace) -> int:

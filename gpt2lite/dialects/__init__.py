@@ -1,6 +1,7 @@
-"""A checkpoint's foreign names → our parameters and config: tables, `read_dialect`, `find_config`."""
+"""A checkpoint's foreign names → our parameters and config: tables, `read_dialect`, `find_fields`."""
 
-from gpt2lite.dialects.configs import UNSAYABLE, find_config, size_of
+from gpt2lite.dialects.configs import UNSAYABLE, Found, check_model_type, complete, find_fields, size_of
+from gpt2lite.dialects.masks import check_masks
 from gpt2lite.dialects.reading import Adapter, Reading, expand_rows, read_dialect, read_names, with_lora_alpha
 from gpt2lite.dialects.tables import DIALECTS, Dialect, Placement
 
@@ -9,10 +10,14 @@ __all__ = [
     "UNSAYABLE",
     "Adapter",
     "Dialect",
+    "Found",
     "Placement",
     "Reading",
+    "check_masks",
+    "check_model_type",
+    "complete",
     "expand_rows",
-    "find_config",
+    "find_fields",
     "read_dialect",
     "read_names",
     "size_of",

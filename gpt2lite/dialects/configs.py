@@ -1,36 +1,82 @@
-"""What shape a checkpoint's model has: said by its tensors, beside them, or by the caller."""
+"""What shape a checkpoint's model has: said by its tensors, with them, beside them, or by the caller.
+
+Whoever speaks must agree. Names and shapes say all but the number of heads, the activation and dropout; those
+are said by the first of: the config that our own writers put into the file, the dict or object that the
+writing program puts beside its weights, `<stem>.json`, the folder's config.json or hparams.json.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from gpt2lite.checkpoint import side_file
+from gpt2lite.checkpoint import FOLDER_FILES, side_file
+from gpt2lite.checkpoint.manifest import BOUND_CONFIG
 from gpt2lite.config import OFFICIAL_HEADS, GPTConfig
+from gpt2lite.dialects.config_words import COMPUTED, in_our_words, refusals, unknown
 from gpt2lite.dialects.reading import Reading, block_of
-from gpt2lite.errors import CheckpointError, UsageError
+from gpt2lite.errors import CheckpointError, UsageError, listed
 
-# Their words for our config's fields, in config.json, hparams.json and beside the weights in a file.
-CONFIG_WORDS = {
-    "n_head": "n_heads",
-    "n_layer": "n_layers",
-    "n_embd": "emb_dim",
-    "resid_pdrop": "drop_rate",
-    "dropout": "drop_rate",
-    "activation_function": "activation",
+# Where known programs keep the model's config, beside the dict of its weights; the first that is there
+# counts: nanoGPT (whose "config" is the command line, and may say another size), build-nanogpt, Lightning,
+# an index.
+BESIDE_WEIGHTS = ("model_args.", "config.", "hyper_parameters.", "metadata.")
+# Attributes of a pickled module's parts, by the name that ours have; every block must say the same.
+MODULE_FACTS = {
+    "n_heads": (
+        "trf_blocks.{i}.att.num_heads",
+        "trf_blocks.{i}.att.n_heads",
+        "h.{i}.attn.num_heads",
+        "h.{i}.attn.n_head",
+    ),
+    "activation": ("trf_blocks.{i}.ff.layers.1.approximate", "h.{i}.mlp.act.approximate"),
+    "layer_norm_epsilon": (
+        "trf_blocks.{i}.norm1.eps",
+        "trf_blocks.{i}.norm2.eps",
+        "h.{i}.ln_1.eps",
+        "h.{i}.ln_2.eps",
+    ),
+    "drop_rate": ("drop_emb.p", "drop.p"),
 }
-ACTIVATION_WORDS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+APPROXIMATE = {"tanh": "gelu_tanh", "none": "gelu"}
 # What weights do not tell, what it is where nobody can know, and what no memory depends on.
 UNSAYABLE: dict[str, Any] = {"n_heads": 1, "activation": "gelu_tanh"}
-# Variants of GPT-2 that share its names and not its arithmetic.
-CONFIG_MUST_BE = {
-    "activation_function": tuple(ACTIVATION_WORDS),
-    "layer_norm_epsilon": (1e-5,),
-    "scale_attn_by_inverse_layer_idx": (False,),
+KINDS: dict[str, tuple[type, str]] = {
+    "int": (int, "a whole number"),
+    "bool": (bool, "true or false"),
+    "str": (str, "text"),
 }
+
+
+@dataclass(frozen=True)
+class Source:
+    """One place that says something of a model, in its own words."""
+
+    where: str
+    words: Mapping[str, Any]
+    is_whole: bool = False
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """The fields of our config that it says."""
+        names = {field.name for field in fields(GPTConfig)}
+        return {name: value for name, value in in_our_words(self.words).items() if name in names}
+
+
+@dataclass(frozen=True)
+class Found:
+    """The fields of a config as far as they are known, and what a user should hear of how they were found.
+
+    `is_asked`: whether the caller said some of them.
+    """
+
+    fields: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+    is_asked: bool = False
 
 
 def size_of(reading: Reading) -> tuple[int, int]:
@@ -40,33 +86,135 @@ def size_of(reading: Reading) -> tuple[int, int]:
     return 1 + max(map(block_of, reading.placements)), shape[1] if len(shape) == 2 else 0
 
 
-def _said_elsewhere(reading: Reading) -> dict[str, Any]:
-    """What `<stem>.json`, the file's own wrapper, and a Hub folder's config say of n_heads and drop_rate.
+# ---- who speaks --------------------------------------------------------------------------------------------
 
-    The nearer to the weights, the more it counts; a config of other sizes belongs to another model.
+
+def _below(values: Mapping[str, object], prefix: str) -> dict[str, Any]:
+    """The values right under a dotted prefix, by their last name."""
+    names = (name for name in values if name.startswith(prefix) and "." not in name[len(prefix) :])
+    return {name[len(prefix) :]: values[name] for name in names}
+
+
+def _in_the_file(reading: Reading) -> Iterator[Source]:
+    """What lies in the weights' own file."""
+    manifest, values = reading.manifest, reading.manifest.values
+    for key in (BOUND_CONFIG, f"__metadata__.{BOUND_CONFIG}"):
+        if isinstance(bound := values.get(key), str):
+            yield Source(f"{manifest.path}, the config in it", _parsed(manifest.path, bound), is_whole=True)
+    above = reading.container.rstrip(".").rpartition(".")[0]
+    above = f"{above}." if above else ""
+    written = next((key for key in BESIDE_WEIGHTS if _below(values, above + key)), "")
+    modules = (reading.root.removesuffix("transformer."), reading.root)
+    for place in dict.fromkeys((above, above + written, *(f"{root}config." for root in modules if root))):
+        if words := _below(values, place):
+            where = f"{manifest.path}, {place.rstrip('.') or 'beside its weights'}"
+            yield Source(where, words, is_whole=place.endswith("model_args."))
+    yield from _module_facts(reading)
+
+
+def _module_facts(reading: Reading) -> Iterator[Source]:
+    """What the parts of a whole pickled module keep as attributes."""
+    values, (n_layers, _) = reading.manifest.values, size_of(reading)
+    for field, templates in MODULE_FACTS.items():
+        for place in (reading.root + template.format(i=i) for template in templates for i in range(n_layers)):
+            if place in values:
+                value = values[place]
+                said = APPROXIMATE.get(value, value) if field == "activation" else value  # type: ignore[call-overload]
+                yield Source(f"{reading.manifest.path}, {place}", {field: said})
+
+
+def _beside_the_file(reading: Reading) -> Iterator[Source]:
+    """`<stem>.json` where the file has no config of its own, and the configs of its folder.
+
+    A folder's config.json is about its model.safetensors or pytorch_model.bin if it has one, else about any.
     """
-    manifest = reading.manifest
-    said: dict[str, Any] = {}
-    beside = side_file(manifest.path, ".json")
-    folder = beside.parent
-    own_words = {name.rpartition(".")[2]: value for name, value in manifest.values.items()}
-    configs = [
-        _read_json(path) for path in (folder / "hparams.json", folder / "config.json") if path.is_file()
-    ]
-    for words in (*configs, own_words, _read_json(beside) if beside.is_file() else {}):
-        ours = {CONFIG_WORDS.get(key, key): value for key, value in words.items()}
-        sizes = dict(zip(("n_layers", "emb_dim"), size_of(reading), strict=True))
-        if all(ours.get(key, size) == size for key, size in sizes.items()):
-            said |= words | ours
-    if "activation" in said:
-        said["activation"] = ACTIVATION_WORDS.get(said["activation"], said["activation"])
-    for key, allowed in CONFIG_MUST_BE.items():
-        if key in said and said[key] not in allowed:
-            raise CheckpointError(
-                f"{manifest.path}: its config has {key}={said[key]!r}; GPT-2 has {allowed[0]!r}"
-            )
-    kinds = {"n_heads": (int, float), "drop_rate": (int, float), "activation": (str,)}
-    return _known_activation(reading) | {k: said[k] for k, kind in kinds.items() if type(said.get(k)) in kind}
+    path, values = reading.manifest.path, reading.manifest.values
+    beside = side_file(path, ".json")
+    is_bound = BOUND_CONFIG in values or f"__metadata__.{BOUND_CONFIG}" in values
+    if not is_bound and beside.is_file() and beside.name != "config.json":
+        yield Source(str(beside), _read_json(beside))
+    folder = path if path.is_dir() else path.absolute().parent
+    for name in ("config.json", "hparams.json") if is_of_folder(path) else ():
+        if (folder / name).is_file():
+            yield Source(str(folder / name), _read_json(folder / name), is_whole=name == "config.json")
+
+
+def check_model_type(path: Path) -> None:
+    """Raise CheckpointError where a checkpoint's own config.json says that it is no GPT-2."""
+    config = (path if path.is_dir() else path.absolute().parent) / "config.json"
+    kind = _read_json(config).get("model_type") if is_of_folder(path) and config.is_file() else None
+    if kind not in COMPUTED["model_type"]:
+        raise CheckpointError(f"{path}: its config.json says model_type={kind!r}; gpt2lite opens gpt2 alone")
+
+
+def is_of_folder(path: Path) -> bool:
+    """Whether the configs of a checkpoint's folder are its own: not if they belong to other weights there."""
+    others = (path.absolute().parent / name for name in FOLDER_FILES)
+    return path.is_dir() or path.name in FOLDER_FILES or not any(other.exists() for other in others)
+
+
+def is_for_transformers(path: Path) -> bool:
+    """Whether this is a config.json in transformers' words."""
+    return path.is_file() and "model_type" in _read_json(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return _parsed(path, path.read_text(encoding="utf-8", errors="replace"))
+
+
+def _parsed(path: Path, text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not sound JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: holds a {type(found).__name__}, wanted an object of config fields")
+    return found
+
+
+# ---- whether they agree ------------------------------------------------------------------------------------
+
+
+def _check_kinds(source: Source) -> None:
+    """Raise CheckpointError for a value of a kind that its field cannot have."""
+    kinds = {field.name: KINDS.get(str(field.type)) for field in fields(GPTConfig)}
+    for name, value in source.said.items():
+        kind, wanted = kinds[name] or ((int, float), "a number")
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise CheckpointError(f"{source.where}: {name} is {str(value)[:50]!r}, wanted {wanted}")
+
+
+def _agreed(reading: Reading, sources: list[Source], shapes: Mapping[str, Any]) -> dict[str, Any]:
+    """What all sources say together. Raises CheckpointError that names every two places that differ."""
+    agreed: dict[str, Any] = {}
+    places = dict.fromkeys(shapes, f"{reading.manifest.path}, its weights")
+    lines = [f"{source.where}: {line}" for source in sources for line in refusals(source.words)]
+    if lines:
+        raise CheckpointError(
+            f"{reading.manifest.path}: computes something that gpt2lite does not, so it was not loaded"
+            f"{listed(lines)}"
+        )
+    for source in sources:
+        _check_kinds(source)
+        for name, value in source.said.items():
+            known = {**shapes, **agreed}.get(name, value)
+            differs = value is False and _lacks_head(reading) if name == "tied_head" else value != known
+            if name == "drop_rate" or not differs:
+                agreed.setdefault(name, value)
+                places.setdefault(name, source.where)
+                continue
+            lines.append(f"{name}: {known!r} by {places[name]}, {value!r} by {source.where}")
+    if lines:
+        raise CheckpointError(
+            f"{reading.manifest.path}: sources disagree about this model, so it was not loaded. Correct or "
+            f"remove the wrong one{listed(lines)}"
+        )
+    return agreed
+
+
+def _lacks_head(reading: Reading) -> bool:
+    """Whether the file has no output head of its own, so that it must be tied."""
+    return reading.placements["out_head.weight"].source == reading.placements["tok_emb.weight"].source
 
 
 def _known_activation(reading: Reading) -> dict[str, str]:
@@ -80,16 +228,6 @@ def _known_activation(reading: Reading) -> dict[str, str]:
     if is_nano == bool(reading.masks):
         return {}
     return {"activation": "gelu" if is_nano else "gelu_tanh"}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not sound JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: holds a {type(found).__name__}, wanted an object of config fields")
-    return found
 
 
 def _said_by_shapes(reading: Reading) -> dict[str, Any]:
@@ -119,36 +257,79 @@ def _said_by_shapes(reading: Reading) -> dict[str, Any]:
     }
 
 
-def find_config(reading: Reading, config: GPTConfig | Mapping[str, Any] | None = None) -> GPTConfig:
-    """The config of a checkpoint; what `config` says wins, what it leaves out is found.
+def _notes(reading: Reading, sources: list[Source]) -> Iterator[str]:
+    """What is worth a warning."""
+    for source in sources:
+        if source.is_whole and (words := unknown(source.words)):
+            yield f"{source.where}: does not know what {', '.join(words)} may change; took it for nothing"
+        rates = {
+            source.words[key] for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop") if key in source.words
+        }
+        if len(rates) > 1:
+            yield f"{source.where}: has dropouts {sorted(rates)}; training takes resid_pdrop for all"
+    if reading.left_out:
+        yield f"{reading.manifest.path}: opens the language model without {', '.join(reading.left_out)}"
 
-    The head count is in no shape. It is looked for in `<stem>.json`, in the file's own wrapper, in
-    config.json or hparams.json, and last among the official sizes. Raises CheckpointError where it cannot be
-    known.
-    """
+
+def _said_by_caller(config: GPTConfig | Mapping[str, Any] | None) -> dict[str, Any]:
     if isinstance(config, GPTConfig):
-        return config
+        return config.as_dict()
     if not isinstance(config, (Mapping, NoneType)):
         raise UsageError(f"config must be a GPTConfig, a dict or None, got {config!r}")
     GPTConfig.check_names(config or {})
-    shapes = _said_by_shapes(reading)
-    merged = _said_elsewhere(reading) | shapes | dict(config or {})
-    merged.setdefault("n_heads", OFFICIAL_HEADS.get((merged["n_layers"], merged["emb_dim"])))
-    if merged["n_heads"] is None:
+    return dict(config or {})
+
+
+def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None = None) -> Found:
+    """All that is known of a checkpoint's config: `config` says what the file does not, and must agree with
+    it.
+
+    Sizes that the caller says are left for the plan to compare, tensor by tensor. Raises CheckpointError for
+    a contradiction, and for a computation that we do not have.
+    """
+    said, shapes = _said_by_caller(config), _said_by_shapes(reading)
+    sources = [*_in_the_file(reading), *_beside_the_file(reading)]
+    agreed = _agreed(reading, sources, shapes)
+    defaults: dict[str, Any] = dict(_known_activation(reading))
+    binding = defaults | agreed if isinstance(config, GPTConfig) else agreed
+    for name in ("n_heads", "activation"):
+        if name in said and said[name] != (known := binding.get(name, said[name])):
+            places = [source.where for source in sources if source.said.get(name) == known]
+            raise CheckpointError(
+                f"{reading.manifest.path}: {name}={said[name]!r} was passed, "
+                f"{(places or ['the program that wrote it'])[0]} says {known!r}. Leave it out, or "
+                "correct that"
+            )
+    if _heads_by_size(shapes) is not None:
+        defaults["n_heads"] = _heads_by_size(shapes)
+    return Found(defaults | agreed | shapes | said, tuple(_notes(reading, sources)), bool(said))
+
+
+def _heads_by_size(shapes: Mapping[str, Any]) -> int | None:
+    return OFFICIAL_HEADS.get((shapes["n_layers"], shapes["emb_dim"]))
+
+
+def complete(reading: Reading, found: Found) -> GPTConfig:
+    """The config of what was found. Raises CheckpointError where the heads or the activation are not
+    known.
+    """
+    known = found.fields
+    if known.get("n_heads") is None:
         raise CheckpointError(
             f"{reading.manifest.path}: the number of attention heads cannot be read off weights, and "
-            f"{merged['n_layers']} layers of {merged['emb_dim']} are no official size. Pass "
+            f"{known['n_layers']} layers of {known['emb_dim']} are no official size. Pass "
             f'config={{"n_heads": …}} (--n-heads for commands) or put it as {{"n_heads": …}} into '
             f"{side_file(reading.manifest.path, '.json').name} beside it."
         )
-    if "activation" not in merged:
+    if "activation" not in known:
         raise CheckpointError(
             f"{reading.manifest.path}: may be of nanoGPT, whose GELU is exact, or of minGPT or older "
             'nanoGPT, whose GELU is the tanh approximation. Pass config={"activation": "gelu"} or '
             '{"activation": "gelu_tanh"} (--activation for commands)'
         )
     try:
-        return GPTConfig.of(merged)
+        return GPTConfig.of(known)
     except UsageError as error:
-        blame = UsageError if config else CheckpointError
-        raise blame(f"{reading.manifest.path}: {error}") from None
+        raise (UsageError if found.is_asked else CheckpointError)(
+            f"{reading.manifest.path}: {error}"
+        ) from None

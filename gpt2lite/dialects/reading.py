@@ -6,14 +6,20 @@ import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 
 from gpt2lite.checkpoint import Manifest, TensorSpan
 from gpt2lite.dialects.tables import DIALECTS, Placement, Row
 from gpt2lite.errors import CheckpointError, UsageError
 
-# What a training script, a wrapper or a compiler puts before every name; any order, any number.
-WRAPPERS = ("model_state_dict.", "state_dict.", "model.")
-PREFIXES = (*WRAPPERS, "module.", "_orig_mod.", "transformer.")
+# What wrappers put into every name (DataParallel, torch.compile, DeepSpeed, FSDP), and LoRA before a leaf.
+NOISE = frozenset(
+    ("module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+)
+BEFORE_LEAF = frozenset(("linear", "base_layer"))
+# Heads other than the language model's: the first that is there is a classifier's, the rest are left out.
+CLASSIFIERS = ("score", "classifier")
+OTHER_HEADS = ("v_head", "value_head", "multiple_choice_head", "qa_outputs", "summary", "mc_head")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +34,11 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Reading:
-    """A checkpoint understood: every parameter of ours that it holds, as a placement."""
+    """A checkpoint understood: every parameter of ours that it holds, as a placement.
+
+    `container` is the dotted name of the dict or module that holds the weights, `root` that of the model in
+    it, both with a dot at the end. `left_out` are heads that are no part of the language model.
+    """
 
     manifest: Manifest
     dialect: str
@@ -37,30 +47,20 @@ class Reading:
     unexpected: tuple[str, ...] = ()
     passengers: tuple[str, ...] = ()
     adapters: tuple[Adapter, ...] = ()
+    left_out: tuple[str, ...] = ()
+    container: str = ""
+    root: str = ""
 
 
-def _strip(name: str) -> str:
-    """`name` without the prefixes that it begins with, nor what the book's LoRA puts before its leaf."""
-    while name.startswith(PREFIXES):
-        name = name[len(next(filter(name.startswith, PREFIXES))) :]
-    return re.sub(r"\.linear\.(weight|bias)$", r".\1", name) if ".linear." in name else name
+def _unwrapped(name: str) -> str:
+    """A name without what wrappers of modules put into it."""
+    return ".".join(part for part in name.split(".") if part not in NOISE)
 
 
-def _model_names(manifest: Manifest) -> dict[str, str]:
-    """Stripped name → stored name, of the model alone: what lies beside its wrapper is left out."""
-    stored = list(manifest.tensors)
-    markers = _by_marker()
-    marker = next((name for name in stored if _strip(name) in markers), "")
-    wrapper = next((prefix for prefix in WRAPPERS if marker.startswith(prefix)), "")
-    names: dict[str, str] = {}
-    for name in stored:
-        stripped = _strip(name)
-        if not name.startswith(wrapper):
-            continue
-        if stripped in names:
-            raise CheckpointError(f"{manifest.path}: {names[stripped]} and {name} are both {stripped}")
-        names[stripped] = name
-    return names
+def _plain(name: str) -> str:
+    """The same, without what LoRA puts before its leaf."""
+    *path, leaf = _unwrapped(name).split(".")
+    return ".".join([*(path[:-1] if len(path) > 1 and path[-1] in BEFORE_LEAF else path), leaf])
 
 
 def _by_marker() -> dict[str, list[str]]:
@@ -71,19 +71,98 @@ def _by_marker() -> dict[str, list[str]]:
     return found
 
 
-def _dialect_of(manifest: Manifest, names: Mapping[str, str]) -> str:
-    found = {marker: keys for marker, keys in _by_marker().items() if marker in names}
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """Where the weights of one model lie: in `container`, behind `prefix`, with the marker of a dialect."""
+
+    container: str
+    prefix: str
+    marker: str
+
+
+def _models(manifest: Manifest) -> dict[_Model, str]:
+    """Every model in a file, with the stored name of its marker; one that is stored twice counts once."""
+    found: dict[_Model, str] = {}
+    addresses = set()
+    for name in manifest.tensors:
+        container = manifest.container_of(name)
+        plain = _plain(name.removeprefix(container))
+        for marker in _by_marker():
+            address = manifest.tensors[name].address
+            if f".{plain}".endswith(f".{marker}") and address not in addresses:
+                addresses.add(address)
+                found[_Model(container, plain.removesuffix(marker), marker)] = name
+    return found
+
+
+def _one_model(manifest: Manifest) -> tuple[_Model, str]:
+    """The model that a file holds, and the dialect of its names. Raises CheckpointError unless it is one."""
+    found = _models(manifest)
+    if not found:
+        raise CheckpointError(_unknown(manifest))
     if len(found) > 1:
-        both = " and ".join(keys[0] for keys in found.values())
-        raise CheckpointError(f"{manifest.path}: holds the names of {both} at once; save them apart")
-    for marker, keys in found.items():
-        stored = manifest.tensors[names[marker]]
-        return next((key for key in keys if _is_square(key, stored)), keys[0])
-    sample = ", ".join(list(manifest.tensors)[:4]) or "no tensors"
-    raise CheckpointError(
-        f"{manifest.path}: not a GPT-2 that is known here. It holds {sample} …; wanted one of "
-        f"{', '.join(sorted(_by_marker()))}. For a module of your own, use gpt2lite.load_module."
+        (first, _), (second, _), *_ = found.items()
+        if first.marker != second.marker:
+            both = " and ".join(_by_marker()[model.marker][0] for model in (first, second))
+            raise CheckpointError(f"{manifest.path}: holds the names of {both} at once; save them apart")
+        places = " and ".join(repr((model.container + model.prefix).rstrip(".")) for model in found)
+        raise CheckpointError(
+            f"{manifest.path}: holds {len(found)} models, under {places}. Save the one that you want alone: "
+            "torch.save(torch.load(path, weights_only=True)['…'], 'model.pth')"
+        )
+    ((model, name),) = found.items()
+    keys = _by_marker()[model.marker]
+    return model, next((key for key in keys if _is_square(key, manifest.tensors[name])), keys[0])
+
+
+def _unknown(manifest: Manifest) -> str:
+    """What is said of a file without a marker: what it holds, nearest to what is wanted."""
+    markers = sorted(_by_marker())
+    nearest = {name for marker in markers for name in get_close_matches(marker, manifest.tensors, 3, 0.5)}
+    sample = sorted(nearest)[:3] or list(manifest.tensors)[:4]
+    what = f"{'its nearest names are' if nearest else 'it holds'} {', '.join(sample) or 'no tensors'}"
+    return (
+        f"{manifest.path}: not a GPT-2 that is known here; {what}. Wanted one of {', '.join(markers)}, "
+        "behind any prefix. For a module of your own, use gpt2lite.load_module."
     )
+
+
+def _names_of(manifest: Manifest, model: _Model) -> tuple[dict[str, str], dict[str, str]]:
+    """Plain name → stored name: of the model behind its prefix and the heads beside it; of all the rest."""
+    inside, beside = dict[str, str](), dict[str, str]()
+    above = model.prefix.rstrip(".").rpartition(".")[0]
+    above = f"{above}." if above else ""
+    heads = ("lm_head.", "out_head.", *(f"{head}." for head in (*CLASSIFIERS, *OTHER_HEADS)))
+    for name in manifest.tensors:
+        plain = _plain(name.removeprefix(model.container))
+        if not name.startswith(model.container):
+            continue
+        own = plain.removeprefix(model.prefix)
+        if not plain.startswith(model.prefix):
+            own = plain.removeprefix(above)
+            if not (plain.startswith(above) and own.startswith(heads)):
+                beside[name] = name
+                continue
+        if own in inside:
+            raise CheckpointError(f"{manifest.path}: {inside[own]} and {name} are both {own}")
+        inside[own] = name
+    return inside, beside
+
+
+def _with_heads(names: Mapping[str, str], dialect: str) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Names with the output head under its dialect's own, and the stored names of other heads."""
+    found = dict(names)
+    own = "out_head" if dialect.startswith("book") else "lm_head"
+    if (decoder := found.pop("lm_head.decoder.weight", None)) is not None:  # DialoGPT's
+        found.setdefault(f"{own}.weight", decoder)
+    for head in CLASSIFIERS:
+        if f"{head}.weight" in found and f"{own}.weight" not in found:
+            for leaf in ("weight", "bias"):
+                if (stored := found.pop(f"{head}.{leaf}", None)) is not None:
+                    found[f"{own}.{leaf}"] = stored
+    others = tuple(f"{head}." for head in (*CLASSIFIERS, *OTHER_HEADS))
+    left_out = tuple(stored for name, stored in found.items() if name.startswith(others))
+    return {name: stored for name, stored in found.items() if not name.startswith(others)}, left_out
 
 
 def _is_square(dialect: str, marker: TensorSpan) -> bool:
@@ -111,10 +190,12 @@ def expand_rows(rows: Iterable[Row], n_layers: int) -> Iterable[Row]:
 def read_dialect(manifest: Manifest) -> Reading:
     """Find the dialect of a GPT-2 checkpoint by its names and place every parameter that it holds.
 
-    A checkpoint without a head is tied: its head is its token embedding. Raises CheckpointError.
+    Whatever stands before the names is taken off. A checkpoint without a head is tied: its head is its token
+    embedding. Raises CheckpointError, also for a file that holds two models.
     """
-    names = _model_names(manifest)
-    key = _dialect_of(manifest, names)
+    model, key = _one_model(manifest)
+    inside, beside = _names_of(manifest, model)
+    names, left_out = _with_heads(inside, key)
     dialect = DIALECTS[key]
     n_layers = 1 + max(map(block_of, names))
     if n_layers > len(names):
@@ -130,14 +211,18 @@ def read_dialect(manifest: Manifest) -> Reading:
     adapters = tuple(_adapters(names, placements))
     rest -= {name for name in rest if names[name] in {part for a in adapters for part in (a.a, a.b)}}
     masks = {name for name in rest if name.endswith(dialect.masks or "\0")}
+    known = {*names.values(), *left_out, *beside}
     return Reading(
         manifest,
         key,
         placements,
         masks=tuple(names[name] for name in names if name in masks),
-        unexpected=tuple(names[name] for name in names if name in rest - masks),
-        passengers=tuple(manifest.tensors.keys() - set(names.values())),
+        unexpected=(*(names[name] for name in names if name in rest - masks), *beside),
+        passengers=tuple(name for name in manifest.tensors if name not in known),
         adapters=adapters,
+        left_out=left_out,
+        container=model.container,
+        root=model.container + model.prefix,
     )
 
 
@@ -180,15 +265,13 @@ def read_names(manifest: Manifest, wanted: Collection[str]) -> Reading:
 
 
 def _best_names(manifest: Manifest, wanted: Collection[str]) -> Mapping[str, str]:
-    """The names behind the common prefix that yields most of the wanted ones."""
+    """Plain name → stored name, behind the prefix that yields most of the wanted ones."""
     best = {name: name for name in manifest.tensors}
-    pending, seen = [""], {""}
-    while pending:
-        prefix = pending.pop()
-        names = {n[len(prefix) :]: n for n in manifest.tensors if n.startswith(prefix)}
-        if len(names.keys() & set(wanted)) > len(best.keys() & set(wanted)):
-            best = names
-        longer = {prefix + more for more in PREFIXES if any(n.startswith(more) for n in names)} - seen
-        pending += sorted(longer)
-        seen |= longer
+    leaf = min(wanted, default="")
+    for plain_of in (str, _unwrapped):
+        plain = {plain_of(name): name for name in manifest.tensors}
+        prefixes = {short.removesuffix(leaf) for short in plain if f".{short}".endswith(f".{leaf}")}
+        for prefix in sorted(prefixes):
+            names = {short[len(prefix) :]: name for short, name in plain.items() if short.startswith(prefix)}
+            best = max(best, names, key=lambda found: len(found.keys() & set(wanted)))
     return best

@@ -129,7 +129,7 @@ def _hub_names(layer: Callable[[str, str], list[Row]], fused_axis: int, transpos
         *layer("h.{i}.mlp.c_fc", f"{BLOCK}.ff.layers.0"),
         *layer("h.{i}.mlp.c_proj", f"{BLOCK}.ff.layers.2"),
         *_pairs("ln_f", "final_norm", TORCH_NORM),
-        _row("lm_head.weight", "out_head.weight"),
+        *_pairs("lm_head", "out_head", PLAIN),
     ]
 
 

@@ -81,7 +81,7 @@ def read_labels(checkpoint: Path) -> tuple[str, ...]:
         raise CheckpointError(f"{path}: wanted a JSON list of the classes' labels, in the order of the head")
     if state and found != known:
         raise CheckpointError(
-            f"{path}: says {', '.join(found)}, but {state[0].name} says {', '.join(known)}. Is it another run's?"
+            f"{path}: says {', '.join(found)}, {state[0].name} says {', '.join(known)}. Is it another run's?"
         )
     return tuple(found)
 

@@ -112,6 +112,7 @@ def _number(path: Path) -> int:
 
 
 def state_files(out: Path) -> list[Path]:
+    """The saved states of a folder, in the order of their steps."""
     return sorted((path for path in out.glob("step-*.pth") if _number(path) >= 0), key=_number)
 
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from gpt2lite.checkpoint import Manifest, TensorSpan
 from gpt2lite.dialects import Adapter, Placement, Reading
 from gpt2lite.errors import CheckpointError, UsageError, listed
+from gpt2lite.loading.options import LoadOptions, Progress, check_values
 from gpt2lite.loading.skeleton import build_on_meta, saved_tensors, tied_names
 from gpt2lite.loading.tuning import MIB, Tuning
 from gpt2lite.quantization import quantize_skeleton
 
-Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 SMALLEST_RING = 2 * MIB
 
 
@@ -95,7 +95,7 @@ def _dtype_of(tensor: Tensor, span: TensorSpan, dtype: torch.dtype | None) -> to
 def _mismatches(reading: Reading, groups: list[tuple[tuple[str, ...], Tensor]]) -> list[str]:
     """One line for every way in which file and module do not fit."""
     tensors, placements = reading.manifest.tensors, reading.placements
-    lines = [f"{name}: unexpected, the model has no place for it" for name in reading.unexpected]
+    lines = [f"{name}: unexpected, not in the model" for name in reading.unexpected]
     known = {name for names, _ in groups for name in names}
     for ours in placements.keys() - known:
         lines.append(f"{placements[ours].source}: unexpected, the model has no {ours}")
@@ -138,34 +138,30 @@ def make_plan(
     reading: Reading,
     build: Callable[[], nn.Module],
     device: torch.device,
+    options: LoadOptions | None = None,
     *,
-    dtype: torch.dtype | None = None,
-    progress: Progress | None = None,
-    tuning: Tuning | None = None,
     hint: Callable[[], str] = str,
-    quantize: Callable[[str], bool] | None = None,
+    quantizable: Callable[[str], bool] | None = None,
 ) -> LoadPlan:
     """Match a checkpoint with the module that `build` makes; nothing but the skeleton on meta is allocated.
 
     `device` need not be there to plan for it. Raises CheckpointError that lists every missing, unexpected and
-    misshapen tensor at once, after what `hint()` says of the whole; UsageError for a dtype that holds no
-    weights. Linear layers and embeddings of whose names `quantize` is true become int8.
+    misshapen tensor at once, after what `hint()` says of the whole; UsageError for an option that cannot
+    work. Linear layers and embeddings of whose names `quantizable` is true become int8 where that is asked
+    for.
     """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise UsageError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}")
-    if not isinstance(tuning, Tuning | None):
-        raise UsageError(f"tuning must be a gpt2lite.Tuning, got {type(tuning).__name__}")
+    options = options or {}
+    check_values(options)
     skeleton = build_on_meta(build)
     groups = tied_names(saved_tensors(skeleton))
     _check(reading, groups, hint)
     first = {span.address: span for span in reversed(list(reading.manifest.tensors.values()))}
-    targets = tuple(_target(reading, first, names, tensor, dtype) for names, tensor in groups)
-    if quantize is not None:
-        targets = _quantized(skeleton, targets, quantize, reading)
-    report = progress or (lambda done, total: None)
-    return LoadPlan(
-        reading.manifest, build, skeleton, targets, device, tuning or Tuning(), report, reading.adapters
-    )
+    targets = tuple(_target(reading, first, names, tensor, options.get("dtype")) for names, tensor in groups)
+    if quantizable is not None and options.get("quantize"):
+        targets = _quantized(skeleton, targets, quantizable, reading)
+    report = options.get("progress") or (lambda done, total: None)
+    tuning = options.get("tuning") or Tuning()
+    return LoadPlan(reading.manifest, build, skeleton, targets, device, tuning, report, reading.adapters)
 
 
 def _quantized(

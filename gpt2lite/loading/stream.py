@@ -22,6 +22,7 @@ from torch import Tensor
 
 from gpt2lite.checkpoint.page_cache import PastCache, drop_cached, forget_cached, is_best_past_cache
 from gpt2lite.checkpoint.reading import memory_of, read_file_into
+from gpt2lite.loading.options import Progress
 from gpt2lite.loading.pieces import (
     MAX_GAP,
     Chunk,
@@ -33,7 +34,6 @@ from gpt2lite.loading.pieces import (
     shares,
     values_of,
 )
-from gpt2lite.loading.plan import Progress
 from gpt2lite.loading.tuning import Tuning
 from gpt2lite.quantization import quantize_into
 

@@ -1,0 +1,107 @@
+"""What other programs' configs say, word by word: what it is of ours, what we compute, what does not matter.
+
+A word that is in none of these tables is not known here, so nobody can say that it does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from typing import Any
+
+from gpt2lite.config import ACTIVATIONS as OURS_ARE
+from gpt2lite.config import GPTConfig
+
+# Their words for our fields: config.json, hparams.json, nanoGPT's model_args, Lightning's hyper_parameters.
+OURS = {
+    "n_head": "n_heads",
+    "num_heads": "n_heads",
+    "num_attention_heads": "n_heads",
+    "n_layer": "n_layers",
+    "num_hidden_layers": "n_layers",
+    "n_embd": "emb_dim",
+    "hidden_size": "emb_dim",
+    "n_positions": "context_length",
+    "block_size": "context_length",
+    "max_position_embeddings": "context_length",
+    "n_vocab": "vocab_size",
+    "resid_pdrop": "drop_rate",
+    "dropout": "drop_rate",
+    "activation_function": "activation",
+    "tie_word_embeddings": "tied_head",
+}
+# transformers' names of the same two functions, up to rounding. gelu_10 clips, quick_gelu is another one.
+ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_python": "gelu",
+}
+# What changes the computation, with the values that ours has.
+COMPUTED: dict[str, tuple[object, ...]] = {
+    "model_type": (None, "gpt2"),
+    "layer_norm_epsilon": (None, 1e-5),
+    "scale_attn_weights": (None, True),
+    "scale_attn_by_inverse_layer_idx": (None, False),
+    "add_cross_attention": (None, False),
+    "is_encoder_decoder": (None, False),
+    "is_causal": (None, True),
+    "is_decoder": (None, False, True),  # GPT-2 is causal either way
+    "use_bidirectional_attention": (None, False),
+    "pruned_heads": (None, {}),
+    "quantization_config": (None,),
+    "auto_map": (None,),  # code of its own
+    "rope_scaling": (None,),
+    "rope_parameters": (None,),
+    "sliding_window": (None,),
+    "multi_query": (None,),
+}
+# What changes nothing between ids and logits in eval mode: names, training, generation, other heads, outputs.
+_DOES_NOT_MATTER = """
+_name_or_path transformers_version architectures dtype torch_dtype task_specific_params tokenizer_class
+initializer_range embd_pdrop attn_pdrop gradient_checkpointing chunk_size_feed_forward reorder_and_upcast_attn
+use_cache torchscript use_bfloat16 tf_legacy_loss tie_encoder_decoder n_ctx summary_type summary_use_proj
+summary_activation summary_proj_to_labels summary_first_dropout output_hidden_states output_attentions
+output_past return_dict return_dict_in_generate output_scores id2label label2id num_labels problem_type
+finetuning_task prefix decoder_start_token_id cross_attention_hidden_size bos_token_id eos_token_id
+pad_token_id sep_token_id forced_bos_token_id forced_eos_token_id begin_suppress_tokens suppress_tokens
+bad_words_ids max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
+temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+encoder_no_repeat_ngram_size num_return_sequences remove_invalid_values exponential_decay_length_penalty
+predict_special_tokens _attn_implementation _attn_implementation_autoset _commit_hash attn_implementation
+"""
+DOES_NOT_MATTER = frozenset(_DOES_NOT_MATTER.split())
+
+
+def refusals(words: Mapping[str, Any]) -> Iterator[str]:
+    """`field=value` and what is wanted, for each word that asks for a computation that we do not have."""
+    for word, allowed in COMPUTED.items():
+        if word in words and not any(words[word] == value for value in allowed):
+            yield f"{word}={words[word]!r}, wanted {allowed[-1]!r}"
+    for word in ("activation_function", "activation"):
+        if word in words and not _is_computed(words[word]):
+            yield f"{word}={words[word]!r}, wanted gelu_new (tanh) or gelu (exact)"
+    inner, width = words.get("n_inner"), words.get("n_embd")
+    if inner is not None and width is not None and inner != 4 * width:
+        yield f"n_inner={inner!r}, wanted 4 × n_embd"
+
+
+def _is_computed(activation: object) -> bool:
+    return isinstance(activation, str) and ACTIVATIONS.get(activation, activation) in OURS_ARE
+
+
+def unknown(words: Mapping[str, Any]) -> list[str]:
+    """The words of a config that no table knows and that say something."""
+    ours = (field.name for field in fields(GPTConfig))
+    known = {"n_inner", *ours, *OURS, *COMPUTED, *DOES_NOT_MATTER}
+    return sorted(word for word, value in words.items() if word not in known and value not in (None, False))
+
+
+def in_our_words(words: Mapping[str, Any]) -> dict[str, Any]:
+    """Their words as fields of ours, where they say something; ours stay as they are."""
+    said = {OURS.get(word, word): value for word, value in words.items() if value is not None}
+    if isinstance(said.get("activation"), str):
+        said["activation"] = ACTIVATIONS.get(said["activation"], said["activation"])
+    return said

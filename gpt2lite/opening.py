@@ -1,0 +1,182 @@
+"""A path or a name → `Opened`: all that a checkpoint says, found once, for whoever inspects, plans or loads
+it.
+
+Below model.py, and handed what builds the model.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+from torch import nn
+
+from gpt2lite.checkpoint import open_checkpoint
+from gpt2lite.checkpoint.tf_bundle import index_of
+from gpt2lite.collector import collector_paused
+from gpt2lite.config import OFFICIAL_SIZES, GPTConfig
+from gpt2lite.dialects import (
+    UNSAYABLE,
+    Found,
+    Reading,
+    check_masks,
+    check_model_type,
+    complete,
+    find_fields,
+    read_dialect,
+    read_names,
+    size_of,
+    with_lora_alpha,
+)
+from gpt2lite.errors import UsageError
+from gpt2lite.loading import Forecast, LoadOptions, LoadPlan, forecasts, load, make_plan
+from gpt2lite.loading.options import HUB_OPTIONS, OpenOptions, check_names
+from gpt2lite.loading.skeleton import build_on_meta
+from gpt2lite.memory import name_device
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+# Of which layers and embeddings the weights become int8: all but positions.
+QUANTIZERS: dict[str, Callable[[str], bool]] = {"int8": lambda layer: layer != "pos_emb"}
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Opened(Generic[Model]):
+    """A checkpoint of which the headers are read: what it holds, the model's config, and what builds the
+    model.
+
+    No tensor data is in memory. Look at `config`, ask `forecast`, then `load`; nothing is opened twice.
+    """
+
+    reading: Reading
+    found: Found
+    model: Callable[[GPTConfig], Model]
+
+    @property
+    def path(self) -> Path:
+        """The file or folder that was opened."""
+        return self.reading.manifest.path
+
+    @cached_property
+    def config(self) -> GPTConfig:
+        """The model's config. Raises CheckpointError where the file cannot tell it and the caller did not."""
+        return complete(self.reading, self.found)
+
+    @cached_property
+    def sizes(self) -> GPTConfig:
+        """The config to plan with: what nobody knows and no byte depends on is taken for granted."""
+        return complete(self.reading, replace(self.found, fields=UNSAYABLE | dict(self.found.fields)))
+
+    def build(self) -> Model:
+        """The model with initial values, or without memory under `torch.device("meta")`."""
+        return self.model(self.config)
+
+    def plan(self, device: str | torch.device = "cpu", **options: Unpack[LoadOptions]) -> LoadPlan:
+        """What `load` would do; the device need not be there. Raises as `load`, but for memory."""
+        return self._plan(name_device(device), self.sizes, options)
+
+    def _plan(self, device: torch.device, config: GPTConfig, options: LoadOptions) -> LoadPlan:
+        check_names(options, LoadOptions)
+        quantize = options.get("quantize")
+        if quantize not in (None, *QUANTIZERS):
+            raise UsageError(f"quantize must be None or {' or '.join(QUANTIZERS)}, got {quantize!r}")
+        return make_plan(
+            self.reading,
+            partial(self.model, config),
+            device,
+            options,
+            hint=partial(_official_hint, config, self.reading),
+            quantizable=QUANTIZERS[quantize] if quantize else None,
+        )
+
+    def forecast(
+        self, device: str | torch.device = "cpu", **options: Unpack[LoadOptions]
+    ) -> dict[str, Forecast]:
+        """What each strategy would add to host and device memory, from headers alone, in milliseconds.
+
+        The same bytes that `track_memory` measures around the load, imports warmed: on the host within 3 % or
+        24 MiB, on a CUDA device within 1 %. The device need not be there. A strategy that cannot read this
+        checkpoint is left out (per_tensor reads folders only). Raises CheckpointError for a file that does
+        not fit the model, UsageError for a wrong argument.
+        """
+        return forecasts(self.plan(device, **options))
+
+    @collector_paused()
+    def load(
+        self, device: str | torch.device = "cpu", strategy: str = "auto", **options: Unpack[LoadOptions]
+    ) -> Model:
+        """The model, in eval mode; `GPTModel.from_checkpoint` says what strategies and options mean.
+
+        Warns of what was left out of the file.
+        """
+        check_names(options, LoadOptions)
+        config = self.config
+        if any(adapter.alpha is None for adapter in self.reading.adapters):
+            with_lora_alpha(self.reading, None)  # says that it is missing
+        for note in self.found.notes:
+            warnings.warn(note, UserWarning, stacklevel=2)
+        make = partial(self._plan, config=config, options=options)
+        return load(make, device, strategy, options)  # type: ignore[return-value]
+
+
+def locate(name: str | os.PathLike[str], options: Mapping[str, Any]) -> Path:
+    """A path as it is, or where the Hub's model of this name lies once it is fetched."""
+    path = Path(name)
+    if options.get("revision") is None and (path.exists() or index_of(path).is_file()):
+        return path
+    from gpt2lite.hub import fetch  # here, since the client takes half a second to import
+
+    return fetch(name, **{key: options[key] for key in HUB_OPTIONS if key in options})
+
+
+def open_as(
+    model: Callable[[GPTConfig], Model], path: str | os.PathLike[str], options: OpenOptions
+) -> Opened[Model]:
+    """Open what lies at a path. Reads headers, and of stored attention masks a few rows.
+
+    Raises CheckpointNotFoundError; CheckpointError for a file that is damaged, of an unknown kind, wants to
+    run code, contradicts itself or computes something else; UsageError for a wrong argument.
+    """
+    check_names(options, OpenOptions)
+    manifest = open_checkpoint(path)
+    check_model_type(manifest.path)
+    reading = read_dialect(manifest)
+    if options.get("lora_alpha") is not None:
+        reading = with_lora_alpha(reading, options["lora_alpha"])
+    check_masks(reading)
+    return Opened(reading, find_fields(reading, options.get("config")), model)
+
+
+@collector_paused()
+def load_module(
+    build: Callable[[], nn.Module],
+    path: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    strategy: str = "auto",
+    **options: Unpack[LoadOptions],
+) -> nn.Module:
+    """Load a checkpoint into any module: `build()` returns one, the names in the file are its own.
+
+    The options and errors are those of `GPTModel.from_checkpoint`. The module comes back in eval mode.
+    """
+    check_names(options, LoadOptions)
+    if options.get("quantize") is not None:
+        raise UsageError("quantize is for GPTModel; load_module keeps every layer as it is built")
+    reading = read_names(open_checkpoint(path), build_on_meta(build).state_dict().keys())
+    return load(partial(make_plan, reading, build, options=options), device, strategy, options)
+
+
+def _official_hint(config: GPTConfig, reading: Reading) -> str:
+    """ ". Is this gpt2 rather than gpt2-medium?" where the file has the shape of another official size."""
+    names = {(n_layers, emb_dim): name for name, (n_layers, emb_dim, _) in OFFICIAL_SIZES.items()}
+    found, wanted = names.get(size_of(reading)), names.get((config.n_layers, config.emb_dim))
+    return f". Is this {found} rather than {wanted}?" if found and wanted and found != wanted else ""

@@ -1,0 +1,523 @@
+"""What a checkpoint says must agree: no file loads as something that its own program does not compute."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, randomise
+from test_dialects import MODEL_ARGS, peer, turned
+from test_loading import HEADS, huggingface, save_pth
+from torch import nn
+
+from gpt2lite import CheckpointError, GPTConfig, GPTModel, UsageError, convert, load_module, open_model
+from gpt2lite.dialects.config_words import COMPUTED, DOES_NOT_MATTER, OURS
+from gpt2lite.loading import STRATEGIES
+from gpt2lite.verification import verify
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+SIZES = {
+    "vocab_size": 101, "n_positions": 32, "n_embd": 48, "n_layer": 2, "n_head": 4,
+    "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+IDS = torch.randint(101, (2, 16), generator=torch.Generator().manual_seed(1))
+
+
+def hub_model(**changes: Any) -> nn.Module:
+    return randomise(transformers.GPT2LMHeadModel(transformers.GPT2Config(**SIZES | changes)))
+
+
+def saved(model: Any, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@torch.no_grad()
+def difference(ours: nn.Module, theirs: nn.Module) -> float:
+    expected = theirs(IDS)
+    return float((ours(IDS) - getattr(expected, "logits", expected)).abs().max())
+
+
+# ---- heads and sizes, from known keys alone ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"config": {"n_head": 12, "n_layer": 12, "n_embd": 768}},
+        {"pooler": {"n_heads": 8}},
+        {"args": {"activation": "relu"}},
+        {"extra": {"model": {"n_head": 2}}},
+    ],
+)
+def test_a_nanogpt_files_heads_are_those_of_model_args(
+    beside: dict[str, Any], tmp_path: Path, ids: torch.Tensor
+):
+    theirs = peer("gelu")
+    path = save_pth({"model": turned(theirs), "model_args": MODEL_ARGS, **beside}, tmp_path)
+    loaded = GPTModel.from_checkpoint(path)
+    assert loaded.config.n_heads == TINY.n_heads
+    with torch.no_grad():
+        assert (loaded(ids) - theirs(ids).logits).abs().max() < 1e-4
+
+
+def test_heads_of_an_unknown_key_are_not_believed(model: GPTModel, tmp_path: Path):
+    path = save_pth({"model": model.state_dict(), "encoder": {"n_heads": 8}}, tmp_path)
+    with pytest.raises(CheckpointError, match="number of attention heads cannot be read off weights"):
+        GPTModel.from_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("beside", "said"),
+    [
+        (
+            {"config": {"n_head": 4}, "n_heads": 8},
+            "n_heads: 8 by .*model.pth, beside.*4 by .*model.pth, config",
+        ),
+        ({"config": {"n_head": 4, "n_layer": 12}}, "n_layers: 3 by .*weights, 12 by .*model.pth, config"),
+        ({"model_args": {"n_head": 4, "block_size": 64}}, "context_length: 32 by .*64 by .*model_args"),
+        ({"hyper_parameters": {"n_head": "4"}}, "n_heads is '4', wanted a whole number"),
+        ({"config": {"n_head": True}}, "n_heads is 'True', wanted a whole number"),
+        ({"config": {"n_head": 4, "activation": "relu"}}, "activation='relu', wanted gelu_new"),
+    ],
+)
+def test_what_a_file_says_of_itself_must_agree(beside: Any, said: str, model: GPTModel, tmp_path: Path):
+    path = save_pth({"model": model.state_dict(), **beside}, tmp_path)
+    with pytest.raises(CheckpointError, match=f"(?s)model.pth.*{said}"):
+        GPTModel.from_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["model.json", "config.json", "hparams.json"])
+def test_a_side_file_that_contradicts_the_file_is_named_with_it(name: str, model: GPTModel, tmp_path: Path):
+    path = save_pth({"model": model.state_dict(), "config": {"n_head": 4}}, tmp_path)
+    (tmp_path / name).write_text(json.dumps({"n_head": 12}))
+    with pytest.raises(CheckpointError, match=rf"n_heads: 4 by .*model.pth, config, 12 by .*{name}"):
+        GPTModel.from_checkpoint(path)
+    (tmp_path / name).write_text(json.dumps({"n_head": 4, "n_layer": 99}))
+    with pytest.raises(CheckpointError, match=rf"n_layers: 3 by .*its weights, 99 by .*{name}"):
+        GPTModel.from_checkpoint(path, config=TINY)
+
+
+def test_a_config_json_is_not_about_other_weights_of_its_folder(model: GPTModel, tmp_path: Path):
+    saved(hub_model(), tmp_path)
+    path = save_pth(model.state_dict(), tmp_path)
+    assert GPTModel.from_checkpoint(path, config=HEADS | {"n_heads": 8}).config.n_heads == 8
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(("field", "value"), [("n_heads", 8), ("activation", "gelu")])
+def test_the_caller_must_agree_with_the_file(whole: bool, field: str, value: Any, tmp_path: Path):
+    folder = saved(hub_model(), tmp_path)
+    config: Any = {field: value}
+    if whole:
+        config = replace(GPTConfig(101, 32, 48, 4, 2, tied_head=True), **config)
+    with pytest.raises(CheckpointError, match=rf"{field}={value!r} was passed, .*config.json says"):
+        GPTModel.from_checkpoint(folder, config=config)
+
+
+def test_a_whole_config_does_not_hide_what_the_file_computes(tmp_path: Path):
+    folder = saved(hub_model(layer_norm_epsilon=1e-2), tmp_path)
+    with pytest.raises(CheckpointError, match=r"layer_norm_epsilon=0\.01"):
+        GPTModel.from_checkpoint(folder, config=GPTConfig(101, 32, 48, 4, 2, tied_head=True))
+
+
+def test_a_whole_config_with_the_books_gelu_is_no_nanogpt(tmp_path: Path):
+    path = save_pth({"model": turned(peer("gelu")), "model_args": MODEL_ARGS}, tmp_path)
+    with pytest.raises(CheckpointError, match="activation='gelu_tanh' was passed"):
+        GPTModel.from_checkpoint(path, config=replace(TINY, tied_head=True))
+
+
+# ---- stale side files --------------------------------------------------------------------------------------
+
+
+def test_two_files_of_one_stem_keep_their_own_heads(tmp_path: Path):
+    for suffix, heads in (("pth", 4), ("safetensors", 8)):
+        GPTModel(replace(TINY, n_heads=heads)).save_checkpoint(tmp_path / f"two.{suffix}")
+    assert GPTModel.from_checkpoint(tmp_path / "two.pth").config.n_heads == 4
+    assert GPTModel.from_checkpoint(tmp_path / "two.safetensors").config.n_heads == 8
+
+
+def test_a_saved_file_does_not_take_an_older_side_file(tmp_path: Path):
+    (tmp_path / "model.json").write_text(json.dumps(replace(TINY, n_heads=12).as_dict()))
+    GPTModel(TINY).save_checkpoint(tmp_path / "model.pth")
+    assert GPTModel.from_checkpoint(tmp_path / "model.pth").config.n_heads == 4
+
+
+def test_transformers_weights_written_over_ours_are_read_by_their_own_config(tmp_path: Path):
+    GPTModel(GPTConfig(101, 32, 48, 8, 2, tied_head=True)).save_checkpoint(tmp_path / "model.safetensors")
+    theirs = hub_model()
+    assert difference(GPTModel.from_checkpoint(saved(theirs, tmp_path)), theirs) < 1e-4
+
+
+@pytest.mark.parametrize("to", ["book", "huggingface", "nanogpt"])
+@pytest.mark.parametrize("name", ["out.pth", "out.safetensors", "out"])
+def test_every_written_file_carries_its_config(to: str, name: str, tmp_path: Path):
+    source = GPTModel(replace(TINY, n_heads=8, tied_head=True)).save_checkpoint(tmp_path / "model.pth")
+    made = convert(source, tmp_path / name, to=to)
+    assert GPTModel.from_checkpoint(made).config.n_heads == 8
+    if made.is_file():
+        assert {path.name for path in tmp_path.iterdir()} == {"model.pth", name}
+
+
+# ---- every field of config.json ----------------------------------------------------------------------------
+
+OTHER_VALUES = {
+    "activation_function": [
+        "gelu", "gelu_fast", "gelu_python", "gelu_accurate", "gelu_10", "relu", "silu", "tanh",
+    ],
+    "n_inner": [100], "vocab_size": [120], "n_positions": [48], "n_embd": [96], "n_layer": [1], "n_head": [6],
+    "tie_word_embeddings": [False], "add_cross_attention": [True], "resid_pdrop": [0.3], "is_causal": [False],
+    "id2label": [{"0": "a"}], "label2id": [{"a": 0}], "dtype": ["float32"], "model_type": ["gpt_bigcode"],
+    "architectures": [["GPT2Model"]], "summary_activation": ["tanh"], "problem_type": ["regression"],
+    "pad_token_id": [3], "bos_token_id": [3], "eos_token_id": [3], "chunk_size_feed_forward": [2],
+    "is_encoder_decoder": [True], "layer_norm_epsilon": [1e-6, 1e-2], "scale_attn_weights": [False],
+    "scale_attn_by_inverse_layer_idx": [True], "pruned_heads": [{"0": [1]}],
+    "quantization_config": [{"bits": 4}],
+    "auto_map": [{"AutoModel": "x.y"}], "reorder_and_upcast_attn": [True],
+}  # fmt: skip
+FILE_ONLY = {
+    "model_type", "quantization_config", "auto_map", "pruned_heads", "dtype", "architectures", "return_dict",
+    "output_attentions",
+}  # fmt: skip
+FIELDS = sorted((transformers.GPT2Config().to_dict().keys() | OTHER_VALUES.keys()) - {"transformers_version"})
+
+
+def other_values(field: str) -> list[Any]:
+    """What a config may say that is not the default."""
+    if field in OTHER_VALUES:
+        return OTHER_VALUES[field]
+    default = transformers.GPT2Config().to_dict()[field]
+    return [
+        not default
+        if isinstance(default, bool)
+        else default + 0.25
+        if isinstance(default, float)
+        else "other"
+    ]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("field", "value"), [(field, value) for field in FIELDS for value in other_values(field)]
+)
+def test_a_field_is_computed_as_transformers_does_or_refused_by_name(field: str, value: Any, tmp_path: Path):
+    is_file_only = field in FILE_ONLY
+    theirs = hub_model(**({} if is_file_only else {field: value}))
+    folder = saved(theirs, tmp_path)
+    if is_file_only or field not in json.loads((folder / "config.json").read_text()):
+        edit(folder / "config.json", **{field: value})
+    loaded, refusal = None, ""
+    try:
+        loaded = GPTModel.from_checkpoint(folder)
+    except CheckpointError as error:
+        refusal = str(error)
+    if loaded is not None:
+        assert difference(loaded, theirs) < 1e-4
+    else:
+        assert field in refusal
+        assert str(value) in refusal
+
+
+def test_every_field_of_the_installed_transformers_is_known():
+    known = {"n_inner", "vocab_size", *OURS, *COMPUTED, *DOES_NOT_MATTER}
+    assert transformers.GPT2Config().to_dict().keys() <= known
+
+
+def test_an_unknown_field_is_a_warning_that_names_it(tmp_path: Path):
+    folder = saved(hub_model(), tmp_path)
+    edit(folder / "config.json", attention_sinks=4, nothing=None)
+    with pytest.warns(UserWarning, match=r"config.json: does not know what attention_sinks may change"):
+        GPTModel.from_checkpoint(folder)
+
+
+OTHERS: dict[str, Callable[[], Any]] = {
+    "gpt_bigcode": lambda: transformers.GPTBigCodeForCausalLM(
+        transformers.GPTBigCodeConfig(**SIZES, multi_query=False)
+    ),
+    "gpt_bigcode multi-query": lambda: transformers.GPTBigCodeForCausalLM(
+        transformers.GPTBigCodeConfig(**SIZES)
+    ),
+    "openai-gpt": lambda: transformers.OpenAIGPTLMHeadModel(
+        transformers.OpenAIGPTConfig(vocab_size=101, n_positions=32, n_embd=48, n_layer=2, n_head=4)
+    ),
+    "imagegpt": lambda: transformers.ImageGPTForCausalImageModeling(
+        transformers.ImageGPTConfig(vocab_size=101, n_positions=32, n_embd=48, n_layer=2, n_head=4)
+    ),
+    "gpt_neo": lambda: transformers.GPTNeoForCausalLM(
+        transformers.GPTNeoConfig(
+            vocab_size=101, max_position_embeddings=32, hidden_size=48, num_layers=2, num_heads=4,
+            attention_types=[[["global", "local"], 1]], bos_token_id=0, eos_token_id=0,
+        )
+    ),
+    "gptj": lambda: transformers.GPTJForCausalLM(transformers.GPTJConfig(**SIZES, rotary_dim=4)),
+    "gpt_neox": lambda: transformers.GPTNeoXForCausalLM(
+        transformers.GPTNeoXConfig(
+            vocab_size=101, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
+            max_position_embeddings=32, bos_token_id=0, eos_token_id=0,
+        )
+    ),
+    "codegen": lambda: transformers.CodeGenForCausalLM(transformers.CodeGenConfig(**SIZES, rotary_dim=4)),
+    "opt": lambda: transformers.OPTForCausalLM(
+        transformers.OPTConfig(
+            vocab_size=101, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, ffn_dim=96,
+            max_position_embeddings=32, word_embed_proj_dim=48, pad_token_id=1,
+        )
+    ),
+    "bloom": lambda: transformers.BloomForCausalLM(
+        transformers.BloomConfig(vocab_size=101, hidden_size=48, n_layer=2, n_head=4)
+    ),
+    "biogpt": lambda: transformers.BioGptForCausalLM(
+        transformers.BioGptConfig(
+            vocab_size=101, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96
+        )
+    ),
+    "decision_transformer": lambda: transformers.DecisionTransformerModel(
+        transformers.DecisionTransformerConfig(state_dim=3, act_dim=2, hidden_size=48, n_layer=2, n_head=4)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("with_config", [True, False])
+def test_another_kind_of_model_is_never_taken_for_gpt2(kind: str, with_config: bool, tmp_path: Path):
+    folder = saved(OTHERS[kind](), tmp_path)
+    if not with_config:
+        (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=kind.split()[0] if with_config else "model.safetensors"):
+        GPTModel.from_checkpoint(folder)
+
+
+def test_a_head_that_the_config_wants_and_the_file_lacks_is_not_the_embedding(tmp_path: Path):
+    folder = saved(hub_model(), tmp_path)
+    edit(folder / "config.json", tie_word_embeddings=False)
+    with pytest.raises(CheckpointError, match=r"tied_head: True by .*its weights, False by .*config.json"):
+        GPTModel.from_checkpoint(folder)
+
+
+# ---- masks -------------------------------------------------------------------------------------------------
+
+T = TINY.context_length
+CAUSAL = torch.ones(T, T).triu(1)
+WRONG_MASKS = {
+    "none": torch.zeros(T, T),
+    "a window": CAUSAL + torch.ones(T, T).tril(-8),
+    "a prefix": CAUSAL * (torch.arange(T) >= 5),
+    "turned": CAUSAL.t().contiguous(),
+    "also itself": torch.ones(T, T).triu(0),
+}
+
+
+def with_masks(masks: dict[int, torch.Tensor]) -> dict[str, torch.Tensor]:
+    state = randomise(GPTModel(TINY)).state_dict()
+    return {**state, **{f"trf_blocks.{i}.att.mask": mask for i, mask in masks.items()}}
+
+
+@pytest.mark.parametrize("block", [0, 2])
+@pytest.mark.parametrize("kind", WRONG_MASKS)
+def test_a_stored_mask_that_is_not_causal_is_refused(kind: str, block: int, tmp_path: Path):
+    masks = {i: CAUSAL.clone() for i in range(3)} | {block: WRONG_MASKS[kind]}
+    with pytest.raises(CheckpointError, match=rf"trf_blocks.{block}.att.mask is not GPT-2's causal mask"):
+        GPTModel.from_checkpoint(save_pth(with_masks(masks), tmp_path), config=HEADS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.bfloat16, torch.uint8])
+def test_a_causal_mask_of_any_dtype_is_fine(dtype: torch.dtype, tmp_path: Path):
+    masks = {i: CAUSAL.to(dtype) for i in range(3)}
+    GPTModel.from_checkpoint(save_pth(with_masks(masks), tmp_path), config=HEADS)
+
+
+def test_a_window_in_the_hubs_masks_is_refused(tmp_path: Path):
+    state = dict(huggingface().state_dict())
+    window = torch.ones(T, T).tril() - torch.ones(T, T).tril(-8)
+    state |= {f"transformer.h.{i}.attn.bias": window.bool().view(1, 1, T, T) for i in range(3)}
+    with pytest.raises(CheckpointError, match=r"h.0.attn.bias is not GPT-2's causal mask"):
+        GPTModel.from_checkpoint(save_pth(state, tmp_path), config=HEADS)
+
+
+# ---- names, heads, two models ------------------------------------------------------------------------------
+
+PREFIXES = {
+    "Lightning": lambda s: {"state_dict": {f"gpt2.{k}": v for k, v in s.items()}, "epoch": 3},
+    "wrapper": lambda s: {"model_state": s, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}},
+    "PEFT's names": lambda s: {f"base_model.model.{k}": v for k, v in s.items()},
+    "compiled inside": lambda s: {k.replace("h.", "_orig_mod.h.", 1): v for k, v in s.items()},
+    "DeepSpeed": lambda s: {"module": {f"_forward_module.{k}": v for k, v in s.items()}, "ds_version": "0.1"},
+    "FSDP": lambda s: {k.replace("h.1.", "h.1._fsdp_wrapped_module."): v for k, v in s.items()},
+    "four deep": lambda s: {"a": {"b": {f"policy.llm.{k}": v for k, v in s.items()}}},
+}
+
+
+@pytest.mark.parametrize("kind", PREFIXES)
+def test_whatever_stands_before_the_names_is_taken_off(kind: str, tmp_path: Path, ids: torch.Tensor):
+    theirs = huggingface()
+    path = save_pth(PREFIXES[kind](dict(theirs.state_dict())), tmp_path)
+    with torch.no_grad():
+        loaded = GPTModel.from_checkpoint(path, config=HEADS)
+        assert (loaded(ids) - theirs(ids).logits).abs().max() < 1e-4
+        again = load_module(huggingface, path)
+        assert torch.equal(again(ids).logits, theirs(ids).logits)
+
+
+def test_a_gpt2_that_is_part_of_a_larger_model_is_refused(tmp_path: Path):
+    state = {f"gpt2.{k}": v for k, v in huggingface().state_dict().items()}
+    path = save_pth({**state, "vision.weight": torch.ones(3)}, tmp_path)
+    with pytest.raises(CheckpointError, match=r"vision.weight: unexpected, not in the model"):
+        GPTModel.from_checkpoint(path, config=HEADS)
+
+
+def test_names_that_fit_nowhere_are_shown_beside_the_nearest(tmp_path: Path):
+    state = {k.replace("c_attn", "c_atn"): v for k, v in huggingface().state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"nearest names are .*h.0.attn.c_atn.weight.*Wanted one of"):
+        GPTModel.from_checkpoint(save_pth(state, tmp_path), config=HEADS)
+
+
+@pytest.mark.parametrize(
+    "second", [lambda s: {"ema": s}, lambda s: {"state_dict": s}, lambda s: {"model": {"teacher": s}}]
+)
+def test_two_models_in_one_file_are_an_error_that_names_both(second: Any, tmp_path: Path):
+    first, other = huggingface().state_dict(), randomise(huggingface(), seed=5).state_dict()
+    path = save_pth({"raw": first, **second(other)}, tmp_path)
+    with pytest.raises(CheckpointError, match=r"holds 2 models, under 'raw.*' and '"):
+        GPTModel.from_checkpoint(path, config=HEADS)
+
+
+def test_one_model_that_is_stored_under_two_names_is_one(tmp_path: Path):
+    state = huggingface().state_dict()
+    path = save_pth({"model": state, "ema": state}, tmp_path)
+    assert GPTModel.from_checkpoint(path, config=HEADS).config.n_layers == 3
+
+
+def test_heads_beside_the_language_model_are_left_out_with_a_warning(tmp_path: Path, ids: torch.Tensor):
+    theirs = huggingface()
+    state = dict(theirs.state_dict())
+    state |= {"v_head.summary.weight": torch.zeros(1, 48), "v_head.summary.bias": torch.zeros(1)}
+    path = save_pth(state, tmp_path)
+    with pytest.warns(UserWarning, match=r"without v_head.summary.weight, v_head.summary.bias"):
+        loaded = GPTModel.from_checkpoint(path, config=HEADS)
+    with torch.no_grad():
+        assert (loaded(ids) - theirs(ids).logits).abs().max() < 1e-4
+
+
+def test_dialogpts_head_is_the_output_head(tmp_path: Path, ids: torch.Tensor):
+    theirs = huggingface()
+    state = {k.replace("lm_head", "lm_head.decoder"): v.half() for k, v in theirs.state_dict().items()}
+    loaded = GPTModel.from_checkpoint(save_pth(state, tmp_path), config=HEADS)
+    assert torch.equal(loaded.out_head.weight, theirs.lm_head.weight.half())
+
+
+@pytest.mark.parametrize("kind", ["GPT2ForSequenceClassification", "GPT2ForTokenClassification"])
+def test_transformers_classifiers_open_as_classifiers(kind: str, tmp_path: Path):
+    config = transformers.GPT2Config(**SIZES, num_labels=3, pad_token_id=0)
+    theirs = randomise(getattr(transformers, kind)(config))
+    loaded = GPTModel.from_checkpoint(saved(theirs, tmp_path))
+    assert loaded.config.n_classes == 3
+    ids = IDS.clamp(min=1)
+    with torch.no_grad():
+        expected, found = theirs(ids).logits, loaded(ids)
+    assert (found if expected.dim() == 3 else found[:, -1]).sub(expected).abs().max() < 1e-4
+
+
+def test_the_language_model_of_double_heads_opens(tmp_path: Path):
+    theirs = randomise(transformers.GPT2DoubleHeadsModel(transformers.GPT2Config(**SIZES, num_labels=1)))
+    with pytest.warns(UserWarning, match="without multiple_choice_head.summary"):
+        loaded = GPTModel.from_checkpoint(saved(theirs, tmp_path))
+    with torch.no_grad():
+        assert (loaded(IDS) - theirs(IDS).logits).abs().max() < 1e-4
+
+
+# ---- opened once, options ----------------------------------------------------------------------------------
+
+
+def test_a_model_can_be_looked_at_before_it_is_loaded(pth: Path, model: GPTModel):
+    opened = open_model(pth, config=HEADS)
+    assert opened.config == model.config
+    assert opened.forecast("cuda").keys() == STRATEGIES.keys() - {"per_tensor"}
+    assert torch.equal(opened.load("cpu", "stream").tok_emb.weight, model.tok_emb.weight)
+
+
+@pytest.mark.parametrize("call", [GPTModel.from_checkpoint, open_model, GPTModel.from_pretrained])
+def test_a_mistyped_option_names_the_nearest(call: Callable[..., Any], pth: Path):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'confg'; did you mean config"):
+        call(pth, confg=HEADS)
+
+
+def test_the_options_of_a_load_are_checked(pth: Path):
+    with pytest.raises(UsageError, match="quantize must be None or int8, got 'int3'"):
+        open_model(pth, config=HEADS).load(quantize="int3")
+
+
+# ---- verify ------------------------------------------------------------------------------------------------
+
+
+def believing(folder: Path, **forced: Any) -> Callable[[], GPTModel]:
+    """The load of before: a config forced upon the weights, whatever the folder says."""
+
+    def load() -> GPTModel:
+        model = GPTModel(GPTConfig(101, 32, 48, 4, 2, tied_head=True, **forced))
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        kept = {"safe": theirs.state_dict()}
+        path = save_pth({k: v for k, v in kept["safe"].items() if ".attn.bias" not in k}, folder.parent)
+        source = GPTModel.from_checkpoint(path, config={"n_heads": 4, "activation": "gelu_tanh"})
+        model.load_state_dict(source.state_dict())
+        return model.eval()
+
+    return load
+
+
+PLANTED = {
+    "attention is not scaled": {"scale_attn_weights": False},
+    "attention is scaled by the block": {"scale_attn_by_inverse_layer_idx": True},
+    "another epsilon": {"layer_norm_epsilon": 1e-2},
+    "relu": {"activation_function": "relu"},
+    "silu": {"activation_function": "silu"},
+    "clipped gelu": {"activation_function": "quick_gelu"},
+    "exact gelu": {"activation_function": "gelu"},
+    "two heads": {"n_head": 2},
+    "twelve heads": {"n_head": 12},
+    "sixteen heads": {"n_head": 16},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", PLANTED)
+def test_verify_finds_a_config_that_was_believed(kind: str, tmp_path: Path):
+    """The weights get a config forced upon them, as before; transformers builds from the folder's own."""
+    theirs = hub_model(**PLANTED[kind])
+    with torch.no_grad():
+        for block in theirs.transformer.h:
+            block.attn.c_attn.weight.mul_(3)  # so that attention and activation decide
+    folder = saved(theirs, tmp_path / "hub")
+    right = saved(hub_model(), tmp_path / "right")
+    opened = replace(open_model(right), reading=open_model(right).reading)
+    manifest = replace(opened.reading.manifest, path=folder / "model.safetensors")
+    opened = replace(opened, reading=replace(opened.reading, manifest=manifest))
+    found = verify(believing(folder), opened, against="transformers")
+    assert not found.passed
+    assert not found.unchecked
+
+
+def test_verify_passes_the_same_when_nothing_is_planted_and_says_what_torch_cannot_tell(tmp_path: Path):
+    folder = saved(hub_model(), tmp_path / "hub")
+    opened = open_model(folder)
+    assert verify(opened.load, opened, against="transformers").passed
+    against_torch = verify(opened.load, opened)
+    assert against_torch.passed
+    assert "the config and the forward pass" in against_torch.unchecked
+
+
+def test_nothing_is_said_where_nothing_is_odd(tmp_path: Path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GPTModel.from_checkpoint(saved(hub_model(), tmp_path))
