@@ -249,7 +249,7 @@ def test_numpys_files_say_their_width(kind: str, tmp_path: Path):
         (array("i", [-100, *IDS]).tobytes(), "holds the id 65535"),
         (b"Once there was a fox. " * 9, "looks like text, not tokens; give it another suffix than .bin"),
         (llmc(torch.uint16)[:-2], "its header .llm.c. says 36 tokens of 2 bytes, the file has 70 bytes"),
-        (llmc(torch.uint32, version=3), "llm.c's tokens of version 3, which is unknown"),
+        (llmc(torch.uint32, version=3), "llm.c's tokens of version 3, wanted 7"),
         (llmc(torch.uint16, [5, 2000]), "holds the id 2000, the model's are below 1024"),
         ("cut", "its header ..npy. says 36 tokens of 8 bytes, the file has 280 bytes"),
         (numpy.array(IDS, ">u2"), "wanted one row of little-endian integers in a .npy"),

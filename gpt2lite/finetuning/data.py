@@ -37,8 +37,7 @@ NPY_DTYPES = {
     "<i8": torch.int64,
 }
 LLMC_HEADER = 1024  # bytes: 256 int32, of which the first three are magic, version and count
-LLMC_DTYPES = {(20240520, 1): torch.uint16, (20240801, 7): torch.uint32}  # llm.c, dev/data/data_common.py
-LLMC_MAGICS = {magic for magic, _ in LLMC_DTYPES}
+LLMC_MAGICS = {20240520: (1, torch.uint16), 20240801: (7, torch.uint32)}  # llm.c, dev/data/data_common.py
 # No piece of GPT-2's pattern goes on from anything else to a space, and none looks back, so that what is
 # before such a place and what is after it are encoded apart as they are together. Nor does END_OF_TEXT.
 TO_LAST_BORDER = re.compile(r".*\S(?=[ \n])", re.DOTALL)
@@ -178,17 +177,8 @@ def tokenize_file(
         return count
 
 
-class _Layout(NamedTuple):
-    """Where a token file's ids are, and of what kind; `kind` is whose format it is."""
-
-    kind: str
-    dtype: torch.dtype
-    offset: int
-    length: int
-
-
-def _read_layout(path: Path) -> _Layout:
-    """What a file's header says, or nanoGPT's layout where it has none."""
+def _read_layout(path: Path) -> tuple[str, torch.dtype, int, int]:
+    """(whose format a token file has, dtype, offset of the ids, how many), nanoGPT's without a header."""
     nbytes = path.stat().st_size
     with open(path, "rb") as file:
         head = file.read(LLMC_HEADER)
@@ -196,22 +186,23 @@ def _read_layout(path: Path) -> _Layout:
         said, length = NPY_SAYS.search(head), struct.unpack_from("<H", head.ljust(10), 8)[0]
         if said is None or said[1].decode() not in NPY_DTYPES:
             raise CheckpointError(f"{path}: wanted one row of little-endian integers in a .npy of format 1.0")
-        return _Layout(".npy", NPY_DTYPES[said[1].decode()], 10 + length, int(said[2]))
+        return (".npy", NPY_DTYPES[said[1].decode()], 10 + length, int(said[2]))
     magic, version, count = struct.unpack_from("<iii", head.ljust(12, b"\0"))
     if magic in LLMC_MAGICS:
-        if (magic, version) not in LLMC_DTYPES:
-            raise CheckpointError(f"{path}: llm.c's tokens of version {version}, which is unknown")
-        return _Layout("llm.c", LLMC_DTYPES[magic, version], LLMC_HEADER, count)
+        known, dtype = LLMC_MAGICS[magic]
+        if version != known:
+            raise CheckpointError(f"{path}: llm.c's tokens of version {version}, wanted {known}")
+        return ("llm.c", dtype, LLMC_HEADER, count)
     if not nbytes or nbytes % 2:
         raise CheckpointError(f"{path}: {nbytes} bytes, wanted two a token. Is it a token file, and whole?")
     if len(head) >= 16 and not head.translate(None, PRINTABLE):
         raise CheckpointError(
             f"{path}: looks like text, not tokens; give it another suffix than {path.suffix}"
         )
-    return _Layout("nanoGPT", torch.uint16, 0, nbytes // 2)
+    return ("nanoGPT", torch.uint16, 0, nbytes // 2)
 
 
-def _scan(path: Path, layout: _Layout) -> tuple[int, int, bool]:
+def _scan(path: Path, dtype: torch.dtype, offset: int) -> tuple[int, int, bool]:
     """(the least id, the largest, whether every second one is 0).
 
     Read, since pages of a mapping would count as the process's memory from then on.
@@ -219,9 +210,9 @@ def _scan(path: Path, layout: _Layout) -> tuple[int, int, bool]:
     least = most = 0
     used = [False, False]  # the ids at even places, and at odd ones
     with open(path, "rb") as file:
-        file.seek(layout.offset)
-        while part := bytearray(file.read(CHECKED * layout.dtype.itemsize)):
-            ids = torch.frombuffer(part, dtype=layout.dtype).long()
+        file.seek(offset)
+        while part := bytearray(file.read(CHECKED * dtype.itemsize)):
+            ids = torch.frombuffer(part, dtype=dtype).long()
             least, most = min(least, int(ids.min())), max(most, int(ids.max()))
             used = [some or bool(ids[parity::2].any()) for parity, some in enumerate(used)]
     return least, most, not all(used)
@@ -235,15 +226,14 @@ def open_tokens(path: Path, vocab_size: int) -> Tensor:
     no header and may be of another width: where every second id would be 0, or 16 bits cannot number the
     vocabulary.
     """
-    layout = _read_layout(path)
-    kind, dtype, offset, count = layout
+    kind, dtype, offset, count = _read_layout(path)
     nbytes = path.stat().st_size
     if not count or offset + count * dtype.itemsize != nbytes:
         raise CheckpointError(
             f"{path}: its header ({kind}) says {count} tokens of {dtype.itemsize} bytes, the file has "
             f"{nbytes - offset} bytes for them. Is it whole?"
         )
-    least, most, has_gaps = _scan(path, layout)
+    least, most, has_gaps = _scan(path, dtype, offset)
     if least < 0 or most >= vocab_size:
         raise CheckpointError(
             f"{path}: holds the id {least if least < 0 else most}, the model's are below {vocab_size}. "

@@ -9,7 +9,6 @@ from typing import Any
 from gpt2lite.errors import UsageError
 
 LORA_TARGETS = ("W_query", "W_key", "W_value", "out_proj", "layers.0", "layers.2")
-LEVERS = ("autocast", "recompute", "chunked_loss", "step_in_backward", "eight_bit", "compile")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +58,6 @@ class Recipe:
         _require_int("seed", self.seed, 0)
         if self.seed >= 2**32:
             raise UsageError(f"seed must be below 2**32, got {self.seed}")
-        for name in LEVERS:
-            if type(getattr(self, name)) is not bool:
-                raise UsageError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("seq_len", "last_blocks"):
             if getattr(self, name) is not None:
                 _require_int(name, getattr(self, name), 1)

@@ -212,16 +212,14 @@ class Trainer:
             raise UsageError(f"step {number}: every target of its batches is {IGNORED}, so none counts")
         total, dropout = 0.0, bool(self.model.config.drop_rate)
         blocks = self.model.trf_blocks if self.recipe.recompute else ()
-        with (
-            _in_training(self.model),
-            recomputed(blocks, dropout),
-            _seeded(self.recipe.seed, number, self.device, dropout),
-        ):
+        self.model.train()
+        with recomputed(blocks, dropout), _seeded(self.recipe.seed, number, self.device, dropout):
             for ids, places, targets in there:
                 loss = self.loss_sum(self.model, ids, places, targets, self.recipe) / count
                 total += float(loss.detach())
                 _require_finite(number, total, self.recipe)
                 self.scaler.scale(loss).backward()
+        self.model.eval()
         return total, 0.0 if self.recipe.step_in_backward else self._step_all(number, unique)
 
     def _step_all(self, number: int, optimizers: set[torch.optim.Optimizer]) -> float:
@@ -253,16 +251,6 @@ class Trainer:
             map_from(GLIBCS_MOST)
         for handle in self.handles:
             handle.remove()
-
-
-@contextmanager
-def _in_training(model: Any) -> Iterator[None]:
-    """Dropout is on inside, and off afterwards."""
-    model.train()
-    try:
-        yield
-    finally:
-        model.eval()
 
 
 def _set_rate(group: dict[str, Any], rate: float) -> None:
