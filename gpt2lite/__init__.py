@@ -15,6 +15,7 @@ from gpt2lite.errors import (
 )
 from gpt2lite.evaluation import Evaluation, evaluate
 from gpt2lite.finetuning import (
+    Batch,
     Recipe,
     Rhythm,
     Task,
@@ -33,6 +34,7 @@ from gpt2lite.tracking import MemoryUse, clean_up, track_memory
 
 __all__ = [
     "STRATEGIES",
+    "Batch",
     "CheckpointError",
     "CheckpointNotFoundError",
     "Evaluation",

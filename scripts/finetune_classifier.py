@@ -17,7 +17,7 @@ def example(folder: Path) -> list[str]:
     """The arguments of the example."""
     records = write_lines(labelled(seed=3, count=1000), folder / "heroes.jsonl")
     words = ["--classify", records, "--out", folder / "model", "--steps", 150, "--batch-size", 8]
-    return [str(word) for word in [*words, "--seq-len", 96, "--learning-rate", 1e-3]]
+    return [str(word) for word in [*words, "--seq-len", 144, "--learning-rate", 1e-3]]
 
 
 if __name__ == "__main__":

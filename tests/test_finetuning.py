@@ -18,6 +18,7 @@ from conftest import TINY, randomise
 from test_loading import HEADS, huggingface, save_pth
 
 from gpt2lite import (
+    CheckpointError,
     GPTConfig,
     GPTModel,
     Recipe,
@@ -28,14 +29,22 @@ from gpt2lite import (
     UsageError,
     as_classifier,
     finetune,
+    forecast_training,
     load_lora,
     merge_lora,
 )
 from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.cli import main
-from gpt2lite.finetuning.data import IGNORED, Batch, text_batches, text_windows
+from gpt2lite.finetuning.data import (
+    IGNORED,
+    Batch,
+    digest_of,
+    tensor_parts,
+    text_batches,
+    text_windows,
+)
 from gpt2lite.finetuning.forecast import find_levers
-from gpt2lite.finetuning.loop import read_metrics, validate
+from gpt2lite.finetuning.loop import read_labels, read_metrics, validate
 from gpt2lite.finetuning.losses import ROWS, cross_entropy
 from gpt2lite.finetuning.training import Trainer, choose_trained
 
@@ -347,10 +356,7 @@ def test_what_is_kept(tmp_path: Path):
     options = {"sample": lambda model: "a text"}
     finetune(fresh(), task(recipe, **options), tmp_path / "out", recipe, rhythm=rhythm, report=seen.append)
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == sorted(
-        ["metrics.jsonl", "model.json", "model.pth"]
-        + [f"step-{step:06}.{suffix}" for step in (6, 7) for suffix in ("pth", "json")]
-    )
+    assert names == ["metrics.jsonl", "model.pth", "step-000006.pth", "step-000007.pth"]
     lines = read_metrics(tmp_path / "out")
     assert [each["step"] for each in lines if "validation_loss" in each] == [2, 5, 6]
     assert lines[2]["sample"] == "a text"
@@ -368,6 +374,19 @@ def test_resuming_otherwise_is_refused(tmp_path: Path):
         finetune(fresh(), task(other), tmp_path / "out", other, resume=True)
 
 
+def test_a_rate_that_is_a_tensor_is_set_in_place():
+    """torchao's 8-bit Adam compiles its step around the tensor."""
+    model = fresh()
+    choose_trained(model, QUICK)
+    trainer = Trainer(model, QUICK)
+    rates = [torch.tensor(9.0) for _ in range(2)]
+    for group, rate in zip(trainer.optimizers[model.pos_emb.weight].param_groups, rates, strict=True):
+        group["lr"] = rate
+    trainer.step(0, [batch()])
+    assert [float(rate) for rate in rates] == pytest.approx([QUICK.learning_rate_at(0)] * 2)
+    trainer.close()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -376,6 +395,9 @@ def test_resuming_otherwise_is_refused(tmp_path: Path):
         ({"lora_rank": 2, "last_blocks": 1}, "exclude each other"),
         ({"step_in_backward": True}, "needs clip=0 and accumulate=1"),
         ({"lora_targets": ("W_key", "head")}, "lora_targets are of W_query"),
+        ({"seed": 2**40}, r"seed must be below 2\*\*32, got 1099511627776"),
+        ({"seed": 1.5}, "seed must be an int of at least 0, got 1.5"),
+        ({"seed": None}, "seed must be an int of at least 0, got None"),
     ],
 )
 def test_a_recipe_that_cannot_work_is_refused(options: dict[str, Any], message: str):
@@ -423,6 +445,326 @@ def test_a_classifier_learns_from_the_last_token(tmp_path: Path, ids: torch.Tens
     assert accuracy >= 0.95
     assert read_metrics(tmp_path / "out")[-1]["accuracy"] == accuracy
     assert loss < 0.3
+
+
+# ---- the model before and after ----------------------------------------------------------------------------
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("levers", [{}, {"lora_rank": 2}], ids=str)
+def test_a_model_of_16_bits_trains_as_the_same_in_fp32_and_is_saved_as_it_came(
+    dtype: torch.dtype, levers: dict[str, Any], tmp_path: Path
+):
+    recipe = replace(QUICK, learning_rate=3e-5, **levers)
+    finetune(fresh(dtype=dtype), task(recipe), tmp_path / "16", recipe, rhythm=Rhythm(save_every=3, keep=9))
+    wanted = fresh(dtype=dtype).float()
+    finetune(wanted, task(recipe), tmp_path / "32", recipe)
+    found = GPTModel.from_checkpoint(tmp_path / "16" / "model.pth")
+    assert {p.dtype for p in found.parameters()} == {dtype}
+    assert_same(weights(found), weights(wanted.to(dtype)), 0.0)
+    cut = tmp_path / "16" / "step-000006.pth"
+    for path in (*(tmp_path / "16").glob("step-*8.*"), tmp_path / "16" / "model.pth"):
+        path.unlink()
+    assert {p.dtype for p in torch.load(cut, weights_only=True)["model"].values()} == {torch.float32}
+    again = finetune(fresh(dtype=dtype), task(recipe), tmp_path / "16", recipe, resume=True)
+    assert_same(weights(GPTModel.from_checkpoint(again)), weights(found), 0.0)
+
+
+def test_fp64_stays_fp64_and_16_bits_are_forecast_as_fp32(tmp_path: Path):
+    path = finetune(fresh(dtype=torch.float64), task(QUICK), tmp_path / "out", QUICK)
+    assert {p.dtype for p in GPTModel.from_checkpoint(path).parameters()} == {torch.float64}
+    costs = [
+        forecast_training(lambda: GPTModel(TIED), QUICK, "cpu", dtype)
+        for dtype in (torch.float16, torch.float32)
+    ]
+    assert costs[0] == costs[1]
+
+
+def test_gradients_that_lie_there_do_not_count(tmp_path: Path):
+    wanted, model = fresh(), fresh()
+    (model(batch().ids).square().mean() * 50).backward()
+    recipe = replace(QUICK, steps=1)
+    for number, each in enumerate((wanted, model)):
+        finetune(each, task(recipe), tmp_path / str(number), recipe)
+    assert_same(weights(model), weights(wanted), 0.0)
+
+
+@pytest.mark.parametrize("levers", [{}, {"lora_rank": 2}, {"step_in_backward": True, "clip": 0.0}], ids=str)
+def test_after_a_run_that_failed_the_model_is_as_it_was_and_trains(levers: dict[str, Any], tmp_path: Path):
+    model, calls = fresh(GPTConfig.of(TIED.as_dict() | {"drop_rate": 0.1})), []
+    model.trf_blocks[1].train()
+    model.pos_emb.requires_grad_(False)
+    recipe, before = replace(QUICK, **levers), weights(model)
+    handle = model.pos_emb.register_forward_hook(lambda *_: calls.append(1))
+    spoilt = model.final_norm.register_forward_hook(lambda module, args, out: out * float("nan"))
+    with pytest.raises(TrainingDivergedError):
+        finetune(model, task(recipe), tmp_path / "bad", recipe)
+    spoilt.remove()
+    assert_same(weights(model), before, 0.0)
+    for _ in range(2):
+        assert all(p.grad is None for p in model.parameters())
+        assert {name for name, p in model.named_parameters() if not p.requires_grad} == {"pos_emb.weight"}
+        assert [module.training for module in model.trf_blocks] == [False, True, False]
+        assert not model.training
+        other = fresh(model.config)
+        other.load_state_dict(model.state_dict())
+        other.pos_emb.requires_grad_(False)
+        out = tmp_path / f"out{len(calls)}"
+        finetune(model, task(recipe), out, recipe)
+        finetune(other, task(recipe), out / "other", recipe)
+        assert_same(weights(model), weights(other), 0.0)
+    assert torch.equal(model.pos_emb.weight, before["pos_emb.weight"])
+    assert len(calls) > 2 * QUICK.steps
+    handle.remove()
+
+
+def test_what_is_all_frozen_is_refused(tmp_path: Path):
+    with pytest.raises(
+        UsageError, match="nothing to train: every weight that the recipe trains has requires"
+    ):
+        finetune(fresh().requires_grad_(False), task(QUICK), tmp_path / "out", QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+def labelled(number: int) -> Batch:
+    """Class 1 where the last token is odd."""
+    ids = torch.randint(101, (16, 6), generator=torch.Generator().manual_seed(number))
+    targets = torch.full_like(ids, IGNORED)
+    targets[:, -1] = ids[:, -1] % 2
+    return Batch(ids, targets)
+
+
+def test_adapters_of_a_classifier_hold_its_head_and_train_further(tmp_path: Path):
+    recipe = replace(QUICK, steps=20, learning_rate=1e-2, lora_rank=2, lora_alpha=4.0)
+    own = Task(labelled, [labelled(99)], labels=("even", "odd"))
+
+    def classifier(seed: int) -> GPTModel:
+        model = fresh(TINY)
+        as_classifier(model, 2, seed)
+        return model
+
+    path = finetune(classifier(0), own, tmp_path / "out", recipe)
+    wanted, found = GPTModel.from_checkpoint(path), classifier(1)
+    load_lora(found, path.with_name("adapters.pth"))
+    ids = labelled(5).ids
+    torch.testing.assert_close(found(ids), wanted(ids), rtol=1e-4, atol=1e-5)
+    assert read_labels(path) == ("even", "odd")
+    with pytest.raises(CheckpointError, match=r"out_head.weight is .2, 48., the model has one of .101, 48."):
+        load_lora(fresh(TINY), path.with_name("adapters.pth"))
+    with pytest.raises(UsageError, match="has LoRA adapters already, of rank 2 and alpha 4"):
+        finetune(found, own, tmp_path / "more", replace(recipe, lora_rank=3))
+    with pytest.raises(UsageError, match="the model has LoRA adapters; give their lora_rank"):
+        finetune(found, own, tmp_path / "more", replace(recipe, lora_rank=0))
+    before = found(ids).detach()
+    more = finetune(found, own, tmp_path / "more", replace(recipe, steps=3))
+    after = GPTModel.from_checkpoint(more)(ids)
+    assert not torch.allclose(after, before, atol=1e-3)
+    torch.testing.assert_close(found(ids), after)
+
+
+# ---- resuming ----------------------------------------------------------------------------------------------
+
+
+def cut_run(out: Path, recipe: Recipe = QUICK, at: int = 4) -> None:
+    """Ends after the fifth step, with the states of steps 2 and 4."""
+
+    def stop(metrics: Any) -> None:
+        if metrics.step == at:
+            raise Cut
+
+    with pytest.raises(Cut):
+        finetune(fresh(), task(recipe), out, recipe, rhythm=Rhythm(save_every=2), report=stop)
+
+
+def resumed(
+    out: Path, recipe: Recipe = QUICK, model: GPTModel | None = None, own: Task | None = None
+) -> Path:
+    return finetune(model or fresh(), own or task(recipe), out, recipe, resume=True)
+
+
+def other_model() -> GPTModel:
+    model = fresh()
+    with torch.no_grad():
+        model.tok_emb.weight[7, 3] += 1e-3  # in one number
+    return model
+
+
+@pytest.mark.parametrize("levers", [{}, {"lora_rank": 2}, {"last_blocks": 1}], ids=str)
+def test_another_model_or_other_data_are_named_and_refused(levers: dict[str, Any], tmp_path: Path):
+    recipe, out = replace(QUICK, **levers), tmp_path / "out"
+    cut_run(out, recipe)
+    validation = task(recipe).validation
+    with pytest.raises(UsageError, match=r"step-000004.pth: was made with another model .give it as it was"):
+        resumed(out, recipe, other_model())
+    for others in (
+        Task(text_batches(TOKENS[1:], 12, 4, 0), validation),
+        Task(lambda n: task(recipe).train(n if n == 0 else n + 1), validation),
+        Task(task(recipe).train, validation[1:]),
+        Task(task(recipe).train, validation, digest="of others"),
+    ):
+        with pytest.raises(
+            UsageError, match=r"step-000004.pth: was made with other data; resume with the same"
+        ):
+            resumed(out, recipe, own=others)
+    with pytest.raises(UsageError, match="was made with seed=0; resume"):
+        resumed(out, replace(recipe, seed=1), own=task(recipe))
+
+
+def test_a_finished_run_of_lora_is_not_resumed_with_its_own_model(tmp_path: Path):
+    model, recipe = fresh(), replace(QUICK, lora_rank=2)
+    path = finetune(model, task(recipe), tmp_path / "out", recipe)
+    before = path.read_bytes()
+    with pytest.raises(UsageError, match="was made with another model"):
+        resumed(tmp_path / "out", recipe, model)
+    assert resumed(tmp_path / "out", recipe).read_bytes() == before
+
+
+def test_more_steps_and_another_learning_rate_are_allowed_and_said(tmp_path: Path):
+    out = tmp_path / "out"
+    finetune(fresh(), task(QUICK), out, QUICK)
+    more = replace(QUICK, steps=12, learning_rate=5e-4)
+    with pytest.warns(UserWarning, match=r"steps=8, learning_rate=0.001; from step 8 on it is steps=12, lea"):
+        resumed(out, more)
+    assert [each["step"] for each in read_metrics(out)] == list(range(12))
+    assert read_metrics(out)[9]["learning_rate"] == more.learning_rate_at(9)
+    with pytest.raises(
+        UsageError, match=r"step-000012.pth: was made with steps=12, learning_rate=0.0005; res"
+    ):
+        resumed(out, QUICK)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\3\4 no zip", None], ids=["empty", "no zip", "half"])
+def test_a_damaged_newest_state_is_said_and_the_one_before_it_taken(content: bytes | None, tmp_path: Path):
+    wanted, out = finetune(fresh(), task(QUICK), tmp_path / "whole", QUICK), tmp_path / "out"
+    cut_run(out)
+    newest = out / "step-000004.pth"
+    newest.write_bytes(newest.read_bytes()[:-2000] if content is None else content)
+    with pytest.warns(
+        UserWarning, match=r"000004.pth: not a whole saved state .* Going on from step-000002.p"
+    ):
+        assert resumed(out).read_bytes() == wanted.read_bytes()
+    assert [each["step"] for each in read_metrics(out)] == list(range(8))
+    for path in out.glob("step-*.pth"):
+        path.write_bytes(b"no zip")
+    with pytest.raises(CheckpointError, match=r"step-000008.pth: not a whole saved state"):
+        resumed(out)
+
+
+def test_states_are_in_the_order_of_their_steps(tmp_path: Path):
+    recipe, out = replace(QUICK, steps=1), tmp_path / "out"
+    finetune(fresh(), task(recipe), out, recipe)
+    saved = torch.load(out / "step-000001.pth", weights_only=True)
+    for step in (999_999, 1_000_000):
+        last = {"last_batch": digest_of(tensor_parts(*task(recipe).train(step - 1)))}
+        torch.save(saved | last | {"step": step}, out / f"step-{step:06}.pth")
+    with pytest.warns(UserWarning, match="from step 1000000 on"):
+        resumed(out, replace(recipe, steps=1_000_001))
+    assert sorted(path.name for path in out.glob("step-*.pth")) == ["step-1000000.pth", "step-1000001.pth"]
+
+
+def test_a_half_written_line_of_metrics_is_made_again_and_another_runs_are_refused(tmp_path: Path):
+    out, path = tmp_path / "out", tmp_path / "out" / "metrics.jsonl"
+    cut_run(out)
+    whole = path.read_text()
+    path.write_text(whole + '{"step": 5, "lo')
+    assert len(read_metrics(out)) == 5
+    path.write_text(whole.replace('"step": 1', '"step": 7'))
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl: is not what this run had written"):
+        resumed(out)
+    path.write_text(whole + '{"step": 5, "lo')
+    resumed(out)
+    assert [each["step"] for each in read_metrics(out)] == list(range(8))
+    path.unlink()
+    resumed(out)
+    assert read_metrics(out) == []
+
+
+def test_a_state_under_another_name_or_of_an_older_kind_is_refused(tmp_path: Path):
+    out = tmp_path / "out"
+    cut_run(out)
+    saved = torch.load(out / "step-000004.pth", weights_only=True)
+    (out / "step-000002.pth").replace(out / "step-000004.pth")
+    with pytest.raises(
+        CheckpointError, match=r"step-000004.pth: holds the state of step 2; has it been renamed"
+    ):
+        resumed(out)
+    del saved["made_from"]
+    torch.save(saved, out / "step-000004.pth")
+    with pytest.raises(CheckpointError, match="saved by an older gpt2lite"):
+        resumed(out)
+
+
+def test_resuming_where_nothing_was_run_is_refused(tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    for name in ("mistyped", "empty"):
+        with pytest.raises(UsageError, match=f"{name}: no run to resume there. Check its name"):
+            resumed(tmp_path / name)
+    assert not (tmp_path / "mistyped").exists()
+
+
+def test_a_sample_that_raises_costs_no_step(tmp_path: Path):
+    def fail(model: Any) -> str:
+        raise Cut
+
+    wanted, rhythm = finetune(fresh(), task(QUICK), tmp_path / "whole", QUICK), Rhythm(validate_every=5)
+    with pytest.raises(Cut):
+        finetune(fresh(), task(QUICK, sample=fail), tmp_path / "out", QUICK, rhythm=rhythm)
+    assert [path.name for path in (tmp_path / "out").glob("*.pth")] == ["step-000005.pth"]
+    assert resumed(tmp_path / "out").read_bytes() == wanted.read_bytes()
+    assert [each["step"] for each in read_metrics(tmp_path / "out")] == list(range(8))
+
+
+# ---- batches -----------------------------------------------------------------------------------------------
+
+GOOD = batch()
+
+
+def changed(row: int, column: int, value: int) -> torch.Tensor:
+    targets = GOOD.targets.clone()
+    targets[row, column] = value
+    return targets
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (GOOD.ids, "targets are the ids themselves, which trains a model to copy; they must be one ahead"),
+        (torch.where(GOOD.ids % 2 == 0, GOOD.ids, IGNORED), "are the ids themselves"),
+        (changed(3, 11, -1), "Batch.targets holds -1; wanted 0 … 100, and -100 for a target that does not"),
+        (changed(0, 0, 101), "Batch.targets holds 101; wanted 0 … 100"),
+        (GOOD.targets.int(), r"Batch.targets is .4, 12. torch.int32; wanted .B, T. torch.int64"),
+        (GOOD.targets[:, 1:], r"Batch.targets is .4, 11. torch.int64; wanted"),
+        (GOOD.targets[0], r"Batch.targets is .12,. torch.int64; wanted"),
+        (torch.full_like(GOOD.ids, IGNORED), "every target of its batches is -100, so none counts"),
+    ],
+    ids=["unshifted", "unshifted, some", "-1", "beyond", "int32", "shorter", "one row", "none counts"],
+)
+def test_targets_that_teach_nothing_or_something_else_are_refused(
+    targets: torch.Tensor, message: str, tmp_path: Path
+):
+    with pytest.raises(UsageError, match=message):
+        finetune(fresh(), Task(lambda n: Batch(GOOD.ids, targets), []), tmp_path / "out", QUICK)
+    good = lambda n: GOOD  # noqa: E731
+    with pytest.raises(UsageError, match=message.replace("its batches", "the validation")):
+        finetune(fresh(), Task(good, [Batch(GOOD.ids, targets)]), tmp_path / "new", QUICK)
+    assert not (tmp_path / "new").exists()
+
+
+def test_batches_that_are_unusual_and_right_train(tmp_path: Path):
+    same = torch.full((2, 9), 5)
+    with torch.inference_mode():
+        written = row(0)
+    last = torch.full_like(GOOD.ids, IGNORED)
+    last[:, -1] = GOOD.ids[:, -1]
+    for number, own in enumerate(
+        (Batch(same, same), Batch(written[:, :-1], written[:, 1:]), Batch(GOOD.ids, last))
+    ):
+        recipe = replace(QUICK, steps=1, chunked_loss=bool(number % 2))
+        finetune(fresh(), Task(lambda n, own=own: own, []), tmp_path / str(number), recipe)
 
 
 # ---- commands and scripts ----------------------------------------------------------------------------------
@@ -547,6 +889,63 @@ def test_a_folder_that_is_not_empty_and_a_classifier_given_to_text_are_refused(
     assert not (tmp_path / "new").exists()
 
 
+def classify(out: Path, labels: str, *words: object, data: str = "abc") -> int:
+    """Three texts under three labels, twenty times."""
+    rows = [{"text": text, "label": label} for text, label in zip(data, labels.split(), strict=True)] * 20
+    path = out.with_suffix(".jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--classify", path, "--out", out, "--seq-len", 8, *words]
+    return main(["finetune", *map(str, flags)])
+
+
+def test_a_classifier_keeps_its_rows_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert classify(tmp_path / "1", "red sky tree", "--steps", 1) == 0
+    before = GPTModel.from_checkpoint(tmp_path / "1" / "model.pth").out_head
+    capsys.readouterr()
+    words = ("--steps", 1, "--learning-rate", 1e-12, tmp_path / "1" / "model.pth")
+    assert classify(tmp_path / "2", "red azure tree", *words) == 0
+    assert capsys.readouterr().out.startswith("labels kept: red, tree; new: azure; dropped: sky\n")
+    assert read_labels(tmp_path / "2" / "model.pth") == ("azure", "red", "tree")
+    after = GPTModel.from_checkpoint(tmp_path / "2" / "model.pth").out_head
+    for part in ("weight", "bias"):
+        torch.testing.assert_close(getattr(after, part)[1:], getattr(before, part)[::2], rtol=0, atol=1e-6)
+    assert not torch.allclose(after.weight[0], before.weight[1], atol=1e-3)
+    assert classify(tmp_path / "3", "tree sky red", *words) == 0
+    assert "labels kept" not in capsys.readouterr().out
+
+
+def test_labels_of_another_model_or_none_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    classify(tmp_path / "1", "red sky tree", "--steps", 1)
+    labels, model = tmp_path / "1" / "labels.json", tmp_path / "1" / "model.pth"
+    for content, message in (
+        (
+            '["sky", "red", "tree"]',
+            "labels.json: says sky, red, tree, step-000001.pth says red, sky, tree. Is it ano",
+        ),
+        ('["red", "sky"', "labels.json: not JSON"),
+        ('{"red": 0}', "labels.json: wanted a JSON list of the classes' labels"),
+    ):
+        labels.write_text(content)
+        assert classify(tmp_path / "2", "red sky tree", "--steps", 1, model) == 1
+        assert message in capsys.readouterr().err
+    labels.unlink()
+    assert read_labels(model) == ("red", "sky", "tree")
+    (tmp_path / "1" / "step-000001.pth").unlink()
+    assert classify(tmp_path / "2", "red sky tree", "--steps", 1, model) == 1
+    assert "no labels beside a head of 3 classes; write labels.json" in capsys.readouterr().err
+    assert not (tmp_path / "2").exists()
+
+
+def test_the_command_resumes_with_the_runs_own_recipe(tmp_path: Path):
+    out = tmp_path / "1"
+    assert classify(out, "red sky tree", "--steps", 2, "--clip", 3, "--lora-targets", "W_key") == 0
+    with pytest.warns(UserWarning, match="steps=2; from step 2 on it is steps=4"):
+        assert classify(out, "red sky tree", "--resume", "--steps", 4) == 0
+    assert len(read_metrics(out)) == 4
+    saved = GPTModel.from_checkpoint(out / "model.pth")
+    assert {p.dtype for p in saved.parameters()} == {torch.float16}  # as the embedded model came
+
+
 # ---- forecasts ---------------------------------------------------------------------------------------------
 
 MEASURE = """
@@ -623,3 +1022,15 @@ def test_only_levers_that_are_needed_are_named():
     assert named(60) == ["recompute=True"]
     assert named(40) == ["recompute=True", "batch_size=1"]
     assert len(named(10)) == 5
+    for asked in ({"lora_rank": 4}, {"last_blocks": 1}):
+        levers, _ = find_levers(replace(changed, **asked), 10, foretell)
+        assert not [lever for lever, _ in levers if "lora" in lever or "last_blocks" in lever]
+
+
+def test_plan_counts_a_classifiers_head(pth: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["plan", str(pth), "--n-heads", "4", "--train", "--json", "--batch-size", "2", "--seq-len", "8"]
+    found = []
+    for more in ([], ["--classes", "3"]):
+        assert main([*words, *more]) == 0
+        found.append(json.loads(capsys.readouterr().out)["forecast"]["weights"])
+    assert found[0] - found[1] == 4 * (101 * 48 - 3 * 48 - 3)

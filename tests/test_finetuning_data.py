@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import json
 import random
 from array import array
 from pathlib import Path
 
+import numpy
 import pytest
 import tiktoken
 import torch
 from test_cli import has_gpt2_encoding
 
-from gpt2lite import CheckpointError, UsageError
+from gpt2lite import CheckpointError, GPTConfig, UsageError
 from gpt2lite.cli import tokenize
 from gpt2lite.cli.terminal import EMBEDDED
 from gpt2lite.encoding import END_OF_TEXT, WORDS_AND_SPACES, Encoding
@@ -34,6 +37,8 @@ from gpt2lite.finetuning.examples import (
     read_records,
     split,
 )
+from gpt2lite.finetuning.recipe import Recipe
+from gpt2lite.finetuning.tasks import classifier_task, instruction_task, open_text, text_task
 from gpt2lite.tokenizer import gpt2_encoding, tokenizer_for
 
 # What GPT-2's pattern treats apart, or Python and Rust might: among them NBSP, U+001C, which only Python
@@ -157,7 +162,9 @@ def test_a_vocabulary_beyond_uint16_is_refused(tmp_path: Path):
     large = tiktoken.Encoding(
         "large", pat_str=WORDS_AND_SPACES, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 2**16}
     )
-    with pytest.raises(UsageError, match="large: 65537 tokens; a token file can number 65536"):
+    with pytest.raises(
+        UsageError, match=r"text.bin: 65537 tokens are more than the 65536 that 16 bits can number; name"
+    ):
         tokenize_file(tmp_path / "text.txt", tmp_path / "text.bin", large)
 
 
@@ -193,6 +200,87 @@ def test_a_file_that_is_not_the_models_is_refused(
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
         open_tokens(path, 1024)
+
+
+LLMC = {torch.uint16: (20240520, 1), torch.uint32: (20240801, 7)}
+IDS = [7, 1023, 0, 500] * 9
+
+
+def llmc(dtype: torch.dtype, ids: list[int] = IDS, version: int | None = None) -> bytes:
+    magic, known = LLMC[dtype]
+    header = array("i", [magic, known if version is None else version, len(ids)] + [0] * 253)
+    return header.tobytes() + array("H" if dtype == torch.uint16 else "I", ids).tobytes()
+
+
+def npy(content: object, path: Path) -> bytes:
+    numpy.save(path, content)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32])
+def test_llmcs_token_files_say_their_width(dtype: torch.dtype, tmp_path: Path):
+    path = tmp_path / "text.bin"
+    path.write_bytes(llmc(dtype))
+    tokens = open_tokens(path, 1024)
+    assert (tokens.dtype, tokens.tolist()) == (dtype, IDS)
+    assert text_batches(tokens, len(IDS) - 1, 1, seed=0)(0).targets.tolist() == [IDS[1:]]
+
+
+@pytest.mark.parametrize("kind", ["uint16", "uint32", "int32", "int64"])
+def test_numpys_files_say_their_width(kind: str, tmp_path: Path):
+    numpy.save(tmp_path / "text.npy", numpy.array(IDS, kind))
+    assert open_text(tmp_path / "text.npy", tmp_path / "none", None, 1024).tolist() == IDS
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            array("I", IDS).tobytes(),
+            "has no header, so it would be read as 16 bits a token, but every second",
+        ),
+        (array("q", IDS).tobytes(), "every second id would be 0. Save it as .npy"),
+        (array("f", IDS).tobytes(), "holds the id"),
+        (array("i", [-100, *IDS]).tobytes(), "holds the id 65535"),
+        (b"Once there was a fox. " * 9, "looks like text, not tokens; give it another suffix than .bin"),
+        (llmc(torch.uint16)[:-2], "its header .llm.c. says 36 tokens of 2 bytes, the file has 70 bytes"),
+        (llmc(torch.uint32, version=3), "llm.c's tokens of version 3, wanted 7"),
+        (llmc(torch.uint16, [5, 2000]), "holds the id 2000, the model's are below 1024"),
+        ("cut", "its header ..npy. says 36 tokens of 8 bytes, the file has 280 bytes"),
+        (numpy.array(IDS, ">u2"), "wanted one row of little-endian integers in a .npy"),
+        (numpy.array(IDS, "f4"), "wanted one row of little-endian integers"),
+        (numpy.array([IDS], "u2"), "wanted one row of little-endian integers"),
+        (numpy.array([5, -1]), "holds the id -1, the model's are below 1024"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_token_file_of_another_width_is_refused(content: object, message: str, tmp_path: Path):
+    path = tmp_path / "text.bin"
+    whole = npy(numpy.array(IDS) if isinstance(content, str) else content, tmp_path / "a.npy")
+    whole = whole[:-8] if isinstance(content, str) else whole
+    path.write_bytes(content if isinstance(content, bytes) else whole)
+    with pytest.raises(CheckpointError, match=message):
+        open_tokens(path, 1024)
+
+
+def test_a_large_vocabulary_gets_32_bits_and_needs_them(encoding: tiktoken.Encoding, tmp_path: Path):
+    source = tmp_path / "text.txt"
+    source.write_bytes("\ufeffOnce there was a fox.".encode())
+    ids = whole("Once there was a fox.", encoding)
+    for kind, vocabulary in ((torch.uint16, 2**16), (torch.uint32, 2**16 + 1)):
+        large = tiktoken.Encoding(
+            "large",
+            pat_str=encoding._pat_str,
+            mergeable_ranks=encoding._mergeable_ranks,
+            special_tokens={END_OF_TEXT: vocabulary - 1},
+        )
+        assert tokenize_file(source, tmp_path / "text.npy", large) == len(ids)
+        tokens = open_tokens(tmp_path / "text.npy", vocabulary)
+        assert (tokens.dtype, tokens.tolist()) == (kind, ids)
+        assert numpy.load(tmp_path / "text.npy").tolist() == ids
+    tokenize_file(source, tmp_path / "text.bin", encoding)
+    with pytest.raises(CheckpointError, match="read as 16 bits a token, but 65537 ids need more"):
+        open_tokens(tmp_path / "text.bin", 2**16 + 1)
 
 
 def tokenize_command(*words: object) -> int:
@@ -419,9 +507,10 @@ def test_the_loss_is_taken_on_the_response_and_the_end_alone(encoding: Encoding)
 
 def test_a_long_response_is_cut_and_a_long_prompt_left_out(encoding: Encoding):
     long = ASKED | {"output": "Red and blue. " * 100}
-    [example] = instruction_examples([long], encoding, 512)
+    [example] = instruction_examples([long], encoding, 4096)
     room = len(encoding.encode_ordinary(PROMPT)) + 1
-    [cut] = instruction_examples([long, ASKED | {"instruction": "Name. " * 100}], encoding, room)
+    with pytest.warns(UserWarning, match=f"of 2 instructions 1 are left out, .* {room} tokens .* and 1 lose"):
+        [cut] = instruction_examples([long, ASKED | {"instruction": "Name. " * 100}], encoding, room)
     assert cut == Example(example.ids[:room], example.targets[:room])
     assert sum(target != IGNORED for target in cut.targets) == 2
 
@@ -457,7 +546,8 @@ def test_the_class_is_the_target_of_the_last_token(encoding: Encoding):
 
 def test_a_long_text_keeps_its_beginning_and_an_empty_one_is_the_end_of_text(encoding: Encoding):
     records = [{"text": "Once there was a fox", "label": "a"}, {"text": "", "label": "b"}]
-    examples, _ = classifier_examples(records, encoding, 3, None)
+    with pytest.warns(UserWarning, match="1 of 2 texts are cut to 3 tokens"):
+        examples, _ = classifier_examples(records, encoding, 3, None)
     assert examples[0] == Example(encoding.encode("Once there was a fox")[:3], [IGNORED, IGNORED, 0])
     assert examples[1] == Example([encoding.eot_token], [1])
 
@@ -467,7 +557,7 @@ def test_a_long_text_keeps_its_beginning_and_an_empty_one_is_the_end_of_text(enc
     [
         (("10", "9", "-1"), ["-1", "9", "10"]),
         (("10", "9", "b"), ["10", "9", "b"]),
-        (("1.0", "1", "0"), ["0", "1", "1.0"]),
+        (("1e1", "1", " 0 "), ["0", "1", "1e1"]),
     ],
 )
 def test_labels_are_in_their_order(found: tuple[str, ...], wanted: list[str], encoding: Encoding):
@@ -491,6 +581,103 @@ def test_given_labels_keep_their_order(encoding: Encoding):
 def test_labels_that_cannot_be_are_refused(labels: list[str], message: str, encoding: Encoding):
     with pytest.raises(UsageError, match=message):
         classifier_examples(labelled("spam", "ham"), encoding, 64, labels)
+
+
+ROWS = {
+    "number": (
+        '{"text":"a","label":0}\n\n{"text":"b","label":1}\n{"text":"c","label":1.0}',
+        r"line 4: .*'1.0' look",
+    ),
+    "bool": (
+        '{"text":"a","label":true}\n{"text":"b","label":1}',
+        "line 2: the label '1' looks like 'True' at .*line 1",
+    ),
+    "case": (
+        '{"text":"a","label":"Spam"}\n{"text":"b","label":"spam"}',
+        "line 2: the label 'spam' looks like 'Spam'",
+    ),
+    "width": (
+        '{"text":"a","label":"\\uff11"}\n{"text":"b","label":"1"}',
+        "line 2: the label '1' looks like '\uff11'",
+    ),
+    "nan": ('{"text":"a","label":NaN}\n{"text":"b","label":1}', "line 1: the label is 'nan'; give it one"),
+    "blank": ('{"text":"a","label":1}\n{"text":"b","label":"  "}', "line 2: the label is '  '; give it one"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), ROWS.values(), ids=ROWS)
+def test_labels_that_look_alike_or_are_missing_are_refused_by_their_line(
+    content: str, message: str, encoding: Encoding, tmp_path: Path
+):
+    path = tmp_path / "a.jsonl"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(UsageError, match=message):
+        classifier_examples(read_records(path, ("text", "label")), encoding, 64)
+
+
+def test_a_csv_may_hold_long_fields_and_spaces_around_labels_but_no_label_twice(
+    encoding: Encoding, tmp_path: Path
+):
+    path = tmp_path / "a.csv"
+    path.write_text(f'text,label\n"{"word " * 30_000}",spam\nshort, spam\nother,ham\n')
+    records = read_records(path, ("text", "label"))
+    with pytest.warns(UserWarning, match="1 of 3 texts are cut to 64 tokens"):
+        assert classifier_examples(records, encoding, 64)[1] == ["ham", "spam"]
+    assert csv.field_size_limit() == 131072
+    path.write_text("text,label,label\na,1,2\n")
+    with pytest.raises(UsageError, match=r"a.csv, line 1: not CSV .two columns are called label"):
+        read_records(path, ("text", "label"))
+    path.write_text("text,label\na,1\n,\n")
+    with pytest.raises(UsageError, match=r"a.csv, line 3: the label is ''"):
+        classifier_examples(read_records(path, ("text", "label")), encoding, 64)
+
+
+# ---- tasks -------------------------------------------------------------------------------------------------
+
+SMALL = GPTConfig(1024, 256, 16, 2, 1)
+
+
+def lines(path: Path, records: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_a_few_long_instructions_are_left_out_whichever_part_they_fall_in(encoding: Encoding, tmp_path: Path):
+    long = ASKED | {"instruction": "Name. " * 300}
+    path = lines(tmp_path / "a.jsonl", [ASKED] * 9 + [long])
+    for seed in range(8):
+        with pytest.warns(UserWarning, match="of 10 instructions 1 are left out"):
+            task = instruction_task(path, encoding, SMALL, Recipe(seed=seed))
+        assert sum(len(batch.ids) for batch in task.validation) == 1
+    lines(path, [ASKED] * 3 + [long] * 7)
+    with pytest.raises(UsageError, match="7 of 10 prompts are too long, 256 tokens or more"):
+        instruction_task(path, encoding, SMALL, Recipe())
+
+
+def test_a_class_that_is_not_validated_or_not_learned_is_said(encoding: Encoding, tmp_path: Path):
+    records = [{"text": f"Text {i}", "label": "rare" if i == 5 else "ab"[i % 2]} for i in range(60)]
+    path = lines(tmp_path / "a.jsonl", records)
+    seen = set()
+    for seed in range(12):
+        with pytest.warns(UserWarning, match=r"a.jsonl: no rows of .*rare .*; give more rows") as said:
+            classifier_task(path, encoding, SMALL, Recipe(seed=seed))
+        seen |= {str(each.message).split("rare ")[-1] for each in said}
+    assert {message.split(",")[0].split(";")[0] for message in seen} == {"to learn from", "to validate with"}
+
+
+def test_tasks_of_other_data_have_other_digests(encoding: Encoding, tmp_path: Path):
+    rows = [{"text": f"Text {i}", "label": "ab"[i % 2]} for i in range(60)]
+    for row in (rows[7], rows[8]):
+        digests = []
+        for text in ("Text", "Fox"):
+            row["text"] = text
+            path = lines(tmp_path / "a.jsonl", rows)
+            digests.append(classifier_task(path, encoding, SMALL, Recipe()).digest)
+        assert digests[0] != digests[1]
+    tokens = torch.arange(1000).to(torch.uint16)
+    before = text_task(tokens, encoding, SMALL, Recipe(seq_len=16)).digest
+    tokens[444] = 3
+    assert text_task(tokens, encoding, SMALL, Recipe(seq_len=16)).digest != before
 
 
 def test_one_class_is_none(encoding: Encoding):

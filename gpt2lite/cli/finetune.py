@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
 
 from gpt2lite.cli.plot import plot_losses
 from gpt2lite.cli.terminal import (
@@ -28,8 +25,9 @@ from gpt2lite.cli.terminal import (
 from gpt2lite.cli.training import add_recipe_arguments, recipe_of
 from gpt2lite.errors import UsageError
 from gpt2lite.finetuning import Metrics, Rhythm, Task, as_classifier, finetune
-from gpt2lite.finetuning.loop import read_metrics
+from gpt2lite.finetuning.loop import read_labels, read_metrics, relabel
 from gpt2lite.finetuning.recipe import Recipe
+from gpt2lite.finetuning.states import saved_recipe
 from gpt2lite.finetuning.tasks import classifier_task, instruction_task, open_text, text_task
 from gpt2lite.loading import STRATEGIES
 from gpt2lite.memory import human, resolve_device
@@ -37,7 +35,7 @@ from gpt2lite.model import GPTModel
 from gpt2lite.tokenizer import tokenizer_files, tokenizer_for, write_beside
 
 DATA = {
-    "text": "UTF-8 text, or a token file (.bin) that `gpt2lite tokenize` wrote",
+    "text": "UTF-8 text, or a token file: .npy, or .bin as gpt2lite, nanoGPT and llm.c write it",
     "instructions": "records with instruction, output, perhaps input: .json, .jsonl, .csv",
     "classify": "records with text and label: .json, .jsonl, .csv; makes a classifier",
 }
@@ -55,7 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in DATA.items():
         data.add_argument(f"--{name}", type=Path, metavar="FILE", help=text)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
-    parser.add_argument("--resume", action="store_true", help="go on where the run in --out was cut")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on where the run in --out was cut, with its recipe but for the flags that are given",
+    )
     parser.add_argument("--validate-every", type=int, default=50, metavar="N", help="steps (default: 50)")
     parser.add_argument("--save-every", type=int, default=100, metavar="N", help="steps (default: 100)")
     parser.add_argument("--keep", type=int, default=2, metavar="N", help="saved states (default: 2)")
@@ -69,14 +71,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _load(path: Path, args: argparse.Namespace) -> GPTModel:
-    """In fp32 unless told otherwise: 16 bits lose small steps."""
+    """In the file's dtype unless told otherwise: it is saved as it came, whatever it trains in."""
     with bytes_bar("loading") as progress:
         return GPTModel.from_checkpoint(
             path,
             resolve_device(args.device),
             args.strategy,
             config=config_of(args),
-            dtype=dtype_of(args) or torch.float32,
+            dtype=dtype_of(args),
             max_host_memory=args.max_host_memory,
             max_device_memory=args.max_device_memory,
             progress=progress,
@@ -88,14 +90,33 @@ def _task(path: Path, model: GPTModel, args: argparse.Namespace, recipe: Recipe,
     encoding, config = tokenizer_for(path, model.config.vocab_size), model.config
     if args.classify:
         task = classifier_task(args.classify, encoding, config, recipe)
-        if config.n_classes != len(task.labels):
-            as_classifier(model, len(task.labels), recipe.seed)
+        _put_head(path, model, task.labels, recipe)
         return task
     if config.n_classes:
         raise UsageError(f"{path}: a classifier of {config.n_classes} classes writes no text; use --classify")
     if args.instructions:
         return instruction_task(args.instructions, encoding, config, recipe)
     return text_task(open_text(args.text, tokens, encoding, config.vocab_size), encoding, config, recipe)
+
+
+def _put_head(path: Path, model: GPTModel, labels: tuple[str, ...], recipe: Recipe) -> None:
+    """A head for the labels, in which a classifier's own rows are kept by name."""
+    if not model.config.n_classes:
+        as_classifier(model, len(labels), recipe.seed)
+        return
+    known = read_labels(path)
+    if len(known) != model.config.n_classes:
+        raise UsageError(
+            f"{path}: {len(known) or 'no'} labels beside a head of {model.config.n_classes} classes; write "
+            "labels.json there, a list of their names in the order of the head"
+        )
+    if known != labels:
+        kept = relabel(model, known, labels, recipe.seed)
+        parts = {"kept": kept, "new": set(labels) - set(kept), "dropped": set(known) - set(kept)}
+        print(
+            "labels "
+            + "; ".join(f"{what}: {', '.join(sorted(names)) or 'none'}" for what, names in parts.items())
+        )
 
 
 @contextmanager
@@ -121,19 +142,17 @@ def _reports(steps: int) -> Iterator[Callable[[Metrics], None]]:
 
 def run(args: argparse.Namespace) -> int:
     """Train, and print where the model is."""
-    recipe = recipe_of(args)
+    recipe = recipe_of(args, saved_recipe(args.out) if args.resume else {})
     rhythm = Rhythm(args.validate_every, args.save_every, args.keep)
     path = local_path(args.path, args.revision)
     with tempfile.TemporaryDirectory(prefix="gpt2lite-") as folder:
         model = _load(path, args)
-        task = _task(path, model, args, recipe, Path(folder) / "tokens.bin")
+        task = _task(path, model, args, recipe, Path(folder) / "tokens.npy")
         with _reports(recipe.steps) as report:
             model_path = finetune(
                 model, task, args.out, recipe, rhythm=rhythm, resume=args.resume, report=report
             )
     write_beside(model_path, tokenizer_files(path))
-    if task.labels:
-        (args.out / "labels.json").write_text(json.dumps(task.labels) + "\n")
     try:
         plot_losses(read_metrics(args.out), args.out / "loss.png")
     except UsageError as error:  # matplotlib is an extra

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -51,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.add_argument("--train", action="store_true", help="what training by the recipe will take instead")
     parser.add_argument("--fit", metavar="SIZE", help="with --train: the cheapest levers that fit into 8GiB")
+    parser.add_argument(
+        "--classes", type=int, metavar="N", help="with --train: of a classifier, in the head's place"
+    )
     add_revision_argument(parser)
     add_config_arguments(parser)
     add_dtype_argument(parser)
@@ -115,6 +118,8 @@ def _auto(plan: LoadPlan, budget: Budget) -> str:
 def _plan_training(args: argparse.Namespace) -> int:
     """Print what training takes; with --fit what brings it there: 1 if nothing does."""
     config = open_model(args.path, revision=args.revision, config=config_of(args)).sizes
+    if args.classes:
+        config = replace(config, n_classes=args.classes, head_bias=True, tied_head=False)
     device, dtype, recipe = name_device(args.device), dtype_of(args) or torch.float32, recipe_of(args)
 
     def foretell(recipe: Recipe) -> TrainingForecast:
@@ -138,8 +143,8 @@ def _plan_training(args: argparse.Namespace) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Print forecasts, what there is, what fits; 1 if auto would take nothing."""
-    if args.fit and not args.train:
-        raise UsageError("--fit is about training: add --train")
+    if (args.fit or args.classes) and not args.train:
+        raise UsageError("--fit and --classes are about training: add --train")
     if args.train:
         return _plan_training(args)
     device = name_device(args.device)

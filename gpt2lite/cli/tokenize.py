@@ -16,7 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("text", type=Path, metavar="TEXT", help="UTF-8; <|endoftext|> parts its documents")
     parser.add_argument(
-        "tokens", type=Path, metavar="TOKENS", help="what is written: ids as uint16, like nanoGPT's train.bin"
+        "tokens",
+        type=Path,
+        metavar="TOKENS",
+        help="what is written: .npy, which says its width, or .bin, 16 bits a token like nanoGPT's train.bin",
     )
     parser.add_argument(
         "--model",

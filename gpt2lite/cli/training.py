@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import fields
+from types import MappingProxyType
+from typing import Any
 
 from gpt2lite.finetuning import Recipe
 from gpt2lite.finetuning.recipe import LORA_TARGETS
@@ -33,23 +36,23 @@ PARSERS = {"seq_len": int, "last_blocks": int}
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare a flag for each field of Recipe."""
+    """Declare a flag for each field of Recipe; only those that are given are in the arguments."""
     group = parser.add_argument_group("recipe")
     for field in fields(Recipe):
         flag, default = f"--{field.name.replace('_', '-')}", field.default
-        text = HELP[field.name] + ("" if default is None else " (default: %(default)s)")
+        said: dict[str, Any] = {"default": argparse.SUPPRESS, "help": HELP[field.name]}
         if isinstance(default, bool):
-            group.add_argument(
-                flag, action=argparse.BooleanOptionalAction, default=default, help=HELP[field.name]
-            )
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **said)
         elif isinstance(default, tuple):
-            group.add_argument(flag, nargs="+", default=default, metavar="LAYER", help=HELP[field.name])
+            group.add_argument(flag, nargs="+", metavar="LAYER", **said)
         else:
-            parse = PARSERS.get(field.name, type(default))
-            group.add_argument(flag, type=parse, default=default, metavar="N", help=text)
+            said["help"] += "" if default is None else f" (default: {default})"
+            group.add_argument(flag, type=PARSERS.get(field.name, type(default)), metavar="N", **said)
 
 
-def recipe_of(args: argparse.Namespace) -> Recipe:
-    """The recipe that the flags say. Raises UsageError for what cannot work."""
-    said = {field.name: getattr(args, field.name) for field in fields(Recipe)}
-    return Recipe(**said | {"lora_targets": tuple(args.lora_targets)})
+def recipe_of(args: argparse.Namespace, otherwise: Mapping[str, Any] = MappingProxyType({})) -> Recipe:
+    """The recipe that the flags say, and `otherwise` where they are silent. Raises UsageError."""
+    said = {field.name: getattr(args, field.name) for field in fields(Recipe) if hasattr(args, field.name)}
+    found: dict[str, Any] = {**otherwise, **said}
+    found |= {name: tuple(value) for name, value in found.items() if isinstance(value, list)}
+    return Recipe(**found)

@@ -2,9 +2,10 @@
 
 from gpt2lite.finetuning.data import Batch
 from gpt2lite.finetuning.forecast import TrainingForecast, forecast_training
-from gpt2lite.finetuning.loop import Metrics, Rhythm, Task, as_classifier, finetune
+from gpt2lite.finetuning.loop import as_classifier, finetune
 from gpt2lite.finetuning.lora import add_lora, load_lora, merge_lora
 from gpt2lite.finetuning.recipe import Recipe
+from gpt2lite.finetuning.states import Metrics, Rhythm, Task
 
 __all__ = [
     "Batch",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import unicodedata
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,9 +22,16 @@ PREAMBLE = (
 )
 INPUT = "input"  # the one field that an instruction may lack
 
-Record = dict[str, str]
+MISSING = ("", "nan")  # labels as tables write them where there is none
+
 T = TypeVar("T")
 Entries = Iterator[tuple[int, Any]]  # (its number, what stands there)
+
+
+class Record(dict[str, str]):
+    """Texts by field, and where they stand: a file with a line or an entry."""
+
+    where = ""
 
 
 def _parsed(path: Path, content: str, line: int) -> Any:
@@ -46,13 +55,19 @@ def _jsonl_entries(path: Path, text: str) -> Entries:
 
 def _csv_entries(path: Path, text: str) -> Entries:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    before = csv.field_size_limit(max(len(text), 1))  # a field may be as long as the file
     try:
+        names = reader.fieldnames or ()
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise csv.Error(f"two columns are called {', '.join(twice)}")
         for row in reader:
             if None in row:
                 raise csv.Error("more cells than the header; a text with a comma needs quotes")
             yield reader.line_num, row
     except csv.Error as error:
         raise UsageError(f"{path}, line {reader.reader.line_num}: not CSV ({error})") from None
+    finally:
+        csv.field_size_limit(before)
 
 
 READERS = {
@@ -66,7 +81,8 @@ def _record(where: str, entry: Any, fields: Sequence[str]) -> Record:
     """The entry's texts and numbers, as text."""
     if not isinstance(entry, dict):
         raise UsageError(f"{where}: is a {type(entry).__name__}, wanted an object with {', '.join(fields)}")
-    record = {name: str(value) for name, value in entry.items() if isinstance(value, str | int | float)}
+    record = Record({k: str(value) for k, value in entry.items() if isinstance(value, str | int | float)})
+    record.where = where
     wanted = fields if entry.get(INPUT) is None else (*fields, INPUT)
     if missing := [name for name in wanted if name not in record]:
         found = ", ".join(record) or "nothing"
@@ -90,7 +106,7 @@ def read_records(path: Path, fields: Sequence[str]) -> list[Record]:
     return records
 
 
-def format_prompt(record: Record) -> str:
+def format_prompt(record: dict[str, str]) -> str:
     """An instruction, and its input if there is one, up to where the response begins.
 
     Source: Raschka, Build a Large Language Model (From Scratch), ch. 7, after Stanford Alpaca.
@@ -99,51 +115,102 @@ def format_prompt(record: Record) -> str:
     return f"{PREAMBLE}\n\n### Instruction:\n{record['instruction']}{given}\n\n### Response:\n"
 
 
-def instruction_examples(records: Sequence[Record], encoding: Encoding, seq_len: int) -> list[Example]:
-    """Prompt, output and <|endoftext|>, the targets one ahead; loss on the output and the end alone.
-
-    Longer ones are cut to seq_len; those whose prompt leaves no room are left out. Special tokens in a
-    record are plain text. Raises UsageError where none is left.
-    """
-    examples = []
+def instruction_pairs(
+    records: Sequence[dict[str, str]], encoding: Encoding, seq_len: int
+) -> list[tuple[dict[str, str], Example]]:
+    """(record, its example) for `instruction_examples`."""
+    pairs, cut = [], 0
     for record in records:
         prompt = encoding.encode_ordinary(format_prompt(record))
         response = [*encoding.encode_ordinary(record["output"]), end_of_text(encoding)]
         if len(prompt) < seq_len:
             targets = [IGNORED] * (len(prompt) - 1) + response
-            examples.append(Example((prompt + response)[:-1][:seq_len], targets[:seq_len]))
-    if not examples:
+            pairs.append((record, Example((prompt + response)[:-1][:seq_len], targets[:seq_len])))
+            cut += len(targets) > seq_len
+    dropped = len(records) - len(pairs)
+    if 2 * dropped > len(records):
         raise UsageError(
-            f"all {len(records)} prompts are too long, {seq_len} tokens or more, so that no response fits; "
-            "use a larger --seq-len"
+            f"{dropped if pairs else 'all'} {'of ' if pairs else ''}{len(records)} prompts are too long, "
+            f"{seq_len} tokens or more, so that no response fits; use a larger --seq-len"
         )
-    return examples
+    if dropped or cut:
+        warnings.warn(
+            f"of {len(records)} instructions {dropped} are left out, whose prompts have {seq_len} tokens or "
+            f"more, and {cut} lose the end of their response; a larger --seq-len keeps them",
+            stacklevel=2,
+        )
+    return pairs
 
 
-def _inshuffled(labels: set[str]) -> list[str]:
+def instruction_examples(
+    records: Sequence[dict[str, str]], encoding: Encoding, seq_len: int
+) -> list[Example]:
+    """Prompt, output and <|endoftext|>, the targets one ahead; loss on the output and the end alone.
+
+    Longer ones are cut to seq_len, without the end, which is not there; those whose prompt leaves no room are
+    left out; a warning says how many. Special tokens in a record are plain text. Raises UsageError where
+    more than half are left out.
+    """
+    return [example for _, example in instruction_pairs(records, encoding, seq_len)]
+
+
+def _in_order(labels: set[str]) -> list[str]:
     try:
         return sorted(sorted(labels), key=float)
     except ValueError:
         return sorted(labels)
 
 
+def _look(label: str) -> str | float:
+    """The same for labels that a reader would take for the same: 1 and 1.0, true and 1, Spam and spam."""
+    text = unicodedata.normalize("NFKC", label).casefold()
+    try:
+        return float({"true": "1", "false": "0"}.get(text, text))
+    except ValueError:
+        return text
+
+
+def _labels_of(records: Sequence[dict[str, str]]) -> list[str]:
+    """Each record's label without spaces around it. Raises UsageError for none, and two that look alike."""
+    labels, first = [], dict[str | float, tuple[str, str]]()
+    for number, record in enumerate(records, 1):
+        where, label = getattr(record, "where", "") or f"entry {number}", record["label"].strip()
+        if label.casefold() in MISSING:
+            raise UsageError(f"{where}: the label is {record['label']!r}; give it one, or take the row away")
+        known, place = first.setdefault(_look(label), (label, where))
+        if known != label:
+            raise UsageError(
+                f"{where}: the label {label!r} looks like {known!r} at {place}; write both alike"
+            )
+        labels.append(label)
+    return labels
+
+
 def classifier_examples(
-    records: Sequence[Record], encoding: Encoding, seq_len: int, labels: Sequence[str] | None = None
+    records: Sequence[dict[str, str]],
+    encoding: Encoding,
+    seq_len: int,
+    labels: Sequence[str] | None = None,
 ) -> tuple[list[Example], list[str]]:
     """(the first seq_len tokens of each text, its class the target of the last; the classes' labels).
 
     Without `labels` they are those found, sorted, by value where all are numbers. An empty text is
-    <|endoftext|>. Raises UsageError for a label that is not among `labels`, and fewer than two classes.
+    <|endoftext|>; a warning says how many are cut. Raises UsageError for a label that is not among `labels`,
+    is empty or looks like another, and fewer than two classes.
     """
-    names = _inshuffled({record["label"] for record in records}) if labels is None else list(labels)
+    found = _labels_of(records)
+    names = _in_order(set(found)) if labels is None else list(labels)
     if len(names) < 2:
         raise UsageError(f"a classifier needs at least two labels, found {', '.join(names) or 'none'}")
-    classes, examples = {name: i for i, name in enumerate(names)}, []
-    for number, record in enumerate(records, 1):
-        if record["label"] not in classes:
-            raise UsageError(f"entry {number}: the label {record['label']!r} is not of {', '.join(names)}")
-        ids = encoding.encode_ordinary(record["text"])[:seq_len] or [end_of_text(encoding)]
-        examples.append(Example(ids, [IGNORED] * (len(ids) - 1) + [classes[record["label"]]]))
+    classes, examples, cut = {name: i for i, name in enumerate(names)}, [], 0
+    for number, (record, label) in enumerate(zip(records, found, strict=True), 1):
+        if label not in classes:
+            raise UsageError(f"entry {number}: the label {label!r} is not of {', '.join(names)}")
+        text = encoding.encode_ordinary(record["text"])
+        ids, cut = text[:seq_len] or [end_of_text(encoding)], cut + (len(text) > seq_len)
+        examples.append(Example(ids, [IGNORED] * (len(ids) - 1) + [classes[label]]))
+    if cut:
+        warnings.warn(f"{cut} of {len(records)} texts are cut to {seq_len} tokens (--seq-len)", stacklevel=2)
     return examples, names
 
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gpt2lite.finetuning.recipe import Recipe
-from gpt2lite.finetuning.training import choose_trained, loss_sum, recomputed
+from gpt2lite.finetuning.training import choose_trained, loss_sum, master_dtype, recomputed
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +101,7 @@ def forecast_training(
 ) -> TrainingForecast:
     """What `finetune` will have on the device at its most, for the model that `build()` makes.
 
+    A model of 16 bits trains in fp32, and costs what one of fp32 does.
     Runs a step of the real code with torch's fake tensors, which have no memory; the device need not be
     there. Without what kernels use for themselves, and mapped pages of token files; seen to be within 10 %
     of the process's peak. Takes seconds for the largest models. Raises as `finetune`.
@@ -111,7 +112,7 @@ def forecast_training(
     with FakeTensorMode(), torch.device(device):
         model = build()
         for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.to(master_dtype(dtype))
         choose_trained(model, recipe)
         model.train()
         seq_len = recipe.seq_len or model.config.context_length
@@ -146,7 +147,7 @@ LEVERS: tuple[tuple[dict[str, Any], str], ...] = (
     ({"step_in_backward": True, "clip": 0.0, "accumulate": 1}, "no clipping, no accumulation"),
     ({"recompute": True}, "up to a third more time"),
     ({"batch_size": 1}, "noisier steps"),
-    ({"lora_rank": 8, "last_blocks": None}, "adapters alone are trained"),
+    ({"lora_rank": 8}, "adapters alone are trained"),
 )
 
 
@@ -162,7 +163,9 @@ def find_levers(
     They are added from the cheapest on until it fits, then those not needed are left out, the dearest
     first. All of them where nothing fits.
     """
-    left = [each for each in LEVERS if _with(recipe, [each[0]]) != recipe]
+    chosen_already = recipe.lora_rank or recipe.last_blocks  # what is trained was asked for
+    levers = [each for each in LEVERS if not (chosen_already and "lora_rank" in each[0])]
+    left = [each for each in levers if _with(recipe, [each[0]]) != recipe]
     chosen: list[tuple[dict[str, Any], str]] = []
     while (found := foretell(_with(recipe, (lever for lever, _ in chosen)))).peak > limit and left:
         chosen.append(left.pop(0))

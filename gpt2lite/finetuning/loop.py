@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,59 +17,25 @@ import psutil
 import torch
 from torch import nn
 
-from gpt2lite.checkpoint.writing import replacing
 from gpt2lite.errors import CheckpointError, UsageError
-from gpt2lite.finetuning.data import Batch, Batches
-from gpt2lite.finetuning.lora import lora_layers, merge_lora, save_lora
+from gpt2lite.finetuning.data import IGNORED, Batch, check_batch
+from gpt2lite.finetuning.lora import merge_lora, save_lora
 from gpt2lite.finetuning.recipe import Recipe
-from gpt2lite.finetuning.training import Trainer, choose_trained, loss_sum, placed, rows_of
+from gpt2lite.finetuning.states import (
+    Log,
+    Metrics,
+    Rhythm,
+    Run,
+    Task,
+    identity_of,
+    newest_state,
+    restore,
+    save_state,
+    state_files,
+)
+from gpt2lite.finetuning.training import Trainer, choose_trained, loss_sum, placed, prepared, rows_of
 
-METRICS, FINAL = "metrics.jsonl", "model.pth"
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is learned: batch number n for training, batches to validate with, and how to see it.
-
-    `sample` writes a text with the model as it is; `labels` names a classifier's classes.
-    """
-
-    train: Batches
-    validation: Sequence[Batch]
-    labels: tuple[str, ...] = ()
-    sample: Callable[[Any], str] | None = None
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """One step: loss in nats a target, norm of the gradient (0 where it is not known), bytes in use.
-
-    memory: of the process on the CPU, on CUDA the most that torch has allocated there.
-    """
-
-    step: int
-    loss: float
-    learning_rate: float
-    gradient_norm: float
-    tokens_per_second: float
-    memory: int
-    validation_loss: float | None = None
-    accuracy: float | None = None
-    sample: str | None = None
-
-
-@dataclass(frozen=True)
-class Rhythm:
-    """Every how many steps to validate and to save, and how many saved states to keep."""
-
-    validate_every: int = 50
-    save_every: int = 100
-    keep: int = 2
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if type(value) is not int or value < 1:
-                raise UsageError(f"{name} must be an int of at least 1, got {value!r}")
+METRICS, FINAL, LABELS = "metrics.jsonl", "model.pth", "labels.json"
 
 
 def as_classifier(model: Any, n_classes: int, seed: int = 0) -> None:
@@ -85,11 +51,47 @@ def as_classifier(model: Any, n_classes: int, seed: int = 0) -> None:
 
 
 @torch.no_grad()
+def relabel(model: Any, known: Sequence[str], labels: Sequence[str], seed: int = 0) -> list[str]:
+    """Give a classifier of the classes `known` a new head for `labels`; returns the labels it knew already.
+
+    Their rows are the old head's, the others are drawn as `as_classifier` draws them.
+    """
+    old, kept = model.out_head, [label for label in labels if label in known]
+    as_classifier(model, len(labels), seed)
+    for label in kept:
+        new_row, row = labels.index(label), known.index(label)
+        model.out_head.weight[new_row] = old.weight[row]
+        model.out_head.bias[new_row] = 0.0 if old.bias is None else old.bias[row]
+    return kept
+
+
+def read_labels(checkpoint: Path) -> tuple[str, ...]:
+    """What the classes of a finetuned classifier are called, from labels.json or the states beside it.
+
+    () where nothing says it. Raises CheckpointError where labels.json is damaged or is another run's.
+    """
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    path, state = folder / LABELS, newest_state(folder)
+    known = state[1]["made_from"]["labels"] if state else []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else known
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from None
+    if not isinstance(found, list) or not all(isinstance(label, str) for label in found):
+        raise CheckpointError(f"{path}: wanted a JSON list of the classes' labels, in the order of the head")
+    if state and found != known:
+        raise CheckpointError(
+            f"{path}: says {', '.join(found)}, {state[0].name} says {', '.join(known)}. Is it another run's?"
+        )
+    return tuple(found)
+
+
+@torch.no_grad()
 def validate(model: Any, batches: Sequence[Batch], recipe: Recipe) -> tuple[float, float | None]:
     """(loss in nats a target, share of right classes or None) over all batches."""
     total, right, count = 0.0, 0, 0
     for batch in batches:
-        ids, places, targets = placed(batch, model.pos_emb.weight.device)
+        ids, places, targets = placed(batch, model)
         total += float(loss_sum(model, ids, places, targets, recipe))
         count += len(targets)
         if model.config.n_classes:
@@ -97,78 +99,22 @@ def validate(model: Any, batches: Sequence[Batch], recipe: Recipe) -> tuple[floa
     return total / count, right / count if model.config.n_classes else None
 
 
-# ---- what is kept ------------------------------------------------------------------------------------------
-
-
-def _state_files(out: Path) -> list[Path]:
-    return sorted(out.glob("step-*.pth"))
-
-
-def _save_state(trainer: Trainer, out: Path, step: int, keep: int) -> None:
-    """Everything that the next step depends on, whole or not at all; the oldest are taken away."""
-    path = out / f"step-{step:06}.pth"
-    content = {
-        "model": {name: p.detach() for name, p in trainer.trained.items()},
-        "optimizer": trainer.state(),
-        "step": step,
-        "config": trainer.model.config.as_dict(),
-        "recipe": asdict(trainer.recipe),
-    }
-    with replacing(path) as temporary:
-        torch.save(content, temporary)
-    for old in _state_files(out)[:-keep]:
-        old.unlink()
-
-
-def _restore(trainer: Trainer, out: Path) -> int:
-    """Go on from the latest state; returns the number of the next step, 0 where there is none yet."""
-    files = _state_files(out)
-    if not files:
-        return 0
-    saved: Any = torch.load(files[-1], map_location="cpu", weights_only=True)
-    recipe = asdict(trainer.recipe)
-    changed = [
-        f"{key}={saved['recipe'].get(key)!r}" for key in recipe if saved["recipe"].get(key) != recipe[key]
-    ]
-    if changed:
-        raise UsageError(f"{files[-1]}: was made with {', '.join(changed)}; resume with the same")
-    if saved["model"].keys() != trainer.trained.keys():
-        raise CheckpointError(f"{files[-1]}: holds other weights than this model trains; give the same model")
-    with torch.no_grad():
-        for name, parameter in trainer.trained.items():
-            parameter.copy_(saved["model"][name])
-    trainer.restore(saved["optimizer"])
-    return int(saved["step"])
-
-
-def _open_folder(out: Path, resume: bool) -> None:
+def _require_folder(out: Path, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; name a folder")
-    if out.is_dir() and any(out.iterdir()) and not resume:
+    if resume and not (out / METRICS).is_file() and not state_files(out):
+        raise UsageError(
+            f"{out}: no run to resume there. Check its name, or start one without resume (--resume)"
+        )
+    if not resume and out.is_dir() and any(out.iterdir()):
         raise UsageError(f"{out}: is not empty; name another folder, or go on there with resume (--resume)")
-    out.mkdir(parents=True, exist_ok=True)
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """What was written to a run's folder, a dict a step."""
+    """What was written to a run's folder, a dict a step; a last line that is being written is left out."""
     path = out / METRICS
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
-def _cut_metrics(out: Path, step: int) -> None:
-    """Forget the steps that will be made again."""
-    kept = [json.dumps(each) + "\n" for each in read_metrics(out) if each["step"] < step]
-    with replacing(out / METRICS) as temporary:
-        temporary.write_text("".join(kept))
-
-
-def _save_final(model: Any, out: Path) -> Path:
-    """The model as `from_checkpoint` opens it; adapters alone beside it, then merged into it."""
-    if any(True for _ in lora_layers(model)):
-        save_lora(model, out / "adapters.pth")
-        merge_lora(model)
-    path: Path = model.save_checkpoint(out / FINAL)
-    return path
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+    return [json.loads(line) for line in lines]
 
 
 # ---- the loop ----------------------------------------------------------------------------------------------
@@ -207,6 +153,10 @@ def _require_task(model: Any, task: Task, recipe: Recipe) -> None:
         raise UsageError(
             f"seq_len={recipe.seq_len} is more than the context of {model.config.context_length}"
         )
+    for batch in (task.train(0), *task.validation):
+        check_batch(batch, model.config)
+    if task.validation and all(bool((batch.targets == IGNORED).all()) for batch in task.validation):
+        raise UsageError(f"every target of the validation is {IGNORED}, so none counts")
 
 
 def finetune(
@@ -221,58 +171,82 @@ def finetune(
 ) -> Path:
     """Train a loaded model, and return where it is now: `out`/model.pth, which `from_checkpoint` opens.
 
-    The model is changed in place, adapters merged at the end. `out` also gets metrics.jsonl (a line a step),
-    adapters.pth (LoRA alone, with its alpha), and step-….pth, of which `resume` takes the latest: a run that
-    was cut at any step and resumed, with the same model, task and recipe, ends with the same bits on the
-    CPU. Ctrl-C finishes the step, saves, and raises KeyboardInterrupt. `report` is called after each step.
+    The model is changed in place, adapters merged at the end. It trains in fp32 where it is of 16 bits, and
+    is saved in the dtype that it came in (`prepared`); what was frozen stays so. `out` also gets
+    metrics.jsonl (a line a step), adapters.pth (what LoRA trained, with its alpha), a classifier's
+    labels.json, and step-….pth, of which `resume` takes the newest whole one: a run that was cut at any step
+    and resumed, with the same model, task and recipe, ends with the same bits on the CPU. Resuming with
+    another model, other data or another recipe is refused; `steps` may grow and the learning rate may be
+    another, with a warning. Ctrl-C finishes the step, saves, and raises KeyboardInterrupt. `report` is called
+    after each step; an error of `task.sample` is raised after the step is saved.
 
     Costs what `gpt2lite.forecast_training` says. Raises UsageError for what cannot work before anything is
-    written, TrainingDivergedError where a loss is not a number; the last saved state stays.
+    written, CheckpointError where what was saved is damaged, TrainingDivergedError where a loss is not a
+    number; the last saved state stays.
     """
     out, recipe, rhythm = Path(out), recipe or Recipe(), rhythm or Rhythm()
     _require_task(model, task, recipe)
-    if not resume or not _state_files(out):
-        _open_folder(out, resume)
-    choose_trained(model, recipe)
-    trainer = Trainer(model, recipe)
-    try:
-        start = _restore(trainer, out)
-        _cut_metrics(out, start)
-        with _interruptible() as asked, (out / METRICS).open("a") as file:
-            for number in range(start, recipe.steps):
-                metrics = _one(trainer, task, number, rhythm)
-                file.write(json.dumps({k: v for k, v in asdict(metrics).items() if v is not None}) + "\n")
-                file.flush()
-                if report:
-                    report(metrics)
-                is_last = number + 1 == recipe.steps
-                if asked.is_set() or is_last or (number + 1) % rhythm.save_every == 0:
-                    _save_state(trainer, out, number + 1, rhythm.keep)
-                if asked.is_set() and not is_last:
-                    raise KeyboardInterrupt
-    finally:
-        trainer.close()
-    return _save_final(model, out)
+    _require_folder(out, resume)
+    identity = identity_of(model, task, recipe)
+    with prepared(model):
+        choose_trained(model, recipe)
+        trainer = Trainer(model, recipe)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            _go_on(Run(trainer, task, out, rhythm, identity), report)
+        finally:
+            trainer.close()
+        if recipe.lora_rank:
+            save_lora(trainer.trained, recipe.lora_alpha, out / "adapters.pth")
+            merge_lora(model)
+    path: Path = model.save_checkpoint(out / FINAL)
+    if task.labels:
+        (out / LABELS).write_text(json.dumps(task.labels) + "\n", encoding="utf-8")
+    return path
 
 
-def _one(trainer: Trainer, task: Task, number: int, rhythm: Rhythm) -> Metrics:
-    """One step, and what is to be seen after it."""
-    recipe, model = trainer.recipe, trainer.model
-    began = time.perf_counter()
-    batches = [task.train(number * recipe.accumulate + part) for part in range(recipe.accumulate)]
-    loss, norm = trainer.step(number, batches)
-    seconds = time.perf_counter() - began
-    tokens = sum(batch.ids.numel() for batch in batches)
-    seen: dict[str, Any] = {}
-    if task.validation and ((number + 1) % rhythm.validate_every == 0 or number + 1 == recipe.steps):
-        seen["validation_loss"], seen["accuracy"] = validate(model, task.validation, recipe)
-        seen["sample"] = task.sample(model) if task.sample else None
+def _go_on(run: Run, report: Callable[[Metrics], None] | None) -> None:
+    """All steps from the newest state on."""
+    steps, every = run.trainer.recipe.steps, run.rhythm.save_every
+    start, known = restore(run)
+    (run.out / METRICS).touch()
+    with _interruptible() as asked, (run.out / METRICS).open("r+b") as file:
+        log = Log(file, known)
+        for number in range(start, steps):
+            metrics, is_whole, is_last = _one(run, number), False, number + 1 == steps
+            try:
+                metrics, is_whole = replace(metrics, **_seen(run, number)), True
+            finally:  # nothing that only looks at the model may cost its steps
+                log.write(metrics)
+                if not is_whole or asked.is_set() or is_last or (number + 1) % every == 0:
+                    save_state(run, log, number + 1)
+            if report:
+                report(metrics)
+            if asked.is_set() and not is_last:
+                raise KeyboardInterrupt
+
+
+def _one(run: Run, number: int) -> Metrics:
+    """One step."""
+    recipe, began = run.trainer.recipe, time.perf_counter()
+    batches = [run.task.train(number * recipe.accumulate + part) for part in range(recipe.accumulate)]
+    loss, norm = run.trainer.step(number, batches)
     return Metrics(
         step=number,
         loss=loss,
         learning_rate=recipe.learning_rate_at(number),
         gradient_norm=norm,
-        tokens_per_second=tokens / seconds,
-        memory=_memory(trainer.device),
-        **seen,
+        tokens_per_second=sum(batch.ids.numel() for batch in batches) / (time.perf_counter() - began),
+        memory=_memory(run.trainer.device),
     )
+
+
+def _seen(run: Run, number: int) -> dict[str, Any]:
+    """What is to be seen after a step."""
+    task, model, recipe = run.task, run.trainer.model, run.trainer.recipe
+    is_due = (number + 1) % run.rhythm.validate_every == 0 or number + 1 == recipe.steps
+    if not task.validation or not is_due:
+        return {}
+    loss, accuracy = validate(model, task.validation, recipe)
+    sample = task.sample(model) if task.sample else None
+    return {"validation_loss": loss, "accuracy": accuracy, "sample": sample}

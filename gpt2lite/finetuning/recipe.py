@@ -55,6 +55,9 @@ class Recipe:
         for name, least in (("steps", 1), ("batch_size", 1), ("accumulate", 1), ("warmup_steps", 0)):
             _require_int(name, getattr(self, name), least)
         _require_int("lora_rank", self.lora_rank, 0)
+        _require_int("seed", self.seed, 0)
+        if self.seed >= 2**32:
+            raise UsageError(f"seed must be below 2**32, got {self.seed}")
         for name in ("seq_len", "last_blocks"):
             if getattr(self, name) is not None:
                 _require_int(name, getattr(self, name), 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,12 @@ from gpt2lite.config import GPTConfig
 from gpt2lite.encoding import Encoding, end_of_text
 from gpt2lite.errors import UsageError
 from gpt2lite.finetuning.data import (
+    Example,
+    digest_of,
     example_batches,
     example_windows,
     open_tokens,
+    tensor_parts,
     text_batches,
     text_windows,
     tokenize_file,
@@ -21,12 +26,12 @@ from gpt2lite.finetuning.data import (
 from gpt2lite.finetuning.examples import (
     classifier_examples,
     format_prompt,
-    instruction_examples,
+    instruction_pairs,
     read_records,
     split,
 )
-from gpt2lite.finetuning.loop import Task
 from gpt2lite.finetuning.recipe import Recipe
+from gpt2lite.finetuning.states import Task
 
 HELD_OUT = 0.1  # of the data, for validation
 MOST_WINDOWS = 64
@@ -59,8 +64,9 @@ def text_task(tokens: Tensor, encoding: Encoding, config: GPTConfig, recipe: Rec
     training = tokens[: max(len(tokens) - held, 0)]
     first = int(tokens[0]) if encoding.eot_token is None else encoding.eot_token
     return Task(
-        text_batches(training, seq_len, recipe.batch_size, recipe.seed),
-        text_windows(tokens[len(training) :], seq_len, recipe.batch_size, MOST_WINDOWS),
+        digest=digest_of(tensor_parts(tokens)),
+        train=text_batches(training, seq_len, recipe.batch_size, recipe.seed),
+        validation=text_windows(tokens[len(training) :], seq_len, recipe.batch_size, MOST_WINDOWS),
         sample=lambda model: _written(model, [first], encoding, temperature=0.8, seed=0),
     )
 
@@ -71,19 +77,20 @@ def instruction_task(path: Path, encoding: Encoding, config: GPTConfig, recipe: 
     The loss is of the response alone. A tenth is for validation. Raises UsageError for bad records.
     """
     seq_len = _seq_len(config, recipe)
-    training, held = split(read_records(path, ("instruction", "output")), HELD_OUT, recipe.seed)
-    prompt = encoding.encode_ordinary(format_prompt(held[0]))
+    records = read_records(path, ("instruction", "output"))
+    training, held = split(instruction_pairs(records, encoding, seq_len), HELD_OUT, recipe.seed)
+    shown = held[0][0]
+    prompt = encoding.encode_ordinary(format_prompt(shown))
+    task = _example_task([e for _, e in training], [e for _, e in held], recipe, encoding)
+    return replace(task, sample=lambda model: f"{shown['instruction']} → {_written(model, prompt, encoding)}")
+
+
+def _example_task(training: list[Example], held: list[Example], recipe: Recipe, encoding: Encoding) -> Task:
+    pad = end_of_text(encoding)
     return Task(
-        example_batches(
-            instruction_examples(training, encoding, seq_len),
-            recipe.batch_size,
-            recipe.seed,
-            end_of_text(encoding),
-        ),
-        example_windows(
-            instruction_examples(held, encoding, seq_len), recipe.batch_size, end_of_text(encoding)
-        ),
-        sample=lambda model: f"{held[0]['instruction']} → {_written(model, prompt, encoding)}",
+        example_batches(training, recipe.batch_size, recipe.seed, pad),
+        example_windows(held, recipe.batch_size, pad),
+        digest=digest_of(repr(example).encode() for example in (*training, *held)),
     )
 
 
@@ -95,16 +102,16 @@ def classifier_task(path: Path, encoding: Encoding, config: GPTConfig, recipe: R
     seq_len = _seq_len(config, recipe)
     examples, labels = classifier_examples(read_records(path, ("text", "label")), encoding, seq_len)
     training, held = split(examples, HELD_OUT, recipe.seed)
-    return Task(
-        example_batches(training, recipe.batch_size, recipe.seed, end_of_text(encoding)),
-        example_windows(held, recipe.batch_size, end_of_text(encoding)),
-        labels=tuple(labels),
-    )
+    for part, what in ((training, "to learn from"), (held, "to validate with, so accuracy does not tell")):
+        seen = {example.targets[-1] for example in part}
+        if lacking := [label for number, label in enumerate(labels) if number not in seen]:
+            warnings.warn(f"{path}: no rows of {', '.join(lacking)} {what}; give more rows", stacklevel=2)
+    return replace(_example_task(training, held, recipe, encoding), labels=tuple(labels))
 
 
 def open_text(path: Path, tokens: Path, encoding: Encoding, vocab_size: int) -> Tensor:
-    """The ids of a token file (.bin), mapped, or of a text, tokenised to `tokens` and mapped there."""
-    if path.suffix == ".bin":
+    """The ids of a token file (.bin, .npy), mapped, or of a text, tokenised to `tokens` and mapped there."""
+    if path.suffix in (".bin", ".npy"):
         return open_tokens(path, vocab_size)
     tokenize_file(path, tokens, encoding)
     return open_tokens(tokens, vocab_size)

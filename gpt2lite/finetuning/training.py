@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gpt2lite.errors import TrainingDivergedError, UsageError
-from gpt2lite.finetuning.data import IGNORED, Batch
-from gpt2lite.finetuning.lora import add_lora
+from gpt2lite.finetuning.data import IGNORED, Batch, check_batch
+from gpt2lite.finetuning.lora import add_lora, drop_lora, lora_layers
 from gpt2lite.finetuning.losses import cross_entropy
 from gpt2lite.finetuning.recipe import Recipe
 
@@ -42,35 +42,82 @@ def map_from(nbytes: int) -> None:
 
 
 def choose_trained(model: Any, recipe: Recipe) -> None:
-    """Say by `requires_grad` what is trained, and add the adapters that the recipe asks for."""
-    classifies = bool(model.config.n_classes)
+    """Say by `requires_grad` what is trained, and add the adapters that the recipe asks for.
+
+    What the caller froze stays frozen. Raises UsageError where nothing is left to train, or where the model
+    has adapters that the recipe does not describe.
+    """
+    learning = [p for p in model.parameters() if p.requires_grad]
+    wanted = list(model.out_head.parameters()) if model.config.n_classes else []
     if recipe.lora_rank:
         with torch.random.fork_rng([]):
             torch.manual_seed(recipe.seed)
-            add_lora(model, recipe.lora_rank, recipe.lora_alpha, recipe.lora_targets)
+            wanted += add_lora(model, recipe.lora_rank, recipe.lora_alpha, recipe.lora_targets)
+    elif any(True for _ in lora_layers(model)):
+        raise UsageError(
+            "the model has LoRA adapters; give their lora_rank, lora_alpha and lora_targets to train them "
+            "further, or merge them first (gpt2lite.merge_lora)"
+        )
     elif recipe.last_blocks:
         if recipe.last_blocks > len(model.trf_blocks):
             raise UsageError(f"last_blocks={recipe.last_blocks}: the model has {len(model.trf_blocks)}")
-        model.requires_grad_(False)
-        model.trf_blocks[-recipe.last_blocks :].requires_grad_(True)
-        model.final_norm.requires_grad_(True)
+        for part in (*model.trf_blocks[-recipe.last_blocks :], model.final_norm):
+            wanted += part.parameters()
     else:
-        model.requires_grad_(True)
-    if classifies:
-        model.out_head.requires_grad_(True)
+        wanted = learning
+    adapters = {p for _, layer in lora_layers(model) for p in layer.lora.parameters()}
+    trained = set(wanted) & (set(learning) | adapters)
+    if not trained:
+        raise UsageError("nothing to train: every weight that the recipe trains has requires_grad=False")
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter in trained)
+
+
+@contextmanager
+def prepared(model: Any) -> Iterator[None]:
+    """A model for the time of a run; afterwards, also after an error, it is as it was, but for its values.
+
+    Inside, parameters of 16 bits are fp32, at 4 bytes each instead of 2: in fp16 Adam's second moments
+    underflow, in bf16 small steps round away. It begins and ends without gradients; dtypes, `requires_grad`
+    and every module's mode are put back, adapters that were not merged are taken away.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    found = [(p, p.dtype, p.requires_grad) for p in model.parameters()]
+    own = {path for path, _ in lora_layers(model)}
+    try:
+        for parameter, dtype, _ in found:
+            parameter.grad = None
+            parameter.data = parameter.data.to(master_dtype(dtype))
+        yield
+    finally:
+        drop_lora(model, own)
+        for parameter, dtype, learns in found:
+            parameter.grad = None
+            parameter.data = parameter.data.to(dtype)
+            parameter.requires_grad_(learns)
+        for module, mode in modes:
+            module.training = mode
+
+
+def master_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What weights of a dtype are trained in."""
+    return dtype if dtype.itemsize >= 4 else torch.float32
 
 
 @contextmanager
 def recomputed(blocks: Sequence[nn.Module], dropout: bool) -> Iterator[None]:
     """Blocks keep their input alone and run again in backward."""
+    own = [vars(block).get("forward") for block in blocks]  # what a caller put there
     for block in blocks:
         again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=dropout)
         block.forward = again
     try:
         yield
     finally:
-        for block in blocks:
+        for block, forward in zip(blocks, own, strict=True):
             del block.forward
+            if forward is not None:
+                block.forward = forward
 
 
 def precision_of(device: torch.device) -> torch.dtype:
@@ -94,12 +141,18 @@ def loss_sum(model: Any, ids: Tensor, places: Tensor | None, targets: Tensor, re
         )
 
 
-def placed(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(ids, places, targets (N,)) on the device; no places where every token has a target."""
+def placed(batch: Batch, model: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(ids, places, targets (N,)) on the model's device; no places where every token has a target.
+
+    Raises UsageError for a batch that the model cannot learn from (`check_batch`).
+    """
+    check_batch(batch, model.config)
+    device = model.pos_emb.weight.device
+    ids = batch.ids.clone() if batch.ids.is_inference() else batch.ids  # backward cannot keep those
     flat = batch.targets.flatten()
     kept = flat != IGNORED
     places = None if bool(kept.all()) else kept.nonzero()[:, 0].to(device, non_blocking=True)
-    return batch.ids.to(device, non_blocking=True), places, flat[kept].to(device, non_blocking=True)
+    return ids.to(device, non_blocking=True), places, flat[kept].to(device, non_blocking=True)
 
 
 class Trainer:
@@ -152,12 +205,14 @@ class Trainer:
         unique = set(self.optimizers.values())
         for optimizer in unique:
             for group in optimizer.param_groups:
-                group["lr"] = self.recipe.learning_rate_at(number)
-        there = [placed(batch, self.device) for batch in batches]
+                _set_rate(group, self.recipe.learning_rate_at(number))
+        there = [placed(batch, self.model) for batch in batches]
         count = sum(len(targets) for _, _, targets in there)
+        if not count:
+            raise UsageError(f"step {number}: every target of its batches is {IGNORED}, so none counts")
         total, dropout = 0.0, bool(self.model.config.drop_rate)
-        self.model.train()
         blocks = self.model.trf_blocks if self.recipe.recompute else ()
+        self.model.train()
         with recomputed(blocks, dropout), _seeded(self.recipe.seed, number, self.device, dropout):
             for ids, places, targets in there:
                 loss = self.loss_sum(self.model, ids, places, targets, self.recipe) / count
@@ -187,7 +242,7 @@ class Trainer:
     def restore(self, state: dict[str, dict[str, Tensor]]) -> None:
         """What `state` returned, onto the parameters' devices."""
         for name, parameter in self.trained.items():
-            moments = {key: value.to(parameter.device) for key, value in state[name].items()}
+            moments = {key: value.to(parameter.device, copy=True) for key, value in state[name].items()}
             self.optimizers[parameter].state[parameter] = moments
 
     def close(self) -> None:
@@ -196,6 +251,14 @@ class Trainer:
             map_from(GLIBCS_MOST)
         for handle in self.handles:
             handle.remove()
+
+
+def _set_rate(group: dict[str, Any], rate: float) -> None:
+    """torchao's rate is a tensor, which its compiled step reads in place."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 def _require_finite(step: int, value: float, recipe: Recipe) -> None:
