@@ -568,3 +568,11 @@ def test_weights_that_cannot_be_read_say_why(model: GPTModel, tmp_path: Path):
     state["out_head.weight"] = state["out_head.weight"].to_sparse()
     with pytest.raises(CheckpointError, match=r"(?s)out_head.weight.*sparse"):
         GPTModel.from_checkpoint(save_pth(state, tmp_path), config=HEADS)
+
+
+def test_a_variant_of_a_folders_weights_is_read_by_the_folders_config(tmp_path: Path):
+    theirs = hub_model(activation_function="gelu")
+    saved(theirs, tmp_path)
+    theirs.save_pretrained(tmp_path, variant="fp16")
+    loaded = GPTModel.from_checkpoint(tmp_path / "model.fp16.safetensors")
+    assert (loaded.config.n_heads, loaded.config.activation) == (4, "gelu")
