@@ -576,3 +576,9 @@ def test_a_variant_of_a_folders_weights_is_read_by_the_folders_config(tmp_path: 
     theirs.save_pretrained(tmp_path, variant="fp16")
     loaded = GPTModel.from_checkpoint(tmp_path / "model.fp16.safetensors")
     assert (loaded.config.n_heads, loaded.config.activation) == (4, "gelu")
+
+
+def test_a_classifier_with_as_many_classes_as_tokens_is_a_classifier(tmp_path: Path):
+    config = transformers.GPT2Config(**SIZES, num_labels=101, pad_token_id=0)
+    saved(randomise(transformers.GPT2ForSequenceClassification(config)), tmp_path)
+    assert GPTModel.from_checkpoint(tmp_path).config.n_classes == 101

@@ -18,7 +18,7 @@ from gpt2lite.checkpoint import FOLDER_FILES, side_file
 from gpt2lite.checkpoint.manifest import BOUND_CONFIG
 from gpt2lite.config import OFFICIAL_HEADS, GPTConfig
 from gpt2lite.dialects.config_words import COMPUTED, in_our_words, refusals, unknown
-from gpt2lite.dialects.reading import Reading, block_of
+from gpt2lite.dialects.reading import CLASSIFIERS, Reading, block_of
 from gpt2lite.errors import CheckpointError, UsageError, listed
 
 # Where known programs keep the model's config, beside the dict of its weights; the first that is there
@@ -252,6 +252,7 @@ def _said_by_shapes(reading: Reading) -> dict[str, Any]:
             f"{reading.manifest.path}: {token.name} {token.shape} and {position.name} {position.shape} "
             "must be (vocab_size, emb_dim) and (context_length, emb_dim)"
         )
+    is_classifier = head.name.removesuffix(".weight").endswith(CLASSIFIERS)
     changed_alone = {"tok_emb.weight", "out_head.weight"} & {adapter.weight for adapter in reading.adapters}
     return {
         "vocab_size": token.shape[0],
@@ -261,7 +262,7 @@ def _said_by_shapes(reading: Reading) -> dict[str, Any]:
         "qkv_bias": any(name.endswith(".W_query.bias") for name in placements),
         "bias": "final_norm.shift" in placements,
         "tied_head": token.address == head.address and not changed_alone,
-        "n_classes": head.shape[0] if head.shape[:1] != token.shape[:1] else 0,
+        "n_classes": head.shape[0] if is_classifier or head.shape[:1] != token.shape[:1] else 0,
         "head_bias": "out_head.bias" in placements,
     }
 
