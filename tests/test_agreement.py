@@ -582,3 +582,23 @@ def test_a_classifier_with_as_many_classes_as_tokens_is_a_classifier(tmp_path: P
     config = transformers.GPT2Config(**SIZES, num_labels=101, pad_token_id=0)
     saved(randomise(transformers.GPT2ForSequenceClassification(config)), tmp_path)
     assert GPTModel.from_checkpoint(tmp_path).config.n_classes == 101
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"model_config": {"n_head": 6}},
+        {"config": {"model": {"n_head": 6}}},
+        {"cfg": transformers.GPT2Config(n_head=6)},
+        {"args": {"activation_function": "relu"}},
+    ],
+)
+def test_what_is_taken_for_granted_is_not_where_the_file_says_otherwise(beside: Any, tmp_path: Path):
+    sizes = {"vocab_size": 11, "n_positions": 4, "n_layer": 12, "n_embd": 768}
+    with torch.device("meta"):
+        weights = transformers.GPT2LMHeadModel(transformers.GPT2Config(**SIZES | sizes)).state_dict()
+    one = torch.zeros(1)
+    path = save_pth({"model": {k: one.expand(v.shape) for k, v in weights.items()}} | beside, tmp_path)
+    with pytest.raises(CheckpointError, match=r"(n_head says 6|activation_function says 'relu'), taken for"):
+        open_model(path)
+    assert open_model(path, config={"n_heads": 6, "activation": "gelu"}).config.n_heads == 6

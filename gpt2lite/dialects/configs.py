@@ -8,7 +8,7 @@ writing program puts beside its weights, `<stem>.json`, the folder's config.json
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import NoneType
@@ -312,7 +312,19 @@ def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
             )
     if _heads_by_size(shapes) is not None:
         defaults["n_heads"] = _heads_by_size(shapes)
+    _require_unsaid(reading, {} if sources else defaults.keys() - said.keys(), defaults)
     return Found(defaults | agreed | shapes | said, tuple(_notes(reading, sources)), bool(said))
+
+
+def _require_unsaid(reading: Reading, names: Iterable[str], defaults: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where a place of a file that is not known to be its config says otherwise."""
+    for place, value in reading.manifest.values.items():
+        for name, said in in_our_words({place.rpartition(".")[2]: value}).items():
+            if name in names and type(said) is type(defaults[name]) and said != defaults[name]:
+                raise CheckpointError(
+                    f"{reading.manifest.path}: {place} says {said!r}, taken for granted was {name}="
+                    f"{defaults[name]!r}. Pass the one that counts: config={{{name!r}: …}}"
+                )
 
 
 def _heads_by_size(shapes: Mapping[str, Any]) -> int | None:
