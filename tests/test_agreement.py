@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -602,3 +603,41 @@ def test_what_is_taken_for_granted_is_not_where_the_file_says_otherwise(beside: 
     with pytest.raises(CheckpointError, match=r"(n_head says 6|activation_function says 'relu'), taken for"):
         open_model(path)
     assert open_model(path, config={"n_heads": 6, "activation": "gelu"}).config.n_heads == 6
+
+
+CHANGED: dict[str, tuple[str, Callable[[Any], object]]] = {
+    "layers.1: activation='torch.nn.modules.activation.ReLU'": (
+        "book",
+        lambda model: model.trf_blocks[1].ff.layers.__setitem__(1, nn.ReLU()),
+    ),
+    "mlp.act: activation='torch.nn.modules.activation.SiLU'": (
+        "transformers",
+        lambda model: setattr(model.transformer.h[1].mlp, "act", nn.SiLU()),
+    ),
+    "final_norm.eps: layer_norm_epsilon=0.1": (
+        "book",
+        lambda model: setattr(model.final_norm, "eps", 0.1),
+    ),
+    "ln_f.eps: layer_norm_epsilon=0.1": (
+        "transformers",
+        lambda model: setattr(model.transformer.ln_f, "eps", 0.1),
+    ),
+    "attn.scale_attn_weights: scale_attn_weights=False": (
+        "transformers",
+        lambda model: setattr(model.transformer.h[1].attn, "scale_attn_weights", False),
+    ),
+    "att.sliding_window_size: sliding_window=2": (
+        "book",
+        lambda model: setattr(model.trf_blocks[1].att, "sliding_window_size", 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("said", CHANGED)
+def test_a_part_that_was_changed_in_a_whole_pickled_model_is_refused(said: str, tmp_path: Path):
+    kind, change = CHANGED[said]
+    theirs = whole_models()[kind]
+    change(theirs)
+    torch.save(theirs, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match=re.escape(said)):
+        GPTModel.from_checkpoint(tmp_path / "model.pth")

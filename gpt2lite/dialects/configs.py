@@ -8,6 +8,7 @@ writing program puts beside its weights, `<stem>.json`, the folder's config.json
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -43,9 +44,16 @@ MODULE_FACTS = {
         "trf_blocks.{i}.norm2.eps",
         "h.{i}.ln_1.eps",
         "h.{i}.ln_2.eps",
+        "final_norm.eps",
+        "ln_f.eps",
     ),
     "drop_rate": ("drop_emb.p", "drop.p"),
+    "scale_attn_weights": ("h.{i}.attn.scale_attn_weights",),
+    "scale_attn_by_inverse_layer_idx": ("h.{i}.attn.scale_attn_by_inverse_layer_idx",),
+    "is_causal": ("h.{i}.attn.is_causal",),
+    "sliding_window": ("trf_blocks.{i}.att.sliding_window_size",),
 }
+ACTIVATION_MODULES = re.compile(r"(trf_blocks\.\d+\.ff\.layers\.1|h\.\d+\.mlp\.(act|gelu))")
 APPROXIMATE = {"tanh": "gelu_tanh", "none": "gelu"}
 # What weights do not tell, what it is where nobody can know, and what no memory depends on.
 UNSAYABLE: dict[str, Any] = {"n_heads": 1, "activation": "gelu_tanh"}
@@ -125,6 +133,10 @@ def _module_facts(reading: Reading) -> Iterator[Source]:
                 value = values[place]
                 said = APPROXIMATE.get(value, value) if field == "activation" else value  # type: ignore[call-overload]
                 yield Source(f"{reading.manifest.path}, {place}", {field: said})
+    for place, kind in reading.manifest.modules.items():
+        is_activation = ACTIVATION_MODULES.fullmatch(place.removeprefix(reading.root))
+        if is_activation and "GELU" not in kind.upper():
+            yield Source(f"{reading.manifest.path}, {place}", {"activation": kind})
 
 
 def _beside_the_file(reading: Reading) -> Iterator[Source]:
