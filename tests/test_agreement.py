@@ -641,3 +641,10 @@ def test_a_part_that_was_changed_in_a_whole_pickled_model_is_refused(said: str, 
     torch.save(theirs, tmp_path / "model.pth")
     with pytest.raises(CheckpointError, match=re.escape(said)):
         GPTModel.from_checkpoint(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("word", ["layer_norm_eps", "norm_eps", "sliding_window_size"])
+def test_other_programs_words_for_another_computation_are_refused(word: str, model: GPTModel, tmp_path: Path):
+    path = save_pth({"model": model.state_dict(), "config": {"n_heads": 4, word: 0.01}}, tmp_path)
+    with pytest.raises(CheckpointError, match=rf"{word}=0.01, wanted"):
+        open_model(path)
