@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -568,3 +569,82 @@ def test_weights_that_cannot_be_read_say_why(model: GPTModel, tmp_path: Path):
     state["out_head.weight"] = state["out_head.weight"].to_sparse()
     with pytest.raises(CheckpointError, match=r"(?s)out_head.weight.*sparse"):
         GPTModel.from_checkpoint(save_pth(state, tmp_path), config=HEADS)
+
+
+def test_a_variant_of_a_folders_weights_is_read_by_the_folders_config(tmp_path: Path):
+    theirs = hub_model(activation_function="gelu")
+    saved(theirs, tmp_path)
+    theirs.save_pretrained(tmp_path, variant="fp16")
+    loaded = GPTModel.from_checkpoint(tmp_path / "model.fp16.safetensors")
+    assert (loaded.config.n_heads, loaded.config.activation) == (4, "gelu")
+
+
+def test_a_classifier_with_as_many_classes_as_tokens_is_a_classifier(tmp_path: Path):
+    config = transformers.GPT2Config(**SIZES, num_labels=101, pad_token_id=0)
+    saved(randomise(transformers.GPT2ForSequenceClassification(config)), tmp_path)
+    assert GPTModel.from_checkpoint(tmp_path).config.n_classes == 101
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"model_config": {"n_head": 6}},
+        {"config": {"model": {"n_head": 6}}},
+        {"cfg": transformers.GPT2Config(n_head=6)},
+        {"args": {"activation_function": "relu"}},
+    ],
+)
+def test_what_is_taken_for_granted_is_not_where_the_file_says_otherwise(beside: Any, tmp_path: Path):
+    sizes = {"vocab_size": 11, "n_positions": 4, "n_layer": 12, "n_embd": 768}
+    with torch.device("meta"):
+        weights = transformers.GPT2LMHeadModel(transformers.GPT2Config(**SIZES | sizes)).state_dict()
+    one = torch.zeros(1)
+    path = save_pth({"model": {k: one.expand(v.shape) for k, v in weights.items()}} | beside, tmp_path)
+    with pytest.raises(CheckpointError, match=r"(n_head says 6|activation_function says 'relu'), taken for"):
+        open_model(path)
+    assert open_model(path, config={"n_heads": 6, "activation": "gelu"}).config.n_heads == 6
+
+
+CHANGED: dict[str, tuple[str, Callable[[Any], object]]] = {
+    "layers.1: activation='torch.nn.modules.activation.ReLU'": (
+        "book",
+        lambda model: model.trf_blocks[1].ff.layers.__setitem__(1, nn.ReLU()),
+    ),
+    "mlp.act: activation='torch.nn.modules.activation.SiLU'": (
+        "transformers",
+        lambda model: setattr(model.transformer.h[1].mlp, "act", nn.SiLU()),
+    ),
+    "final_norm.eps: layer_norm_epsilon=0.1": (
+        "book",
+        lambda model: setattr(model.final_norm, "eps", 0.1),
+    ),
+    "ln_f.eps: layer_norm_epsilon=0.1": (
+        "transformers",
+        lambda model: setattr(model.transformer.ln_f, "eps", 0.1),
+    ),
+    "attn.scale_attn_weights: scale_attn_weights=False": (
+        "transformers",
+        lambda model: setattr(model.transformer.h[1].attn, "scale_attn_weights", False),
+    ),
+    "att.sliding_window_size: sliding_window=2": (
+        "book",
+        lambda model: setattr(model.trf_blocks[1].att, "sliding_window_size", 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("said", CHANGED)
+def test_a_part_that_was_changed_in_a_whole_pickled_model_is_refused(said: str, tmp_path: Path):
+    kind, change = CHANGED[said]
+    theirs = whole_models()[kind]
+    change(theirs)
+    torch.save(theirs, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match=re.escape(said)):
+        GPTModel.from_checkpoint(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("word", ["layer_norm_eps", "norm_eps", "sliding_window_size"])
+def test_other_programs_words_for_another_computation_are_refused(word: str, model: GPTModel, tmp_path: Path):
+    path = save_pth({"model": model.state_dict(), "config": {"n_heads": 4, word: 0.01}}, tmp_path)
+    with pytest.raises(CheckpointError, match=rf"{word}=0.01, wanted"):
+        open_model(path)

@@ -43,6 +43,8 @@ ACTIVATIONS = {
 COMPUTED: dict[str, tuple[object, ...]] = {
     "model_type": (None, "gpt2"),
     "layer_norm_epsilon": (None, 1e-5),
+    "layer_norm_eps": (None, 1e-5),
+    "norm_eps": (None, 1e-5),
     "scale_attn_weights": (None, True),
     "scale_attn_by_inverse_layer_idx": (None, False),
     "add_cross_attention": (None, False),
@@ -56,6 +58,7 @@ COMPUTED: dict[str, tuple[object, ...]] = {
     "rope_scaling": (None,),
     "rope_parameters": (None,),
     "sliding_window": (None,),
+    "sliding_window_size": (None,),
     "multi_query": (None,),
 }
 # What changes nothing between ids and logits in eval mode: names, training, generation, other heads, outputs.

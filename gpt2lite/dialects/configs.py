@@ -8,7 +8,8 @@ writing program puts beside its weights, `<stem>.json`, the folder's config.json
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import NoneType
@@ -18,7 +19,7 @@ from gpt2lite.checkpoint import FOLDER_FILES, side_file
 from gpt2lite.checkpoint.manifest import BOUND_CONFIG
 from gpt2lite.config import OFFICIAL_HEADS, GPTConfig
 from gpt2lite.dialects.config_words import COMPUTED, in_our_words, refusals, unknown
-from gpt2lite.dialects.reading import Reading, block_of
+from gpt2lite.dialects.reading import CLASSIFIERS, Reading, block_of
 from gpt2lite.errors import CheckpointError, UsageError, listed
 
 # Where known programs keep the model's config, beside the dict of its weights; the first that is there
@@ -43,9 +44,16 @@ MODULE_FACTS = {
         "trf_blocks.{i}.norm2.eps",
         "h.{i}.ln_1.eps",
         "h.{i}.ln_2.eps",
+        "final_norm.eps",
+        "ln_f.eps",
     ),
     "drop_rate": ("drop_emb.p", "drop.p"),
+    "scale_attn_weights": ("h.{i}.attn.scale_attn_weights",),
+    "scale_attn_by_inverse_layer_idx": ("h.{i}.attn.scale_attn_by_inverse_layer_idx",),
+    "is_causal": ("h.{i}.attn.is_causal",),
+    "sliding_window": ("trf_blocks.{i}.att.sliding_window_size",),
 }
+ACTIVATION_MODULES = re.compile(r"(trf_blocks\.\d+\.ff\.layers\.1|h\.\d+\.mlp\.(act|gelu))")
 APPROXIMATE = {"tanh": "gelu_tanh", "none": "gelu"}
 # What weights do not tell, what it is where nobody can know, and what no memory depends on.
 UNSAYABLE: dict[str, Any] = {"n_heads": 1, "activation": "gelu_tanh"}
@@ -125,6 +133,10 @@ def _module_facts(reading: Reading) -> Iterator[Source]:
                 value = values[place]
                 said = APPROXIMATE.get(value, value) if field == "activation" else value  # type: ignore[call-overload]
                 yield Source(f"{reading.manifest.path}, {place}", {field: said})
+    for place, kind in reading.manifest.modules.items():
+        is_activation = ACTIVATION_MODULES.fullmatch(place.removeprefix(reading.root))
+        if is_activation and "GELU" not in kind.upper():
+            yield Source(f"{reading.manifest.path}, {place}", {"activation": kind})
 
 
 def _beside_the_file(reading: Reading) -> Iterator[Source]:
@@ -154,7 +166,8 @@ def check_model_type(path: Path) -> None:
 def is_of_folder(path: Path) -> bool:
     """Whether the configs of a checkpoint's folder are its own: not if they belong to other weights there."""
     others = (path.absolute().parent / name for name in FOLDER_FILES)
-    return path.is_dir() or path.name in FOLDER_FILES or not any(other.exists() for other in others)
+    without_variant = f"{path.name.split('.')[0]}{path.suffix}"  # transformers' model.fp16.safetensors
+    return path.is_dir() or without_variant in FOLDER_FILES or not any(other.exists() for other in others)
 
 
 def is_for_transformers(path: Path) -> bool:
@@ -251,6 +264,7 @@ def _said_by_shapes(reading: Reading) -> dict[str, Any]:
             f"{reading.manifest.path}: {token.name} {token.shape} and {position.name} {position.shape} "
             "must be (vocab_size, emb_dim) and (context_length, emb_dim)"
         )
+    is_classifier = head.name.removesuffix(".weight").endswith(CLASSIFIERS)
     changed_alone = {"tok_emb.weight", "out_head.weight"} & {adapter.weight for adapter in reading.adapters}
     return {
         "vocab_size": token.shape[0],
@@ -260,7 +274,7 @@ def _said_by_shapes(reading: Reading) -> dict[str, Any]:
         "qkv_bias": any(name.endswith(".W_query.bias") for name in placements),
         "bias": "final_norm.shift" in placements,
         "tied_head": token.address == head.address and not changed_alone,
-        "n_classes": head.shape[0] if head.shape[:1] != token.shape[:1] else 0,
+        "n_classes": head.shape[0] if is_classifier or head.shape[:1] != token.shape[:1] else 0,
         "head_bias": "out_head.bias" in placements,
     }
 
@@ -310,7 +324,19 @@ def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
             )
     if _heads_by_size(shapes) is not None:
         defaults["n_heads"] = _heads_by_size(shapes)
+    _require_unsaid(reading, {} if sources else defaults.keys() - said.keys(), defaults)
     return Found(defaults | agreed | shapes | said, tuple(_notes(reading, sources)), bool(said))
+
+
+def _require_unsaid(reading: Reading, names: Iterable[str], defaults: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where a place of a file that is not known to be its config says otherwise."""
+    for place, value in reading.manifest.values.items():
+        for name, said in in_our_words({place.rpartition(".")[2]: value}).items():
+            if name in names and type(said) is type(defaults[name]) and said != defaults[name]:
+                raise CheckpointError(
+                    f"{reading.manifest.path}: {place} says {said!r}, taken for granted was {name}="
+                    f"{defaults[name]!r}. Pass the one that counts: config={{{name!r}: …}}"
+                )
 
 
 def _heads_by_size(shapes: Mapping[str, Any]) -> int | None:
