@@ -648,3 +648,16 @@ def test_other_programs_words_for_another_computation_are_refused(word: str, mod
     path = save_pth({"model": model.state_dict(), "config": {"n_heads": 4, word: 0.01}}, tmp_path)
     with pytest.raises(CheckpointError, match=rf"{word}=0.01, wanted"):
         open_model(path)
+
+
+def twice(module: nn.Module, *given: Any) -> torch.Tensor:
+    return 2 * given[-1]
+
+
+@pytest.mark.parametrize("kind", ["book", "transformers"])
+def test_a_hook_in_a_whole_pickled_model_is_refused(kind: str, tmp_path: Path):
+    theirs = whole_models()[kind]
+    (theirs.out_head if kind == "book" else theirs.lm_head).register_forward_hook(twice)
+    torch.save(theirs, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match=r"head._forward_hooks of a pickled module changes"):
+        GPTModel.from_checkpoint(tmp_path / "model.pth")

@@ -37,6 +37,7 @@ from gpt2lite.checkpoint.manifest import (
 from gpt2lite.errors import CheckpointError
 
 MAX_ITEMS = 1000  # of a container within an object: what is longer is a vocabulary or data
+CHANGES = ("_forward_hooks", "_forward_pre_hooks", "forward")  # what makes one module compute otherwise
 T = TypeVar("T")
 PLAIN = (str, int, float, NoneType, torch.dtype)
 
@@ -128,6 +129,7 @@ def _keep_object(found: Described, name: str, node: Inert, visited: Iterator[int
     """A module's class, why what wraps a tensor is not read, and the attributes of both."""
     if node.is_module:
         found.modules[name] = node.name
+        found.values.update((dotted(name, key), str(key)) for key in CHANGES if node.attribute(key))
     elif node.wraps_tensor:
         found.unreadable[name] = f"is made by {node}, which was not run"
     seen.add(id(node))

@@ -16,6 +16,7 @@ from types import NoneType
 from typing import Any
 
 from gpt2lite.checkpoint import FOLDER_FILES, side_file
+from gpt2lite.checkpoint.described import CHANGES
 from gpt2lite.checkpoint.manifest import BOUND_CONFIG
 from gpt2lite.config import OFFICIAL_HEADS, GPTConfig
 from gpt2lite.dialects.config_words import COMPUTED, in_our_words, refusals, unknown
@@ -207,6 +208,11 @@ def _agreed(reading: Reading, sources: list[Source], shapes: Mapping[str, Any]) 
     places = dict.fromkeys(shapes, f"{reading.manifest.path}, its weights")
     lines = [f"{source.where}: {line}" for source in sources for line in refusals(source.words)]
     made_by = reading.manifest.modules.get(reading.root.rstrip("."), "")
+    lines += [
+        f"{place} of a pickled module changes what it computes"
+        for place in reading.manifest.values
+        if place.startswith(reading.root.removesuffix("transformer.")) and place.rpartition(".")[2] in CHANGES
+    ]
     if made_by.startswith("transformers.models.") and ".gpt2." not in made_by:
         lines.append(f"a pickled {made_by}, wanted one of transformers.models.gpt2")
     if lines:
