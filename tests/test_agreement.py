@@ -661,3 +661,30 @@ def test_a_hook_in_a_whole_pickled_model_is_refused(kind: str, tmp_path: Path):
     torch.save(theirs, tmp_path / "model.pth")
     with pytest.raises(CheckpointError, match=r"head._forward_hooks of a pickled module changes"):
         GPTModel.from_checkpoint(tmp_path / "model.pth")
+
+
+# ---- models that share some of their weights ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["ema", "model"])
+def test_an_average_that_shares_its_frozen_block_is_a_second_model(first: str, tmp_path: Path):
+    raw = dict(huggingface().state_dict())
+    average = {name: t if ".h.0." in name else t.clone() + 1 for name, t in raw.items()}
+    both = {"ema": average, "model": raw} if first == "ema" else {"model": raw, "ema": average}
+    with pytest.raises(CheckpointError, match="holds 2 models, under '"):
+        GPTModel.from_checkpoint(save_pth(both, tmp_path), config=HEADS)
+
+
+def test_trained_weights_beside_their_base_are_said_not_to_be_loaded(tmp_path: Path):
+    base = dict(huggingface().state_dict())
+    trained = {name: t + 1 for name, t in base.items() if ".h.0." not in name}
+    path = save_pth({"model": base, "trained": trained}, tmp_path)
+    with pytest.warns(UserWarning, match=r"also holds trained\.transformer.* they are not loaded"):
+        GPTModel.from_checkpoint(path, config=HEADS)
+
+
+def test_old_nanogpts_weights_without_model_args_are_not_taken_for_mingpts(tmp_path: Path):
+    state = turned(peer("gelu"))
+    state |= {f"transformer.h.{i}.attn.bias": torch.ones(T, T).tril().view(1, 1, T, T) for i in range(3)}
+    with pytest.raises(CheckpointError, match="may be of nanoGPT"):
+        GPTModel.from_checkpoint(save_pth(state, tmp_path), config=HEADS)

@@ -251,7 +251,9 @@ def _known_activation(reading: Reading) -> dict[str, str]:
     if reading.dialect != "nanogpt" or reading.manifest.format == "llmc":
         return {"activation": "gelu_tanh"}
     is_nano = any(".model_args." in f".{name}" for name in reading.manifest.values)
-    if is_nano == bool(reading.masks):
+    head, token = (reading.placements[name].source for name in ("out_head.weight", "tok_emb.weight"))
+    is_tied = reading.manifest.tensors[head].address == reading.manifest.tensors[token].address
+    if is_nano == bool(reading.masks) or (is_tied and not is_nano):  # minGPT's head is not tied
         return {}
     return {"activation": "gelu" if is_nano else "gelu_tanh"}
 
@@ -287,6 +289,7 @@ def _said_by_shapes(reading: Reading) -> dict[str, Any]:
 
 def _notes(reading: Reading, sources: list[Source]) -> Iterator[str]:
     """What is worth a warning."""
+    tensors = reading.manifest.tensors
     for source in sources:
         if source.is_whole and (words := unknown(source.words)):
             yield f"{source.where}: does not know what {', '.join(words)} may change; took it for nothing"
@@ -295,6 +298,15 @@ def _notes(reading: Reading, sources: list[Source]) -> Iterator[str]:
         }
         if len(rates) > 1:
             yield f"{source.where}: has dropouts {sorted(rates)}; training takes resid_pdrop for all"
+    own = {placement.source.removeprefix(reading.container) for placement in reading.placements.values()}
+    loaded = {tensors[placement.source].address for placement in reading.placements.values()}
+    for name in reading.passengers:
+        if (
+            name.removeprefix(reading.manifest.container_of(name)) in own
+            and tensors[name].address not in loaded
+        ):
+            yield f"{reading.manifest.path}: also holds {name} …, other weights; they are not loaded"
+            break
     if reading.left_out:
         yield f"{reading.manifest.path}: opens the language model without {', '.join(reading.left_out)}"
 

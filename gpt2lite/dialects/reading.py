@@ -86,16 +86,24 @@ class _Model:
 def _models(manifest: Manifest) -> dict[_Model, str]:
     """Every model in a file, with the stored name of its marker; one that is stored twice counts once."""
     found: dict[_Model, str] = {}
-    addresses = set()
     for name in manifest.tensors:
         container = manifest.container_of(name)
         plain = _plain(name.removeprefix(container))
         for marker in _by_marker():
-            address = manifest.tensors[name].address
-            if f".{plain}".endswith(f".{marker}") and address not in addresses:
-                addresses.add(address)
+            if f".{plain}".endswith(f".{marker}"):
                 found[_Model(container, plain.removesuffix(marker), marker)] = name
-    return found
+    if len(found) < 2:
+        return found
+    distinct = {frozenset(_stored_in(manifest, model)): model for model in reversed(found)}
+    return {model: found[model] for model in reversed(distinct.values())}
+
+
+def _stored_in(manifest: Manifest, model: _Model) -> Iterator[tuple[str, object]]:
+    """(plain name, address) of all tensors of one model: equal for two that are the same one."""
+    for name, span in manifest.tensors.items():
+        plain = _plain(name.removeprefix(model.container))
+        if name.startswith(model.container) and plain.startswith(model.prefix):
+            yield plain.removeprefix(model.prefix), span.address
 
 
 def _one_model(manifest: Manifest) -> tuple[_Model, str]:
