@@ -168,7 +168,8 @@ def is_of_folder(path: Path) -> bool:
     """Whether the configs of a checkpoint's folder are its own: not if they belong to other weights there."""
     others = (path.absolute().parent / name for name in FOLDER_FILES)
     without_variant = f"{path.name.split('.')[0]}{path.suffix}"  # transformers' model.fp16.safetensors
-    return path.is_dir() or without_variant in FOLDER_FILES or not any(other.exists() for other in others)
+    is_named = not {path.name, without_variant}.isdisjoint(FOLDER_FILES)
+    return path.is_dir() or is_named or not any(other.exists() for other in others)
 
 
 def is_for_transformers(path: Path) -> bool:
