@@ -688,3 +688,13 @@ def test_old_nanogpts_weights_without_model_args_are_not_taken_for_mingpts(tmp_p
     state |= {f"transformer.h.{i}.attn.bias": torch.ones(T, T).tril().view(1, 1, T, T) for i in range(3)}
     with pytest.raises(CheckpointError, match="may be of nanoGPT"):
         GPTModel.from_checkpoint(save_pth(state, tmp_path), config=HEADS)
+
+
+def test_what_merely_lies_beside_the_weights_does_not_hide_other_heads(tmp_path: Path):
+    state = GPTModel(GPTConfig(8, 8, 768, 6, 12)).state_dict()  # an official size, with other heads
+    path = save_pth({"model": state, "epoch": 3, "cfg": {"n_head": 6}}, tmp_path)
+    with pytest.raises(CheckpointError, match=r"cfg.n_head says 6, taken for granted was n_heads=12"):
+        open_model(path)
+    path = save_pth({"model": state, "config": {"vocab_size": 8}, "cfg": {"n_head": 6}}, tmp_path)
+    with pytest.raises(CheckpointError, match=r"cfg.n_head says 6"):
+        open_model(path)

@@ -203,10 +203,8 @@ def _check_kinds(source: Source) -> None:
             raise CheckpointError(f"{source.where}: {name} is {str(value)[:50]!r}, wanted {wanted}")
 
 
-def _agreed(reading: Reading, sources: list[Source], shapes: Mapping[str, Any]) -> dict[str, Any]:
-    """What all sources say together. Raises CheckpointError that names every two places that differ."""
-    agreed: dict[str, Any] = {}
-    places = dict.fromkeys(shapes, f"{reading.manifest.path}, its weights")
+def _require_computed(reading: Reading, sources: list[Source]) -> None:
+    """Raise CheckpointError that lists all that asks for a computation that we do not have."""
     lines = [f"{source.where}: {line}" for source in sources for line in refusals(source.words)]
     made_by = reading.manifest.modules.get(reading.root.rstrip("."), "")
     lines += [
@@ -221,6 +219,12 @@ def _agreed(reading: Reading, sources: list[Source], shapes: Mapping[str, Any]) 
             f"{reading.manifest.path}: computes something that gpt2lite does not, so it was not loaded"
             f"{listed(lines)}"
         )
+
+
+def _agreed(reading: Reading, sources: list[Source], shapes: Mapping[str, Any]) -> dict[str, Any]:
+    """What all sources say together. Raises CheckpointError that names every two places that differ."""
+    agreed, lines = dict[str, Any](), list[str]()
+    places = dict.fromkeys(shapes, f"{reading.manifest.path}, its weights")
     for source in sources:
         _check_kinds(source)
         for name, value in source.said.items():
@@ -330,6 +334,7 @@ def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
     """
     said, shapes = _said_by_caller(config), _said_by_shapes(reading)
     sources = [*_in_the_file(reading), *_beside_the_file(reading)]
+    _require_computed(reading, sources)
     agreed = _agreed(reading, sources, shapes)
     defaults: dict[str, Any] = dict(_known_activation(reading))
     binding = defaults | agreed if isinstance(config, GPTConfig) else agreed
@@ -343,7 +348,8 @@ def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
             )
     if _heads_by_size(shapes) is not None:
         defaults["n_heads"] = _heads_by_size(shapes)
-    _require_unsaid(reading, {} if sources else defaults.keys() - said.keys(), defaults)
+    granted = set() if "n_heads" in agreed else defaults.keys() - said.keys() - agreed.keys()
+    _require_unsaid(reading, granted, defaults)
     return Found(defaults | agreed | shapes | said, tuple(_notes(reading, sources)), bool(said))
 
 
