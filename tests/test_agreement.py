@@ -152,7 +152,10 @@ def test_two_files_of_one_stem_keep_their_own_heads(tmp_path: Path):
 def test_a_saved_file_does_not_take_an_older_side_file(tmp_path: Path):
     (tmp_path / "model.json").write_text(json.dumps(replace(TINY, n_heads=12).as_dict()))
     GPTModel(TINY).save_checkpoint(tmp_path / "model.pth")
-    assert GPTModel.from_checkpoint(tmp_path / "model.pth").config.n_heads == 4
+    with pytest.warns(
+        UserWarning, match=r"model.json: differs from the config in .*model.pth, which is taken"
+    ):
+        assert GPTModel.from_checkpoint(tmp_path / "model.pth").config.n_heads == 4
 
 
 def test_transformers_weights_written_over_ours_are_read_by_their_own_config(tmp_path: Path):
@@ -452,6 +455,11 @@ def test_a_model_can_be_looked_at_before_it_is_loaded(pth: Path, model: GPTModel
 def test_a_mistyped_option_names_the_nearest(call: Callable[..., Any], pth: Path):
     with pytest.raises(TypeError, match="unexpected keyword argument 'confg'; did you mean config"):
         call(pth, confg=HEADS)
+
+
+def test_a_field_of_the_config_that_is_passed_alone_is_told_where_it_belongs(pth: Path):
+    with pytest.raises(TypeError, match=r"'n_heads'; it belongs into config=\{'n_heads': …\}"):
+        GPTModel.from_checkpoint(pth, n_heads=4)
 
 
 def test_the_options_of_a_load_are_checked(pth: Path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import NoneType
@@ -145,15 +146,19 @@ def _beside_the_file(reading: Reading) -> Iterator[Source]:
 
     A folder's config.json is about its model.safetensors or pytorch_model.bin if it has one, else about any.
     """
-    path, values = reading.manifest.path, reading.manifest.values
+    path = reading.manifest.path
     beside = side_file(path, ".json")
-    is_bound = BOUND_CONFIG in values or f"__metadata__.{BOUND_CONFIG}" in values
-    if not is_bound and beside.is_file() and beside.name != "config.json":
+    if not _is_bound(reading) and beside.is_file() and beside.name != "config.json":
         yield Source(str(beside), _read_json(beside))
     folder = path if path.is_dir() else path.absolute().parent
     for name in ("config.json", "hparams.json") if is_of_folder(path) else ():
         if (folder / name).is_file():
             yield Source(str(folder / name), _read_json(folder / name), is_whole=name == "config.json")
+
+
+def _is_bound(reading: Reading) -> bool:
+    """Whether the file carries its own config, which our writers put there."""
+    return not {BOUND_CONFIG, f"__metadata__.{BOUND_CONFIG}"}.isdisjoint(reading.manifest.values)
 
 
 def check_model_type(path: Path) -> None:
@@ -292,7 +297,7 @@ def _said_by_shapes(reading: Reading) -> dict[str, Any]:
     }
 
 
-def _notes(reading: Reading, sources: list[Source]) -> Iterator[str]:
+def _notes(reading: Reading, sources: list[Source], agreed: Mapping[str, Any]) -> Iterator[str]:
     """What is worth a warning."""
     tensors = reading.manifest.tensors
     for source in sources:
@@ -303,6 +308,12 @@ def _notes(reading: Reading, sources: list[Source]) -> Iterator[str]:
         }
         if len(rates) > 1:
             yield f"{source.where}: has dropouts {sorted(rates)}; training takes resid_pdrop for all"
+    beside = side_file(reading.manifest.path, ".json")
+    if _is_bound(reading) and beside.is_file() and beside.name != "config.json":
+        with suppress(CheckpointError):  # another program's file of that name
+            said = Source(str(beside), _read_json(beside)).said
+            if any(agreed.get(name, value) != value for name, value in said.items()):
+                yield f"{beside}: differs from the config in {reading.manifest.path}, which is taken"
     own = {placement.source.removeprefix(reading.container) for placement in reading.placements.values()}
     loaded = {tensors[placement.source].address for placement in reading.placements.values()}
     for name in reading.passengers:
@@ -350,7 +361,7 @@ def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
         defaults["n_heads"] = _heads_by_size(shapes)
     granted = set() if "n_heads" in agreed else defaults.keys() - said.keys() - agreed.keys()
     _require_unsaid(reading, granted, defaults)
-    return Found(defaults | agreed | shapes | said, tuple(_notes(reading, sources)), bool(said))
+    return Found(defaults | agreed | shapes | said, tuple(_notes(reading, sources, agreed)), bool(said))
 
 
 def _require_unsaid(reading: Reading, names: Iterable[str], defaults: Mapping[str, Any]) -> None:

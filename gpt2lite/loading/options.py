@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 
 import torch
 
+from gpt2lite.config import GPTConfig
 from gpt2lite.errors import UsageError
 from gpt2lite.loading.tuning import Tuning
 
@@ -62,6 +63,8 @@ def check_names(options: Mapping[str, Any], known: Any = Options) -> None:
     for name in options.keys() - set(names):
         near = get_close_matches(name, names, 1)
         hint = f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(names)}"
+        if "config" in names and name in GPTConfig.__dataclass_fields__:
+            hint = f"; it belongs into config={{{name!r}: …}}"
         raise TypeError(f"unexpected keyword argument {name!r}{hint}")
 
 
