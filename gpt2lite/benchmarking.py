@@ -22,6 +22,7 @@ from torch import Tensor
 from gpt2lite.checkpoint.reading import memory_of
 from gpt2lite.checkpoint.writing import TensorToWrite, require_space, save_per_tensor, write_torch_zip
 from gpt2lite.config import GPTConfig
+from gpt2lite.devices import synchronize
 from gpt2lite.errors import GPT2LiteError
 from gpt2lite.loading import Progress
 from gpt2lite.model import GPTModel, open_model
@@ -141,13 +142,12 @@ def measure(
     """Load once in this process, which must be fresh, and compare with what `write_reference` wrote."""
     with tempfile.TemporaryDirectory() as folder:
         _warm_up(strategy, device, Path(folder))
-    synchronize = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     expected_bytes = open_model(path, config=config).forecast(device, dtype=_dtype(dtype))[strategy]
     with track_memory(device) as until_logits:
         with track_memory(device) as loading:
             began = time.perf_counter()
             model = GPTModel.from_checkpoint(path, device, strategy, config=config, dtype=_dtype(dtype))
-            synchronize()
+            synchronize(torch.device(device))
             loaded = time.perf_counter() - began
         between = time.perf_counter()
         logits = _first_logits(model)

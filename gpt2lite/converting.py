@@ -428,8 +428,9 @@ def verify(job: Conversion, path: Path, digests: Mapping[str, Callable[[], bytes
     if wrong:
         more = f" and {len(wrong) - MAX_LISTED} more" if len(wrong) > MAX_LISTED else ""
         raise CheckpointError(
-            f"{job.destination}: read back, {', '.join(wrong[:MAX_LISTED])}{more} differ(s) from what was "
-            "written. Nothing was kept: the disk or the memory is not sound, or another program wrote there."
+            job.destination,
+            f"read back, {', '.join(wrong[:MAX_LISTED])}{more} differ(s) from what was "
+            "written. Nothing was kept: the disk or the memory is not sound, or another program wrote there.",
         )
 
 

@@ -89,11 +89,11 @@ def read_encoding(path: Path) -> tiktoken.Encoding:
         lines = [line.split() for line in path.read_bytes().splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except (ValueError, binascii.Error) as error:
-        raise CheckpointError(f"{path}: not a tiktoken file of 'base64 rank' lines ({error})") from None
+        raise CheckpointError(path, f"not a tiktoken file of 'base64 rank' lines ({error})") from None
     if sorted(ranks.values()) != list(range(len(lines))) or not lines:
-        raise CheckpointError(f"{path}: {len(lines)} lines, whose ranks must be 0, 1, 2 … each once")
+        raise CheckpointError(path, f"{len(lines)} lines, whose ranks must be 0, 1, 2 … each once")
     if any(bytes([byte]) not in ranks for byte in range(256)):
-        raise CheckpointError(f"{path}: lacks some of the 256 single bytes, so not every text can be encoded")
+        raise CheckpointError(path, "lacks some of the 256 single bytes, so not every text can be encoded")
     special = {END_OF_TEXT: len(ranks)}
     return tiktoken.Encoding(
         path.stem, pat_str=WORDS_AND_SPACES, mergeable_ranks=ranks, special_tokens=special

@@ -7,12 +7,14 @@ GPT2LiteError
 ├── TrainingDivergedError         a loss is no longer a number
 └── UsageError                    an argument is wrong (also ValueError)
 
-Every message says where, what was wanted, what was found, and what to do next.
+Every message says where, what was wanted, what was found, and what to do next. What a program may want of it
+is an attribute, so that nobody has to parse English.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 MAX_LISTED = 20
 
@@ -28,7 +30,16 @@ class GPT2LiteError(Exception):
 
 
 class CheckpointError(GPT2LiteError):
-    """A checkpoint is damaged, of an unknown kind, or does not hold what the model needs."""
+    """A checkpoint is damaged, of an unknown kind, or does not hold what the model needs.
+
+    `CheckpointError(path, what is wrong)`: `path` is None while it is not known, `name` is that of the tensor
+    or parameter, where it is about one.
+    """
+
+    def __init__(self, *where_and_what: object, name: str | None = None) -> None:
+        super().__init__(": ".join(map(str, where_and_what)))
+        self.path = str(where_and_what[0]) if len(where_and_what) > 1 else None
+        self.name = name
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
@@ -38,7 +49,22 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
 
 
 class InsufficientMemoryError(GPT2LiteError, MemoryError):
-    """A load does not fit into the memory that the process really has."""
+    """A load does not fit into the memory that the process really has.
+
+    `needed` and `available` are bytes by the kind of memory that is too small ("host", "device", "virtual");
+    `fits` are the changes of the arguments with which it would fit.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        needed: Mapping[str, int] = MappingProxyType({}),
+        available: Mapping[str, int] = MappingProxyType({}),
+        fits: Sequence[str] = (),
+    ) -> None:
+        super().__init__(message)
+        self.needed, self.available, self.fits = dict(needed), dict(available), tuple(fits)
 
 
 class TrainingDivergedError(GPT2LiteError):

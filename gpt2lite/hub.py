@@ -112,11 +112,12 @@ def _repo_of(name: str) -> str:
     if name in OFFICIAL:
         return OFFICIAL[name]
     if name.endswith(FILE_SUFFIXES) or name.startswith(".") or os.path.isabs(name):
-        raise CheckpointNotFoundError(f"{name}: no such file or folder")
+        raise CheckpointNotFoundError(name, "no such file or folder")
     if not REPO_ID.fullmatch(name) or len(name) > 96:
         raise CheckpointNotFoundError(
-            f"{name}: no such file or folder, and no name of a model on the Hub, which is one of "
-            f"{', '.join(OFFICIAL)} or owner/name"
+            name,
+            f"no such file or folder, and no name of a model on the Hub, which is one of "
+            f"{', '.join(OFFICIAL)} or owner/name",
         )
     return name
 
@@ -133,7 +134,7 @@ def _shards(weights: Path) -> list[str]:
     try:
         return sorted(set(map(str, json.loads(weights.read_bytes())["weight_map"].values())))
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{weights}: no index of shards; wanted JSON with a weight_map") from None
+        raise CheckpointError(weights, "no index of shards; wanted JSON with a weight_map") from None
 
 
 def _download(repo: str, revision: str | None, token: str | bool | None, cache: Path | None) -> Path:
@@ -143,8 +144,8 @@ def _download(repo: str, revision: str | None, token: str | bool | None, cache: 
     weights = next((name for name in WEIGHTS if name in listed), None)
     if weights is None:
         raise CheckpointNotFoundError(
-            f"{repo}: holds no weights that gpt2lite opens; wanted {' or '.join(WEIGHTS)}, "
-            f"found {_named(listed)}"
+            repo,
+            f"holds no weights that gpt2lite opens; wanted {' or '.join(WEIGHTS)}, found {_named(listed)}",
         )
     for short in _names_of(repo)[1:]:
         if (folder := _cached(short, found.sha, cache)) and (
@@ -158,7 +159,7 @@ def _download(repo: str, revision: str | None, token: str | bool | None, cache: 
         get(name, revision=folder.name)
     shards = _shards(folder / weights)
     if absent := [shard for shard in shards if shard not in listed]:
-        raise CheckpointError(f"{repo}: {weights} names files that are not there: {_named(absent)}")
+        raise CheckpointError(repo, f"{weights} names files that are not there: {_named(absent)}")
     for shard in shards:
         get(shard, revision=folder.name)
     return folder
@@ -190,36 +191,39 @@ def _explained(
     if isinstance(error, OfflineModeIsEnabled):
         why = "HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "local_files_only=True"
         return CheckpointError(
-            f"{repo}: not in the cache {kept}{_at(revision)}, and {why} forbids to fetch it. "
-            f"Allow that once, or {ELSEWHERE}."
+            repo,
+            f"not in the cache {kept}{_at(revision)}, and {why} forbids to fetch it. "
+            f"Allow that once, or {ELSEWHERE}.",
         )
     if isinstance(error, GatedRepoError):
         return CheckpointError(
-            f"{repo}: is gated, and you were not let in. Accept its terms on {hub}/{repo}, then {LOG_IN}."
+            repo, f"is gated, and you were not let in. Accept its terms on {hub}/{repo}, then {LOG_IN}."
         )
     if isinstance(error, RevisionNotFoundError):
         return CheckpointNotFoundError(
-            f"{repo}: has no revision {revision!r}; wanted a branch, a tag or a whole commit hash"
+            repo, f"has no revision {revision!r}; wanted a branch, a tag or a whole commit hash"
         )
     if isinstance(error, RepositoryNotFoundError):
         return CheckpointNotFoundError(
-            f"{repo}: no such file or folder, and no such model on {hub} that you may see. "
-            f"Check the spelling; if it is private, {LOG_IN}."
+            repo,
+            f"no such file or folder, and no such model on {hub} that you may see. "
+            f"Check the spelling; if it is private, {LOG_IN}.",
         )
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         status = error.response.status_code
         do = (
             f"If it is about rights, {LOG_IN}" if status in (401, 403) else f"Try again later, or {ELSEWHERE}"
         )
-        return CheckpointError(f"{repo}: {hub} answered {status}. {do}.")
+        return CheckpointError(repo, f"{hub} answered {status}. {do}.")
     if isinstance(error, OSError) and error.errno is not None:
         return CheckpointError(
-            f"{repo}: cannot be kept in {kept}: {error.strerror}. Pass another cache_dir or set HF_HOME."
+            repo, f"cannot be kept in {kept}: {error.strerror}. Pass another cache_dir or set HF_HOME."
         )
     said = str(error).strip().partition("\n")[0]
     return CheckpointError(
-        f"{repo}: cannot be fetched from {hub} ({type(error).__name__}: {said}), and is not in the cache "
-        f"{kept}{_at(revision)}. Check the network, or {ELSEWHERE}."
+        repo,
+        f"cannot be fetched from {hub} ({type(error).__name__}: {said}), and is not in the cache "
+        f"{kept}{_at(revision)}. Check the network, or {ELSEWHERE}.",
     )
 
 

@@ -1,4 +1,4 @@
-"""What memory and which devices this process can have: `find_budget`, `host_memory`, `resolve_device`.
+"""What memory this process can have: `find_budget`, `host_memory`.
 
 Everything is in bytes; where text says GB it means 1024³ of them, as the article does.
 """
@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from gpt2lite.errors import InsufficientMemoryError, UsageError, is_out_of_memory
+from gpt2lite.devices import free_memory
+from gpt2lite.errors import UsageError
 
 GB = 1024**3
 UNITS = {
@@ -153,20 +154,6 @@ def host_memory() -> HostMemory:
     return HostMemory(physical.total, available, limited_by, swap)
 
 
-def device_memory(device: torch.device) -> int | None:
-    """Bytes that this process can still take on a device, None where that cannot be known.
-
-    What the driver has free and what torch's allocator holds unused, within this process's own fraction.
-    """
-    count = torch.cuda.device_count() if device.type == "cuda" and torch.cuda.is_available() else 0
-    if (device.index or 0) >= count:
-        return None
-    free, total = torch.cuda.mem_get_info(device)
-    reserved = torch.cuda.memory_reserved(device)
-    granted = int(total * torch.cuda.get_per_process_memory_fraction(device)) - reserved
-    return max(min(free, granted), 0) + reserved - torch.cuda.memory_allocated(device)
-
-
 @dataclass(frozen=True, slots=True)
 class Limit:
     """How many bytes a load may take of one kind of memory, in words, too. `nbytes` None: not known."""
@@ -223,33 +210,7 @@ def find_budget(
     memory = host_memory()
     host = _limit("host", memory.available, memory.limited_by, max_host_memory)
     room = NO_LIMIT if max_host_memory is None else parse_size(max_host_memory) - (host.nbytes or 0)
-    on_device = _limit("device", device_memory(device), str(device), max_device_memory)
+    on_device = _limit("device", free_memory(device), str(device), max_device_memory)
     granted, source = min(process_grants(), default=(None, ""))
     virtual = _limit("host", granted, source, None)
     return Budget(host, on_device, min(memory.swap, room), virtual)
-
-
-def name_device(device: str | torch.device) -> torch.device:
-    """`device` as torch means it, whether or not this machine has one. Raises UsageError for no device."""
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise UsageError(f"no device is called {device!r}; try cpu, cuda or cuda:0") from None
-    if found.type == "meta":
-        raise UsageError("a model on the meta device holds no weights; try cpu or cuda")
-    return found
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """`device` as its tensors name it. Raises UsageError where this machine has no such device."""
-    found = name_device(device)
-    count = torch.cuda.device_count() if found.type == "cuda" and torch.cuda.is_available() else 0
-    if found.type == "cuda" and (found.index or 0) >= count:
-        have = f"only {count} CUDA device(s)" if count else "no CUDA device that torch can use"
-        raise UsageError(f"{device} was asked for, this machine has {have}. Take cpu instead.")
-    try:
-        return torch.empty(1, device=found).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        if is_out_of_memory(error) or "out of memory" in str(error):
-            raise InsufficientMemoryError(f"{device} has no memory left for even one number") from None
-        raise UsageError(f"{device} was asked for, this machine's torch cannot use it. Use cpu.") from None

@@ -21,6 +21,7 @@ from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.checkpoint.tf_bundle import index_of
 from gpt2lite.collector import collector_paused
 from gpt2lite.config import OFFICIAL_SIZES, GPTConfig
+from gpt2lite.devices import name_device
 from gpt2lite.dialects import (
     UNSAYABLE,
     Found,
@@ -41,7 +42,6 @@ from gpt2lite.loading import Forecast, LoadOptions, LoadPlan, forecasts, load, m
 from gpt2lite.loading.options import HUB_OPTIONS, OpenOptions, check_names
 from gpt2lite.loading.plan import require_one_dtype
 from gpt2lite.loading.skeleton import build_on_meta
-from gpt2lite.memory import name_device
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -133,12 +133,13 @@ def _tree(files: Files, settings: Mapping[str, Any]) -> dict[str, Any]:
         known = {row["content"]: row["id"] for row in tree["added_tokens"]} | _ids(tree["model"]["vocab"])
         if stale := next((token for token, id in vocab.items() if known.get(token) != id), None):
             ids = f"{vocab[stale]}, in {TREE} beside it {known.get(stale)}"
-            raise CheckpointError(f"{files[VOCAB]}: {stale!r} is {ids}. Remove the file that is stale")
+            raise CheckpointError(files[VOCAB], f"{stale!r} is {ids}. Remove the file that is stale")
         return tree
     if not vocab or MERGES not in files or not all(type(id) is int for id in vocab.values()):
         raise CheckpointError(
-            f"{next(iter(files.values()))}: cannot be read as a tokenizer from {', '.join(files)}; wanted"
-            f" {TREE}, or {VOCAB} (token to id) with {MERGES}. {REWRITE}"
+            next(iter(files.values())),
+            f"cannot be read as a tokenizer from {', '.join(files)}; wanted"
+            f" {TREE}, or {VOCAB} (token to id) with {MERGES}. {REWRITE}",
         )
     lines = files[MERGES].read_text(encoding="utf-8").split("\n")
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
@@ -166,7 +167,7 @@ def _through_tokenizers(name: str, tree: Mapping[str, Any], end: str) -> Tokeniz
         import tokenizers
     except ImportError:
         do = "pip install 'gpt2lite[tokenizers]'"
-        raise CheckpointError(f"{name}: does not follow GPT-2's rules; to read it, {do}") from None
+        raise CheckpointError(name, f"does not follow GPT-2's rules; to read it, {do}") from None
     peer = tokenizers.Tokenizer.from_str(json.dumps(tree))
     peer.no_truncation()
     peer.no_padding()
@@ -202,14 +203,14 @@ def _from_hub(files: Files) -> Tokenizer:
     tree, names = _tree(files, settings), {"eos_token": END_OF_TEXT} | _special_names(settings)
     said, before = settings.get("add_prefix_space"), tree["pre_tokenizer"] or {}
     if said is not None and before.get("add_prefix_space", said) != said:
-        raise CheckpointError(f"{name}: {SETTINGS[1]} says add_prefix_space={said}, {TREE} says {not said}")
+        raise CheckpointError(name, f"{SETTINGS[1]} says add_prefix_space={said}, {TREE} says {not said}")
     if settings.get("add_bos_token") or (tree.get("post_processor") or {}).get("special_tokens"):
         warnings.warn(f"{name}: puts special tokens around a text; here, write them yourself", stacklevel=2)
     vocab, special, end = _ids(tree["model"]["vocab"]), {*names.values()}, names["eos_token"]
     listed = [{"id": vocab[token], "content": token} for token in special & vocab.keys()]
     rows = {row["content"]: row for row in (*listed, *tree["added_tokens"])}
     if settings.get("eos_token") and end not in rows:
-        raise CheckpointError(f"{name}: lacks {end!r}, which {SETTINGS[1]} says ends a text")
+        raise CheckpointError(name, f"lacks {end!r}, which {SETTINGS[1]} says ends a text")
     defaults = dict.fromkeys((*FLAGS, "normalized"), False)
     added = [defaults | {"special": token in special} | row for token, row in rows.items()]
     tree["added_tokens"] = sorted(added, key=lambda row: row["id"])
@@ -228,16 +229,16 @@ def _from_characters(files: Files) -> Tokenizer:
     """nanoGPT's meta.pkl: one id per character, and no token that ends a text."""
     path = files[META]
     if path.stat().st_size > MAX_META_BYTES:
-        raise CheckpointError(f"{path}: larger than {MAX_META_BYTES >> 20} MiB, so not a table of characters")
+        raise CheckpointError(path, f"larger than {MAX_META_BYTES >> 20} MiB, so not a table of characters")
     with open(path, "rb") as file:
         found: Any = describe(path, DescribingUnpickler(file, encoding="utf-8"))
     # types first: what a pickle nests can take for ever to compare or to hash
     if not all(type(id) is int and type(c) is str and len(c) == 1 for id, c in found["itos"].items()):
-        raise CheckpointError(f"{path}: wanted nanoGPT's table of an id and a character each")
+        raise CheckpointError(path, "wanted nanoGPT's table of an id and a character each")
     texts = {id: character.encode() for id, character in found["itos"].items()}
     ids = {character: id for id, character in found["itos"].items()}
     if ids != found["stoi"]:
-        raise CheckpointError(f"{path}: its stoi and its itos disagree")
+        raise CheckpointError(path, "its stoi and its itos disagree")
 
     def ids_of(text: str, allowed: Allowed) -> list[int]:
         if unknown := next((character for character in text if character not in ids), None):
@@ -274,15 +275,16 @@ def _read(files: Files) -> Tokenizer:
     (names, read), *others = [(names & files.keys(), read) for names, read in KINDS if names & files.keys()]
     if others:
         raise CheckpointError(
-            f"{first.parent}: holds two tokenizers, {' and '.join(sorted(names))}, and "
-            f"{' and '.join(sorted(others[0][0]))}. Remove the one that is not this model's"
+            first.parent,
+            f"holds two tokenizers, {' and '.join(sorted(names))}, and "
+            f"{' and '.join(sorted(others[0][0]))}. Remove the one that is not this model's",
         )
     try:
         return read(files)
     except GPT2LiteError:
         raise
     except Exception as error:  # of files that are not what their names say; tokenizers' own are no narrower
-        raise CheckpointError(f"{first}: not a sound tokenizer ({type(error).__name__}: {error})") from None
+        raise CheckpointError(first, f"not a sound tokenizer ({type(error).__name__}: {error})") from None
 
 
 def is_gpt2_size(vocab_size: int) -> bool:
@@ -311,9 +313,7 @@ def tokenizer_for(checkpoint: Path, vocab_size: int) -> Tokenizer:
     found = _read(files) if files else as_tokenizer(gpt2_encoding())
     if found.n_vocab > vocab_size:
         where = next(iter(files.values()), checkpoint)
-        raise CheckpointError(
-            f"{where}: {found.n_vocab} tokens for a model with a vocabulary of {vocab_size}"
-        )
+        raise CheckpointError(where, f"{found.n_vocab} tokens for a model with a vocabulary of {vocab_size}")
     return found
 
 

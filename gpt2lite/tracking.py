@@ -21,7 +21,8 @@ import psutil
 import torch
 
 from gpt2lite import sampler
-from gpt2lite.memory import GB, resolve_device
+from gpt2lite.devices import allocated, peak_allocated, resolve_device, restart_peak, synchronize
+from gpt2lite.memory import GB
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,31 +53,27 @@ class MemoryUse:
 
     def report(self) -> str:
         """The article's line, in GB."""
-        device = f"Maximum GPU memory allocated: {self.peak_device / GB:.2f} GB\n" if self.on_cuda else ""
+        device = f"Maximum GPU memory allocated: {self.peak_device / GB:.2f} GB\n" if self.on_device else ""
         return (
             f"{device}Maximum CPU memory allocated: {self.peak_host_anonymous / GB:.2f} GB"
             f" (+ {self.peak_host_reclaimable / GB:.2f} GB of mapped files, which the system can take back)"
         )
 
     @property
-    def on_cuda(self) -> bool:
+    def on_device(self) -> bool:
         """Whether device memory was counted."""
-        return self.device.type == "cuda"
+        return self.device.type != "cpu"
 
 
 def clean_up(device: str | torch.device = "cpu") -> int:
     """Collect garbage, give cached device memory back, restart the device's peak; the article's third habit.
 
-    Returns the bytes that torch still has allocated on a CUDA device: 0 once every model is deleted.
+    Returns the bytes that torch still has allocated on the device: 0 once every model is deleted.
     """
     gc.collect()
     device = resolve_device(device)
-    if device.type != "cuda":
-        return 0
-    torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
+    restart_peak(device)
+    return allocated(device)
 
 
 def _status(pid: int | str = "self") -> dict[str, int]:
@@ -194,7 +191,7 @@ class track_memory:
 
     def __enter__(self) -> MemoryUse:
         clean_up(self.use.device)
-        self.device_baseline = torch.cuda.memory_allocated(self.use.device) if self.use.on_cuda else 0
+        self.device_baseline = allocated(self.use.device)
         self.sampler = _ProcSampler() if _has_proc() else _RssSampler()
         return self.use
 
@@ -204,7 +201,6 @@ class track_memory:
         if kind is not None:
             self.sampler.abandon()
             return
-        if self.use.on_cuda:
-            torch.cuda.synchronize(self.use.device)
-            self.use.peak_device = torch.cuda.max_memory_allocated(self.use.device) - self.device_baseline
+        synchronize(self.use.device)
+        self.use.peak_device = peak_allocated(self.use.device) - self.device_baseline
         self.sampler.finish(self.use)

@@ -15,6 +15,7 @@ PACKAGE = Path(gpt2lite.__file__).parent
 # may import each other.
 FLOORS = [
     {"errors", "_version", "_torch", "sampler", "collector"},
+    {"devices"},
     {"config", "checkpoint", "memory", "hub", "quantization", "encoding", "reading_text"},
     {"dialects", "byte_pairs", "tracking"},
     {"tokenizer"},

@@ -23,7 +23,7 @@ __all__ = ["FOLDER_FILES", "Manifest", "TensorSpan", "open_checkpoint", "side_fi
 def _open_shard(path: Path) -> Manifest:
     kind = _kind_of_file(path)
     if kind == "sharded":
-        raise CheckpointError(f"{path}: an index, where a shard is wanted")
+        raise CheckpointError(path, "an index, where a shard is wanted")
     return OPENERS[kind](path)
 
 
@@ -32,7 +32,7 @@ def _open_zip(path: Path) -> Manifest:
         return open_torch_zip(path)
     except CheckpointError as error:
         if said := what_is_zip(path):
-            raise CheckpointError(f"{path}: {said}") from error
+            raise CheckpointError(path, f"{said}") from error
         raise
 
 
@@ -86,7 +86,7 @@ def _open_folder(path: Path) -> Manifest:
     if files:
         found = f"{len(tensors)} files of exactly one tensor each and " if are_many else ""
         names = shortened(file.name for file in files)
-        raise CheckpointError(f"{path}: holds {found}{names}; pass the one that is the checkpoint")
+        raise CheckpointError(path, f"holds {found}{names}; pass the one that is the checkpoint")
     if indices := sorted(path.glob("*.index")):
         return tf_bundle.open_tf_bundle(tf_bundle.current_index(path, indices))
     raise without_weights(path)
@@ -117,7 +117,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Manifest:
     elif os.path.isfile(index := tf_bundle.index_of(path)):
         manifest = tf_bundle.open_tf_bundle(index)
     else:
-        raise CheckpointNotFoundError(f"{path}: no such file or folder")
+        raise CheckpointNotFoundError(path, "no such file or folder")
     if is_optimizer_state(manifest.tensors):
-        raise CheckpointError(f"{manifest.path}: an optimizer's state alone; pass the file of the weights")
+        raise CheckpointError(manifest.path, "an optimizer's state alone; pass the file of the weights")
     return manifest

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gpt2lite.checkpoint.reading import memory_of
+from gpt2lite.devices import caller_stream, on_stream
 from gpt2lite.errors import UsageError
 
 CHUNK_BYTES = 8 << 20
@@ -78,11 +79,10 @@ def chunks_of(parts: Sequence[Tensor], axis: int, dtype: torch.dtype) -> Iterato
 
 def made_ahead(chunks: Iterable[memoryview]) -> Iterator[memoryview]:
     """The same chunks in the same order, the next made in a thread while one is written: two at a time."""
-    coming = iter(chunks)
-    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+    coming, stream = iter(chunks), caller_stream()
 
     def make() -> memoryview | None:
-        with torch.cuda.stream(stream):  # the caller's: a thread has another one, which waits for nothing
+        with on_stream(stream):  # the caller's: a thread has another one, which waits for nothing
             return next(coming, None)
 
     with ThreadPoolExecutor(1) as maker:

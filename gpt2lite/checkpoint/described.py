@@ -166,5 +166,5 @@ def described(path: Path, unpickler: DescribingUnpickler) -> Described:
     try:
         _sort(tree, found)
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise CheckpointError(path, f"{error}") from None
     return found

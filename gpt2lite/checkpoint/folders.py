@@ -38,7 +38,7 @@ def refuse_divided(folder: Path) -> None:
     """Raise CheckpointError for a checkpoint in parts that only the program that wrote it can join."""
     for (pattern, least), said in DIVIDED.items():
         if len(list(folder.glob(pattern))) >= least:
-            raise CheckpointError(f"{folder}: {said}")
+            raise CheckpointError(folder, f"{said}")
 
 
 def candidates(folder: Path, tensors: Container[Path]) -> list[Path]:
@@ -54,9 +54,10 @@ def without_weights(folder: Path) -> CheckpointError:
     inner = sorted((child for child in folder.iterdir() if child.is_dir()), key=_number)
     likely = f". Did you mean {inner[-1]}?" if inner and (_number(inner[-1]) >= 0 or not inner[1:]) else ""
     return CheckpointError(
-        f"{folder}: a folder without weights; wanted {', '.join(FOLDER_FILES)}, one file ending in "
+        folder,
+        f"a folder without weights; wanted {', '.join(FOLDER_FILES)}, one file ending in "
         f"{', '.join(SUFFIXES)}, one .pt file a tensor or a .index of TensorFlow, "
-        f"found {shortened(names)}{likely}"
+        f"found {shortened(names)}{likely}",
     )
 
 

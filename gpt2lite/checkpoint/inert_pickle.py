@@ -412,6 +412,6 @@ def describe(path: Path, unpickler: DescribingUnpickler) -> object:
     try:
         return unpickler.load()
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise CheckpointError(path, f"{error}") from None
     except Exception as error:  # a damaged pickle can raise anything; none of it is ours
-        raise CheckpointError(f"{path}: its pickle is damaged ({type(error).__name__}: {error})") from None
+        raise CheckpointError(path, f"its pickle is damaged ({type(error).__name__}: {error})") from None

@@ -82,7 +82,7 @@ def _check(path: Path, header: Header) -> None:
     if header.n_head > 0 and header.n_embd % header.n_head:
         lines.append(f"n_embd {header.n_embd} is no multiple of n_head {header.n_head}")
     if lines:
-        raise CheckpointError(f"{path}: its llm.c header is damaged: {'; '.join(lines)}")
+        raise CheckpointError(path, f"its llm.c header is damaged: {'; '.join(lines)}")
 
 
 def _read_header(path: Path) -> Header:
@@ -90,19 +90,21 @@ def _read_header(path: Path) -> Header:
         data = file.read(HEADER.size)
     if len(data) < HEADER.size:
         raise CheckpointError(
-            f"{path}: ends within its llm.c header, at byte {len(data)} of {HEADER.size}. "
-            "It is truncated: copy or download it again."
+            path,
+            f"ends within its llm.c header, at byte {len(data)} of {HEADER.size}. "
+            "It is truncated: copy or download it again.",
         )
     _, version, *numbers = HEADER.unpack(data)
     if version not in DTYPES:
         raise CheckpointError(
-            f"{path}: an llm.c file of version {version}; wanted version 3 (float32) "
-            "or 5 (bfloat16). Write it again with a newer llm.c."
+            path,
+            f"an llm.c file of version {version}; wanted version 3 (float32) "
+            "or 5 (bfloat16). Write it again with a newer llm.c.",
         )
     header = Header(version, *numbers[:6])
     _check(path, header)
     if any(numbers[6:]):
-        raise CheckpointError(f"{path}: its llm.c header goes on after eight numbers: it is damaged")
+        raise CheckpointError(path, "its llm.c header goes on after eight numbers: it is damaged")
     return header
 
 
@@ -136,8 +138,9 @@ def open_llmc(path: Path) -> Manifest:
     end = HEADER.size + numel * header.dtype.itemsize
     if end != state.size:
         raise CheckpointError(
-            f"{path}: its llm.c header describes {end} bytes, the file has {state.size}. "
-            "It is truncated or damaged: copy or download it again."
+            path,
+            f"its llm.c header describes {end} bytes, the file has {state.size}. "
+            "It is truncated or damaged: copy or download it again.",
         )
     spans = {span.name: span for span in _spans(path, header)}
     spans["wte.weight"] = replace(spans["wte.weight"], shape=(header.vocab_size, header.n_embd))

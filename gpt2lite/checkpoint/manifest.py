@@ -106,7 +106,7 @@ class FileState:
         try:
             found = os.stat(path)
         except FileNotFoundError:
-            raise CheckpointNotFoundError(f"{path}: no such file or folder") from None
+            raise CheckpointNotFoundError(path, "no such file or folder") from None
         return cls(found.st_size, found.st_mtime_ns, found.st_ino)
 
 
@@ -144,7 +144,7 @@ class Manifest:
         """Raise CheckpointError if a file is not what it was when the manifest was made."""
         for path, state in self.files.items():
             if FileState.of(path) != state:
-                raise CheckpointError(f"{path}: changed while it was being read. Load it again.")
+                raise CheckpointError(path, "changed while it was being read. Load it again.")
 
 
 def validate(manifest: Manifest) -> Manifest:
@@ -152,14 +152,16 @@ def validate(manifest: Manifest) -> Manifest:
     for span in manifest.tensors.values():
         if len(span.name) > MAX_NAME:
             raise CheckpointError(
-                f"{span.path}: a tensor's name has {len(span.name)} characters: {span.name[:40]}… "
-                f"Names end at {MAX_NAME}."
+                span.path,
+                f"a tensor's name has {len(span.name)} characters: {span.name[:40]}… "
+                f"Names end at {MAX_NAME}.",
             )
         end, size = span.offset + span.extent, manifest.files[span.path].size
         if span.offset < 0 or end > size:
             raise CheckpointError(
-                f"{span.path}: {span.name} lies in bytes {span.offset} to {end}, the file ends at {size}. "
-                "It is truncated: copy or download it again."
+                span.path,
+                f"{span.name} lies in bytes {span.offset} to {end}, the file ends at {size}. "
+                "It is truncated: copy or download it again.",
             )
     return manifest
 

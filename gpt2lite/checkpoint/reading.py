@@ -53,7 +53,7 @@ def read_file_into(memories: Iterable[memoryview], file: io.FileIO, offset: int)
     while empty:
         count = read_once(file, _first(empty, STEP - offset % STEP), offset)
         if not count:
-            raise CheckpointError(f"{file.name}: ends at byte {offset}; it was truncated while being read")
+            raise CheckpointError(file.name, f"ends at byte {offset}; it was truncated while being read")
         offset += count
         while count:
             memory = empty.popleft()
@@ -102,7 +102,7 @@ def _torch_load(path: Path, device: torch.device, *, mmap: bool = False) -> obje
         if is_out_of_memory(error):
             raise
         raise CheckpointError(
-            f'{path}: torch.load refuses it ({first_line(error)}); strategy="stream" does not use it'
+            path, f'torch.load refuses it ({first_line(error)}); strategy="stream" does not use it'
         ) from None
 
 
@@ -247,7 +247,7 @@ def map_tensors(spans: Iterable[TensorSpan]) -> dict[str, Tensor]:
             mapped[span.path] = _map_file(span.path)
         storage = mapped[span.path][span.offset : span.offset + span.extent]
         if storage.nbytes() < span.extent:
-            raise CheckpointError(f"{span.path}: ends before {span.name}; it was truncated while being read")
+            raise CheckpointError(span.path, f"ends before {span.name}; it was truncated while being read")
         tensors[span.name] = torch.empty(0, dtype=span.dtype, device="cpu").set_(
             storage, 0, span.shape, span.stride
         )

@@ -61,16 +61,17 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
         length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER_BYTES or 8 + length > size:
             raise CheckpointError(
-                f"{path}: announces a header of {length} bytes in a file of {size}. "
-                "It is truncated or not safetensors: copy or download it again."
+                path,
+                f"announces a header of {length} bytes in a file of {size}. "
+                "It is truncated or not safetensors: copy or download it again.",
             )
         raw = file.read(length)
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its header is not sound JSON ({error})") from None
+        raise CheckpointError(path, f"its header is not sound JSON ({error})") from None
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: its header is a {type(header).__name__}, not an object")
+        raise CheckpointError(path, f"its header is a {type(header).__name__}, not an object")
     return header, 8 + length
 
 
@@ -82,17 +83,17 @@ def _span(path: Path, name: str, entry: Any, start: int) -> TensorSpan:
             shape = tuple(sizes)
         case _:
             raise CheckpointError(
-                f"{path}: {name} is described by {str(entry)[:200]}, which is not dtype, shape, offsets"
+                path, f"{name} is described by {str(entry)[:200]}, which is not dtype, shape, offsets"
             )
     if code not in DTYPES:
         raise CheckpointError(
-            f"{path}: {name} has dtype {code}, which torch does not have; known: {' '.join(DTYPES)}"
+            path, f"{name} has dtype {code}, which torch does not have; known: {' '.join(DTYPES)}"
         )
     if not is_countable(shape, DTYPES[code]):
-        raise CheckpointError(f"{path}: {name} has shape {shape}, more bytes than can be counted")
+        raise CheckpointError(path, f"{name} has shape {shape}, more bytes than can be counted")
     span = TensorSpan(name, DTYPES[code], shape, contiguous_stride(shape), path, start + begin)
     if end - begin != span.nbytes:
-        raise CheckpointError(f"{path}: {name} takes {end - begin} bytes, {code} {shape} needs {span.nbytes}")
+        raise CheckpointError(path, f"{name} takes {end - begin} bytes, {code} {shape} needs {span.nbytes}")
     return span
 
 
@@ -100,12 +101,13 @@ def _check_gapless(path: Path, spans: list[TensorSpan], start: int, size: int) -
     """The tensors must fill the file from header to end: no gap to hide data in, no overlap, nothing cut."""
     for span in sorted(spans, key=lambda span: (span.offset, span.nbytes)):
         if span.offset != start:
-            raise CheckpointError(f"{path}: {span.name} begins at byte {span.offset}, expected at {start}")
+            raise CheckpointError(path, f"{span.name} begins at byte {span.offset}, expected at {start}")
         start += span.nbytes
     if start != size:
         raise CheckpointError(
-            f"{path}: its tensors end at byte {start}, the file at {size}. "
-            "It is truncated or damaged: copy or download it again."
+            path,
+            f"its tensors end at byte {start}, the file at {size}. "
+            "It is truncated or damaged: copy or download it again.",
         )
 
 

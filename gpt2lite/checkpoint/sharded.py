@@ -23,17 +23,17 @@ MAX_INDEX_BYTES = 64 << 20
 def _read_index(path: Path, size: int) -> dict[str, Any]:
     """The parsed index, with a weight_map that names something."""
     if size > MAX_INDEX_BYTES:
-        raise CheckpointError(f"{path}: has {size} bytes; an index ends at {MAX_INDEX_BYTES >> 20} MiB")
+        raise CheckpointError(path, f"has {size} bytes; an index ends at {MAX_INDEX_BYTES >> 20} MiB")
     try:
         index = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path}: its index is not sound JSON ({error}). Copy or download it again."
+            path, f"its index is not sound JSON ({error}). Copy or download it again."
         ) from None
     match index:
         case {"weight_map": {**placed}} if placed:
             return index
-    raise CheckpointError(f"{path}: has no weight_map that names tensors; it is {what_is_json(index)}")
+    raise CheckpointError(path, f"has no weight_map that names tensors; it is {what_is_json(index)}")
 
 
 def _shard_name(said: object) -> str | None:
@@ -108,8 +108,8 @@ def open_sharded(path: Path, open_shard: Callable[[Path], Manifest]) -> Manifest
     lines += _mismatches(placed, opened)
     if lines:
         raise CheckpointError(
-            f"{path}: does not fit its shards in {len(lines)} place(s). Copy or download them again."
-            f"{listed(lines)}"
+            path,
+            f"does not fit its shards in {len(lines)} place(s). Copy or download them again.{listed(lines)}",
         )
     values, files, storages = _metadata(index), {path: state}, dict[Path, tuple[int, ...]]()
     unreadable: dict[str, str] = {}

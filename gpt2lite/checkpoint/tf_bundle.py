@@ -244,7 +244,7 @@ def _read_index(path: Path) -> tuple[list[Path], list[Entry]]:
         shards = _shards(header)
         entries = [_entry(key, content) for key, content in table]
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise CheckpointError(path, f"{error}") from None
     prefix = path.name.removesuffix(".index")
     files = [path.with_name(f"{prefix}.data-{shard:05}-of-{shards:05}") for shard in range(shards)]
     return files, [entry for entry in entries if entry.dtype != STRING]
@@ -263,19 +263,20 @@ def _span(path: Path, entry: Entry, shards: list[Path]) -> TensorSpan:
     dtype, shape = DTYPES.get(entry.dtype), entry.shape
     if dtype is None:
         raise CheckpointError(
-            f"{path}: {entry.name} has TensorFlow's dtype {entry.dtype}, which is not read; known: "
-            f"{' '.join(f'{code} ({dtype})' for code, dtype in DTYPES.items())}"
+            path,
+            f"{entry.name} has TensorFlow's dtype {entry.dtype}, which is not read; known: "
+            f"{' '.join(f'{code} ({dtype})' for code, dtype in DTYPES.items())}",
         )
     if entry.shard >= len(shards):
         raise CheckpointError(
-            f"{path}: {entry.name} lies in data file {entry.shard}, counted from 0, of {len(shards)}"
+            path, f"{entry.name} lies in data file {entry.shard}, counted from 0, of {len(shards)}"
         )
     if not is_countable(shape, dtype):
-        raise CheckpointError(f"{path}: {entry.name} has shape {shape}, more bytes than can be counted")
+        raise CheckpointError(path, f"{entry.name} has shape {shape}, more bytes than can be counted")
     span = TensorSpan(entry.name, dtype, shape, contiguous_stride(shape), shards[entry.shard], entry.offset)
     if entry.nbytes != span.nbytes:
         raise CheckpointError(
-            f"{path}: {entry.name} takes {entry.nbytes} bytes, {dtype} {shape} needs {span.nbytes}"
+            path, f"{entry.name} takes {entry.nbytes} bytes, {dtype} {shape} needs {span.nbytes}"
         )
     return span
 
@@ -286,7 +287,7 @@ def _check_apart(spans: Iterable[TensorSpan]) -> None:
     for span in sorted(spans, key=lambda span: (span.offset, span.nbytes)):
         if span.offset < ends.get(span.path, 0):
             raise CheckpointError(
-                f"{span.path}: {span.name} begins at byte {span.offset}, inside of the tensor before it"
+                span.path, f"{span.name} begins at byte {span.offset}, inside of the tensor before it"
             )
         ends[span.path] = span.offset + span.nbytes
 
@@ -308,8 +309,9 @@ def current_index(folder: Path, indices: list[Path]) -> Path:
         if current in indices:
             return current
     raise CheckpointError(
-        f"{folder}: holds several TensorFlow checkpoints, and its file `checkpoint` names none of them. "
-        f"Name one: {', '.join(index.name for index in indices[:5])}"
+        folder,
+        f"holds several TensorFlow checkpoints, and its file `checkpoint` names none of them. "
+        f"Name one: {', '.join(index.name for index in indices[:5])}",
     )
 
 
@@ -349,8 +351,9 @@ def check_crc32c(manifest: Manifest, progress: Callable[[int, int], None] | None
         found = masked(crc32c(_chunks(span)))
         if found != sums[name]:
             raise CheckpointError(
-                f"{span.path}: {name}, bytes {span.offset} to {span.offset + span.nbytes}, has the sum "
-                f"{found:08x}, the index says {sums[name]:08x}. It is damaged: copy or download it again."
+                span.path,
+                f"{name}, bytes {span.offset} to {span.offset + span.nbytes}, has the sum "
+                f"{found:08x}, the index says {sums[name]:08x}. It is damaged: copy or download it again.",
             )
         done += span.nbytes
         if progress:

@@ -107,23 +107,24 @@ def _check_head(path: Path, pickles: _Pickles) -> None:
     for what, wanted in (("magic number", MAGIC_NUMBER), ("version", VERSION)):
         found = read()
         if type(found) is not int or found != wanted:
-            raise CheckpointError(f"{path}: its {what} is {shown(found)}, wanted {wanted}: it is damaged")
+            raise CheckpointError(path, f"its {what} is {shown(found)}, wanted {wanted}: it is damaged")
     machine = read()
     order = machine.get("little_endian") if isinstance(machine, dict) else None
     if order is not True:
         found_order = "of other byte order" if order is False else "that it does not describe"
-        raise CheckpointError(f"{path}: written on a machine {found_order}. {RESAVE}")
+        raise CheckpointError(path, f"written on a machine {found_order}. {RESAVE}")
 
 
 def _check_keys(path: Path, keys: object, storages: dict[str, Storage]) -> list[str]:
     """The keys in the order of the file, which must be those of all storages, each once."""
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-        raise CheckpointError(f"{path}: its list of storages is {shown(keys)}, wanted their keys")
+        raise CheckpointError(path, f"its list of storages is {shown(keys)}, wanted their keys")
     if len(set(keys)) < len(keys) or set(keys) != storages.keys():
         lacking, unknown = sorted(storages.keys() - set(keys)), sorted(set(keys) - storages.keys())
         raise CheckpointError(
-            f"{path}: its list of {len(keys)} storages does not fit its pickle, which describes "
-            f"{len(storages)}; missing: {shown(lacking[:3])}, unknown: {shown(unknown[:3])}"
+            path,
+            f"its list of {len(keys)} storages does not fit its pickle, which describes "
+            f"{len(storages)}; missing: {shown(lacking[:3])}, unknown: {shown(unknown[:3])}",
         )
     return keys
 
@@ -139,14 +140,16 @@ def _find_storages(
         end = begin + storages[key].nbytes
         if end > size:
             raise CheckpointError(
-                f"{path}: its storage {key} lies in bytes {begin} to {end}, the file ends at {size}. "
-                "It is truncated: copy or download it again."
+                path,
+                f"its storage {key} lies in bytes {begin} to {end}, the file ends at {size}. "
+                "It is truncated: copy or download it again.",
             )
         (numel,) = COUNT.unpack(file.read(COUNT.size))
         if numel * storages[key].dtype.itemsize != storages[key].nbytes:
             raise CheckpointError(
-                f"{path}: its storage {key} has {numel} elements of {storages[key].dtype}, "
-                f"{storages[key].nbytes} bytes are described: it is damaged"
+                path,
+                f"its storage {key} has {numel} elements of {storages[key].dtype}, "
+                f"{storages[key].nbytes} bytes are described: it is damaged",
             )
         begins[key] = begin
         file.seek(end)

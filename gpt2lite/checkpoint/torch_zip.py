@@ -55,7 +55,7 @@ def _data_offsets(path: Path, file: io.BufferedIOBase, infos: Iterable[zipfile.Z
         signature, name_length, extra_length = LOCAL_HEADER.unpack(head[: LOCAL_HEADER.size])
         is_its_own = signature == b"PK\x03\x04" and name_length == len(name) and head.endswith(name)
         if begin != info.header_offset or not is_its_own:
-            raise CheckpointError(f"{path}: {info.filename} does not begin where the zip directory says")
+            raise CheckpointError(path, f"{info.filename} does not begin where the zip directory says")
         offsets[info.filename] = begin + LOCAL_HEADER.size + name_length + extra_length
     return offsets
 
@@ -64,14 +64,15 @@ def _read_directory(path: Path, file: io.BufferedIOBase, archive: zipfile.ZipFil
     """The archive's entries by name, with the archive's own leading folder taken off."""
     infos = {info.filename: info for info in archive.infolist()}
     if len(infos) < len(archive.infolist()):
-        raise CheckpointError(f"{path}: the zip holds two entries of one name")
+        raise CheckpointError(path, "the zip holds two entries of one name")
     if any(name.partition("/")[2] == "constants.pkl" for name in infos):
-        raise CheckpointError(f"{path}: a TorchScript program, not a state dict. {RESAVE}")
+        raise CheckpointError(path, f"a TorchScript program, not a state dict. {RESAVE}")
     for name, info in infos.items():
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & ENCRYPTED:
             raise CheckpointError(
-                f"{path}: {name} is compressed or encrypted, so it has no byte range. "
-                "Re-save it: torch.save(torch.load(path, weights_only=True), path)"
+                path,
+                f"{name} is compressed or encrypted, so it has no byte range. "
+                "Re-save it: torch.save(torch.load(path, weights_only=True), path)",
             )
     offsets = _data_offsets(path, file, infos.values())
     return {
@@ -85,18 +86,19 @@ def _read_archive(path: Path) -> tuple[Described, dict[str, Entry]]:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             entries = _read_directory(path, file, archive)
             if "data.pkl" not in entries:
-                raise CheckpointError(f"{path}: a zip without data.pkl, so torch.save did not write it")
+                raise CheckpointError(path, "a zip without data.pkl, so torch.save did not write it")
             pickled = _read_small(path, file, entries, "data.pkl")
             order = _read_small(path, file, entries, "byteorder") if "byteorder" in entries else b"little"
             config = _read_small(path, file, entries, CONFIG_ENTRY) if CONFIG_ENTRY in entries else b""
             config = _read_small(path, file, entries, CONFIG_ENTRY) if CONFIG_ENTRY in entries else b""
     except DAMAGED_ZIP as error:
         raise CheckpointError(
-            f"{path}: has no sound zip directory at its end ({type(error).__name__}: {error}). "
-            "It is truncated or damaged: copy or download it again."
+            path,
+            f"has no sound zip directory at its end ({type(error).__name__}: {error}). "
+            "It is truncated or damaged: copy or download it again.",
         ) from None
     if order != b"little":
-        raise CheckpointError(f"{path}: written on a machine of other byte order, {order[:20]!r}. {RESAVE}")
+        raise CheckpointError(path, f"written on a machine of other byte order, {order[:20]!r}. {RESAVE}")
     found = described(path, DescribingUnpickler(io.BytesIO(pickled), encoding="utf-8"))
     if config:
         found.values[BOUND_CONFIG] = config.decode("utf-8", "replace")
@@ -107,11 +109,11 @@ def _read_small(path: Path, file: io.BufferedIOBase, entries: dict[str, Entry], 
     """One entry as a whole, checked against its sum."""
     entry = entries[name]
     if entry.nbytes > MAX_SMALL_BYTES:
-        raise CheckpointError(f"{path}: its {name} is larger than {MAX_SMALL_BYTES >> 20} MiB")
+        raise CheckpointError(path, f"its {name} is larger than {MAX_SMALL_BYTES >> 20} MiB")
     file.seek(entry.offset)
     data = file.read(entry.nbytes)
     if len(data) < entry.nbytes or entry.crc not in (NO_CRC, zlib.crc32(data)):
-        raise CheckpointError(f"{path}: its {name} is damaged: copy or download it again")
+        raise CheckpointError(path, f"its {name} is damaged: copy or download it again")
     return data
 
 
@@ -121,7 +123,7 @@ def place(path: Path, name: str, record: TensorRecord, begin: int) -> TensorSpan
     offset = begin + storage.start + start
     span = TensorSpan(name, record.dtype, record.shape, record.stride, path, offset)
     if start + span.extent > storage.nbytes:
-        raise CheckpointError(f"{path}: {name} reaches past the end of its storage {storage.key}")
+        raise CheckpointError(path, f"{name} reaches past the end of its storage {storage.key}")
     return span
 
 

@@ -25,9 +25,10 @@ from gpt2lite.cli.terminal import (
     table,
 )
 from gpt2lite.config import OFFICIAL_SIZES, GPTConfig
+from gpt2lite.devices import resolve_device
 from gpt2lite.errors import UsageError
 from gpt2lite.loading import STRATEGIES
-from gpt2lite.memory import GB, human, resolve_device
+from gpt2lite.memory import GB, human
 
 HEADER = ("strategy", "load s", "logits s", "device", "plan", "host anon", "plan", "host file", "exact")
 DEVICE_COLUMNS = (3, 4)

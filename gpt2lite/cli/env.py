@@ -14,6 +14,7 @@ import torch
 
 from gpt2lite._version import __version__
 from gpt2lite.cli.terminal import as_json, facts
+from gpt2lite.devices import accelerators, free_memory, name_of, total_memory
 from gpt2lite.memory import host_memory, human
 
 PACKAGES = ("psutil", "tiktoken", "huggingface_hub", "transformers", "safetensors", "matplotlib")
@@ -41,13 +42,10 @@ def _cpu() -> str:
 
 
 def _gpus() -> list[dict[str, Any]]:
-    if not torch.cuda.is_available():
-        return []
-    found = []
-    for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
-        found.append({"name": torch.cuda.get_device_name(index), "free": free, "total": total})
-    return found
+    return [
+        {"name": name_of(device), "free": free_memory(device), "total": total_memory(device)}
+        for device in accelerators()
+    ]
 
 
 def environment() -> dict[str, Any]:

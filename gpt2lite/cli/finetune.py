@@ -23,6 +23,7 @@ from gpt2lite.cli.terminal import (
     steps_bar,
 )
 from gpt2lite.cli.training import add_recipe_arguments, recipe_of
+from gpt2lite.devices import resolve_device
 from gpt2lite.errors import UsageError
 from gpt2lite.finetuning import Metrics, Rhythm, Task, as_classifier, finetune
 from gpt2lite.finetuning.loop import read_labels, read_metrics, relabel
@@ -30,7 +31,7 @@ from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.finetuning.states import saved_recipe
 from gpt2lite.finetuning.tasks import classifier_task, instruction_task, open_text, text_task
 from gpt2lite.loading import STRATEGIES
-from gpt2lite.memory import human, resolve_device
+from gpt2lite.memory import human
 from gpt2lite.model import GPTModel
 from gpt2lite.tokenizer import tokenizer_files, tokenizer_for, write_beside
 

@@ -17,8 +17,8 @@ from gpt2lite.cli.terminal import (
     config_of,
     dtype_of,
 )
+from gpt2lite.devices import resolve_device
 from gpt2lite.loading import STRATEGIES
-from gpt2lite.memory import resolve_device
 from gpt2lite.model import GPTModel
 
 

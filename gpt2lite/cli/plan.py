@@ -22,11 +22,12 @@ from gpt2lite.cli.terminal import (
     table,
 )
 from gpt2lite.cli.training import add_recipe_arguments, recipe_of
+from gpt2lite.devices import name_device
 from gpt2lite.errors import InsufficientMemoryError, UsageError
 from gpt2lite.finetuning import Recipe, TrainingForecast, forecast_training
 from gpt2lite.finetuning.forecast import find_levers
 from gpt2lite.loading import STRATEGIES, LoadPlan, Verdict, choose, helps, judge
-from gpt2lite.memory import Budget, find_budget, human, name_device, parse_size
+from gpt2lite.memory import Budget, find_budget, human, parse_size
 from gpt2lite.model import GPTModel, open_model
 
 HEADER = ("strategy", "device", "host anon", "host file", "stays", "mapped", "fits")

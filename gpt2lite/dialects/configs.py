@@ -166,7 +166,7 @@ def check_model_type(path: Path) -> None:
     config = (path if path.is_dir() else path.absolute().parent) / "config.json"
     kind = _read_json(config).get("model_type") if is_of_folder(path) and config.is_file() else None
     if kind not in COMPUTED["model_type"]:
-        raise CheckpointError(f"{path}: its config.json says model_type={kind!r}; gpt2lite opens gpt2 alone")
+        raise CheckpointError(path, f"its config.json says model_type={kind!r}; gpt2lite opens gpt2 alone")
 
 
 def is_of_folder(path: Path) -> bool:
@@ -190,9 +190,9 @@ def _parsed(path: Path, text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not sound JSON ({error})") from None
+        raise CheckpointError(path, f"not sound JSON ({error})") from None
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: holds a {type(found).__name__}, wanted an object of config fields")
+        raise CheckpointError(path, f"holds a {type(found).__name__}, wanted an object of config fields")
     return found
 
 
@@ -205,7 +205,7 @@ def _check_kinds(source: Source) -> None:
     for name, value in source.said.items():
         kind, wanted = kinds[name] or ((int, float), "a number")
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise CheckpointError(f"{source.where}: {name} is {str(value)[:50]!r}, wanted {wanted}")
+            raise CheckpointError(source.where, f"{name} is {str(value)[:50]!r}, wanted {wanted}")
 
 
 def _require_computed(reading: Reading, sources: list[Source]) -> None:
@@ -221,8 +221,8 @@ def _require_computed(reading: Reading, sources: list[Source]) -> None:
         lines.append(f"a pickled {made_by}, wanted one of transformers.models.gpt2")
     if lines:
         raise CheckpointError(
-            f"{reading.manifest.path}: computes something that gpt2lite does not, so it was not loaded"
-            f"{listed(lines)}"
+            reading.manifest.path,
+            f"computes something that gpt2lite does not, so it was not loaded{listed(lines)}",
         )
 
 
@@ -242,8 +242,9 @@ def _agreed(reading: Reading, sources: list[Source], shapes: Mapping[str, Any]) 
             lines.append(f"{name}: {known!r} by {places[name]}, {value!r} by {source.where}")
     if lines:
         raise CheckpointError(
-            f"{reading.manifest.path}: sources disagree about this model, so it was not loaded. Correct or "
-            f"remove the wrong one{listed(lines)}"
+            reading.manifest.path,
+            f"sources disagree about this model, so it was not loaded. Correct or "
+            f"remove the wrong one{listed(lines)}",
         )
     return agreed
 
@@ -273,14 +274,15 @@ def _said_by_shapes(reading: Reading) -> dict[str, Any]:
     tensors, placements = reading.manifest.tensors, reading.placements
     lacking = [name for name in ("tok_emb.weight", "pos_emb.weight") if name not in placements]
     if lacking:
-        raise CheckpointError(f"{reading.manifest.path}: holds no {' and no '.join(lacking)}")
+        raise CheckpointError(reading.manifest.path, f"holds no {' and no '.join(lacking)}")
     token = tensors[placements["tok_emb.weight"].source]
     position = tensors[placements["pos_emb.weight"].source]
     head = tensors[placements["out_head.weight"].source]
     if len(token.shape) != 2 or len(position.shape) != 2:
         raise CheckpointError(
-            f"{reading.manifest.path}: {token.name} {token.shape} and {position.name} {position.shape} "
-            "must be (vocab_size, emb_dim) and (context_length, emb_dim)"
+            reading.manifest.path,
+            f"{token.name} {token.shape} and {position.name} {position.shape} "
+            "must be (vocab_size, emb_dim) and (context_length, emb_dim)",
         )
     is_classifier = head.name.removesuffix(".weight").endswith(CLASSIFIERS)
     changed_alone = {"tok_emb.weight", "out_head.weight"} & {adapter.weight for adapter in reading.adapters}
@@ -353,9 +355,10 @@ def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
         if name in said and said[name] != (known := binding.get(name, said[name])):
             places = [source.where for source in sources if source.said.get(name) == known]
             raise CheckpointError(
-                f"{reading.manifest.path}: {name}={said[name]!r} was passed, "
+                reading.manifest.path,
+                f"{name}={said[name]!r} was passed, "
                 f"{(places or ['the program that wrote it'])[0]} says {known!r}. Leave it out, or "
-                "correct that"
+                "correct that",
             )
     if _heads_by_size(shapes) is not None:
         defaults["n_heads"] = _heads_by_size(shapes)
@@ -370,8 +373,9 @@ def _require_unsaid(reading: Reading, names: Iterable[str], defaults: Mapping[st
         for name, said in in_our_words({place.rpartition(".")[2]: value}).items():
             if name in names and type(said) is type(defaults[name]) and said != defaults[name]:
                 raise CheckpointError(
-                    f"{reading.manifest.path}: {place} says {said!r}, taken for granted was {name}="
-                    f"{defaults[name]!r}. Pass the one that counts: config={{{name!r}: …}}"
+                    reading.manifest.path,
+                    f"{place} says {said!r}, taken for granted was {name}="
+                    f"{defaults[name]!r}. Pass the one that counts: config={{{name!r}: …}}",
                 )
 
 
@@ -386,16 +390,18 @@ def complete(reading: Reading, found: Found) -> GPTConfig:
     known = found.fields
     if known.get("n_heads") is None:
         raise CheckpointError(
-            f"{reading.manifest.path}: the number of attention heads cannot be read off weights, and "
+            reading.manifest.path,
+            f"the number of attention heads cannot be read off weights, and "
             f"{known['n_layers']} layers of {known['emb_dim']} are no official size. Pass "
             f'config={{"n_heads": …}} (--n-heads for commands) or put it as {{"n_heads": …}} into '
-            f"{side_file(reading.manifest.path, '.json').name} beside it."
+            f"{side_file(reading.manifest.path, '.json').name} beside it.",
         )
     if "activation" not in known:
         raise CheckpointError(
-            f"{reading.manifest.path}: may be of nanoGPT, whose GELU is exact, or of minGPT or older "
+            reading.manifest.path,
+            "may be of nanoGPT, whose GELU is exact, or of minGPT or older "
             'nanoGPT, whose GELU is the tanh approximation. Pass config={"activation": "gelu"} or '
-            '{"activation": "gelu_tanh"} (--activation for commands)'
+            '{"activation": "gelu_tanh"} (--activation for commands)',
         )
     try:
         return GPTConfig.of(known)

@@ -76,7 +76,7 @@ def _folder_of(path: Path) -> Path | None:
 def _file(folder: Path, *names: str) -> Path:
     found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is None:
-        raise CheckpointNotFoundError(f"{folder}: a PEFT adapter without its {' or '.join(names)}")
+        raise CheckpointNotFoundError(folder, f"a PEFT adapter without its {' or '.join(names)}")
     return found
 
 
@@ -98,15 +98,17 @@ def base_of(path: Path) -> Path | None:
         base = local or fetch(name, revision=said.get("revision"))
     except (CheckpointError, OSError, TypeError, ValueError) as error:
         raise CheckpointNotFoundError(
-            f"{folder}: a PEFT adapter without its base, which base_model_name_or_path in {CONFIG} names: "
-            f"{name!r} ({error}). Correct it there, or put the base's weights into the folder."
+            folder,
+            f"a PEFT adapter without its base, which base_model_name_or_path in {CONFIG} names: "
+            f"{name!r} ({error}). Correct it there, or put the base's weights into the folder.",
         ) from error
     for name in (CONFIG, *WEIGHTS):
         own, other = folder / name, base / name
         if other.is_file() and not (own.is_file() and filecmp.cmp(own, other, shallow=False)):
             raise CheckpointError(
-                f"{folder}: a PEFT adapter whose base, {base}, holds another adapter. If both count, merge "
-                "that one into the base first (peft's merge_and_unload); if only this one does, remove that."
+                folder,
+                f"a PEFT adapter whose base, {base}, holds another adapter. If both count, merge "
+                "that one into the base first (peft's merge_and_unload); if only this one does, remove that.",
             )
     return base
 
@@ -132,8 +134,9 @@ def with_peft(reading: Reading, path: Path) -> Reading:
     placements, wrong = _replaced(reading, {*names} - again, [*map(str, said["modules_to_save"] or ())])
     if wrong or not adapters:
         raise CheckpointError(
-            f"{manifest.path}: {len(adapters)} LoRA layers fit the base {base.path}, and "
-            f"{len(wrong)} tensors do not:{listed(wrong)}"
+            manifest.path,
+            f"{len(adapters)} LoRA layers fit the base {base.path}, and "
+            f"{len(wrong)} tensors do not:{listed(wrong)}",
         )
     both = replace(base, tensors={**base.tensors, **spans}, files={**base.files, **manifest.files})
     return replace(reading, manifest=both, placements=placements, adapters=(*reading.adapters, *adapters))
@@ -146,8 +149,9 @@ def _config(path: Path) -> dict[str, Any]:
     if wrong:
         fields = ", ".join(f"{key}={said[key]!r}"[:80] for key in sorted(wrong))
         raise CheckpointError(
-            f"{path}: not a LoRA that is read here, by {fields}. Where peft can merge it, "
-            "model.merge_and_unload().save_pretrained(folder) writes a model that opens."
+            path,
+            f"not a LoRA that is read here, by {fields}. Where peft can merge it, "
+            "model.merge_and_unload().save_pretrained(folder) writes a model that opens.",
         )
     return said
 
@@ -196,7 +200,7 @@ def _scale(said: Mapping[str, Any], module: str, a: TensorSpan) -> float:
         for some, all_ in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
     )
     if a.shape[:1] != (r,):
-        raise CheckpointError(f"{a.path}: {a.name} has shape {a.shape}, {CONFIG} says that its rank is {r}")
+        raise CheckpointError(a.path, f"{a.name} has shape {a.shape}, {CONFIG} says that its rank is {r}")
     return float(alpha / math.sqrt(r) if said["use_rslora"] else alpha / r)
 
 

@@ -115,11 +115,12 @@ def _one_model(manifest: Manifest) -> tuple[_Model, str]:
         (first, _), (second, _), *_ = found.items()
         if first.marker != second.marker:
             both = " and ".join(_by_marker()[model.marker][0] for model in (first, second))
-            raise CheckpointError(f"{manifest.path}: holds the names of {both} at once; save them apart")
+            raise CheckpointError(manifest.path, f"holds the names of {both} at once; save them apart")
         places = " and ".join(repr((model.container + model.prefix).rstrip(".")) for model in found)
         raise CheckpointError(
-            f"{manifest.path}: holds {len(found)} models, under {places}. Save the one that you want alone: "
-            "torch.save(torch.load(path, weights_only=True)['…'], 'model.pth')"
+            manifest.path,
+            f"holds {len(found)} models, under {places}. Save the one that you want alone: "
+            "torch.save(torch.load(path, weights_only=True)['…'], 'model.pth')",
         )
     ((model, name),) = found.items()
     keys = _by_marker()[model.marker]
@@ -155,7 +156,7 @@ def _names_of(manifest: Manifest, model: _Model) -> tuple[dict[str, str], dict[s
                 beside[name] = name
                 continue
         if own in inside:
-            raise CheckpointError(f"{manifest.path}: {inside[own]} and {name} are both {own}")
+            raise CheckpointError(manifest.path, f"{inside[own]} and {name} are both {own}")
         inside[own] = name
     return inside, beside
 
@@ -169,7 +170,7 @@ def _require_readable(manifest: Manifest, model: _Model, wanted: Collection[str]
         if plain.removeprefix(model.prefix) in wanted or plain.endswith(("out_head.weight", "lm_head.weight"))
     ]
     if lines:
-        raise CheckpointError(f"{manifest.path}: {len(lines)} weight(s) cannot be read{listed(lines)}")
+        raise CheckpointError(manifest.path, f"{len(lines)} weight(s) cannot be read{listed(lines)}")
 
 
 def _with_heads(names: Mapping[str, str], dialect: str) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -222,9 +223,7 @@ def read_dialect(manifest: Manifest) -> Reading:
     dialect = DIALECTS[key]
     n_layers = 1 + max(map(block_of, names))
     if n_layers > len(names):
-        raise CheckpointError(
-            f"{manifest.path}: names block {n_layers - 1}, but has only {len(names)} tensors"
-        )
+        raise CheckpointError(manifest.path, f"names block {n_layers - 1}, but has only {len(names)} tensors")
     all_rows = list(expand_rows(dialect.rows, n_layers))
     _require_readable(manifest, model, {theirs for theirs, _, _ in all_rows})
     rows = [row for row in all_rows if row[0] in names]
@@ -266,14 +265,15 @@ def with_lora_alpha(reading: Reading, alpha: float | None) -> Reading:
     layers = sum(adapter.scale is None for adapter in reading.adapters)
     if layers and alpha is None:
         raise CheckpointError(
-            f"{reading.manifest.path}: holds {layers} LoRA layers, whose alpha no file says; pass the one "
-            "that they were made with: lora_alpha=… (--lora-alpha for commands)"
+            reading.manifest.path,
+            f"holds {layers} LoRA layers, whose alpha no file says; pass the one "
+            "that they were made with: lora_alpha=… (--lora-alpha for commands)",
         )
     if alpha is not None and (type(alpha) not in (int, float) or not math.isfinite(alpha)):
         raise UsageError(f"lora_alpha must be a number, got {alpha!r}")
     if alpha is not None and not layers:
         raise CheckpointError(
-            f"{reading.manifest.path}: holds no LoRA layers that lack it, but lora_alpha={alpha} was given"
+            reading.manifest.path, f"holds no LoRA layers that lack it, but lora_alpha={alpha} was given"
         )
     adapters = (a if a.scale is not None else replace(a, scale=alpha) for a in reading.adapters)
     return replace(reading, adapters=tuple(adapters))

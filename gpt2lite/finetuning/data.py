@@ -182,20 +182,18 @@ def _read_layout(path: Path) -> tuple[str, torch.dtype, int, int]:
     if head.startswith(NPY_MAGIC):
         said, length = NPY_SAYS.search(head), struct.unpack_from("<H", head.ljust(10), 8)[0]
         if said is None or said[1].decode() not in NPY_DTYPES:
-            raise CheckpointError(f"{path}: wanted one row of little-endian integers in a .npy of format 1.0")
+            raise CheckpointError(path, "wanted one row of little-endian integers in a .npy of format 1.0")
         return (".npy", NPY_DTYPES[said[1].decode()], 10 + length, int(said[2]))
     magic, version, count = struct.unpack_from("<iii", head.ljust(12, b"\0"))
     if magic in LLMC_MAGICS:
         known, dtype = LLMC_MAGICS[magic]
         if version != known:
-            raise CheckpointError(f"{path}: llm.c's tokens of version {version}, wanted {known}")
+            raise CheckpointError(path, f"llm.c's tokens of version {version}, wanted {known}")
         return ("llm.c", dtype, LLMC_HEADER, count)
     if not nbytes or nbytes % 2:
-        raise CheckpointError(f"{path}: {nbytes} bytes, wanted two a token. Is it a token file, and whole?")
+        raise CheckpointError(path, f"{nbytes} bytes, wanted two a token. Is it a token file, and whole?")
     if len(head) >= 16 and not head.translate(None, PRINTABLE):
-        raise CheckpointError(
-            f"{path}: looks like text, not tokens; give it another suffix than {path.suffix}"
-        )
+        raise CheckpointError(path, f"looks like text, not tokens; give it another suffix than {path.suffix}")
     return ("nanoGPT", torch.uint16, 0, nbytes // 2)
 
 
@@ -227,20 +225,23 @@ def open_tokens(path: Path, vocab_size: int) -> Tensor:
     nbytes = path.stat().st_size
     if not count or offset + count * dtype.itemsize != nbytes:
         raise CheckpointError(
-            f"{path}: its header ({kind}) says {count} tokens of {dtype.itemsize} bytes, the file has "
-            f"{nbytes - offset} bytes for them. Is it whole?"
+            path,
+            f"its header ({kind}) says {count} tokens of {dtype.itemsize} bytes, the file has "
+            f"{nbytes - offset} bytes for them. Is it whole?",
         )
     least, most, has_gaps = _scan(path, dtype, offset)
     if least < 0 or most >= vocab_size:
         raise CheckpointError(
-            f"{path}: holds the id {least if least < 0 else most}, the model's are below {vocab_size}. "
-            "Tokenize the text for this model: gpt2lite tokenize --model"
+            path,
+            f"holds the id {least if least < 0 else most}, the model's are below {vocab_size}. "
+            "Tokenize the text for this model: gpt2lite tokenize --model",
         )
     if kind == "nanoGPT" and (vocab_size > MOST_IDS or (has_gaps and count > 3)):
         why = f"{vocab_size} ids need more" if vocab_size > MOST_IDS else "every second id would be 0"
         raise CheckpointError(
-            f"{path}: has no header, so it would be read as 16 bits a token, but {why}. "
-            "Save it as .npy, which says its width"
+            path,
+            f"has no header, so it would be read as 16 bits a token, but {why}. "
+            "Save it as .npy, which says its width",
         )
     begin = offset // dtype.itemsize
     return torch.from_file(str(path), shared=False, size=begin + count, dtype=dtype)[begin:]

@@ -17,6 +17,7 @@ import psutil
 import torch
 from torch import nn
 
+from gpt2lite.devices import peak_allocated
 from gpt2lite.errors import CheckpointError, UsageError
 from gpt2lite.finetuning.data import IGNORED, Batch, check_batch
 from gpt2lite.finetuning.lora import merge_lora, save_lora
@@ -76,12 +77,12 @@ def read_labels(checkpoint: Path) -> tuple[str, ...]:
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else known
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from None
+        raise CheckpointError(path, f"not JSON ({error})") from None
     if not isinstance(found, list) or not all(isinstance(label, str) for label in found):
-        raise CheckpointError(f"{path}: wanted a JSON list of the classes' labels, in the order of the head")
+        raise CheckpointError(path, "wanted a JSON list of the classes' labels, in the order of the head")
     if state and found != known:
         raise CheckpointError(
-            f"{path}: says {', '.join(found)}, {state[0].name} says {', '.join(known)}. Is it another run's?"
+            path, f"says {', '.join(found)}, {state[0].name} says {', '.join(known)}. Is it another run's?"
         )
     return tuple(found)
 
@@ -135,8 +136,8 @@ def _interruptible() -> Iterator[threading.Event]:
 
 
 def _memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu":
+        return peak_allocated(device)
     return int(psutil.Process(os.getpid()).memory_info().rss)
 
 

@@ -133,8 +133,9 @@ def _require_place(model: nn.Module, path: Path, name: str, tensor: Tensor) -> N
     if own is None or own.shape != tensor.shape:
         found = "no such weight" if own is None else f"one of {tuple(own.shape)}"
         raise CheckpointError(
-            f"{path}: {name} is {tuple(tensor.shape)}, the model has {found}. "
-            "If it is a classifier's head, call gpt2lite.as_classifier first"
+            path,
+            f"{name} is {tuple(tensor.shape)}, the model has {found}. "
+            "If it is a classifier's head, call gpt2lite.as_classifier first",
         )
 
 
@@ -157,7 +158,7 @@ def load_lora(model: nn.Module, path: Path) -> None:
         EOFError,
         pickle.UnpicklingError,
     ) as error:
-        raise CheckpointError(f"{path}: not a file of LoRA adapters ({error})") from None
+        raise CheckpointError(path, f"not a file of LoRA adapters ({error})") from None
     whole = {name: tensor for name, tensor in tensors.items() if ".lora." not in name}
     for name, tensor in whole.items():
         _require_place(model, path, name, tensor)
@@ -165,13 +166,12 @@ def load_lora(model: nn.Module, path: Path) -> None:
     for name in sorted({name.rsplit(".lora.", 1)[0] for name in tensors.keys() - whole.keys()}):
         layer, a, b = modules.get(name), tensors.get(f"{name}.lora.A"), tensors.get(f"{name}.lora.B")
         if not isinstance(layer, nn.Linear) or a is None or b is None:
-            raise CheckpointError(
-                f"{path}: holds an adapter for {name}, which is no linear layer of the model"
-            )
+            raise CheckpointError(path, f"holds an adapter for {name}, which is no linear layer of the model")
         if (a.shape[0], b.shape[1]) != (layer.in_features, layer.out_features) or a.shape[1:] != b.shape[:1]:
             raise CheckpointError(
-                f"{path}: the adapter of {name} is {tuple(a.shape)} × {tuple(b.shape)}, "
-                f"the layer {layer.in_features} → {layer.out_features}"
+                path,
+                f"the adapter of {name} is {tuple(a.shape)} × {tuple(b.shape)}, "
+                f"the layer {layer.in_features} → {layer.out_features}",
             )
         adapted[name] = LinearWithLoRA(layer, a.shape[1], alpha)
         adapted[name].lora.A.copy_(a)

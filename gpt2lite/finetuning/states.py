@@ -145,14 +145,15 @@ def _read_state(path: Path) -> dict[str, Any]:
         saved: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         step, _ = saved["step"], (saved["model"], saved["optimizer"])
     except (*UNREADABLE, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a whole saved state ({first_line(error)})") from None
+        raise CheckpointError(path, f"not a whole saved state ({first_line(error)})") from None
     if "made_from" not in saved:
         raise CheckpointError(
-            f"{path}: saved by an older gpt2lite, which did not keep what a run was made from; "
-            "start the run again in another folder"
+            path,
+            "saved by an older gpt2lite, which did not keep what a run was made from; "
+            "start the run again in another folder",
         )
     if step != _number(path):
-        raise CheckpointError(f"{path}: holds the state of step {step}; has it been renamed?")
+        raise CheckpointError(path, f"holds the state of step {step}; has it been renamed?")
     return dict(saved)
 
 
@@ -209,7 +210,7 @@ def restore(run: Run) -> tuple[int, tuple[int, str]]:
     _require_same(path, saved, run)
     shapes = {name: tensor.shape for name, tensor in saved["model"].items()}
     if shapes != {name: p.shape for name, p in run.trainer.trained.items()}:
-        raise CheckpointError(f"{path}: holds other weights than this model trains; give the same model")
+        raise CheckpointError(path, "holds other weights than this model trains; give the same model")
     with torch.no_grad():
         for name, parameter in run.trainer.trained.items():
             parameter.copy_(saved["model"][name])
@@ -225,8 +226,9 @@ class Log:
         content = file.read()
         if content and digest != digest_of([content[:nbytes]]):
             raise CheckpointError(
-                f"{file.name}: is not what this run had written until its last saved state; "
-                "move it away to resume without it"
+                file.name,
+                "is not what this run had written until its last saved state; "
+                "move it away to resume without it",
             )
         file.truncate(nbytes if content else 0)
         file.seek(0, os.SEEK_END)

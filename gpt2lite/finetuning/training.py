@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gpt2lite.devices import generator_devices, has_bfloat16
 from gpt2lite.errors import TrainingDivergedError, UsageError
 from gpt2lite.finetuning.data import IGNORED, Batch, check_batch
 from gpt2lite.finetuning.lora import add_lora, drop_lora, lora_layers
@@ -122,8 +123,7 @@ def recomputed(blocks: Sequence[nn.Module], dropout: bool) -> Iterator[None]:
 
 def precision_of(device: torch.device) -> torch.dtype:
     """What autocast multiplies in: bf16 where the device has it, else fp16."""
-    lacks = device.type == "cuda" and not torch.cuda.is_bf16_supported()
-    return torch.float16 if lacks else torch.bfloat16
+    return torch.bfloat16 if has_bfloat16(device) else torch.float16
 
 
 def rows_of(model: Any, ids: Tensor, places: Tensor | None) -> Tensor:
@@ -275,7 +275,6 @@ def _seeded(seed: int, step: int, device: torch.device, dropout: bool) -> Iterat
     if not dropout:
         yield
         return
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(generator_devices(device), device_type=device.type):
         torch.manual_seed((seed << 32) + step)
         yield

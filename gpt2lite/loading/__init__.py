@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from gpt2lite.devices import resolve_device
 from gpt2lite.errors import InsufficientMemoryError, UsageError, first_line, is_out_of_memory
 from gpt2lite.loading.adapters import merge_adapters
 from gpt2lite.loading.choice import Verdict, choose, forecasts, helps, judge
@@ -16,7 +17,7 @@ from gpt2lite.loading.plan import LoadPlan, make_plan
 from gpt2lite.loading.skeleton import prove_complete, restore_unsaved_buffers
 from gpt2lite.loading.strategies import AUTO, STRATEGIES
 from gpt2lite.loading.tuning import Tuning
-from gpt2lite.memory import find_budget, resolve_device
+from gpt2lite.memory import find_budget
 
 __all__ = [
     "AUTO",

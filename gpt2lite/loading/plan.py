@@ -142,7 +142,7 @@ def _check(reading: Reading, groups: list[tuple[tuple[str, ...], Tensor]], hint:
     if lines:
         lines += [f"{name} {reason}" for name, reason in unreadable if name.startswith(reading.container)]
         raise CheckpointError(
-            f"{reading.manifest.path}: does not fit the model in {len(lines)} place(s){hint()}{listed(lines)}"
+            reading.manifest.path, f"does not fit the model in {len(lines)} place(s){hint()}{listed(lines)}"
         )
 
 
@@ -236,6 +236,7 @@ def require_one_dtype(reading: Reading, dtype: torch.dtype | None, *, quantized:
     if dtype is None and (not found.keys() <= COMPUTABLE or (len(found) > 1 and not quantized)):
         listing = ", ".join(f"{stored} ({name} …)" for stored, name in found.items())
         raise CheckpointError(
-            f"{reading.manifest.path}: holds {listing}; GPTModel computes in one of float64, float32, "
-            "float16, bfloat16. Pass dtype=torch.float32 (--dtype float32 for commands)"
+            reading.manifest.path,
+            f"holds {listing}; GPTModel computes in one of float64, float32, "
+            "float16, bfloat16. Pass dtype=torch.float32 (--dtype float32 for commands)",
         )

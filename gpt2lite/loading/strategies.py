@@ -185,7 +185,7 @@ def _loaded_by_itself(plan: LoadPlan) -> nn.Module:
         if is_out_of_memory(error):
             raise
         raise CheckpointError(
-            f"{plan.manifest.path}: load_state_dict of {type(module).__name__} refuses it: {error}"
+            plan.manifest.path, f"load_state_dict of {type(module).__name__} refuses it: {error}"
         ) from error
     plan.progress(plan.model_bytes, plan.model_bytes)
     return module

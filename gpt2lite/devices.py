@@ -1,0 +1,176 @@
+"""The only file that names a kind of device: what there is, what is free, what was used, streams, waiting.
+
+Everything is asked of `torch.accelerator`, so that CUDA, ROCm, XPU and MPS are one path; what a device lacks
+is a capability here. Bytes throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+
+from gpt2lite.errors import InsufficientMemoryError, UsageError, is_out_of_memory
+
+CPU = torch.device("cpu")
+
+
+def name_device(device: str | torch.device) -> torch.device:
+    """`device` as torch means it, whether or not this machine has one. Raises UsageError for no device."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise UsageError(f"unknown device {device!r}; try cpu, cuda or cuda:0") from None
+    if found.type == "meta":
+        raise UsageError("a model on the meta device holds no weights; try cpu or cuda")
+    return found
+
+
+def _count(kind: str) -> int:
+    """How many devices of a kind torch can use here. Initialises none."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return torch.accelerator.device_count() if accelerator and accelerator.type == kind else 0
+
+
+def is_here(device: torch.device) -> bool:
+    """Whether this is an accelerator that torch can use in this process."""
+    return (device.index or 0) < _count(device.type)
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """`device` as its tensors name it. Raises UsageError where this machine has no such device."""
+    found = name_device(device)
+    if found.type == "cuda" and not is_here(found):
+        count = _count("cuda")
+        have = f"only {count} CUDA device(s)" if count else "no CUDA device that torch can use"
+        raise UsageError(f"{device} was asked for, but this machine has {have}. Use cpu instead.")
+    try:
+        return torch.empty(1, device=found).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if is_out_of_memory(error) or "out of memory" in str(error):
+            raise InsufficientMemoryError(f"{device} has no memory left for even one number") from None
+        raise UsageError(f"{device} was asked for, but torch cannot use it here. Use cpu instead.") from None
+
+
+# ---- memory ------------------------------------------------------------------------------------------------
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this process can still take on a device, None where that cannot be known.
+
+    What the driver has free and what torch's allocator holds unused, within this process's own fraction.
+    """
+    if not is_here(device):
+        return None
+    try:
+        free, total = torch.accelerator.get_memory_info(device)
+    except (RuntimeError, AttributeError):  # a backend that cannot tell
+        return None
+    reserved = torch.accelerator.memory_reserved(device)
+    fraction = torch.cuda.get_per_process_memory_fraction(device) if device.type == "cuda" else 1.0
+    granted = int(total * fraction) - reserved
+    return max(min(free, granted), 0) + reserved - torch.accelerator.memory_allocated(device)
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes that a device has."""
+    return int(torch.accelerator.get_memory_info(device)[1])
+
+
+def allocated(device: torch.device) -> int:
+    """Bytes of tensors that this process has on a device; 0 on the CPU, where torch does not count."""
+    return torch.accelerator.memory_allocated(device) if is_here(device) else 0
+
+
+def peak_allocated(device: torch.device) -> int:
+    """The most that `allocated` was since `restart_peak`."""
+    return torch.accelerator.max_memory_allocated(device) if is_here(device) else 0
+
+
+def restart_peak(device: torch.device) -> None:
+    """Give cached memory back to the device and count its peak anew; nothing on the CPU."""
+    if is_here(device):
+        synchronize(device)
+        torch.accelerator.empty_cache()
+        torch.accelerator.reset_peak_memory_stats(device)
+
+
+def caches_in_blocks(device: torch.device) -> bool:
+    """Whether memory there comes from torch's caching allocator, in the blocks that `CudaPool` models."""
+    return device.type == "cuda"
+
+
+# ---- streams -----------------------------------------------------------------------------------------------
+
+
+def has_streams(device: torch.device) -> bool:
+    """Whether copies to a device can go on while this thread does: it has streams, events, pinned memory."""
+    return device.type not in ("cpu", "meta", "mps") and is_here(device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done all that it was given; nothing on the CPU."""
+    if is_here(device):
+        torch.accelerator.synchronize(device)
+
+
+def on_stream(stream: torch.Stream | None) -> AbstractContextManager[object]:
+    """What is given to a device inside goes to this stream; None: wherever it would go."""
+    return nullcontext() if stream is None else stream
+
+
+def current_stream(device: torch.device) -> torch.Stream | None:
+    """Where work for a device goes from this thread; None where it has no streams."""
+    return torch.accelerator.current_stream(device) if has_streams(device) else None
+
+
+def caller_stream() -> torch.Stream | None:
+    """Where this thread's work for the current device goes, for another thread to go on there.
+
+    None where no accelerator was used yet: asking would start one.
+    """
+    kind = torch.accelerator.current_accelerator()
+    if kind is None or not getattr(torch, kind.type).is_initialized():
+        return None
+    return current_stream(torch.device(kind.type, torch.accelerator.current_device_index()))
+
+
+def has_graphs(device: torch.device) -> bool:
+    """Whether work on a device can be recorded once and replayed."""
+    return device.type == "cuda" and is_here(device)
+
+
+# ---- arithmetic --------------------------------------------------------------------------------------------
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies in bfloat16 itself; cards before compute capability 8.0 emulate it."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def generator_devices(device: torch.device) -> list[torch.device]:
+    """The devices whose random state `torch.random.fork_rng` must keep, beside the CPU's."""
+    return [device] if is_here(device) else []
+
+
+def name_of(device: torch.device) -> str:
+    """What the hardware is called."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def accelerators() -> Iterator[torch.device]:
+    """All that torch can use here."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    for index in range(torch.accelerator.device_count() if found else 0):
+        yield torch.device(found.type, index)  # type: ignore[union-attr]
+
+
+@contextmanager
+def current_device(device: torch.device) -> Iterator[None]:
+    """Make a device the current one of this thread for a while; nothing on the CPU."""
+    if not is_here(device):
+        yield
+        return
+    with torch.accelerator.device_index(device.index):
+        yield
