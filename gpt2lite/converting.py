@@ -37,7 +37,7 @@ from gpt2lite.checkpoint.writing_safetensors import fill_safetensors, fill_safet
 from gpt2lite.config import GPTConfig
 from gpt2lite.dialects import DIALECTS, Placement, expand_rows
 from gpt2lite.errors import CheckpointError, UsageError
-from gpt2lite.loading.skeleton import build_on_meta
+from gpt2lite.loading.skeleton import sketch
 from gpt2lite.memory import parse_size
 from gpt2lite.model import GPTModel, open_model
 from gpt2lite.opening import Opened
@@ -228,7 +228,7 @@ def _views(opened: Opened[GPTModel], dtype: torch.dtype | None) -> dict[str, Ten
 
 def _with_zeros(views: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
     """The parameters that a model of `config` has: biases that the source lacks are zeros."""
-    wanted = build_on_meta(lambda: GPTModel(config)).state_dict()
+    wanted = sketch(lambda: GPTModel(config)).module.state_dict()
     like = views[EMBEDDING].dtype
     return {
         name: views[name] if name in views else torch.zeros(tensor.shape, dtype=like, device="cpu")
