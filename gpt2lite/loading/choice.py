@@ -1,4 +1,4 @@
-"""A load: the fastest strategy whose forecast fits, run and proven, or one error that says what would help."""
+"""A load: the fastest strategy whose forecast fits, run, or one error that says what would help."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ def _lacking(plan: LoadPlan, forecast: Forecast, budget: Budget) -> dict[str, in
         needed["virtual"] = needed["host"]
         if forecast.peak_host_reclaimable or forecast.stays_mapped:  # a file that is mapped is mapped whole
             sources = {span.source for span in plan.spans.values()}
-            needed["virtual"] += sum(plan.manifest.files[source].size for source in sources)
+            needed["virtual"] += sum(
+                file.size for source, file in plan.manifest.files.items() if source in sources
+            )
     return {place: nbytes for place, nbytes in needed.items() if not budget.of(place).admits(nbytes)}
 
 
@@ -92,7 +94,7 @@ def choose(plan: LoadPlan, strategy: str, budget: Budget) -> tuple[str, LoadPlan
 def _refusal(
     plan: LoadPlan, strategy: str, budget: Budget, verdicts: Mapping[str, Verdict]
 ) -> InsufficientMemoryError:
-    """What was wanted, what there is, and what would help, a line each; and the strategy nearest to fitting."""
+    """What was wanted, what there is, and what would help, a line each; `needed` by what is nearest to it."""
     named = "" if strategy == "auto" else f' with strategy="{strategy}"'
     lines = [f"{plan.manifest.path}: will not fit in memory on {plan.device}{named}; nothing was allocated"]
     for name, verdict in verdicts.items():
@@ -161,10 +163,7 @@ def load(
     name, plan = choose(make(resolved), strategy, budget)
     manifest = plan.manifest
     try:
-        module = STRATEGIES[name].load(plan)
-        if plan.reading.adapters:
-            merge_adapters(plan, module)
-        restore_unsaved_buffers(module, plan.build, plan.device)
+        module = _filled(name, plan)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, InsufficientMemoryError) or not is_out_of_memory(error):
             raise
@@ -180,3 +179,11 @@ def load(
     raise InsufficientMemoryError(
         f"{manifest.path}: {said}: another process may have taken it ({reason}). Try again."
     )
+
+
+def _filled(strategy: str, plan: LoadPlan) -> nn.Module:
+    module = STRATEGIES[strategy].load(plan)
+    if plan.reading.adapters:
+        merge_adapters(plan, module)
+    restore_unsaved_buffers(module, plan.build, plan.device)
+    return module
