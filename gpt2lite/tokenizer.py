@@ -6,40 +6,32 @@ they lie in its folder under the names that other programs give them, and belong
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import tiktoken
-
-from gpt2lite.byte_pairs import as_encoding, as_lists, unspelled
 from gpt2lite.checkpoint import side_file
 from gpt2lite.checkpoint.inert_pickle import DescribingUnpickler, describe
 from gpt2lite.checkpoint.writing import replacing
-from gpt2lite.encoding import END_OF_TEXT, Allowed, Tokenizer, as_tokenizer, read_encoding
+from gpt2lite.encoding import (
+    END_OF_TEXT,
+    Allowed,
+    Tokenizer,
+    as_encoding,
+    as_lists,
+    as_tokenizer,
+    read_encoding,
+    unspelled,
+)
 from gpt2lite.errors import CheckpointError, GPT2LiteError, UsageError
 
-# What tiktoken's gpt2 is made of: the name in its cache, the Hub's name of the same bytes, their sha256.
-GPT2_FILES = (
-    (
-        "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
-        "merges.txt",
-        "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-    ),
-    (
-        "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
-        "vocab.json",
-        "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-    ),
-)
-GPT2_VOCABULARY = 50257  # rows past it are padding that no text encodes to
-PADDED_TO = (64, 128, 256)  # what programs pad a vocabulary to a multiple of
+GPT2_SIZES = (50257, 50304, 50432)  # GPT-2's vocabulary, and padded to multiples of 64, 128 and 256
+
+if TYPE_CHECKING:
+    import tiktoken
 
 Files = Mapping[str, Path]
 
@@ -54,7 +46,7 @@ BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # of a BPE with byte_fallback
 OTHER_RULES = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
 FLAGS = ("lstrip", "rstrip", "single_word")
 REWRITE = (
-    "With transformers, AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes tokenizer.json"
+    "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) of transformers writes tokenizer.json"
 )
 
 
@@ -62,47 +54,28 @@ REWRITE = (
 
 
 def gpt2_encoding() -> tiktoken.Encoding:
-    """tiktoken's `gpt2`, 50257 ids; fetched once, by tiktoken or else from the Hub, and kept in its cache.
+    """tiktoken's `gpt2`, 50257 ids: as tiktoken has or fetches it, else made of the Hub's two lists.
 
-    The cache is $TIKTOKEN_CACHE_DIR, else a temporary folder. Raises CheckpointError where neither answers.
+    tiktoken's cache is $TIKTOKEN_CACHE_DIR, else a temporary folder. Raises CheckpointError where neither
+    answers.
     """
+    import tiktoken  # here, as huggingface_hub: who loads a model without text needs neither
+
     try:
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:  # requests' are OSErrors; ValueError: not the bytes it knows
+        from gpt2lite.hub import OFFICIAL, fetch_file
+
         try:
-            _seed_cache_from_hub()
-        except (CheckpointError, OSError) as second:
-            raise CheckpointError(
-                f"tiktoken could not fetch its gpt2 encoding ({type(error).__name__}). Without a network, "
-                "set TIKTOKEN_CACHE_DIR to the cache folder of a machine that has loaded it once. "
-                f"Nor could the Hub's copy take its place: {second}"
-            ) from error
-    return tiktoken.get_encoding("gpt2")
-
-
-def _cache_folder() -> Path:
-    """Where tiktoken keeps what it fetches."""
-    default = os.path.join(tempfile.gettempdir(), "data-gym-cache")
-    named = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
-    if not named:
-        raise CheckpointError("TIKTOKEN_CACHE_DIR is empty, so that nothing is kept.")
-    return Path(named)
-
-
-def _seed_cache_from_hub() -> None:
-    """Put the Hub's copies under the names that tiktoken looks for, byte for byte what it would fetch."""
-    from gpt2lite.hub import OFFICIAL, fetch_file  # here, since the client takes half a second to import
-
-    folder = _cache_folder()
-    for cached_name, hub_name, sha256 in GPT2_FILES:
-        content = fetch_file(OFFICIAL["gpt2"], hub_name).read_bytes()
-        found = hashlib.sha256(content).hexdigest()
-        if found != sha256:
-            raise CheckpointError(f"{hub_name} has sha256 {found[:8]}…, wanted {sha256[:8]}….")
-        folder.mkdir(parents=True, exist_ok=True)
-        half = folder / f"{cached_name}.{os.getpid()}"
-        half.write_bytes(content)
-        half.replace(folder / cached_name)
+            files = {name: fetch_file(OFFICIAL["gpt2"], name) for name in (VOCAB, MERGES)}
+            made = as_encoding("gpt2", _json(files, VOCAB), _merges(files[MERGES]), {END_OF_TEXT: 50256})
+            if made is None or made.n_vocab != GPT2_SIZES[0]:
+                raise CheckpointError(files[VOCAB], "not GPT-2's vocabulary")
+        except (CheckpointError, ValueError, KeyError) as second:
+            said = f"cannot be fetched from tiktoken ({type(error).__name__}) or the Hub ({second})"
+            do = "Without a network, set TIKTOKEN_CACHE_DIR to the cache folder of a machine that has it"
+            raise CheckpointError(f"GPT-2's encoding {said}. {do}") from error
+        return made
 
 
 # ---- tokenizer.json, or vocab.json and merges.txt ----------------------------------------------------------
@@ -111,6 +84,12 @@ def _seed_cache_from_hub() -> None:
 def _json(files: Files, name: str) -> Any:
     """What a file says, {} where it is not there."""
     return json.loads(files[name].read_bytes()) if name in files else {}
+
+
+def _merges(path: Path) -> list[list[str]]:
+    """The pairs of a merges.txt."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [line.split(" ") for line in lines if line and not line.startswith("#version")]
 
 
 def _ids(vocab: Any) -> dict[str, int]:
@@ -133,20 +112,17 @@ def _tree(files: Files, settings: Mapping[str, Any]) -> dict[str, Any]:
         known = {row["content"]: row["id"] for row in tree["added_tokens"]} | _ids(tree["model"]["vocab"])
         if stale := next((token for token, id in vocab.items() if known.get(token) != id), None):
             ids = f"{vocab[stale]}, in {TREE} beside it {known.get(stale)}"
-            raise CheckpointError(files[VOCAB], f"{stale!r} is {ids}. Remove the file that is stale")
+            raise CheckpointError(files[VOCAB], f"{stale!r} is {ids}; remove the stale file")
         return tree
     if not vocab or MERGES not in files or not all(type(id) is int for id in vocab.values()):
+        wanted = f"expected {TREE}, or {VOCAB} (token to id) with {MERGES}. {REWRITE}"
         raise CheckpointError(
-            next(iter(files.values())),
-            f"cannot be read as a tokenizer from {', '.join(files)}; wanted"
-            f" {TREE}, or {VOCAB} (token to id) with {MERGES}. {REWRITE}",
+            next(iter(files.values())), f"cannot be read as a tokenizer from {', '.join(files)}; {wanted}"
         )
-    lines = files[MERGES].read_text(encoding="utf-8").split("\n")
-    merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     added = [{"content": token, "id": id} for token, id in _json(files, ADDED).items()]
     added += [row | {"id": int(id)} for id, row in settings.get("added_tokens_decoder", {}).items()]
     before = BYTE_LEVEL | {"add_prefix_space": bool(settings.get("add_prefix_space"))}
-    model = {"type": "BPE", "vocab": vocab, "merges": merges}
+    model = {"type": "BPE", "vocab": vocab, "merges": _merges(files[MERGES])}
     return {"added_tokens": added, "pre_tokenizer": before, "decoder": BYTE_LEVEL, "model": model}
 
 
@@ -166,8 +142,8 @@ def _through_tokenizers(name: str, tree: Mapping[str, Any], end: str) -> Tokeniz
     try:
         import tokenizers
     except ImportError:
-        do = "pip install 'gpt2lite[tokenizers]'"
-        raise CheckpointError(name, f"does not follow GPT-2's rules; to read it, {do}") from None
+        said = "does not follow GPT-2's rules; to read it, pip install 'gpt2lite[tokenizers]'"
+        raise CheckpointError(name, said) from None
     peer = tokenizers.Tokenizer.from_str(json.dumps(tree))
     peer.no_truncation()
     peer.no_padding()
@@ -179,7 +155,7 @@ def _through_tokenizers(name: str, tree: Mapping[str, Any], end: str) -> Tokeniz
         back = peer.decode(ids, skip_special_tokens=False)
         is_exact = is_byte_level and not tree.get("normalizer")  # but for spaces
         if is_exact and "".join(back.split()) != "".join(text.split()):
-            raise UsageError(f"{name}: has no tokens for all of this text; of it remains {back[:99]!r}")
+            raise UsageError(f"{name}: lacks tokens for some of this text; what remains is {back[:99]!r}")
         return ids
 
     def bytes_of(id: int) -> bytes:
@@ -205,7 +181,7 @@ def _from_hub(files: Files) -> Tokenizer:
     if said is not None and before.get("add_prefix_space", said) != said:
         raise CheckpointError(name, f"{SETTINGS[1]} says add_prefix_space={said}, {TREE} says {not said}")
     if settings.get("add_bos_token") or (tree.get("post_processor") or {}).get("special_tokens"):
-        warnings.warn(f"{name}: puts special tokens around a text; here, write them yourself", stacklevel=2)
+        warnings.warn(f"{name}: adds special tokens around a text; gpt2lite does not", stacklevel=2)
     vocab, special, end = _ids(tree["model"]["vocab"]), {*names.values()}, names["eos_token"]
     listed = [{"id": vocab[token], "content": token} for token in special & vocab.keys()]
     rows = {row["content"]: row for row in (*listed, *tree["added_tokens"])}
@@ -215,9 +191,8 @@ def _from_hub(files: Files) -> Tokenizer:
     added = [defaults | {"special": token in special} | row for token, row in rows.items()]
     tree["added_tokens"] = sorted(added, key=lambda row: row["id"])
     if _has_gpt2_rules(tree):
-        pairs = [x.split(" ") if isinstance(x, str) else x for x in tree["model"]["merges"]]
-        ids = {token: row["id"] for token, row in rows.items()}
-        if encoding := as_encoding(name, vocab, [(a, b) for a, b in pairs], ids):
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in tree["model"]["merges"]]
+        if encoding := as_encoding(name, vocab, pairs, {token: row["id"] for token, row in rows.items()}):
             return as_tokenizer(encoding, end)
     return _through_tokenizers(name, tree, end)
 
@@ -229,12 +204,12 @@ def _from_characters(files: Files) -> Tokenizer:
     """nanoGPT's meta.pkl: one id per character, and no token that ends a text."""
     path = files[META]
     if path.stat().st_size > MAX_META_BYTES:
-        raise CheckpointError(path, f"larger than {MAX_META_BYTES >> 20} MiB, so not a table of characters")
+        raise CheckpointError(path, f"over {MAX_META_BYTES >> 20} MiB, too large for a table of characters")
     with open(path, "rb") as file:
         found: Any = describe(path, DescribingUnpickler(file, encoding="utf-8"))
-    # types first: what a pickle nests can take for ever to compare or to hash
+    # types first: what a pickle nests can take forever to compare or to hash
     if not all(type(id) is int and type(c) is str and len(c) == 1 for id, c in found["itos"].items()):
-        raise CheckpointError(path, "wanted nanoGPT's table of an id and a character each")
+        raise CheckpointError(path, "expected nanoGPT's table of ids, each with one character")
     texts = {id: character.encode() for id, character in found["itos"].items()}
     ids = {character: id for id, character in found["itos"].items()}
     if ids != found["stoi"]:
@@ -274,22 +249,16 @@ def _read(files: Files) -> Tokenizer:
     first = next(iter(files.values()))
     (names, read), *others = [(names & files.keys(), read) for names, read in KINDS if names & files.keys()]
     if others:
-        raise CheckpointError(
-            first.parent,
-            f"holds two tokenizers, {' and '.join(sorted(names))}, and "
-            f"{' and '.join(sorted(others[0][0]))}. Remove the one that is not this model's",
-        )
+        both = ", and ".join(" and ".join(sorted(kind)) for kind in (names, others[0][0]))
+        raise CheckpointError(first.parent, f"holds two tokenizers, {both}; remove the one of another model")
     try:
         return read(files)
     except GPT2LiteError:
         raise
-    except Exception as error:  # of files that are not what their names say; tokenizers' own are no narrower
-        raise CheckpointError(first, f"not a sound tokenizer ({type(error).__name__}: {error})") from None
-
-
-def is_gpt2_size(vocab_size: int) -> bool:
-    """Whether a vocabulary is GPT-2's, as it is or padded."""
-    return vocab_size in {GPT2_VOCABULARY, *(-(-GPT2_VOCABULARY // n) * n for n in PADDED_TO)}
+    except (
+        Exception
+    ) as error:  # of files that are not what their names say; tokenizers raises nothing narrower
+        raise CheckpointError(first, f"not a valid tokenizer ({type(error).__name__}: {error})") from None
 
 
 def tokenizer_for(checkpoint: Path, vocab_size: int) -> Tokenizer:
@@ -304,11 +273,11 @@ def tokenizer_for(checkpoint: Path, vocab_size: int) -> Tokenizer:
     than the model has rows; UsageError where there is no tokenizer and the vocabulary is not GPT-2's.
     """
     files = files_beside(checkpoint)
-    if not files and not is_gpt2_size(vocab_size):
+    if not files and vocab_size not in GPT2_SIZES:
+        own = f"{side_file(checkpoint, f'.{RANKS}').name}, {TREE}, {VOCAB} with {MERGES}, or nanoGPT's {META}"
         raise UsageError(
-            f"{checkpoint}: a vocabulary of {vocab_size} is not GPT-2's {GPT2_VOCABULARY}, and there is no "
-            f"{side_file(checkpoint, f'.{RANKS}').name} beside it. Put its tokenizer there, that or {TREE}, "
-            f"{VOCAB} with {MERGES}, or nanoGPT's {META}, or call gpt2lite.generate with token ids."
+            f"{checkpoint}: has no tokenizer beside it, and its vocabulary of {vocab_size} is not GPT-2's "
+            f"{GPT2_SIZES[0]}. Put {own} there, or call gpt2lite.generate with token ids"
         )
     found = _read(files) if files else as_tokenizer(gpt2_encoding())
     if found.n_vocab > vocab_size:
@@ -365,7 +334,7 @@ def hub_files(checkpoint: Path, vocab_size: int) -> dict[str, bytes]:
     {} where the checkpoint has no tokenizer, with a warning where it should have one. As `tokenizer_files`;
     for GPT-2's vocabulary without any file, GPT-2's own.
     """
-    if not files_beside(checkpoint) and not is_gpt2_size(vocab_size):
+    if not files_beside(checkpoint) and vocab_size not in GPT2_SIZES:
         return {}
     try:
         end = tokenizer_for(checkpoint, vocab_size).eot_token

@@ -30,7 +30,10 @@ OURS = {
     "activation_function": "activation",
     "tie_word_embeddings": "tied_head",
 }
-# transformers' names of the same two functions, up to rounding. gelu_10 clips, quick_gelu is another one.
+# Said by a pickled module alone: of its attention, which must be 1/sqrt(head_dim), and of any part of it.
+SCALE, CLASS = "the scale of its attention", "its class"
+# Other programs' names and classes of the same two functions, up to rounding. gelu_10 clips, quick_gelu is
+# another function.
 ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -38,6 +41,31 @@ ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "gelu_accurate": "gelu_tanh",
     "gelu_python": "gelu",
+    **dict.fromkeys(("NewGELUActivation", "PytorchGELUTanh", "GELUTanh", "NewGELU"), "gelu_tanh"),
+    **dict.fromkeys(("FastGELUActivation", "AccurateGELUActivation"), "gelu_tanh"),
+    "GELUActivation": "gelu",
+}
+# Parts of a pickled module, by their places: the classes whose forward pass we compute, and their attributes
+# that say something, as words of a config; every block must say the same.
+ATTENTION = r"(trf_blocks|h)\.\d+\.attn?"
+ACTIVATION = r"trf_blocks\.\d+\.ff\.layers\.1|h\.\d+\.mlp\.(act|gelu)"
+PARTS: dict[str, tuple[str, dict[str, str]]] = {
+    ATTENTION: (
+        r"(PyTorch)?MultiHeadAttention(CombinedQKV)?|MHA\w+|CausalSelfAttention|GPT2\w*Attention\w*",
+        {word: word for word in ("n_head", "n_heads", "num_heads", "is_causal", "scale_attn_weights")}
+        | {
+            word: word
+            for word in ("scale_attn_by_inverse_layer_idx", "sliding_window", "sliding_window_size")
+        }
+        | {"scaling": SCALE, "scale": SCALE},
+    ),
+    ACTIVATION: ("GELU", {"approximate": "activation"}),
+    r"trf_blocks\.\d+\.norm[12]|h\.\d+\.ln_[12]|final_norm|ln_f": (
+        r"\w*LayerNorm\w*",
+        {"eps": "layer_norm_epsilon"},
+    ),
+    r"(trf_blocks|h)\.\d+": ("TransformerBlock(Fast)?|GPT2Block|Block", {}),
+    r"drop(_emb)?": (r"\w+", {"p": "drop_rate"}),
 }
 # What changes the computation, with the values that ours has.
 COMPUTED: dict[str, tuple[object, ...]] = {
@@ -60,6 +88,7 @@ COMPUTED: dict[str, tuple[object, ...]] = {
     "sliding_window": (None,),
     "sliding_window_size": (None,),
     "multi_query": (None,),
+    CLASS: ("GPT-2's own; if it computes the same, save model.state_dict() instead",),
 }
 # What changes nothing between ids and logits in eval mode: names, training, generation, other heads, outputs.
 _DOES_NOT_MATTER = """
