@@ -8,16 +8,7 @@ import re
 from functools import partial
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is its HTTP library's root
-    GatedRepoError,
-    HfHubHTTPError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, constants, errors, hf_hub_download, try_to_load_from_cache
 
 from gpt2lite.checkpoint import FOLDER_FILES
 from gpt2lite.dialects.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -39,18 +30,19 @@ REPO_ID = re.compile(r"(?!.*(--|\.\.))\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
 FILE_SUFFIXES = (".bin", ".ckpt", ".gguf", ".h5", ".index", ".json", ".pt", ".pth", ".safetensors", ".zip")
 MAX_NAMED = 5
 
-# ValueError: an answer that is not JSON, as a captive portal gives.
-CLIENT_ERRORS = (HTTPError, OSError, ValueError)
+# HTTPError is the root of the client's HTTP library; a captive portal's answer, no JSON, is a ValueError.
+CLIENT_ERRORS = (errors.HTTPError, OSError, ValueError)  # type: ignore[attr-defined]
 LOG_IN = "run `hf auth login` (older: `huggingface-cli login`), set HF_TOKEN, or pass token="
 ELSEWHERE = "download it on a machine that can, and pass the folder"
 # What the client raises → what we say; the narrower classes come first.
 EXPLAINED: dict[type[Exception], str] = {
-    OfflineModeIsEnabled: f"not in the cache {{cache}}{{at}}, and {{why}} forbids fetching it; {ELSEWHERE}",
-    GatedRepoError: f"is gated. Accept its terms at {{hub}}/{{repo}}, then {LOG_IN}",
-    RevisionNotFoundError: "has no revision {revision!r}; pass a branch, a tag or a full commit hash",
-    RepositoryNotFoundError: "no such file or folder, and no such model on {hub} that you may see. "
+    errors.OfflineModeIsEnabled: "not in the cache {cache}{at}, and {why} forbids fetching. "
+    f"Allow it once, or {ELSEWHERE}",
+    errors.GatedRepoError: f"is gated. Accept its terms at {{hub}}/{{repo}}, then {LOG_IN}",
+    errors.RevisionNotFoundError: "has no revision {revision!r}; pass a branch, a tag or a full commit hash",
+    errors.RepositoryNotFoundError: "no such file or folder, and no such model on {hub} that you may see. "
     f"Check the spelling; if it is private, {LOG_IN}",
-    HfHubHTTPError: f"{{hub}} answered {{status}}. Try later, or {ELSEWHERE}; if you lack access, {LOG_IN}",
+    errors.HfHubHTTPError: f"{{hub}} answered {{status}}. Try later, or {ELSEWHERE}; to get access, {LOG_IN}",
     OSError: "cannot be stored in {cache}: {error.strerror}. Pass another cache_dir or set HF_HOME",
     Exception: "cannot be fetched from {hub} ({kind}: {first_line}), and is not in the cache {cache}{at}. "
     f"Check the network, or {ELSEWHERE}",
@@ -82,7 +74,7 @@ def fetch(
         return Path(name)
     repo = _repo_of(os.fspath(name))
     cache = None if cache_dir is None else Path(cache_dir).expanduser()
-    problem: Exception = OfflineModeIsEnabled()
+    problem: Exception = errors.OfflineModeIsEnabled()
     if not local_files_only:
         try:
             return _download(repo, revision, token, cache)
@@ -90,7 +82,7 @@ def fetch(
             raise
         except CLIENT_ERRORS as error:
             problem = error
-    names = () if isinstance(problem, RevisionNotFoundError) else _names_of(repo)
+    names = () if isinstance(problem, errors.RevisionNotFoundError) else _names_of(repo)
     found = next(filter(None, (_cached(name, revision, cache) for name in names)), None)
     if found is None:
         raise _explained(problem, repo, revision, cache) from problem
@@ -182,12 +174,12 @@ def _named(names: set[str]) -> str:
 
 def _explained(error: Exception, repo: str, revision: str | None, cache: Path | None) -> CheckpointError:
     """What the client raised, in one line that says what to do."""
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     kind = next(kind for kind in EXPLAINED if isinstance(error, kind))
     status = getattr(getattr(error, "response", None), "status_code", None)
-    if (kind is HfHubHTTPError and status is None) or (kind is OSError and error.errno is None):
-        kind = Exception
+    is_vague = status is None and getattr(error, "errno", None) is None
+    kind = Exception if is_vague and kind in (errors.HfHubHTTPError, OSError) else kind
     said = EXPLAINED[kind].format(
         cache=cache or constants.HF_HUB_CACHE,
         at="" if revision is None else f" at {revision}",
@@ -197,5 +189,5 @@ def _explained(error: Exception, repo: str, revision: str | None, cache: Path | 
         first_line=first_line(error),
         **{"repo": repo, "revision": revision, "status": status, "error": error},
     )
-    is_absent = kind in (RevisionNotFoundError, RepositoryNotFoundError)
+    is_absent = kind in (errors.RevisionNotFoundError, errors.RepositoryNotFoundError)
     return (CheckpointNotFoundError if is_absent else CheckpointError)(repo, said)

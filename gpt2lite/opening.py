@@ -22,15 +22,7 @@ from gpt2lite.checkpoint.tf_bundle import index_of
 from gpt2lite.collector import collector_paused
 from gpt2lite.config import OFFICIAL_SIZES, GPTConfig
 from gpt2lite.devices import name_device
-from gpt2lite.dialects.configs import (
-    UNSAYABLE,
-    Found,
-    check_masks,
-    check_model_type,
-    complete,
-    find_fields,
-    size_of,
-)
+from gpt2lite.dialects.configs import UNSAYABLE, Found, check_model_type, complete, find_fields
 from gpt2lite.dialects.peft import find_adapter, with_adapter
 from gpt2lite.dialects.reading import Reading, read_dialect, read_names, with_lora_alpha
 from gpt2lite.errors import UsageError
@@ -152,7 +144,6 @@ def open_as(
         reading = with_adapter(reading, adapter.said, open_checkpoint(adapter.weights))
     if options.get("lora_alpha") is not None:
         reading = with_lora_alpha(reading, options["lora_alpha"])
-    check_masks(reading)
     return Opened(reading, find_fields(reading, options.get("config")), model)
 
 
@@ -181,5 +172,5 @@ def load_module(
 def _official_hint(config: GPTConfig, reading: Reading) -> str:
     """ ". Is this gpt2 rather than gpt2-medium?" where the file has the shape of another official size."""
     names = {(n_layers, emb_dim): name for name, (n_layers, emb_dim, _) in OFFICIAL_SIZES.items()}
-    found, wanted = names.get(size_of(reading)), names.get((config.n_layers, config.emb_dim))
+    found, wanted = names.get(reading.size), names.get((config.n_layers, config.emb_dim))
     return f". Is this {found} rather than {wanted}?" if found and wanted and found != wanted else ""

@@ -537,6 +537,10 @@ def test_nothing_is_said_where_nothing_is_odd(tmp_path: Path):
 # ---- whole pickled models ----------------------------------------------------------------------------------
 
 
+class Gated(nn.Module):
+    """An attention that is not GPT-2's, whatever its tensors are called."""
+
+
 def whole_models(**changes: Any) -> dict[str, nn.Module]:
     ch04 = pytest.importorskip("llms_from_scratch.ch04", reason="llms-from-scratch is not installed")
     shape = {"vocab_size": 101, "context_length": 32, "emb_dim": 48, "n_heads": 4, "n_layers": 2}
@@ -651,6 +655,77 @@ def test_a_part_that_was_changed_in_a_whole_pickled_model_is_refused(said: str, 
     torch.save(theirs, tmp_path / "model.pth")
     with pytest.raises(CheckpointError, match=re.escape(said)):
         GPTModel.from_checkpoint(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("kind", ["book", "transformers"])
+def test_an_attention_of_another_class_is_refused_by_its_name(kind: str, tmp_path: Path):
+    theirs = whole_models()[kind]
+    attention = theirs.trf_blocks[1].att if kind == "book" else theirs.transformer.h[1].attn
+    attention.__class__ = Gated
+    torch.save(theirs, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match=r"1\.attn?: its class='Gated', wanted .*save model"):
+        GPTModel.from_checkpoint(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize(
+    ("scale", "is_right"), [(1.0, False), (12**-0.5, True), (12**0.5, True), (0.3, False)]
+)
+@pytest.mark.parametrize("attribute", ["scaling", "scale"])
+def test_an_attention_with_another_scale_is_refused(
+    attribute: str, scale: float, is_right: bool, tmp_path: Path
+):
+    theirs = whole_models()["book"]
+    setattr(theirs.trf_blocks[1].att, attribute, scale)
+    torch.save(theirs, tmp_path / "model.pth")
+    if is_right:
+        assert difference(GPTModel.from_checkpoint(tmp_path / "model.pth"), theirs) < 1e-4
+        return
+    with pytest.raises(CheckpointError, match=rf"1.att.{attribute} is {scale}, wanted 0.2887 = 1/sqrt"):
+        GPTModel.from_checkpoint(tmp_path / "model.pth")
+
+
+def test_a_whole_model_in_a_wrapper_is_read_by_its_own_config(tmp_path: Path):
+    theirs = hub_model(layer_norm_epsilon=1e-2)
+    torch.save(nn.DataParallel(theirs), tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match="layer_norm_epsilon=0.01"):
+        GPTModel.from_checkpoint(tmp_path / "model.pth")
+    torch.save(nn.DataParallel(hub_model()), tmp_path / "model.pth")
+    assert GPTModel.from_checkpoint(tmp_path / "model.pth").config.n_heads == 4
+
+
+CONFIGS_BESIDE = ["model_args", "config", "hyper_parameters"]
+
+
+@pytest.mark.parametrize("place", CONFIGS_BESIDE)
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("scale_attn_weights", False),
+        ("activation_function", "relu"),
+        ("sliding_window", 8),
+        ("quantization_config", {"bits": 4}),
+    ],
+)
+def test_a_config_beside_the_weights_is_believed_as_config_json_is(
+    place: str, word: str, value: Any, model: GPTModel, tmp_path: Path
+):
+    path = save_pth({"model": model.state_dict(), place: {"n_heads": 4, word: value}}, tmp_path)
+    with pytest.raises(
+        CheckpointError, match=rf"model.pth, {place}: {word}={re.escape(repr(value))}, wanted"
+    ):
+        open_model(path)
+
+
+@pytest.mark.parametrize("place", CONFIGS_BESIDE)
+def test_an_unknown_word_of_a_config_beside_the_weights_is_a_warning(
+    place: str, model: GPTModel, tmp_path: Path
+):
+    said = {"n_heads": 4, "attention_sinks": 4, "rotary": {"base": 10000}, "learning_rate": 1e-3}
+    path = save_pth({"state_dict": model.state_dict(), place: said}, tmp_path)
+    with pytest.warns(
+        UserWarning, match=rf"{place}: ignores attention_sinks, rotary, which gpt2lite does not"
+    ):
+        GPTModel.from_checkpoint(path)
 
 
 @pytest.mark.parametrize("word", ["layer_norm_eps", "norm_eps", "sliding_window_size"])

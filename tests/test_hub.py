@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -429,6 +430,40 @@ def test_a_single_file_comes_from_the_cache_of_the_short_name_too(hub: Hub, clie
     assert hub.asked == []
 
 
+def adapter_of(base: str, revision: str | None = None) -> dict[str, bytes]:
+    """A PEFT adapter of the base, which lies elsewhere: one layer, moved by 1 everywhere."""
+    said = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["c_attn"]}
+    said |= {"base_model_name_or_path": base, "revision": revision}
+    key, content = "base_model.model.transformer.h.0.attn.c_attn", io.BytesIO()
+    factors = {f"{key}.lora_A.weight": torch.ones(1, 64), f"{key}.lora_B.weight": torch.ones(192, 1)}
+    torch.save(factors, content)
+    return {"adapter_config.json": json.dumps(said).encode(), "adapter_model.bin": content.getvalue()}
+
+
+def test_an_adapters_name_fetches_it_and_its_base_as_the_caller_says(
+    tiny: str, hub: Hub, client: Path, tmp_path: Path
+):
+    plain = GPTModel.from_pretrained(tiny).trf_blocks[0].att.W_value.weight
+    hub.repos["owner/base"] = {"main": {"config.json": b"{}"}, "v1": hub.repos[tiny]["main"]}
+    hub.repos["owner/tuned"] = {"main": {}, "v2": adapter_of("owner/base", "v1")}
+    hub.private = {"owner/base": "hf_right", "owner/tuned": "hf_right"}
+    options: dict[str, Any] = {"revision": "v2", "token": "hf_right", "cache_dir": tmp_path / "mine"}
+    loaded = GPTModel.from_pretrained("owner/tuned", **options)
+    assert torch.equal(loaded.trf_blocks[0].att.W_value.weight, plain + 1)
+    hub.asked.clear()
+    again = GPTModel.from_pretrained("owner/tuned", **options, local_files_only=True)
+    assert torch.equal(again.trf_blocks[0].att.W_value.weight, plain + 1)
+    assert hub.asked == []
+    with pytest.raises(CheckpointError, match=r"adapter without its base: .*'owner/base'.*if it is private"):
+        GPTModel.from_checkpoint(fetch("owner/tuned", **options))
+
+
+def test_a_base_and_an_adapter_in_one_repository_are_both_fetched(tiny: str, hub: Hub):
+    plain = GPTModel.from_pretrained(tiny).trf_blocks[0].att.W_value.weight
+    hub.repos["owner/both"] = {"main": hub.repos[tiny]["main"] | adapter_of("owner/both")}
+    assert torch.equal(GPTModel.from_pretrained("owner/both").trf_blocks[0].att.W_value.weight, plain + 1)
+
+
 def test_a_token_opens_what_is_private(hub: Hub, client: Path):
     hub.repos["owner/mine"] = small(model__safetensors=b"weights")
     hub.private["owner/mine"] = "hf_right"
@@ -490,7 +525,7 @@ def test_an_unknown_revision_is_one_clear_error_even_where_something_is_cached(t
     ("status", "message"),
     [
         (503, r"owner/tiny: \S+ answered 503. Try later, or download it on a machine that can"),
-        (403, r"owner/tiny: \S+ answered 403. .*if you lack access, run"),
+        (403, r"owner/tiny: \S+ answered 403. .*to get access, run"),
         (200, r"owner/tiny: cannot be fetched from \S+ \(JSONDecodeError: "),
     ],
 )

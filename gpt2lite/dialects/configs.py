@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -23,18 +22,9 @@ from gpt2lite.checkpoint import FOLDER_FILES, TensorSpan, side_file
 from gpt2lite.checkpoint.described import CHANGES
 from gpt2lite.checkpoint.manifest import BOUND_CONFIG
 from gpt2lite.checkpoint.reading import read_span
-from gpt2lite.config import ACTIVATIONS, OFFICIAL_HEADS, GPTConfig
-from gpt2lite.dialects.config_words import (
-    ACTIVATION,
-    CLASS,
-    COMPUTED,
-    PARTS,
-    SCALE,
-    in_our_words,
-    refusals,
-    unknown,
-)
-from gpt2lite.dialects.reading import CLASSIFIERS, Reading, above_of, block_of, unwrapped
+from gpt2lite.config import OFFICIAL_HEADS, GPTConfig
+from gpt2lite.dialects.config_words import COMPUTED, SCALE, in_our_words, refusals, said_by_part, unknown
+from gpt2lite.dialects.reading import CLASSIFIERS, Reading, above_of, unwrapped
 from gpt2lite.errors import CheckpointError, UsageError, listed
 
 BOUND = (BOUND_CONFIG, f"__metadata__.{BOUND_CONFIG}")
@@ -44,12 +34,7 @@ BOUND = (BOUND_CONFIG, f"__metadata__.{BOUND_CONFIG}")
 BESIDE_WEIGHTS = ("model_args.", "config.", "hyper_parameters.", "metadata.")
 # What weights do not tell, what it is where nobody can know, and what no memory depends on.
 UNSAYABLE: dict[str, Any] = {"n_heads": 1, "activation": "gelu_tanh"}
-KINDS: dict[str, tuple[type, str]] = {
-    "int": (int, "a whole number"),
-    "bool": (bool, "true or false"),
-    "str": (str, "text"),
-}
-APPROXIMATE = {approximate: ours for ours, approximate in ACTIVATIONS.items()}
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 FIELDS = {field.name: str(field.type) for field in fields(GPTConfig)}
 MASK_ROWS = 64  # read at a time: 256 KiB of GPT-2's
 
@@ -76,13 +61,6 @@ class Found:
     fields: Mapping[str, Any]
     notes: tuple[str, ...] = ()
     is_asked: bool = False
-
-
-def size_of(reading: Reading) -> tuple[int, int]:
-    """(n_layers, emb_dim) by names and shapes; emb_dim is 0 where no embedding tells it."""
-    token = reading.placements.get("tok_emb.weight")
-    shape = reading.manifest.tensors[token.source].shape if token else ()
-    return 1 + max(map(block_of, reading.placements)), shape[1] if len(shape) == 2 else 0
 
 
 # ---- who speaks --------------------------------------------------------------------------------------------
@@ -117,26 +95,10 @@ def _in_the_file(reading: Reading) -> Iterator[Source]:
     for place in dict.fromkeys((*written[:1], *(f"{root}config." for root in roots if root))):
         if words := _below(values, place):
             yield Source(f"{path}, {place.rstrip('.')}", words, is_whole=not place.endswith("metadata."))
-    modules = {unwrapped(place): kind for place, kind in reading.manifest.modules.items()}
-    for place, kind in modules.items():
-        for key, words in _said_by_part(place, place.removeprefix(unwrapped(reading.root)), kind, values):
-            yield Source(f"{path}, {key}", words)
-
-
-def _said_by_part(
-    place: str, own: str, kind: str, values: Mapping[str, Any]
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What a part of a pickled module says by its class and its attributes: (where, words)."""
-    for pattern, (classes, attributes) in PARTS.items():
-        if not re.fullmatch(pattern, own):
-            continue
-        name = kind.rpartition(".")[2]
-        if not re.fullmatch(classes, name):
-            yield place, {"activation" if pattern == ACTIVATION else CLASS: name}
-        for attribute, word in attributes.items():
-            if (key := f"{place}.{attribute}") in values:
-                value = values[key]
-                yield key, {word: APPROXIMATE.get(value, value) if word == "activation" else value}
+    for place, kind in ((unwrapped(place), kind) for place, kind in reading.manifest.modules.items()):
+        own = place.removeprefix(unwrapped(reading.root))
+        for attribute, words in said_by_part(own, kind, _below(values, f"{place}.")):
+            yield Source(f"{path}, {place}{attribute}", words)
 
 
 def _beside_the_file(reading: Reading) -> Iterator[Source]:
@@ -209,9 +171,9 @@ def _parsed(path: Path, text: str) -> dict[str, Any]:
 
 def _check_kind(where: str, name: str, value: object) -> None:
     """Raise CheckpointError for a value of a kind that its field cannot have."""
-    kind, wanted = KINDS.get(FIELDS[name], ((int, float), "a number"))
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise CheckpointError(where, f"{name} is {str(value)[:50]!r}, wanted {wanted}")
+    kind = FIELDS[name]
+    if type(value).__name__ not in (kind, "int" if kind == "float" else kind):
+        raise CheckpointError(where, f"{name} is {str(value)[:50]!r}, wanted {KINDS[kind]}")
 
 
 def _require_computed(reading: Reading, sources: list[Source]) -> None:
@@ -229,7 +191,7 @@ def _require_computed(reading: Reading, sources: list[Source]) -> None:
         raise CheckpointError(reading.manifest.path, f"not loaded: gpt2lite does not compute{listed(lines)}")
 
 
-def check_masks(reading: Reading) -> None:
+def _check_masks(reading: Reading) -> None:
     """Raise CheckpointError for a mask that is not causal: a window, or none at all, is another computation.
 
     Reads the first block's mask whole, and of the others, where they are not the same bytes, the first, the
@@ -253,7 +215,7 @@ def _is_causal(span: TensorSpan, row: int, count: int) -> bool:
     count = min(count, size - row)
     begin = span.offset + row * size * span.dtype.itemsize
     stored = read_span(replace(span, shape=(count, size), stride=(size, 1), offset=begin)) != 0
-    follows = torch.arange(size, device="cpu") > torch.arange(row, row + count, device="cpu")[:, None]
+    follows = torch.ones(count, size, dtype=torch.bool, device="cpu").triu(row + 1)
     return torch.equal(stored, follows if span.name.endswith(".mask") else ~follows)
 
 
@@ -312,7 +274,7 @@ def _said_by_shapes(reading: Reading) -> dict[str, Any]:
         "vocab_size": token.shape[0],
         "context_length": position.shape[0],
         "emb_dim": token.shape[1],
-        "n_layers": size_of(reading)[0],
+        "n_layers": reading.size[0],
         "qkv_bias": any(name.endswith(".W_query.bias") for name in placements),
         "bias": "final_norm.shift" in placements,
         "tied_head": token.address == head.address and not changed_alone,
@@ -364,6 +326,7 @@ def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
     path, said, shapes = reading.manifest.path, _said_by_caller(config), _said_by_shapes(reading)
     sources = [*_in_the_file(reading), *_beside_the_file(reading)]
     _require_computed(reading, sources)
+    _check_masks(reading)
     agreed = _agreed(reading, sources, shapes)
     defaults: dict[str, Any] = dict(_known_activation(reading))
     binding = defaults | agreed if isinstance(config, GPTConfig) else agreed
@@ -409,18 +372,13 @@ def complete(reading: Reading, found: Found) -> GPTConfig:
     path, known = reading.manifest.path, found.fields
     if known.get("n_heads") is None:
         size = f"{known['n_layers']} layers of {known['emb_dim']} are not an official size"
-        raise CheckpointError(
-            path,
-            f"the number of attention heads cannot be read off weights, and {size}. Pass "
-            f'config={{"n_heads": …}} (--n-heads for commands) or write {{"n_heads": …}} into '
-            f"{side_file(path, '.json').name} beside it",
-        )
+        do = f'Pass config={{"n_heads": …}} (--n-heads), or put that into {side_file(path, ".json").name}'
+        said = f"the number of attention heads cannot be read off weights, and {size}. {do}"
+        raise CheckpointError(path, said)
     if "activation" not in known:
-        raise CheckpointError(
-            path,
-            "may be of nanoGPT, whose GELU is exact, or of minGPT or older nanoGPT, whose GELU is the tanh "
-            'approximation. Pass config={"activation": "gelu"} or {"activation": "gelu_tanh"} (--activation)',
-        )
+        said = "may be of nanoGPT, with exact GELU, or of minGPT or older nanoGPT, with the tanh GELU"
+        do = 'Pass config={"activation": "gelu"} or {"activation": "gelu_tanh"} (--activation)'
+        raise CheckpointError(path, f"{said}. {do}")
     try:
         return GPTConfig.of(known)
     except UsageError as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt2lite.checkpoint import FOLDER_FILES, Manifest, TensorSpan
-from gpt2lite.dialects.configs import read_json, size_of
+from gpt2lite.dialects.configs import read_json
 from gpt2lite.dialects.reading import Adapter, Reading, block_of, expand_rows
 from gpt2lite.dialects.tables import DIALECTS, Placement
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError, listed
@@ -155,7 +155,7 @@ def _config(path: Path) -> dict[str, Any]:
 def _places(reading: Reading) -> dict[str, list[tuple[str, Placement]]]:
     """Their name → the parameters that the base has there."""
     places: dict[str, list[tuple[str, Placement]]] = {}
-    for theirs, ours, placement in expand_rows(DIALECTS[reading.dialect].rows, size_of(reading)[0]):
+    for theirs, ours, placement in expand_rows(DIALECTS[reading.dialect].rows, reading.size[0]):
         if ours in reading.placements:
             places.setdefault(theirs, []).append((ours, placement))
     return places

@@ -67,6 +67,13 @@ class Reading:
     container: str = ""
     root: str = ""
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(n_layers, emb_dim) by names and shapes; emb_dim is 0 where no embedding tells it."""
+        token = self.placements.get("tok_emb.weight")
+        shape = self.manifest.tensors[token.source].shape if token else ()
+        return 1 + max(map(block_of, self.placements)), shape[1] if len(shape) == 2 else 0
+
 
 def above_of(prefix: str) -> str:
     """What a dotted prefix lies in: `a.` for `a.b.`, nothing for `a.`."""
@@ -91,6 +98,12 @@ class _Model(NamedTuple):
     prefix: str
     marker: str
 
+    def own(self, name: str) -> str | None:
+        """A stored name without container, prefix and wrappers; None for one that lies elsewhere."""
+        plain = _plain(name.removeprefix(self.container))
+        is_inside = name.startswith(self.container) and plain.startswith(self.prefix)
+        return plain.removeprefix(self.prefix) if is_inside else None
+
 
 def _models(manifest: Manifest) -> dict[_Model, str]:
     """Every model in a file, with the stored name of its marker; one that is stored twice counts once."""
@@ -103,16 +116,11 @@ def _models(manifest: Manifest) -> dict[_Model, str]:
                 found[_Model(container, plain.removesuffix(marker), marker)] = name
     if len(found) < 2:
         return found
-    distinct = {frozenset(_stored_in(manifest, model)): model for model in reversed(found)}
+    distinct = {}
+    for model in reversed(found):
+        places = ((model.own(name), span.address) for name, span in manifest.tensors.items())
+        distinct[frozenset(place for place in places if place[0] is not None)] = model
     return {model: found[model] for model in reversed(distinct.values())}
-
-
-def _stored_in(manifest: Manifest, model: _Model) -> Iterator[tuple[str, object]]:
-    """(plain name, address) of all tensors of one model: equal for two that are the same one."""
-    for name, span in manifest.tensors.items():
-        plain = _plain(name.removeprefix(model.container))
-        if name.startswith(model.container) and plain.startswith(model.prefix):
-            yield plain.removeprefix(model.prefix), span.address
 
 
 def _one_model(manifest: Manifest) -> tuple[_Model, str]:
@@ -147,33 +155,23 @@ def _unknown(manifest: Manifest) -> CheckpointError:
 def _names_of(manifest: Manifest, model: _Model) -> tuple[dict[str, str], list[str]]:
     """Plain name → stored name, of the model behind its prefix and the heads beside it; all the rest."""
     inside, beside = dict[str, str](), list[str]()
-    above = above_of(model.prefix)
-    heads = ("lm_head.", "out_head.", *OTHERS)
-    for name in manifest.tensors:
-        if not name.startswith(model.container):
-            continue
-        plain = _plain(name.removeprefix(model.container))
-        is_behind = plain.startswith(model.prefix)
-        own = plain.removeprefix(model.prefix if is_behind else above)
-        if not is_behind and not (plain.startswith(above) and own.startswith(heads)):
+    above = model._replace(prefix=above_of(model.prefix))
+    for name in filter(lambda name: name.startswith(model.container), manifest.tensors):
+        own, head = model.own(name), above.own(name) or ""
+        if own is None and not head.startswith(("lm_head.", "out_head.", *OTHERS)):
             beside.append(name)
-        elif own in inside:
-            raise CheckpointError(manifest.path, f"{inside[own]} and {name} are both {own}", name=name)
-        else:
-            inside[own] = name
+        elif inside.setdefault(own or head, name) != name:
+            said = f"{inside[own or head]} and {name} are both {own or head}"
+            raise CheckpointError(manifest.path, said, name=name)
     return inside, beside
 
 
 def _require_readable(manifest: Manifest, model: _Model, wanted: Collection[str]) -> None:
     """Raise CheckpointError for a weight that is stored in a way that is not read: it is not just absent."""
-    lines = {}
-    for name, why in manifest.unreadable.items():
-        plain = _plain(name.removeprefix(model.container))
-        if plain.removeprefix(model.prefix) in wanted or plain.endswith(
-            ("out_head.weight", "lm_head.weight")
-        ):
-            lines[name] = f"{name} {why}"
-    if lines:
+    wanted = {*wanted, "out_head.weight", "lm_head.weight"}
+    above = model._replace(prefix=above_of(model.prefix))
+    names = (name for name in manifest.unreadable if {model.own(name), above.own(name)} & wanted)
+    if lines := {name: f"{name} {manifest.unreadable[name]}" for name in names}:
         said = f"{len(lines)} weight(s) cannot be read{listed([*lines.values()])}"
         raise CheckpointError(manifest.path, said, name=next(iter(lines)))
 
@@ -193,10 +191,9 @@ def _with_heads(names: Mapping[str, str], dialect: str) -> tuple[dict[str, str],
 
 def _is_square(dialect: str, marker: TensorSpan) -> bool:
     """Whether a dialect's reading of the query weight gives (C, C): it tells (in, out) from (out, in)."""
-    theirs = DIALECTS[dialect].marker
-    shape = next(row[2] for row in DIALECTS[dialect].rows if row[0].format(i=0) == theirs).shape_of(
-        marker.shape
-    )
+    rows, theirs = DIALECTS[dialect].rows, DIALECTS[dialect].marker
+    placement = next(placement for name, _, placement in rows if name.format(i=0) == theirs)
+    shape = placement.shape_of(marker.shape)
     return len(shape) == 2 and shape[0] == shape[1]
 
 
@@ -277,23 +274,18 @@ def with_lora_alpha(reading: Reading, alpha: float | None) -> Reading:
 
 def read_names(manifest: Manifest, wanted: Collection[str]) -> Reading:
     """Place every tensor for any module by its own name, behind a wrapper or prefix if there is one."""
-    if set(wanted) <= set(manifest.tensors):
-        names: Mapping[str, str] = {name: name for name in manifest.tensors}
-    else:
-        names = _best_names(manifest, wanted)
+    names = max(_namings(manifest, wanted), key=lambda found: len(found.keys() & set(wanted)))
     placements = {name: Placement(stored) for name, stored in names.items()}
     passengers = tuple(set(manifest.tensors) - set(names.values()))
     return Reading(manifest, "the module's own", placements, passengers=passengers)
 
 
-def _best_names(manifest: Manifest, wanted: Collection[str]) -> Mapping[str, str]:
-    """Plain name → stored name, behind the prefix that yields most of the wanted ones."""
-    best = {name: name for name in manifest.tensors}
+def _namings(manifest: Manifest, wanted: Collection[str]) -> Iterator[Mapping[str, str]]:
+    """Plain name → stored name: as stored, and behind every prefix that may be meant."""
+    yield {name: name for name in manifest.tensors}
     leaf = min(wanted, default="")
-    for plain_of in (str, unwrapped):
+    for plain_of in (str, unwrapped) if not set(wanted) <= set(manifest.tensors) else ():
         plain = {plain_of(name): name for name in manifest.tensors}
         prefixes = {short.removesuffix(leaf) for short in plain if f".{short}".endswith(f".{leaf}")}
         for prefix in sorted(prefixes):
-            names = {short[len(prefix) :]: name for short, name in plain.items() if short.startswith(prefix)}
-            best = max(best, names, key=lambda found: len(found.keys() & set(wanted)))
-    return best
+            yield {short[len(prefix) :]: name for short, name in plain.items() if short.startswith(prefix)}
