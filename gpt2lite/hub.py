@@ -111,7 +111,9 @@ def _repo_of(name: str) -> str:
         raise CheckpointNotFoundError(name, "no such file or folder")
     if not REPO_ID.fullmatch(name) or len(name) > 96:
         known = f"{', '.join(OFFICIAL)} or owner/name"
-        raise CheckpointNotFoundError(name, f"no such file or folder, and not a model on the Hub: {known}")
+        raise CheckpointNotFoundError(
+            name, f"no such file or folder, and not the name of a Hub model ({known})"
+        )
     return name
 
 

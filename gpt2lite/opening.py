@@ -108,7 +108,7 @@ class Opened(Generic[Model]):
         Warns of what was left out of the file.
         """
         check_names(options, LoadOptions)
-        assert self.sizes == self.config  # which raises where sizes take something for granted
+        complete(self.reading, self.found)  # raises where `plan` would take something for granted
         if any(adapter.scale is None for adapter in self.reading.adapters):
             with_lora_alpha(self.reading, None)  # raises, since it is missing
         for note in self.found.notes:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gpt2lite.checkpoint import side_file
 from gpt2lite.checkpoint.inert_pickle import DescribingUnpickler, describe
 from gpt2lite.checkpoint.writing import replacing
+from gpt2lite.dialects.peft import find_adapter
 from gpt2lite.encoding import (
     END_OF_TEXT,
     Allowed,
@@ -45,9 +46,7 @@ BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": Tr
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # of a BPE with byte_fallback
 OTHER_RULES = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
 FLAGS = ("lstrip", "rstrip", "single_word")
-REWRITE = (
-    "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) of transformers writes tokenizer.json"
-)
+REWRITE = "transformers' AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes it"
 
 
 # ---- GPT-2's own -------------------------------------------------------------------------------------------
@@ -99,8 +98,8 @@ def _ids(vocab: Any) -> dict[str, int]:
 
 def _special_names(settings: Mapping[str, Any]) -> dict[str, str]:
     """{"eos_token": "<|endoftext|>", …}, and the additional ones by number."""
-    listed = {str(n): token for n, token in enumerate(settings.get("additional_special_tokens") or ())}
-    named = {key: token for key, token in settings.items() if key.endswith("_token")} | listed
+    named = {key: token for key, token in settings.items() if key.endswith("_token")}
+    named |= {str(n): token for n, token in enumerate(settings.get("additional_special_tokens") or ())}
     contents = {key: token["content"] if isinstance(token, dict) else token for key, token in named.items()}
     return {key: token for key, token in contents.items() if isinstance(token, str)}
 
@@ -115,10 +114,9 @@ def _tree(files: Files, settings: Mapping[str, Any]) -> dict[str, Any]:
             raise CheckpointError(files[VOCAB], f"{stale!r} is {ids}; remove the stale file")
         return tree
     if not vocab or MERGES not in files or not all(type(id) is int for id in vocab.values()):
-        wanted = f"expected {TREE}, or {VOCAB} (token to id) with {MERGES}. {REWRITE}"
-        raise CheckpointError(
-            next(iter(files.values())), f"cannot be read as a tokenizer from {', '.join(files)}; {wanted}"
-        )
+        found = f"cannot be read as a tokenizer from {', '.join(files)}"
+        wanted = f"expected {VOCAB} (token to id) with {MERGES}, or {TREE}; {REWRITE}"
+        raise CheckpointError(next(iter(files.values())), f"{found}; {wanted}")
     added = [{"content": token, "id": id} for token, id in _json(files, ADDED).items()]
     added += [row | {"id": int(id)} for id, row in settings.get("added_tokens_decoder", {}).items()]
     before = BYTE_LEVEL | {"add_prefix_space": bool(settings.get("add_prefix_space"))}
@@ -142,8 +140,9 @@ def _through_tokenizers(name: str, tree: Mapping[str, Any], end: str) -> Tokeniz
     try:
         import tokenizers
     except ImportError:
-        said = "does not follow GPT-2's rules; to read it, pip install 'gpt2lite[tokenizers]'"
-        raise CheckpointError(name, said) from None
+        raise CheckpointError(
+            name, "needs the tokenizers package: pip install 'gpt2lite[tokenizers]'"
+        ) from None
     peer = tokenizers.Tokenizer.from_str(json.dumps(tree))
     peer.no_truncation()
     peer.no_padding()
@@ -233,15 +232,24 @@ NAMES = sorted(frozenset().union(*(names for names, _ in KINDS)))
 
 
 def files_beside(checkpoint: Path) -> dict[str, Path]:
-    """The tokenizer's files by their own names: called after the checkpoint, or else in its folder."""
+    """The tokenizer's files by their own names: called after the checkpoint, in its folder, or its base's."""
     folder = checkpoint if checkpoint.is_dir() else checkpoint.absolute().parent
     levels = (
         {name: side_file(checkpoint, f".{name}") for name in NAMES},
         {name: folder / name for name in NAMES if name != RANKS},
         {VOCAB: folder / "encoder.json", MERGES: folder / "vocab.bpe"},  # as OpenAI calls them
     )
-    found = ({name: path for name, path in level.items() if path.is_file()} for level in levels)
-    return next(filter(None, found), {})
+    for level in levels:
+        if found := {name: path for name, path in level.items() if path.is_file()}:
+            return found
+    adapter = find_adapter(checkpoint, _fetch)
+    return files_beside(adapter.base) if adapter and adapter.base != folder else {}
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    from gpt2lite.hub import fetch
+
+    return fetch(name, revision=revision)
 
 
 def _read(files: Files) -> Tokenizer:
@@ -255,9 +263,7 @@ def _read(files: Files) -> Tokenizer:
         return read(files)
     except GPT2LiteError:
         raise
-    except (
-        Exception
-    ) as error:  # of files that are not what their names say; tokenizers raises nothing narrower
+    except Exception as error:  # of files that are not what they are called; tokenizers' has no class
         raise CheckpointError(first, f"not a valid tokenizer ({type(error).__name__}: {error})") from None
 
 
@@ -319,12 +325,10 @@ def tokenizer_files(checkpoint: Path, *, in_folder: bool = False) -> dict[str, b
 
 def write_beside(checkpoint: Path, files: Mapping[str, bytes]) -> None:
     """Write a tokenizer's files, called after a checkpoint; nothing stays of an older tokenizer there."""
-    for name in NAMES if files else ():
-        path = side_file(checkpoint, f".{name}")
-        if name not in files:
-            path.unlink(missing_ok=True)
-            continue
-        with replacing(path) as temporary:
+    for name in set(NAMES) - files.keys() if files else ():
+        side_file(checkpoint, f".{name}").unlink(missing_ok=True)
+    for name in files.keys() & set(NAMES):
+        with replacing(side_file(checkpoint, f".{name}")) as temporary:
             temporary.write_bytes(files[name])
 
 

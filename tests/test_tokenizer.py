@@ -237,6 +237,19 @@ def test_what_is_called_after_the_checkpoint_is_nearer_than_what_lies_in_its_fol
     assert tokenizer_for(tmp_path / "other.pth", 500).n_vocab == shared.get_vocab_size()
 
 
+def test_an_adapter_without_a_tokenizer_has_its_bases(folder: Path, tmp_path: Path):
+    peer, adapter = byte_level(), tmp_path / "adapter"
+    as_tree(peer, folder)
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "base_model_name_or_path": "../model"}'
+    )
+    (adapter / "adapter_model.bin").write_bytes(b"")
+    assert_reads_as(tokenizer_for(adapter, 50257), fast(peer))
+    as_tree(byte_level(size=300), adapter)
+    assert tokenizer_for(adapter, 50257).n_vocab < peer.get_vocab_size()
+
+
 def test_special_tokens_put_around_a_text_are_a_warning(folder: Path):
     as_tree(byte_level(), folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
@@ -330,7 +343,7 @@ CONTRADICTIONS = {
     "damaged": (lambda folder: (folder / "tokenizer.json").write_text("<html>"), "not a valid tokenizer"),
     "not an object": (
         lambda folder: (folder / "tokenizer.json").write_text("[]"),
-        "not a valid|expected tokenizer.json",
+        "not a valid|expected vocab.json",
     ),
 }
 
@@ -357,7 +370,9 @@ def test_files_that_disagree_or_are_damaged_are_refused(case: str, folder: Path)
 )
 def test_part_of_a_tokenizer_is_refused_with_what_would_help(name: str, content: str, folder: Path):
     (folder / name).write_text(content)
-    with pytest.raises(CheckpointError, match=r"cannot be read .* expected tokenizer\.json, .*AutoTokenizer"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot be read .* expected .*tokenizer\.json; .*AutoTokenizer"
+    ):
         tokenizer_for(folder, 50257)
 
 

@@ -86,20 +86,19 @@ predict_special_tokens _attn_implementation _attn_implementation_autoset _commit
 DOES_NOT_MATTER = frozenset(_DOES_NOT_MATTER.split())
 
 
-def said_by_part(own: str, kind: str, attributes: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What a part of a pickled module says, in a config's words, by its class "" and each of its attributes.
-
-    `own` is its place in the model, `kind` its class, by its full name.
-    """
-    for place, (classes, words) in PARTS.items():
-        if not re.fullmatch(place, own):
+def said_by_part(
+    place: str, root: str, kind: str, values: Mapping[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What a part of a pickled module says by its class and its attributes: (where, words of a config)."""
+    for pattern, (classes, words) in PARTS.items():
+        if not re.fullmatch(pattern, place.removeprefix(root)):
             continue
         if not re.fullmatch(classes, name := kind.rpartition(".")[2]):
-            yield "", {"activation" if place == ACTIVATION else CLASS: name}
-        for attribute in words.keys() & attributes.keys():
-            said = attributes[attribute]
-            is_named = words[attribute] == "activation" and isinstance(said, str)
-            yield f".{attribute}", {words[attribute]: APPROXIMATE.get(said, said) if is_named else said}
+            yield place, {"activation" if pattern == ACTIVATION else CLASS: name}
+        for where, word in ((f"{place}.{attribute}", word) for attribute, word in words.items()):
+            if where in values:
+                said: Any = values[where]
+                yield where, {word: APPROXIMATE.get(said, said) if word == "activation" else said}
 
 
 def refusals(words: Mapping[str, Any]) -> Iterator[str]:
@@ -111,7 +110,7 @@ def refusals(words: Mapping[str, Any]) -> Iterator[str]:
         if word in words and not _is_computed(words[word]):
             yield f"{word}={words[word]!r}, wanted gelu_new (tanh) or gelu (exact)"
     inner, width = words.get("n_inner"), words.get("n_embd")
-    if inner is not None and width is not None and inner != 4 * width:
+    if inner is not None and isinstance(width, int) and inner != 4 * width:
         yield f"n_inner={inner!r}, wanted 4 × n_embd"
 
 

@@ -95,10 +95,9 @@ def _in_the_file(reading: Reading) -> Iterator[Source]:
     for place in dict.fromkeys((*written[:1], *(f"{root}config." for root in roots if root))):
         if words := _below(values, place):
             yield Source(f"{path}, {place.rstrip('.')}", words, is_whole=not place.endswith("metadata."))
-    for place, kind in ((unwrapped(place), kind) for place, kind in reading.manifest.modules.items()):
-        own = place.removeprefix(unwrapped(reading.root))
-        for attribute, words in said_by_part(own, kind, _below(values, f"{place}.")):
-            yield Source(f"{path}, {place}{attribute}", words)
+    for place, kind in reading.manifest.modules.items():
+        for where, words in said_by_part(unwrapped(place), unwrapped(reading.root), kind, values):
+            yield Source(f"{path}, {where}", words)
 
 
 def _beside_the_file(reading: Reading) -> Iterator[Source]:
@@ -179,16 +178,13 @@ def _check_kind(where: str, name: str, value: object) -> None:
 def _require_computed(reading: Reading, sources: list[Source]) -> None:
     """Raise CheckpointError that lists all that asks for a computation that we do not have."""
     lines = [f"{source.where}: {line}" for source in sources for line in refusals(source.words)]
-    made_by = reading.manifest.modules.get(reading.root.rstrip("."), "")
     lines += [
         f"{place} of a pickled module changes what it computes"
         for place in reading.manifest.values
         if place.startswith(reading.root.removesuffix("transformer.")) and place.rpartition(".")[2] in CHANGES
     ]
-    if made_by.startswith("transformers.models.") and ".gpt2." not in made_by:
-        lines.append(f"a pickled {made_by}, wanted one of transformers.models.gpt2")
     if lines:
-        raise CheckpointError(reading.manifest.path, f"not loaded: gpt2lite does not compute{listed(lines)}")
+        raise CheckpointError(reading.manifest.path, f"not loaded; gpt2lite does not compute{listed(lines)}")
 
 
 def _check_masks(reading: Reading) -> None:
@@ -231,11 +227,11 @@ def _agreed(reading: Reading, sources: list[Source], shapes: Mapping[str, Any]) 
             # a file without a head of its own must be tied
             differs = value is False and head == token if name == "tied_head" else value != known
             if differs and name != "drop_rate":
-                lines.append(f"{name}: {known!r} by {places[name]}, {value!r} by {source.where}")
+                lines.append(f"{name} is {known!r} in {places[name]}, but {value!r} in {source.where}")
             agreed.setdefault(name, value)
             places.setdefault(name, source.where)
     if lines:
-        said = "not loaded: sources disagree about this model. Correct or remove the wrong one"
+        said = "not loaded; its sources disagree. Correct or remove the wrong one"
         raise CheckpointError(reading.manifest.path, said + listed(lines))
     return agreed
 
@@ -288,10 +284,10 @@ def _notes(reading: Reading, sources: list[Source], agreed: Mapping[str, Any]) -
     path, tensors = reading.manifest.path, reading.manifest.tensors
     for where, words, is_whole in sources:
         if is_whole and (names := unknown(words)):
-            yield f"{where}: ignores {', '.join(names)}, which gpt2lite does not know"
-        rates = {words[key] for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop") if key in words}
+            yield f"{where}: ignored {', '.join(names)}, which gpt2lite does not know"
+        rates = {str(words[key]) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop") if key in words}
         if len(rates) > 1:
-            yield f"{where}: has dropouts {sorted(rates)}; training uses resid_pdrop for all"
+            yield f"{where}: has dropouts {' and '.join(sorted(rates))}; training uses resid_pdrop for all"
     if _is_bound(reading) and (beside := _side_json(path)):
         with suppress(CheckpointError):  # another program's file of that name
             said = Source(str(beside), read_json(beside)).said()
@@ -362,9 +358,9 @@ def _require_unsaid(reading: Reading, granted: Mapping[str, Any]) -> None:
     for place, value in reading.manifest.values.items():
         for name, said in in_our_words({place.rpartition(".")[2]: value}).items():
             if name in granted and type(said) is type(granted[name]) and said != granted[name]:
-                taken = f"taken for granted was {name}={granted[name]!r}"
-                do = f"Pass the one that counts: config={{{name!r}: …}}"
-                raise CheckpointError(reading.manifest.path, f"{place} says {said!r}, {taken}. {do}")
+                assumed = f"but gpt2lite would assume {name}={granted[name]!r}"
+                do = f"Pass the right one: config={{{name!r}: …}}"
+                raise CheckpointError(reading.manifest.path, f"{place} says {said!r}, {assumed}. {do}")
 
 
 def complete(reading: Reading, found: Found) -> GPTConfig:

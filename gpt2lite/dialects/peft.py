@@ -35,9 +35,8 @@ def _is_number(value: object) -> bool:
 
 
 def _are_patterns(value: object) -> bool:
-    return value is None or (
-        isinstance(value, dict) and all(PATTERN.fullmatch(k) and _is_number(v) for k, v in value.items())
-    )
+    pairs = value.items() if isinstance(value, dict) else ((value, None),) if value else ()
+    return all(PATTERN.fullmatch(str(pattern)) and _is_number(number) for pattern, number in pairs)
 
 
 # LoraConfig's fields that are read here, and what they may say. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change
@@ -106,10 +105,8 @@ def _base_of(folder: Path, said: Mapping[str, Any], locate: Callable[[str, str |
         local = next((at for at in (Path(name), folder / name) if at.exists()), None)
         base = local or locate(name, said.get("revision"))
     except (CheckpointError, OSError, TypeError, ValueError) as error:
-        which = f"base_model_name_or_path={name!r} in {ADAPTER_CONFIG} is not found ({error})"
-        raise CheckpointNotFoundError(
-            folder, f"a PEFT adapter without its base: {which}. Correct it, or put the base's weights here"
-        ) from error
+        said_here = f"base_model_name_or_path={name!r} in {ADAPTER_CONFIG} is not found ({error})"
+        raise CheckpointNotFoundError(folder, f"a PEFT adapter without its base: {said_here}") from error
     for file in (ADAPTER_CONFIG, *ADAPTER_WEIGHTS):
         own, other = folder / file, base / file
         if other.is_file() and not (own.is_file() and filecmp.cmp(own, other, shallow=False)):
@@ -132,9 +129,8 @@ def with_adapter(reading: Reading, said: Mapping[str, Any], manifest: Manifest) 
     placements, wrong = _replaced(reading, names - again, [*map(str, said["modules_to_save"] or ())])
     if wrong or not adapters:
         fits = f"{len(adapters)} LoRA layers fit the base {base.path}, and {len(wrong)} tensors do not"
-        raise CheckpointError(
-            path, f"{fits}:{listed(wrong)}", name=wrong[0].partition(":")[0] if wrong else None
-        )
+        name = wrong[0].partition(":")[0] if wrong else None
+        raise CheckpointError(path, f"{fits}:{listed(wrong)}", name=name)
     both = replace(base, tensors={**base.tensors, **spans}, files={**base.files, **manifest.files})
     return replace(reading, manifest=both, placements=placements, adapters=(*reading.adapters, *adapters))
 
@@ -142,13 +138,10 @@ def with_adapter(reading: Reading, said: Mapping[str, Any], manifest: Manifest) 
 def _config(path: Path) -> dict[str, Any]:
     """The adapter's config, in which no field is unknown or asks for what is not computed here."""
     said = dict.fromkeys(READ) | {"r": 8, "lora_alpha": 8} | read_json(path)
-    wrong = [key for key in said.keys() - INERT if not READ.get(key, OFF.__contains__)(said[key])]
-    if wrong:
+    if wrong := [key for key in said.keys() - INERT if not READ.get(key, OFF.__contains__)(said[key])]:
         fields = ", ".join(f"{key}={said[key]!r}"[:80] for key in sorted(wrong))
-        do = (
-            "If peft can merge it, model.merge_and_unload().save_pretrained(folder) writes a model that opens"
-        )
-        raise CheckpointError(path, f"gpt2lite does not read a LoRA with {fields}. {do}")
+        do = "merge it with peft: model.merge_and_unload().save_pretrained(folder)"
+        raise CheckpointError(path, f"gpt2lite does not read a LoRA with {fields}; {do}")
     return said
 
 
@@ -207,9 +200,7 @@ def _is_saved(name: str, saved: Collection[str]) -> bool:
     return any(parent.endswith(tuple(saved)) for parent in parents)
 
 
-def _replaced(
-    reading: Reading, names: Collection[str], saved: Collection[str]
-) -> tuple[dict[str, Placement], list[str]]:
+def _replaced(reading: Reading, names: set[str], saved: list[str]) -> tuple[dict[str, Placement], list[str]]:
     """The placements with what the adapter holds in full (biases, saved modules), and what does not fit.
 
     A head or an embedding that is not among the saved modules is the base's own; where the two are tied it
@@ -224,9 +215,8 @@ def _replaced(
         if tied and rows and rows[0][0] in TIED and not _is_saved(name, saved):
             rows = [(end, rows[0][1]) for end in TIED]
         placements |= {ours: replace(placement, source=BESIDE + name) for ours, placement in rows}
-        wrong += (
-            [] if rows else [f"{name}: not in the base, not targeted by {ADAPTER_CONFIG}, or not of a LoRA"]
-        )
+        if not rows:
+            wrong.append(f"{name}: not in the base, not targeted by {ADAPTER_CONFIG}, or not of a LoRA")
     for theirs, rows in places.items():
         unchanged = placements[rows[0][0]] == reading.placements[rows[0][0]]
         if unchanged and _is_saved(f"transformer.{theirs}", saved):
