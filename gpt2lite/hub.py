@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, constants, errors, hf_hub_download, try_to_lo
 
 from gpt2lite.checkpoint import FOLDER_FILES
 from gpt2lite.dialects.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from gpt2lite.errors import CheckpointError, CheckpointNotFoundError, GPT2LiteError, UsageError, first_line
+from gpt2lite.errors import CheckpointError, CheckpointNotFoundError, GPT2LiteError, UsageError
 
 OFFICIAL = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 OFFICIAL["distilgpt2"] = "distilbert/distilgpt2"
@@ -44,7 +44,7 @@ EXPLAINED: dict[type[Exception], str] = {
     f"Check the spelling; if it is private, {LOG_IN}",
     errors.HfHubHTTPError: f"{{hub}} answered {{status}}. Try later, or {ELSEWHERE}; to get access, {LOG_IN}",
     OSError: "cannot be stored in {cache}: {error.strerror}. Pass another cache_dir or set HF_HOME",
-    Exception: "cannot be fetched from {hub} ({kind}: {first_line}), and is not in the cache {cache}{at}. "
+    Exception: "cannot be fetched from {hub} ({error!r}), and is not in the cache {cache}{at}. "
     f"Check the network, or {ELSEWHERE}",
 }
 
@@ -187,8 +187,6 @@ def _explained(error: Exception, repo: str, revision: str | None, cache: Path | 
         at="" if revision is None else f" at {revision}",
         why="HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "local_files_only=True",
         hub=constants.ENDPOINT,
-        kind=type(error).__name__,
-        first_line=first_line(error),
         **{"repo": repo, "revision": revision, "status": status, "error": error},
     )
     is_absent = kind in (errors.RevisionNotFoundError, errors.RepositoryNotFoundError)

@@ -13,20 +13,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gpt2lite import encoding
 from gpt2lite.checkpoint import side_file
 from gpt2lite.checkpoint.inert_pickle import DescribingUnpickler, describe
 from gpt2lite.checkpoint.writing import replacing
 from gpt2lite.dialects.peft import find_adapter
-from gpt2lite.encoding import (
-    END_OF_TEXT,
-    Allowed,
-    Tokenizer,
-    as_encoding,
-    as_lists,
-    as_tokenizer,
-    read_encoding,
-    unspelled,
-)
 from gpt2lite.errors import CheckpointError, GPT2LiteError, UsageError
 
 GPT2_SIZES = (50257, 50304, 50432)  # GPT-2's vocabulary, and padded to multiples of 64, 128 and 256
@@ -67,7 +58,9 @@ def gpt2_encoding() -> tiktoken.Encoding:
 
         try:
             files = {name: fetch_file(OFFICIAL["gpt2"], name) for name in (VOCAB, MERGES)}
-            made = as_encoding("gpt2", _json(files, VOCAB), _merges(files[MERGES]), {END_OF_TEXT: 50256})
+            made = encoding.as_encoding(
+                "gpt2", _json(files, VOCAB), _merges(files[MERGES]), {encoding.END_OF_TEXT: 50256}
+            )
             if made is None or made.n_vocab != GPT2_SIZES[0]:
                 raise CheckpointError(files[VOCAB], "not GPT-2's vocabulary")
         except (CheckpointError, ValueError, KeyError) as second:
@@ -135,7 +128,7 @@ def _has_gpt2_rules(tree: Mapping[str, Any]) -> bool:
     )
 
 
-def _through_tokenizers(name: str, tree: Mapping[str, Any], end: str) -> Tokenizer:
+def _through_tokenizers(name: str, tree: Mapping[str, Any], end: str) -> encoding.Tokenizer:
     """Any tokenizer.json, computed by the package tokenizers."""
     try:
         import tokenizers
@@ -148,7 +141,7 @@ def _through_tokenizers(name: str, tree: Mapping[str, Any], end: str) -> Tokeniz
     peer.no_padding()
     is_byte_level = "ByteLevel" in json.dumps(tree["decoder"])
 
-    def ids_of(text: str, allowed: Allowed) -> list[int]:
+    def ids_of(text: str, allowed: encoding.Allowed) -> list[int]:
         peer.encode_special_tokens = not allowed
         ids = list(peer.encode(text, add_special_tokens=False).ids)
         back = peer.decode(ids, skip_special_tokens=False)
@@ -162,20 +155,20 @@ def _through_tokenizers(name: str, tree: Mapping[str, Any], end: str) -> Tokeniz
         if token is None:
             raise KeyError(id)
         if is_byte_level:
-            return unspelled(token)
+            return encoding.unspelled(token)
         if BYTE_TOKEN.fullmatch(token):
             return bytes.fromhex(token[3:5])
         pair, one = (peer.decode([id] * n, skip_special_tokens=False) for n in (2, 1))
         return str(pair)[len(one) :].encode()  # inside a text, so with the space before it
 
     n_vocab = max(peer.get_vocab().values()) + 1
-    return Tokenizer(name, n_vocab, peer.token_to_id(end), ids_of, bytes_of, cuts_at_spaces=False)
+    return encoding.Tokenizer(name, n_vocab, peer.token_to_id(end), ids_of, bytes_of, cuts_at_spaces=False)
 
 
-def _from_hub(files: Files) -> Tokenizer:
+def _from_hub(files: Files) -> encoding.Tokenizer:
     name = str(files.get(TREE) or next(iter(files.values())))
     settings = {key: value for file in SETTINGS for key, value in _json(files, file).items()}
-    tree, names = _tree(files, settings), {"eos_token": END_OF_TEXT} | _special_names(settings)
+    tree, names = _tree(files, settings), {"eos_token": encoding.END_OF_TEXT} | _special_names(settings)
     said, before = settings.get("add_prefix_space"), tree["pre_tokenizer"] or {}
     if said is not None and before.get("add_prefix_space", said) != said:
         raise CheckpointError(name, f"{SETTINGS[1]} says add_prefix_space={said}, {TREE} says {not said}")
@@ -191,15 +184,15 @@ def _from_hub(files: Files) -> Tokenizer:
     tree["added_tokens"] = sorted(added, key=lambda row: row["id"])
     if _has_gpt2_rules(tree):
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in tree["model"]["merges"]]
-        if encoding := as_encoding(name, vocab, pairs, {token: row["id"] for token, row in rows.items()}):
-            return as_tokenizer(encoding, end)
+        if bpe := encoding.as_encoding(name, vocab, pairs, {token: row["id"] for token, row in rows.items()}):
+            return encoding.as_tokenizer(bpe, end)
     return _through_tokenizers(name, tree, end)
 
 
 # ---- every kind --------------------------------------------------------------------------------------------
 
 
-def _from_characters(files: Files) -> Tokenizer:
+def _from_characters(files: Files) -> encoding.Tokenizer:
     """nanoGPT's meta.pkl: one id per character, and no token that ends a text."""
     path = files[META]
     if path.stat().st_size > MAX_META_BYTES:
@@ -214,17 +207,17 @@ def _from_characters(files: Files) -> Tokenizer:
     if ids != found["stoi"]:
         raise CheckpointError(path, "its stoi and its itos disagree")
 
-    def ids_of(text: str, allowed: Allowed) -> list[int]:
+    def ids_of(text: str, allowed: encoding.Allowed) -> list[int]:
         if unknown := next((character for character in text if character not in ids), None):
             raise UsageError(f"{path}: has no token for {unknown!r}; leave it out of the text")
         return [ids[character] for character in text]
 
-    return Tokenizer(str(path), max(texts) + 1, None, ids_of, texts.__getitem__)
+    return encoding.Tokenizer(str(path), max(texts) + 1, None, ids_of, texts.__getitem__)
 
 
 # Each kind of tokenizer: the files that only it has, and what reads them.
-KINDS: tuple[tuple[frozenset[str], Callable[[Files], Tokenizer]], ...] = (
-    (frozenset({RANKS}), lambda files: as_tokenizer(read_encoding(files[RANKS]))),
+KINDS: tuple[tuple[frozenset[str], Callable[[Files], encoding.Tokenizer]], ...] = (
+    (frozenset({RANKS}), lambda files: encoding.as_tokenizer(encoding.read_encoding(files[RANKS]))),
     (frozenset({TREE, VOCAB, MERGES, ADDED, *SETTINGS, *UNREAD}), _from_hub),
     (frozenset({META}), _from_characters),
 )
@@ -252,7 +245,7 @@ def _fetch(name: str, revision: str | None) -> Path:
     return fetch(name, revision=revision)
 
 
-def _read(files: Files) -> Tokenizer:
+def _read(files: Files) -> encoding.Tokenizer:
     """Raises CheckpointError for files that are damaged, disagree or are of no kind known here."""
     first = next(iter(files.values()))
     (names, read), *others = [(names & files.keys(), read) for names, read in KINDS if names & files.keys()]
@@ -267,7 +260,7 @@ def _read(files: Files) -> Tokenizer:
         raise CheckpointError(first, f"not a valid tokenizer ({type(error).__name__}: {error})") from None
 
 
-def tokenizer_for(checkpoint: Path, vocab_size: int) -> Tokenizer:
+def tokenizer_for(checkpoint: Path, vocab_size: int) -> encoding.Tokenizer:
     """The tokenizer that lies beside a checkpoint; where none does and the vocabulary is GPT-2's, GPT-2's.
 
     Reads `<stem>.tiktoken`, `tokenizer.json`, `vocab.json` with `merges.txt`, and nanoGPT's `meta.pkl`. A
@@ -280,12 +273,12 @@ def tokenizer_for(checkpoint: Path, vocab_size: int) -> Tokenizer:
     """
     files = files_beside(checkpoint)
     if not files and vocab_size not in GPT2_SIZES:
-        own = f"{side_file(checkpoint, f'.{RANKS}').name}, {TREE}, {VOCAB} with {MERGES}, or nanoGPT's {META}"
-        raise UsageError(
-            f"{checkpoint}: has no tokenizer beside it, and its vocabulary of {vocab_size} is not GPT-2's "
-            f"{GPT2_SIZES[0]}. Put {own} there, or call gpt2lite.generate with token ids"
-        )
-    found = _read(files) if files else as_tokenizer(gpt2_encoding())
+        said = f"no tokenizer beside it, and a vocabulary of {vocab_size} is not GPT-2's {GPT2_SIZES[0]}"
+        own = side_file(checkpoint, f".{RANKS}").name
+        names = f"{own}, {TREE}, {VOCAB} with {MERGES}, or nanoGPT's {META}"
+        do = f"Put {names} there, or call gpt2lite.generate with token ids"
+        raise UsageError(f"{checkpoint}: {said}. {do}")
+    found = _read(files) if files else encoding.as_tokenizer(gpt2_encoding())
     if found.n_vocab > vocab_size:
         where = next(iter(files.values()), checkpoint)
         raise CheckpointError(where, f"{found.n_vocab} tokens for a model with a vocabulary of {vocab_size}")
@@ -299,13 +292,13 @@ def _as_json(fields: Mapping[str, Any]) -> bytes:
     return (json.dumps(fields, ensure_ascii=False) + "\n").encode()
 
 
-def _hub_lists(encoding: tiktoken.Encoding) -> dict[str, bytes]:
+def _hub_lists(bpe: tiktoken.Encoding) -> dict[str, bytes]:
     """vocab.json, merges.txt and settings, as GPT2Tokenizer.save_pretrained writes them."""
-    vocab, merges = as_lists(encoding)
-    names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    vocab, merges = encoding.as_lists(bpe)
+    names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), encoding.END_OF_TEXT)
     rules = {"add_prefix_space": False, "clean_up_tokenization_spaces": False}
     return {
-        VOCAB: _as_json(vocab | {END_OF_TEXT: encoding.eot_token}),
+        VOCAB: _as_json(vocab | {encoding.END_OF_TEXT: bpe.eot_token}),
         MERGES: "\n".join(["#version: 0.2", *map(" ".join, merges), ""]).encode(),
         SETTINGS[0]: _as_json(names),
         SETTINGS[1]: _as_json({"tokenizer_class": "GPT2Tokenizer", **names, **rules}),
@@ -319,7 +312,7 @@ def tokenizer_files(checkpoint: Path, *, in_folder: bool = False) -> dict[str, b
     """
     files = files_beside(checkpoint)
     if RANKS in files and in_folder:
-        return _hub_lists(read_encoding(files[RANKS]))
+        return _hub_lists(encoding.read_encoding(files[RANKS]))
     return {name: path.read_bytes() for name, path in files.items()}
 
 

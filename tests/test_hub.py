@@ -526,7 +526,7 @@ def test_an_unknown_revision_is_one_clear_error_even_where_something_is_cached(t
     [
         (503, r"owner/tiny: \S+ answered 503. Try later, or download it on a machine that can"),
         (403, r"owner/tiny: \S+ answered 403. .*to get access, run"),
-        (200, r"owner/tiny: cannot be fetched from \S+ \(JSONDecodeError: "),
+        (200, r"owner/tiny: cannot be fetched from \S+ \(JSONDecodeError\("),
     ],
 )
 def test_a_server_that_fails_is_named_with_its_answer(status: int, message: str, hub: Hub, client: Path):
