@@ -58,9 +58,8 @@ def gpt2_encoding() -> tiktoken.Encoding:
 
         try:
             files = {name: fetch_file(OFFICIAL["gpt2"], name) for name in (VOCAB, MERGES)}
-            made = encoding.as_encoding(
-                "gpt2", _json(files, VOCAB), _merges(files[MERGES]), {encoding.END_OF_TEXT: 50256}
-            )
+            vocab, merges = _json(files, VOCAB), _merges(files[MERGES])
+            made = encoding.as_encoding("gpt2", vocab, merges, {encoding.END_OF_TEXT: 50256})
             if made is None or made.n_vocab != GPT2_SIZES[0]:
                 raise CheckpointError(files[VOCAB], "not GPT-2's vocabulary")
         except (CheckpointError, ValueError, KeyError) as second:
@@ -133,9 +132,7 @@ def _through_tokenizers(name: str, tree: Mapping[str, Any], end: str) -> encodin
     try:
         import tokenizers
     except ImportError:
-        raise CheckpointError(
-            name, "needs the tokenizers package: pip install 'gpt2lite[tokenizers]'"
-        ) from None
+        raise CheckpointError(name, "to read it, pip install 'gpt2lite[tokenizers]'") from None
     peer = tokenizers.Tokenizer.from_str(json.dumps(tree))
     peer.no_truncation()
     peer.no_padding()

@@ -126,7 +126,7 @@ def test_the_caller_must_agree_with_the_file(whole: bool, field: str, value: Any
     config: Any = {field: value}
     if whole:
         config = replace(GPTConfig(101, 32, 48, 4, 2, tied_head=True), **config)
-    with pytest.raises(CheckpointError, match=rf"{field}={value!r} was passed, .*config.json says"):
+    with pytest.raises(CheckpointError, match=rf"{field}={value!r} was passed, but .*config.json says"):
         GPTModel.from_checkpoint(folder, config=config)
 
 

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -305,12 +304,11 @@ def _notes(reading: Reading, sources: list[Source], agreed: Mapping[str, Any]) -
 
 
 def _said_by_caller(config: GPTConfig | Mapping[str, Any] | None) -> dict[str, Any]:
-    if isinstance(config, GPTConfig):
-        return config.as_dict()
-    if not isinstance(config, (Mapping, NoneType)):
+    said = config.as_dict() if isinstance(config, GPTConfig) else {} if config is None else config
+    if not isinstance(said, Mapping):
         raise UsageError(f"config must be a GPTConfig, a dict or None, got {config!r}")
-    GPTConfig.check_names(config or {})
-    return dict(config or {})
+    GPTConfig.check_names(said)
+    return dict(said)
 
 
 def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None = None) -> Found:
@@ -329,9 +327,8 @@ def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
     for name in ("n_heads", "activation"):
         if name in said and said[name] != (known := binding.get(name, said[name])):
             places = [source.where for source in sources if source.said().get(name) == known]
-            where = (places or ["the program that wrote it"])[0]
-            do = "Leave it out, or correct that"
-            raise CheckpointError(path, f"{name}={said[name]!r} was passed, {where} says {known!r}. {do}")
+            where = [*places, "the program that wrote it"][0]
+            raise CheckpointError(path, f"{name}={said[name]!r} was passed, but {where} says {known!r}")
     heads = OFFICIAL_HEADS.get((shapes["n_layers"], shapes["emb_dim"]))
     defaults |= {} if heads is None else {"n_heads": heads}
     granted = set() if "n_heads" in agreed else defaults.keys() - said.keys() - agreed.keys()

@@ -103,7 +103,7 @@ def _base_of(folder: Path, said: Mapping[str, Any], locate: Callable[[str, str |
     name: Any = said.get("base_model_name_or_path") or None
     try:
         local = next((at for at in (Path(name), folder / name) if at.exists()), None)
-        base = local or locate(name, said.get("revision"))
+        base = local or locate(name, said.get("revision") or None)
     except (CheckpointError, OSError, TypeError, ValueError) as error:
         said_here = f"base_model_name_or_path={name!r} in {ADAPTER_CONFIG} is not found ({error})"
         raise CheckpointNotFoundError(folder, f"a PEFT adapter without its base: {said_here}") from error

@@ -18,15 +18,8 @@ NOISE = ("module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_che
 BEFORE_LEAF = ("linear", "base_layer")
 # Heads other than the language model's: the first that is there is a classifier's, the rest are left out.
 CLASSIFIERS = ("score.", "classifier.")
-OTHERS = (
-    *CLASSIFIERS,
-    "v_head.",
-    "value_head.",
-    "multiple_choice_head.",
-    "qa_outputs.",
-    "summary.",
-    "mc_head.",
-)
+OTHER_HEADS = ("v_head.", "value_head.", "multiple_choice_head.", "qa_outputs.", "summary.", "mc_head.")
+OTHERS = (*CLASSIFIERS, *OTHER_HEADS)
 LEAVES = ("weight", "bias")
 # Marker → the dialects that have it.
 MARKERS = {
