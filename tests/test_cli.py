@@ -173,7 +173,7 @@ def test_bench_refuses_a_checkpoint_that_does_not_fit_before_it_measures(
         (["generate", "--max-new-tokens", "-1"], "max_new_tokens must be at least 1, got -1"),
         (["generate", "--temperature", "-1"], "temperature must be 0"),
         (["generate", "--device", "cuda:77"], "cuda:77 was asked for"),
-        (["generate", "--device", "abc"], "no device is called 'abc'"),
+        (["generate", "--device", "abc"], "unknown device 'abc'"),
         (["generate", "--strategy", "per_tensor"], "gpt2lite.save_per_tensor"),
         (["bench", "--strategies", "fast"], "no strategy is called fast"),
         (["bench", "no.pth"], "no.pth: no such file or folder"),
@@ -201,7 +201,10 @@ def test_a_vocabulary_without_a_tokenizer_says_where_to_put_one(
     pth: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert main(["generate", "--model", str(pth), "--n-heads", "4"]) == 1
-    assert "there is no model.tiktoken beside it" in capsys.readouterr().err
+    assert (
+        "no tokenizer beside it, and a vocabulary of 101 is not GPT-2's 50257. Put model.tiktoken"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ def _check_masks(reading: Reading) -> None:
         is_square = span.shape[-2:] == (size, size) and span.numel == size * size and span.is_contiguous
         if not is_square or not all(_is_causal(span, row, count) for row in rows):
             said = "is not GPT-2's causal mask; gpt2lite computes no other. Use the program that wrote it"
-            raise CheckpointError(span.path, f"{name} {said}", name=name)
+            raise CheckpointError(span.source, f"{name} {said}", name=name)
 
 
 def _is_causal(span: TensorSpan, row: int, count: int) -> bool:

@@ -190,7 +190,7 @@ def _scale(said: Mapping[str, Any], module: str, a: TensorSpan) -> float:
     )
     if a.shape[:1] != (r,):
         said_here = f"{a.name} has shape {a.shape}, but {ADAPTER_CONFIG} gives it rank {r}"
-        raise CheckpointError(a.path, said_here, name=a.name)
+        raise CheckpointError(a.source, said_here, name=a.name)
     return float(alpha / math.sqrt(r) if said["use_rslora"] else alpha / r)
 
 
