@@ -16,8 +16,9 @@ PACKAGE = Path(gpt2lite.__file__).parent
 FLOORS = [
     {"errors", "_version", "_torch", "sampler", "collector"},
     {"devices"},
-    {"config", "checkpoint", "memory", "hub", "quantization", "encoding", "reading_text"},
-    {"dialects", "byte_pairs", "tracking"},
+    {"config", "checkpoint", "memory", "quantization", "encoding", "reading_text"},
+    {"dialects", "tracking"},
+    {"hub"},
     {"tokenizer"},
     {"loading"},
     {"opening"},

@@ -793,7 +793,7 @@ def test_the_head_count_is_found_in_a_side_file_a_wrapper_or_a_config_json(model
 
 def test_a_side_file_that_is_no_json_is_named(pth: Path):
     pth.with_suffix(".json").write_text("not json")
-    with pytest.raises(CheckpointError, match=r"model.json: not sound JSON"):
+    with pytest.raises(CheckpointError, match=r"model.json: not valid JSON"):
         GPTModel.from_checkpoint(pth)
 
 
