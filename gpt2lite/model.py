@@ -237,7 +237,8 @@ class GPTModel(nn.Module):
             raise UsageError(f"{start + T} tokens do not fit the context of {self.config.context_length}")
         positions = cache.positions(T) if cache else torch.arange(T, device=ids.device)
         mask = cache.mask(T) if cache else None
-        x = self.drop_emb(self.tok_emb(ids) + self.pos_emb(positions))
+        at = self.pos_emb(positions)
+        x = self.drop_emb(self.tok_emb(ids).to(at.dtype) + at)  # int8 ones come in fp32
         for block in self.trf_blocks:
             x = block(x, cache, mask)
         if cache:

@@ -12,7 +12,7 @@ from test_loading import HEADS, huggingface
 
 from gpt2lite import GPTConfig, GPTModel, InsufficientMemoryError, UsageError, convert, generate
 from gpt2lite.cli.terminal import EMBEDDED
-from gpt2lite.generation import KVCache, cache_bytes
+from gpt2lite.generation import ENGINES, KVCache, cache_bytes
 from gpt2lite.generation.cache import CursorCache
 from gpt2lite.generation.engines import last_logits
 from gpt2lite.generation.prompts import usable_vocabulary
@@ -104,12 +104,10 @@ def test_numba_computes_torchs_logits(activation: str, bias: bool, tied: bool):
 
 def steps(model: GPTModel, ids: torch.Tensor, engine: str) -> torch.Tensor:
     """Logits (B, 4, V) of four tokens behind a prompt."""
-    from gpt2lite.generation.engines import make_step
-
     with torch.inference_mode():
         cache = KVCache(model.config, len(ids), ids.shape[1], model.pos_emb.weight)
         last_logits(model, ids[:, :-4], cache)
-        step = make_step(model, cache, engine)
+        step = ENGINES[engine].step(model, cache)
         return torch.stack([step(column).float().clone() for column in ids[:, -4:].split(1, dim=1)], 1)
 
 
@@ -126,8 +124,6 @@ def test_numba_takes_any_number_of_tokens_at_a_time(
     long_model: GPTModel, sizes: tuple[int, ...], pads: tuple[int, ...] | None, dtype: torch.dtype
 ):
     pytest.importorskip("numba", reason="the extra [cpu] is not installed")
-    from gpt2lite.generation.engines import make_step
-
     ids = torch.randint(101, (3, 13), generator=torch.Generator().manual_seed(0))
     model = long_model.to(dtype)
     found = {}
@@ -135,7 +131,7 @@ def test_numba_takes_any_number_of_tokens_at_a_time(
         for engine in ("torch", "numba"):
             starts = None if pads is None else torch.tensor(pads)
             cache = KVCache(LONG, 3, 13, model.pos_emb.weight, starts)
-            step = make_step(model, cache, engine)
+            step = ENGINES[engine].step(model, cache)
             logits = [step(some) for some in ids.split(sizes, 1)]
             found[engine] = logits[-1].float()
     tolerance = (1e-5 if dtype == torch.float32 else 3e-2) * float(found["torch"].abs().max())
@@ -442,6 +438,7 @@ def test_a_cursor_on_the_device_computes_the_same(model: GPTModel, ids: torch.Te
         moving.memory = plain.memory.clone()
         for token in range(5):
             column = torch.full((2, 1), token)
+            moving.cursor.fill_(plain.length)
             expected, found = last_logits(model, column, plain), last_logits(model, column, moving)
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
@@ -455,7 +452,7 @@ def test_a_cursor_on_the_device_computes_the_same(model: GPTModel, ids: torch.Te
         (
             [[1] * 30],
             {"max_new_tokens": 5},
-            r"30 tokens and 5 new ones are more than the context of 32.* 2 at most.*window=16",
+            r"30 tokens and 5 new ones exceed the context of 32.* 2 at most.*window=16",
         ),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ([[101]], {}, r"ids must be in 0 … 100, got 101 … 101"),
@@ -471,11 +468,11 @@ def test_a_cursor_on_the_device_computes_the_same(model: GPTModel, ids: torch.Te
         ([[1]], {"min_p": 2.0}, "min_p must be in 0 … 1, got 2"),
         ([[1]], {"repetition_penalty": 0.0}, "repetition_penalty must be a positive number"),
         ([[1]], {"window": 32}, "window must be an int in 1 … 31, got 32"),
-        ([[1]], {"stop": [1.5]}, "stop must be token ids and strings"),
-        ([[1]], {"stop": [""]}, "stop must be token ids and strings that are not empty"),
+        ([[1]], {"stop": [1.5]}, "stop must be token ids and non-empty strings"),
+        ([[1]], {"stop": [""]}, "stop must be token ids and non-empty strings"),
         ([[1]], {"stop": ["."]}, "stop strings need the encoding"),
-        ([[1]], {"engine": "warp"}, "no engine is called 'warp'; there are auto, numba, cuda_graph, torch"),
-        ([[1]], {"engine": "cuda_graph"}, "cannot run this model: the model is not on a CUDA device"),
+        ([[1]], {"engine": "warp"}, "unknown engine 'warp'; choose from auto, numba, cuda_graph, torch"),
+        ([[1]], {"engine": "cuda_graph"}, "cannot run this model: the model is not on a GPU"),
     ],
 )
 def test_what_cannot_be_generated_is_one_clear_error(model: GPTModel, ids: list, options: dict, message: str):
@@ -529,5 +526,5 @@ def test_a_stopped_row_is_filled_with_what_the_model_knows():
 
 @pytest.mark.parametrize("stop", [[None, 1], [True], [1.5], [b"x"], [""]])
 def test_what_is_no_stop_is_refused(model: GPTModel, stop: list[object]):
-    with pytest.raises(UsageError, match="stop must be token ids and strings that are not empty"):
+    with pytest.raises(UsageError, match="stop must be token ids and non-empty strings"):
         model.generate([[1]], 2, stop=stop, encoding=tokenizer_for(EMBEDDED, 1024))

@@ -1,9 +1,9 @@
 """A few new tokens on the CPU, at the speed of memory: torch's many calls as loops over the weights.
 
 numba compiles these functions when they are first called and keeps the result beside this file. x is (R, C)
-in fp32, a row for each of T new tokens of each of B texts; a weight is fp32, bf16 (its bits, as uint16) or
-int8, in (out, in) or, as the official files have it, (in, out) order, and is read where it lies, for one row
-once.
+in fp32, one row per new token (T of them) of each of B texts; a weight is fp32, bf16 (its bits, as uint16) or
+int8, in (out, in) or, as the official files have it, (in, out) order. It is read in place, and for a single
+row once.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ class Matrix(NamedTuple):
 
 
 class Block(NamedTuple):
-    """The weights of a transformer block, in the order in which they are used."""
+    """The weights of a transformer block: two norms, six linear layers."""
 
     scale1: Array
     shift1: Array
+    scale2: Array
+    shift2: Array
     query: Matrix
     key: Matrix
     value: Matrix
     out_proj: Matrix
-    scale2: Array
-    shift2: Array
     expand: Matrix
     contract: Matrix
 
@@ -67,43 +67,40 @@ def threads_of_torch() -> Iterator[int]:
         before = numba.get_num_threads()
         parts = min(count, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
         numba.set_num_threads(parts)
-        yield parts
-        numba.set_num_threads(before)
+        try:
+            yield parts
+        finally:
+            numba.set_num_threads(before)
     finally:
         torch.set_num_threads(count)
 
 
-def _number(weight: Any) -> Any:
-    """A stored weight as fp32."""
+def _number(stored: Any) -> Any:
+    """A stored weight, key or value as fp32."""
 
 
 @overload(_number, inline="always")
-def _number_of(weight):  # type: ignore[no-untyped-def]  # numba compares the signatures
-    if weight == types.uint16:  # the upper half of a float's bits
-        return lambda weight: np.uint32(np.uint32(weight) << np.uint32(16)).view(np.float32)
-    return lambda weight: np.float32(weight)
+def _number_of(stored):  # type: ignore[no-untyped-def]  # numba compares the signatures
+    if stored == types.uint16:  # the upper half of a float's bits
+        return lambda stored: np.uint32(np.uint32(stored) << np.uint32(16)).view(np.float32)
+    return lambda stored: np.float32(stored)
 
 
-def _store(values: Array, into: Array) -> None:
-    """fp32 numbers into the cache, in its dtype."""
+def _store(number: Any, into: Array, d: int) -> None:
+    """An fp32 number into the cache, in its dtype."""
 
 
-@overload(_store)
-def _store_of(values, into):  # type: ignore[no-untyped-def]
-    if into.dtype == types.uint16:
+@overload(_store, inline="always")
+def _store_of(number, into, d):  # type: ignore[no-untyped-def]
+    def nearest(number, into, d):  # type: ignore[no-untyped-def]
+        bits = np.float32(number).view(np.uint32)
+        ties_to_even = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+        into[d] = np.uint16((bits + ties_to_even) >> np.uint32(16))
 
-        def store(values, into):  # type: ignore[no-untyped-def]
-            for i in range(values.size):
-                bits = np.float32(values[i]).view(np.uint32)
-                nearest = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))  # ties to even
-                into[i] = np.uint16(nearest >> np.uint32(16))
+    def same(number, into, d):  # type: ignore[no-untyped-def]
+        into[d] = number
 
-        return store
-
-    def copy(values, into):  # type: ignore[no-untyped-def]
-        into[:] = values
-
-    return copy
+    return nearest if into.dtype == types.uint16 else same
 
 
 @njit(**FAST)
@@ -233,8 +230,11 @@ def _attention(
             b, h = item // n_heads, item % n_heads
             head = slice(h * width, (h + 1) * width)
             for t in range(T):
-                _store(key[b * T + t, head], cache[0, b, h, length + t])
-                _store(value[b * T + t, head], cache[1, b, h, length + t])
+                own_key, own_value = key[b * T + t, head], value[b * T + t, head]
+                into_keys, into_values = cache[0, b, h, length + t], cache[1, b, h, length + t]
+                for d in range(width):
+                    _store(own_key[d], into_keys, d)
+                    _store(own_value[d], into_values, d)
             for t in range(T):
                 row, seen = b * T + t, slice(pads[b], max(length + t + 1, pads[b]))
                 own = scores[part, : seen.stop - seen.start]
