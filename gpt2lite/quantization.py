@@ -1,4 +1,4 @@
-"""Weights as int8 with one scale per row, multiplied by unquantized activations: a quarter of fp32's memory."""
+"""Weights as int8 with one scale per row, a quarter of fp32's memory; activations keep their dtype."""
 
 from __future__ import annotations
 

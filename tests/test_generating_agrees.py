@@ -174,9 +174,7 @@ def test_seeds_that_differ_above_32_bits_draw_other_tokens(model: GPTModel):
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "seed": 0}], ids=str)
 def test_a_model_with_nan_is_one_clear_error(model: GPTModel, engine: str, options: dict, value: float):
     model.trf_blocks[1].ff.layers[2].weight.data[3, 5] = value
-    with pytest.raises(
-        UsageError, match=r"logits are NaN or infinite: its weights .*the range of torch.float32"
-    ):
+    with pytest.raises(UsageError, match=r"logits are NaN or infinite: its weights .*float32 is too narrow"):
         model.generate([[1, 2]], 5, engine=engine, **options)
     with pytest.raises(UsageError, match="logits are NaN or infinite"):
         list(model.generate_tokens([[1, 2]], 5, engine=engine, **options))

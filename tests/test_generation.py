@@ -12,8 +12,8 @@ from test_loading import HEADS, huggingface
 
 from gpt2lite import GPTConfig, GPTModel, InsufficientMemoryError, UsageError, convert, generate
 from gpt2lite.cli.terminal import EMBEDDED
-from gpt2lite.generation import ENGINES, KVCache, cache_bytes
-from gpt2lite.generation.cache import CursorCache
+from gpt2lite.generation import ENGINES, KVCache
+from gpt2lite.generation.cache import CursorCache, cache_bytes
 from gpt2lite.generation.engines import last_logits
 from gpt2lite.generation.prompts import usable_vocabulary
 from gpt2lite.generation.sampling import (
@@ -107,7 +107,7 @@ def steps(model: GPTModel, ids: torch.Tensor, engine: str) -> torch.Tensor:
     with torch.inference_mode():
         cache = KVCache(model.config, len(ids), ids.shape[1], model.pos_emb.weight)
         last_logits(model, ids[:, :-4], cache)
-        step = ENGINES[engine].step(model, cache)
+        step = ENGINES[engine][1](model, cache)
         return torch.stack([step(column).float().clone() for column in ids[:, -4:].split(1, dim=1)], 1)
 
 
@@ -131,7 +131,7 @@ def test_numba_takes_any_number_of_tokens_at_a_time(
         for engine in ("torch", "numba"):
             starts = None if pads is None else torch.tensor(pads)
             cache = KVCache(LONG, 3, 13, model.pos_emb.weight, starts)
-            step = ENGINES[engine].step(model, cache)
+            step = ENGINES[engine][1](model, cache)
             logits = [step(some) for some in ids.split(sizes, 1)]
             found[engine] = logits[-1].float()
     tolerance = (1e-5 if dtype == torch.float32 else 3e-2) * float(found["torch"].abs().max())

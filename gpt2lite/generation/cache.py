@@ -73,10 +73,6 @@ class KVCache:
         """Count T more tokens, which every layer has appended."""
         self.length += T
 
-    def restart(self, pads: Tensor | None) -> None:
-        """Forget every token."""
-        self.length, self.pads = 0, pads
-
 
 class CursorCache(KVCache):
     """The memory of a `KVCache`, its length kept on the device: every step of one token is the same work.
@@ -104,3 +100,6 @@ class CursorCache(KVCache):
         columns = torch.arange(self.memory.shape[4], device=self.memory.device)
         begin = torch.zeros_like(self.cursor) if self.pads is None else self.pads
         return (columns <= self.cursor) & (columns >= begin[:, None, None, None])
+
+    def advance(self, T: int) -> None:
+        """Do nothing: a replay would not count."""

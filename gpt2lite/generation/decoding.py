@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, TypedDict, overload
 
 import torch
@@ -13,7 +13,7 @@ from gpt2lite.encoding import Encoding
 from gpt2lite.errors import UsageError
 from gpt2lite.generation.cache import KVCache, require_room
 from gpt2lite.generation.engines import ENGINES, LanguageModel, choose_engine
-from gpt2lite.generation.prompts import Batch, Ids, Stops, as_batch, usable_vocabulary
+from gpt2lite.generation.prompts import Batch, Ids, Rows, Stops, as_batch, usable_vocabulary
 from gpt2lite.generation.sampling import Sampling, draw, make_generators, penalise
 from gpt2lite.loading.options import check_names
 
@@ -80,7 +80,7 @@ def _require_finite(logits: Tensor, running: Tensor) -> None:
     """Raise UsageError if a row (B, V) that still runs has no largest logit."""
     if not bool((logits.amax(-1).isfinite() | ~running).all()):
         raise UsageError(
-            f"the model's logits are NaN or infinite: its weights are, or exceed the range of {logits.dtype}. "
+            f"the model's logits are NaN or infinite: its weights are, or {logits.dtype} is too narrow. "
             "Check the checkpoint, or load it with dtype=torch.float32"
         )
 
@@ -90,8 +90,7 @@ def _decode(
 ) -> tuple[Batch, Stops, Iterator[Tensor]]:
     """Check everything, then (prompts, stops, tokens as they come)."""
     check_names(options, GenerateOptions)
-    given = {name: value for name, value in options.items() if name in Sampling.__slots__}
-    sampling = Sampling(**given)  # type: ignore[arg-type]
+    sampling = Sampling(**{name: options[name] for name in Sampling.__slots__ if name in options})  # type: ignore
     encoding, window = options.get("encoding"), options.get("window")
     config, like = model.config, model.pos_emb.weight
     require_language_head(config)
@@ -109,28 +108,24 @@ def _decode(
 
     def tokens(batch: Batch) -> Iterator[Tensor]:
         cache = KVCache(config, n_rows, capacity, like, batch.pads)
-        seen = batch.seen(config.vocab_size) if sampling.repetition_penalty != 1 else None
-        step = ENGINES[engine].step(model, cache)
-        logits = step(batch.ids)
-        for number in range(1, max_new_tokens + 1):
-            logits = logits[:, :vocabulary]
+        seen = torch.zeros(n_rows, config.vocab_size, dtype=torch.bool, device=like.device)
+        seen.scatter_(1, batch.ids, True)
+        step, ids = ENGINES[engine][1](model, cache), batch.ids
+        for _ in range(max_new_tokens):
+            logits = step(ids)[:, :vocabulary]
             _require_finite(logits, stops.running)
-            if seen is not None:
+            if sampling.repetition_penalty != 1:
                 logits = penalise(logits, seen[:, :vocabulary], sampling.repetition_penalty)
-            token = stops.take(draw(logits, sampling, generators))
-            yield token
-            if stops.all_stopped or number == max_new_tokens:
+            ids = stops.take(draw(logits, sampling, generators))
+            yield ids
+            if stops.all_stopped:
                 return
-            if seen is not None:
-                seen.scatter_(1, token, True)
+            seen.scatter_(1, ids, True)
             if window is not None:
-                batch = batch.followed_by(token)
-            if window is None or cache.length < capacity:
-                logits = step(token)
-            else:
-                batch = batch.last(window)
-                cache.restart(batch.pads)
-                logits = step(batch.ids)
+                batch = Batch(torch.cat([batch.ids, ids], 1), batch.pads)
+                if cache.length == capacity:
+                    batch = batch.last(window)
+                    cache.length, cache.pads, ids = 0, batch.pads, batch.ids
 
     # Outside of inference mode, a clone is an ordinary tensor, which can be trained on.
     return prompts, stops, (token.clone() for token in torch.inference_mode()(tokens)(start))
@@ -155,10 +150,7 @@ def generate(
 
 @overload
 def generate(
-    model: LanguageModel,
-    ids: Sequence[Tensor | Sequence[int]],
-    max_new_tokens: int,
-    **options: Unpack[GenerateOptions],
+    model: LanguageModel, ids: Rows, max_new_tokens: int, **options: Unpack[GenerateOptions]
 ) -> list[Tensor]: ...
 
 
@@ -188,7 +180,7 @@ def generate(
         lengths += running
         running = stops.running
     new = torch.cat(produced, 1)
-    if not prompts.is_ragged:
+    if isinstance(ids, Tensor):
         return torch.cat([prompts.ids, new], 1)
     pads = torch.zeros_like(lengths) if prompts.pads is None else prompts.pads
     rows = zip(prompts.ids, pads.tolist(), new, lengths.tolist(), strict=True)

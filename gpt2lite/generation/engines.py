@@ -6,7 +6,8 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,6 @@ from gpt2lite.devices import has_graphs, record
 from gpt2lite.errors import UsageError, first_line
 from gpt2lite.generation.cache import CursorCache, KVCache
 from gpt2lite.quantization import Int8Linear
-
-if TYPE_CHECKING:
-    from gpt2lite.generation.kernels import Matrix
 
 Step = Callable[[Tensor], Tensor]  # ids (B, T) → logits (B, V) of the last; the cache grows by T tokens
 MOST_ROWS = 128  # of texts × tokens for numba; above it torch's products of whole blocks win
@@ -80,15 +78,11 @@ def last_logits(model: LanguageModel, ids: Tensor, cache: KVCache) -> Tensor:
         return model.out_head(model.hidden(ids, cache)[:, -1])
 
 
-def _torch_step(model: LanguageModel, cache: KVCache) -> Step:
-    return lambda ids: last_logits(model, ids, cache)
-
-
 # ---- numba -------------------------------------------------------------------------------------------------
 
 
 def _linears(block: Any) -> list[Any]:
-    """A block's linear layers, in the order of `kernels.Block`."""
+    """A block's linear layers, in the order in which `kernels.run_block` unpacks them."""
     att, layers = block.att, block.ff.layers
     return [att.W_query, att.W_key, att.W_value, att.out_proj, layers[0], layers[2]]
 
@@ -133,41 +127,14 @@ def _give_up_numba(error: Exception) -> None:
         warnings.warn(f"{NUMBA_FAILED[0]}; torch generates instead. {advice}", UserWarning, stacklevel=2)
 
 
-def _flat(weight: Tensor) -> tuple[Any, int, bool]:
-    """A weight's own memory as one row of numbers, its step, and whether it is stored column by column."""
-    weight = weight.detach()
-    transposed = weight.stride(1) != 1
-    n_outer, n_inner = (weight.T if transposed else weight).shape
-    step = weight.stride(1 if transposed else 0)
-    flat = weight.as_strided(((n_outer - 1) * step + n_inner,), (1,))
-    return (flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat).numpy(), step, transposed
-
-
-def _vector(tensor: Tensor | None, size: int, default: float) -> Any:
-    made = torch.full((size,), default, dtype=torch.float32, device="cpu")
-    return (made if tensor is None else made.copy_(tensor.detach())).numpy()
-
-
-def _matrix(linear: Any) -> Matrix:
-    from gpt2lite.generation.kernels import Matrix
-
-    size = len(linear.weight)
-    scale = _vector(getattr(linear, "scale", None), size, 1.0)
-    return Matrix(*_flat(linear.weight), scale, _vector(linear.bias, size, 0.0))
-
-
-def _norm(layer: Any) -> tuple[Any, Any]:
-    return _vector(layer.scale, len(layer.scale), 1.0), _vector(layer.shift, len(layer.scale), 0.0)
-
-
 def _numba_step(model: Any, cache: KVCache) -> Step:
     from gpt2lite.generation import kernels
 
     blocks = [
-        kernels.Block(*_norm(block.norm1), *_norm(block.norm2), *map(_matrix, _linears(block)))
+        (*map(kernels.norm_of, (block.norm1, block.norm2)), *map(kernels.matrix_of, _linears(block)))
         for block in model.trf_blocks
     ]
-    final, head = _norm(model.final_norm), _matrix(model.out_head)
+    final, head = kernels.norm_of(model.final_norm), kernels.matrix_of(model.out_head)
     activation = {"gelu_tanh": kernels.GELU_TANH, "gelu": kernels.GELU_EXACT}[model.config.activation]
     memory = cache.memory.view(torch.uint16) if cache.memory.dtype == torch.bfloat16 else cache.memory
     layers, batch = list(memory.numpy()), memory.shape[2]
@@ -182,7 +149,7 @@ def _numba_step(model: Any, cache: KVCache) -> Step:
             for block, memory in zip(blocks, layers, strict=True):
                 kernels.run_block(block, x.numpy(), memory, cache.length, pads.numpy(), activation, parts)
             last = x[T - 1 :: T].contiguous()
-            kernels.run_head(*final, head, last.numpy(), logits.numpy(), parts)
+            kernels.run_head(final, head, last.numpy(), logits.numpy(), parts)
         cache.advance(T)
         return logits
 
@@ -224,20 +191,15 @@ def _graph_step(model: LanguageModel, cache: KVCache) -> Step:
 # ---- the choice --------------------------------------------------------------------------------------------
 
 
-class Engine(NamedTuple):
-    """`lacks` says why it cannot run a model and so many rows, "" if it can."""
-
-    lacks: Callable[[LanguageModel, int], str]
-    step: Callable[[LanguageModel, KVCache], Step]
+def _lacks_for_graph(model: LanguageModel, batch: int) -> str:
+    return "" if has_graphs(model.pos_emb.weight.device) else "the model is not on a GPU"
 
 
-ENGINES = {
-    "numba": Engine(_lacks_for_numba, _numba_step),
-    "cuda_graph": Engine(
-        lambda model, batch: "" if has_graphs(model.pos_emb.weight.device) else "the model is not on a GPU",
-        _graph_step,
-    ),
-    "torch": Engine(lambda model, batch: "", _torch_step),
+# Why an engine cannot run a model and so many rows ("" if it can), and what makes its step.
+ENGINES: dict[str, tuple[Callable[[LanguageModel, int], str], Callable[[LanguageModel, KVCache], Step]]] = {
+    "numba": (_lacks_for_numba, _numba_step),
+    "cuda_graph": (_lacks_for_graph, _graph_step),
+    "torch": (lambda model, batch: "", lambda model, cache: partial(last_logits, model, cache=cache)),
 }
 
 
@@ -249,9 +211,9 @@ def choose_engine(model: LanguageModel, batch: int, tokens: int, engine: str) ->
     if engine not in ("auto", *ENGINES):
         raise UsageError(f"unknown engine {engine!r}; choose from auto, {', '.join(ENGINES)}")
     if engine != "auto":
-        if lacks := ENGINES[engine].lacks(model, batch):
+        if lacks := ENGINES[engine][0](model, batch):
             raise UsageError(f'engine="{engine}" cannot run this model: {lacks}')
         return engine
     read = tokens * sum(parameter.numel() for parameter in model.parameters())
     worth = {"numba": read >= FEWEST_FOR_NUMBA, "cuda_graph": tokens >= FEWEST_FOR_GRAPH, "torch": True}
-    return next(name for name in ENGINES if worth[name] and not ENGINES[name].lacks(model, batch))
+    return next(name for name in ENGINES if worth[name] and not ENGINES[name][0](model, batch))

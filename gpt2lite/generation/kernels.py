@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numba import njit, prange, types
 from numba.extending import overload
+from torch import Tensor
 
 if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
     raise RuntimeError("NUMBA_DISABLE_JIT is set")
@@ -41,19 +42,30 @@ class Matrix(NamedTuple):
     bias: Array
 
 
-class Block(NamedTuple):
-    """The weights of a transformer block: two norms, six linear layers."""
+Norm = tuple[Array, Array]  # scale, shift
+Block = tuple[Norm, Norm, Matrix, Matrix, Matrix, Matrix, Matrix, Matrix]  # as `run_block` unpacks it
 
-    scale1: Array
-    shift1: Array
-    scale2: Array
-    shift2: Array
-    query: Matrix
-    key: Matrix
-    value: Matrix
-    out_proj: Matrix
-    expand: Matrix
-    contract: Matrix
+
+def _vector(tensor: Tensor | None, size: int, default: float) -> Array:
+    made = torch.full((size,), default, dtype=torch.float32, device="cpu")
+    return (made if tensor is None else made.copy_(tensor.detach())).numpy()
+
+
+def norm_of(layer: Any) -> Norm:
+    """A layer norm's scale and shift, in fp32."""
+    return _vector(layer.scale, len(layer.scale), 1.0), _vector(layer.shift, len(layer.scale), 0.0)
+
+
+def matrix_of(linear: Any) -> Matrix:
+    """A linear layer, its weight's own memory as one row of numbers."""
+    weight = linear.weight.detach()
+    transposed = weight.stride(1) != 1
+    n_outer, n_inner = (weight.T if transposed else weight).shape
+    step, size = weight.stride(1 if transposed else 0), len(weight)
+    flat = weight.as_strided(((n_outer - 1) * step + n_inner,), (1,))
+    flat = flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat
+    scale = _vector(getattr(linear, "scale", None), size, 1.0)
+    return Matrix(flat.numpy(), step, transposed, scale, _vector(linear.bias, size, 0.0))
 
 
 @contextmanager
@@ -180,19 +192,13 @@ def _linear(matrix: Matrix, x: Array, y: Array, activation: int, parts: int) -> 
 
 
 @njit(**FAST)
-def _norm(x: Array, scale: Array, shift: Array, y: Array) -> None:
+def _norm(x: Array, norm: Norm, y: Array) -> None:
     """Layer normalisation of each row."""
-    batch, n = x.shape
-    for b in range(batch):
-        row, mean, square = x[b], np.float32(0), np.float32(0)
-        for i in range(n):
-            mean += row[i]
-        mean /= n
-        for i in range(n):
-            square += (row[i] - mean) ** 2
-        factor = np.float32(1) / math.sqrt(square / n + EPSILON)
-        for i in range(n):
-            y[b, i] = (row[i] - mean) * factor * scale[i] + shift[i]
+    scale, shift = norm
+    size = np.float32(scale.size)
+    for b in range(len(x)):
+        centred = x[b] - x[b].sum() / size
+        y[b] = centred / math.sqrt((centred * centred).sum() / size + EPSILON) * scale + shift
 
 
 @njit(**FAST)
@@ -249,22 +255,23 @@ def run_block(
 
     cache is (2, B, H, capacity, D), in fp32 or bf16's bits; text b sees what stands from `pads[b]` on.
     """
+    norm1, norm2, W_query, W_key, W_value, out_proj, expand, contract = block
     normed, query, key, value = np.empty_like(x), np.empty_like(x), np.empty_like(x), np.empty_like(x)
-    wide = np.empty((len(x), block.expand.bias.size), np.float32)
-    _norm(x, block.scale1, block.shift1, normed)
-    _linear(block.query, normed, query, NONE, parts)
-    _linear(block.key, normed, key, NONE, parts)
-    _linear(block.value, normed, value, NONE, parts)
+    wide = np.empty((len(x), expand.bias.size), np.float32)
+    _norm(x, norm1, normed)
+    _linear(W_query, normed, query, NONE, parts)
+    _linear(W_key, normed, key, NONE, parts)
+    _linear(W_value, normed, value, NONE, parts)
     _attention(query, key, value, cache, length, pads, normed, parts)
-    _linear(block.out_proj, normed, x, ADD, parts)
-    _norm(x, block.scale2, block.shift2, normed)
-    _linear(block.expand, normed, wide, activation, parts)
-    _linear(block.contract, wide, x, ADD, parts)
+    _linear(out_proj, normed, x, ADD, parts)
+    _norm(x, norm2, normed)
+    _linear(expand, normed, wide, activation, parts)
+    _linear(contract, wide, x, ADD, parts)
 
 
 @njit(**FAST)
-def run_head(scale: Array, shift: Array, head: Matrix, x: Array, logits: Array, parts: int) -> None:
+def run_head(norm: Norm, head: Matrix, x: Array, logits: Array, parts: int) -> None:
     """x (B, C) → logits (B, V), through the last norm."""
     normed = np.empty_like(x)
-    _norm(x, scale, shift, normed)
+    _norm(x, norm, normed)
     _linear(head, normed, logits, NONE, parts)

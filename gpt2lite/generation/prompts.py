@@ -12,7 +12,8 @@ from gpt2lite.config import GPTConfig
 from gpt2lite.encoding import Encoding
 from gpt2lite.errors import UsageError
 
-Ids = Tensor | Sequence[Tensor | Sequence[int]]
+Rows = Sequence[Tensor | Sequence[int]]
+Ids = Tensor | Rows
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.uint16, torch.uint32)
 CHECKED_AT_ONCE = 2**20  # ids
 WANTED = "ids must be a tensor of integers of shape (batch, tokens ≥ 1), or a list of such rows"
@@ -33,26 +34,13 @@ class Batch:
 
     ids: Tensor
     pads: Tensor | None
-    is_ragged: bool
 
     def last(self, count: int) -> Batch:
         """The last `count` tokens of each row."""
         cut = max(self.ids.shape[1] - count, 0)
         pads = None if self.pads is None else (self.pads - cut).clamp(min=0)
         pads = None if pads is None or not bool(pads.any()) else pads
-        return Batch(self.ids[:, cut:], pads, self.is_ragged)
-
-    def followed_by(self, token: Tensor) -> Batch:
-        """With one more token (B, 1)."""
-        return Batch(torch.cat([self.ids, token], 1), self.pads, self.is_ragged)
-
-    def seen(self, vocabulary: int) -> Tensor:
-        """Which ids occur in each row, bool (B, V)."""
-        is_text = torch.ones_like(self.ids, dtype=torch.bool)
-        if self.pads is not None:
-            is_text = torch.arange(self.ids.shape[1], device=self.ids.device) >= self.pads[:, None]
-        counts = torch.zeros(len(self.ids), vocabulary, dtype=torch.int32, device=self.ids.device)
-        return counts.scatter_add_(1, self.ids, is_text.int()) > 0
+        return Batch(self.ids[:, cut:], pads)
 
 
 def _row(row: object) -> Tensor:
@@ -67,18 +55,15 @@ def _row(row: object) -> Tensor:
 
 def as_batch(ids: Ids, config: GPTConfig, device: torch.device) -> Batch:
     """What to generate from. Raises UsageError for anything but ids of this model's vocabulary."""
-    is_tensor, found = isinstance(ids, Tensor), f"{ids!r:.40}"
-    if isinstance(ids, Tensor):
-        found = f"{ids.dtype} {tuple(ids.shape)}"
-        ids = ids if ids.dim() == 2 else ()
-    if not isinstance(ids, Tensor | Sequence) or not len(ids):
-        raise UsageError(f"{WANTED}, got {found}")
+    has_rows = ids.dim() == 2 if isinstance(ids, Tensor) else isinstance(ids, Sequence)
+    if not has_rows or not len(ids):
+        raise UsageError(f"{WANTED}, got {getattr(ids, 'shape', ids)!r:.40}")
     rows = [_row(row) for row in ids]
-    length = max(map(len, rows))
-    pads = torch.tensor([length - len(row) for row in rows], device="cpu")
-    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+    lacks = [max(map(len, rows)) - len(row) for row in rows]
+    # Padded with its own first id, a row has no id that its text lacks.
+    padded = torch.stack([torch.cat([row[:1].expand(n), row]) for n, row in zip(lacks, rows, strict=True)])
     require_ids(padded, config.vocab_size)
-    return Batch(padded.to(device), pads.to(device) if bool(pads.any()) else None, not is_tensor)
+    return Batch(padded.to(device), torch.tensor(lacks, device=device) if any(lacks) else None)
 
 
 def usable_vocabulary(config: GPTConfig, encoding: Encoding | None) -> int:
