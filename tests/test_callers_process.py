@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomise
+from conftest import in_threads, randomise
 from torch import nn
 
 from gpt2lite import (
@@ -205,15 +205,7 @@ def test_nothing_global_is_changed_between_tokens(caller: Caller):
 def test_nothing_global_is_changed_by_two_threads(caller: Caller, function: str):
     with two_threads_of_torch():
         before = global_state()
-        found: list[object] = []
-        threads = [
-            threading.Thread(target=lambda: found.append(FUNCTIONS[function](caller))) for _ in range(2)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len(found) == 2
+        in_threads(2, lambda: FUNCTIONS[function](caller))
         assert changed(before, draws=function in DRAWS) == set()
 
 

@@ -6,12 +6,11 @@ import io
 import math
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, randomise
+from conftest import TINY, in_threads, randomise
 from torch import Tensor
 
 from gpt2lite import GPTConfig, GPTModel, UsageError, evaluate
@@ -27,13 +26,6 @@ from gpt2lite.reading_text import typed_text
 from gpt2lite.tokenizer import tokenizer_for
 
 Command = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(params=["torch", "numba"])
-def engine(request: pytest.FixtureRequest) -> str:
-    if request.param == "numba":
-        pytest.importorskip("numba", reason="the extra [cpu] is not installed")
-    return request.param
 
 
 # ---- modes -------------------------------------------------------------------------------------------------
@@ -88,16 +80,7 @@ def test_threads_that_share_a_model_in_training_mode_all_get_the_right_tokens(
     dropping: GPTModel, ids: Tensor
 ):
     before, wanted = modes(dropping), in_eval(dropping).generate(ids, 15, engine="torch")
-    found: list[Tensor] = []
-    work = [
-        threading.Thread(target=lambda: found.append(dropping.generate(ids, 15, engine="torch")))
-        for _ in range(4)
-    ]
-    for thread in work:
-        thread.start()
-    for thread in work:
-        thread.join()
-    assert len(found) == 4
+    found = in_threads(4, lambda: dropping.generate(ids, 15, engine="torch"))
     assert all(torch.equal(each, wanted) for each in found)
     assert modes(dropping) == before
 

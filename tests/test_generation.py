@@ -3,11 +3,13 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import randomise
+from conftest import in_threads, randomise, where_positions_decide
 from test_loading import HEADS, huggingface
 
 from gpt2lite import GPTConfig, GPTModel, InsufficientMemoryError, UsageError, convert, generate
@@ -30,20 +32,10 @@ from gpt2lite.tokenizer import tokenizer_for
 LONG = GPTConfig(vocab_size=101, context_length=256, emb_dim=48, n_heads=4, n_layers=3)
 
 
-@pytest.fixture(params=["torch", "numba"])
-def engine(request: pytest.FixtureRequest) -> str:
-    if request.param == "numba":
-        pytest.importorskip("numba", reason="the extra [cpu] is not installed")
-    return request.param
-
-
 @pytest.fixture
 def long_model() -> GPTModel:
     """One that does not run into a short cycle: position decides."""
-    generator, model = torch.Generator().manual_seed(0), GPTModel(LONG).eval()
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 2:
-            parameter.data.normal_(0, 2.0 if name == "pos_emb.weight" else 0.3, generator=generator)
+    model = where_positions_decide(GPTModel(LONG))
     assert len(set(model.generate([[1]], 100, engine="torch")[0].tolist())) > 20
     return model
 
@@ -175,16 +167,7 @@ def test_a_whole_context_can_be_filled(model: GPTModel, engine: str):
 def test_generation_from_several_threads_at_once(long_model: GPTModel, engine: str):
     ids = torch.zeros(1, 3, dtype=torch.long)
     alone = long_model.generate(ids, 60, engine=engine)
-    found = []
-    threads = [
-        threading.Thread(target=lambda: found.append(long_model.generate(ids, 60, engine=engine)))
-        for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 4
+    found = in_threads(4, lambda: long_model.generate(ids, 60, engine=engine))
     assert all(torch.equal(each, alone) for each in found)
 
 
@@ -441,6 +424,84 @@ def test_a_cursor_on_the_device_computes_the_same(model: GPTModel, ids: torch.Te
             moving.cursor.fill_(plain.length)
             expected, found = last_logits(model, column, plain), last_logits(model, column, moving)
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """Graphs emulated by running the same work on the same tensors again; the devices that recorded them."""
+    devices: list[torch.device] = []
+
+    def record(device: torch.device, work: Callable[[], torch.Tensor]) -> tuple[Callable, torch.Tensor]:
+        devices.append(device)
+        for _ in range(2):
+            work()
+        result = work().clone()
+        return lambda: result.copy_(work()), result
+
+    monkeypatch.setattr("gpt2lite.generation.engines.record", record)
+    monkeypatch.setattr("gpt2lite.generation.engines.has_graphs", lambda device: True)
+    return devices
+
+
+@pytest.mark.parametrize(
+    ("prompts", "count", "options", "graphs"),
+    [
+        ([[1]], 255, {}, 1),
+        ([[1] * 253], 3, {}, 1),  # recorded where the context ends
+        ([[1], [5, 6, 7, 8], [9] * 40], 200, {}, 1),
+        ([[1]], 400, {"window": 1}, 1),
+        ([[1], [5, 6, 7, 8]], 400, {"window": 1}, 2),  # the pads end with the first window
+        ([[1], [5, 6, 7, 8]], 800, {"window": 3}, 2),
+        ([[1, 2], [3]], 60, {"temperature": 1.5, "seed": 3, "repetition_penalty": 1.3}, 1),
+    ],
+)
+def test_replayed_graphs_write_torchs_tokens(
+    long_model: GPTModel, recorded: list, prompts: list[list[int]], count: int, options: dict, graphs: int
+):
+    wanted = long_model.generate(prompts, count, engine="torch", **options)
+    found = long_model.generate(prompts, count, engine="cuda_graph", **options)
+    assert [row.tolist() for row in found] == [row.tolist() for row in wanted]
+    assert len(recorded) == graphs
+
+
+def test_a_graph_is_recorded_on_its_own_device_and_not_on_the_current(monkeypatch: pytest.MonkeyPatch):
+    from gpt2lite import devices
+
+    said: list[str] = []
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def wait_stream(self, other: Stream) -> None:
+            assert other.device == self.device
+
+        def __enter__(self) -> None:
+            said.append(f"stream of {self.device}")
+
+        def __exit__(self, *_: object) -> None: ...
+
+    @contextmanager
+    def current(index: int) -> Iterator[None]:
+        said.append(f"device {index}")
+        yield
+        said.append("back")
+
+    monkeypatch.setattr(devices, "is_here", lambda device: True)
+    monkeypatch.setattr(torch.accelerator, "device_index", current)
+    monkeypatch.setattr(torch.accelerator, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay="replays"))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: stream)
+
+    def work() -> torch.Tensor:
+        said.append("work")
+        return torch.ones(2)
+
+    replay, result = devices.record(torch.device("cuda", 1), work)
+    assert (replay, result.tolist()) == ("replays", [1, 1])
+    own = "stream of cuda:1"
+    assert said == ["device 1", own, "work", "work", own, "work", "back"]
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, where_positions_decide
 from test_loading import HEADS, huggingface, save_hub, save_pth
 
 from gpt2lite import GPTConfig, GPTModel, UsageError, open_model
@@ -26,11 +26,7 @@ def against(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def pth(tmp_path: Path) -> Path:
     """A model in which every position and every weight decides what is written."""
-    generator, model = torch.Generator().manual_seed(0), GPTModel(TINY)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 2:
-            parameter.data.normal_(0, 2.0 if name == "pos_emb.weight" else 0.3, generator=generator)
-    return save_pth(model.state_dict(), tmp_path)
+    return save_pth(where_positions_decide(GPTModel(TINY)).state_dict(), tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
