@@ -205,17 +205,15 @@ def _norm(x: Array, norm: Norm, y: Array) -> None:
 def _attend(query: Array, keys: Array, values: Array, scores: Array, y: Array) -> None:
     """One head of one token: softmax(query keys / √D) values, into y (D,); 0 where there are no keys."""
     n, width = keys.shape
-    factor, largest = np.float32(1) / math.sqrt(np.float32(width)), np.float32(-np.inf)
+    factor = np.float32(1) / math.sqrt(np.float32(width))
     for s in range(n):
         key, total = keys[s], np.float32(0)
         for d in range(width):
             total += query[d] * _number(key[d])
         scores[s] = total * factor
-        largest = max(largest, scores[s])
-    whole = np.float32(0)
-    for s in range(n):
-        scores[s] = math.exp(scores[s] - largest)
-        whole += scores[s]
+    if n:
+        scores[:] = np.exp(scores - scores.max())
+    whole = scores.sum()
     y[:] = 0
     for s in range(n):
         share, value = scores[s] / whole, values[s]
