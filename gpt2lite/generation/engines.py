@@ -19,6 +19,7 @@ from gpt2lite.generation.cache import CursorCache, KVCache
 from gpt2lite.quantization import Int8Linear
 
 Step = Callable[[Tensor], Tensor]  # ids (B, T) → logits (B, V) of the last; the cache grows by T tokens
+FLOATS = (torch.float32, torch.bfloat16)  # in which numba's loops compute
 MOST_ROWS = 128  # of texts × tokens for numba; above it torch's products of whole blocks win
 # When starting an engine pays off: for a graph so many tokens; for numba's half a second so many weights
 # read, over all tokens (20 of gpt2).
@@ -89,12 +90,8 @@ def _linears(block: Any) -> list[Any]:
 
 def _is_plain(linear: Any) -> bool:
     """Whether a layer computes what the loops do: no LoRA around it, no other dtype or order."""
-    if isinstance(linear, Int8Linear):
-        return True
-    is_linear = type(linear).forward is nn.Linear.forward
-    return (
-        is_linear and linear.weight.dtype in (torch.float32, torch.bfloat16) and 1 in linear.weight.stride()
-    )
+    is_linear = type(linear).forward is nn.Linear.forward and 1 in linear.weight.stride()
+    return isinstance(linear, Int8Linear) or (is_linear and linear.weight.dtype in FLOATS)
 
 
 def _lacks_for_numba(model: Any, batch: int) -> str:
@@ -106,7 +103,7 @@ def _lacks_for_numba(model: Any, batch: int) -> str:
         return f"a batch of {batch} is more than {MOST_ROWS}"
     if len({linear.weight.dtype for linear in linears}) > 1 or not all(map(_is_plain, linears)):
         return "its layers are not all plain, in float32, bfloat16 or int8"
-    if like.dtype not in (torch.float32, torch.bfloat16):
+    if like.dtype not in FLOATS:
         return f"it computes in {like.dtype}"
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
         return "it has forward hooks"

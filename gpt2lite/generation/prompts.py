@@ -91,9 +91,8 @@ class Stops:
         rows, device = len(batch.ids), batch.ids.device
         self.ids = torch.tensor(ids, dtype=torch.int64, device=device)
         self.running = torch.ones(rows, dtype=torch.bool, device=device)
-        end = encoding.eot_token if encoding else None
-        end = end if end is not None and end < vocab_size else 0
-        self.fill = torch.full((rows, 1), end, device=device)
+        end = (encoding.eot_token if encoding else 0) or 0
+        self.fill = torch.full((rows, 1), end if end < vocab_size else 0, device=device)
         self.tails = [b""] * rows
 
     def take(self, token: Tensor) -> Tensor:
