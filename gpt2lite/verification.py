@@ -101,6 +101,11 @@ def _transformers(opened: Opened[GPTModel], dtype: torch.dtype, folder: Path) ->
         path = convert(
             opened.path, folder / "model", to="huggingface", config=opened.config.as_dict(), verify=False
         )
+    elif opened.reading.adapters and not (path / "adapter_config.json").is_file():
+        raise UsageError(
+            f"{path}: transformers would leave out the adapter, which lies in another folder. "
+            "Compare with plain torch, or copy the adapter's two files into this folder"
+        )
     model = AutoModelForCausalLM.from_pretrained(path, **options).eval()
     return lambda ids: model(ids).logits, shared
 
