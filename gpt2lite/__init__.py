@@ -26,7 +26,7 @@ from gpt2lite.finetuning import (
     load_lora,
     merge_lora,
 )
-from gpt2lite.generation import generate
+from gpt2lite.generation import GenerateOptions, generate, generate_tokens
 from gpt2lite.loading import STRATEGIES, Forecast, LoadOptions, OpenOptions, Tuning
 from gpt2lite.model import GPTModel, forecast, open_model
 from gpt2lite.opening import Opened, load_module
@@ -42,6 +42,7 @@ __all__ = [
     "GPT2LiteError",
     "GPTConfig",
     "GPTModel",
+    "GenerateOptions",
     "InsufficientMemoryError",
     "LoadOptions",
     "MemoryUse",
@@ -63,6 +64,7 @@ __all__ = [
     "forecast",
     "forecast_training",
     "generate",
+    "generate_tokens",
     "load_lora",
     "load_module",
     "merge_lora",

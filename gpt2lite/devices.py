@@ -6,10 +6,11 @@ is a capability here. Bytes throughout.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+from torch import Tensor
 
 from gpt2lite.errors import InsufficientMemoryError, UsageError, is_out_of_memory
 
@@ -139,6 +140,25 @@ def caller_stream() -> torch.Stream | None:
 def has_graphs(device: torch.device) -> bool:
     """Whether work on a device can be recorded once and replayed."""
     return device.type == "cuda" and is_here(device)
+
+
+def record(device: torch.device, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """Record `work` on a device; returns what replays it, and its result, which every replay fills anew.
+
+    It runs twice before, so that libraries allocate their workspaces outside of the graph, on the stream that
+    records. Both must belong to that device: the current one's would record an empty graph.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with current_device(device):
+        side, current = torch.cuda.Stream(device), torch.accelerator.current_stream(device)
+        side.wait_stream(current)
+        with on_stream(side):
+            work()
+            work()
+        current.wait_stream(side)
+        with torch.cuda.graph(graph, stream=side):
+            result = work()
+    return graph.replay, result
 
 
 # ---- arithmetic --------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from gpt2lite.cli.terminal import (
     read_text,
 )
 from gpt2lite.evaluation import evaluate
-from gpt2lite.generation import require_language_head
+from gpt2lite.generation.decoding import require_language_head
 from gpt2lite.tokenizer import tokenizer_for
 
 PROTOCOL = """\

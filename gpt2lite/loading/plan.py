@@ -195,8 +195,7 @@ def _quantized(
             f"{reading.manifest.path}: LoRA layers are merged into weights that are not int8; save it merged "
             "first, then quantize: GPTModel.from_checkpoint(…).save_checkpoint(…)"
         )
-    dtypes = {name: target.dtype for target in targets for name in target.names}
-    names = quantize_skeleton(skeleton, quantize, dtypes.__getitem__)
+    names = quantize_skeleton(skeleton, quantize)
     return tuple(
         replace(target, dtype=torch.int8) if names.issuperset(target.names) else target for target in targets
     )
@@ -227,14 +226,19 @@ def _own_target(
 def require_one_dtype(reading: Reading, dtype: torch.dtype | None, *, quantized: bool = False) -> None:
     """Raise where a GPTModel could not compute with the floating dtypes that it would be loaded in.
 
-    CheckpointError for those of the file, of which int8 layers accept several; UsageError for the `dtype` to
-    which all are cast.
+    CheckpointError for those of the file, of which matrices that become int8 may have any; UsageError for the
+    `dtype` to which all are cast.
     """
     if getattr(dtype, "is_floating_point", False) and dtype not in COMPUTABLE:
         raise UsageError(f"GPTModel cannot compute in {dtype}; pass dtype=torch.float32 (--dtype float32)")
     spans = {name: reading.manifest.tensors[p.source] for name, p in reading.placements.items()}
     found = {span.dtype: name for name, span in spans.items() if span.dtype.is_floating_point}
-    if dtype is None and (not found.keys() <= COMPUTABLE or (len(found) > 1 and not quantized)):
+    kept = {
+        span.dtype
+        for name, span in spans.items()
+        if span.dtype in found and (not quantized or len(span.shape) < 2 or name == "pos_emb.weight")
+    }
+    if dtype is None and (not found.keys() <= COMPUTABLE or len(kept) > 1):
         listing = ", ".join(f"{stored} ({name} …)" for stored, name in found.items())
         raise CheckpointError(
             reading.manifest.path,
