@@ -951,7 +951,7 @@ def test_the_command_resumes_with_the_runs_own_recipe(tmp_path: Path):
 MEASURE = """
 import json, sys, torch
 from gpt2lite import GPTConfig, GPTModel, Recipe, forecast_training, track_memory
-from gpt2lite.finetuning import Batch
+from gpt2lite.finetuning.data import Batch
 from gpt2lite.finetuning.training import Trainer, choose_trained
 def run(config, recipe, length):
     model = GPTModel(config)

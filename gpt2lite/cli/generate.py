@@ -12,72 +12,22 @@ from typing import Any
 
 import torch
 
-from gpt2lite.cli.loading import add_load_arguments, load_to_read
-from gpt2lite.cli.terminal import EMBEDDED, add_quantize_argument, local_path, read_text, steps_bar
+from gpt2lite.cli.arguments import DEFAULT_NEW_TOKENS, DEFAULT_PROMPT, EMBEDDED_PROMPT
+from gpt2lite.cli.loading import load_to_read, local_path
+from gpt2lite.cli.terminal import EMBEDDED, read_text, steps_bar
 from gpt2lite.config import GPTConfig
 from gpt2lite.encoding import Encoding, end_of_text
 from gpt2lite.errors import UsageError
-from gpt2lite.generation import ENGINES, require_language_head
+from gpt2lite.generation import require_language_head
 from gpt2lite.generation.decoding import require_fit
 from gpt2lite.generation.text import stream_text
 from gpt2lite.model import GPTModel
 from gpt2lite.reading_text import filled_lines, typed_text
 from gpt2lite.tokenizer import tokenizer_for
 
-EMBEDDED_PROMPT = "Once upon a time"
-DEFAULT_PROMPT = "Hello, I am"
-DEFAULT_NEW_TOKENS = 240
 ROWS_AT_ONCE = 8
 RULE = "─" * 40 + "\n"
-PATIENCE = 2.0  # seconds without a second token before it is said what takes so long
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument(
-        "--model",
-        default=EMBEDDED,
-        metavar="PATH|NAME",
-        help="a checkpoint, or a model on the Hub: gpt2 … gpt2-xl, owner/name (default: the embedded model)",
-    )
-    parser.add_argument("--prompt", help=f"default: {EMBEDDED_PROMPT!r}, {DEFAULT_PROMPT!r} for other models")
-    parser.add_argument("--prompts", metavar="FILE", help="a prompt a line; - reads standard input")
-    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts for each prompt")
-    parser.add_argument(
-        "--max-new-tokens",
-        type=int,
-        metavar="N",
-        help=f"default: {DEFAULT_NEW_TOKENS}, or what the context leaves",
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0 is greedy (default), 1 as the model has it"
-    )
-    parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens")
-    parser.add_argument("--top-p", type=float, metavar="P", help="among the likeliest that have P together")
-    parser.add_argument("--min-p", type=float, metavar="P", help="among those with P times the likeliest's")
-    parser.add_argument(
-        "--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: less of what was there"
-    )
-    parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before it; can be given again"
-    )
-    parser.add_argument(
-        "--seed", type=int, help="the same seed, the same text; the next text has the next seed"
-    )
-    parser.add_argument(
-        "--window",
-        type=int,
-        metavar="N",
-        help="go on past the context: when it is full, read the last N tokens again",
-    )
-    parser.add_argument(
-        "--engine",
-        choices=("auto", *ENGINES),
-        default="auto",
-        help="what runs a token (default: the fastest)",
-    )
-    add_load_arguments(parser)
-    add_quantize_argument(parser)
+PATIENCE = 2.0  # seconds to wait for the second token before saying what takes so long
 
 
 def _prompts(args: argparse.Namespace, default: str) -> list[str]:
@@ -170,7 +120,7 @@ def _write_all(
 def run(args: argparse.Namespace) -> int:
     """Print prompts and continuations: one as it comes, more of them in batches."""
     path = local_path(args.model, args.revision)
-    model = load_to_read(path, args, args.quantize)
+    model = load_to_read(path, args)
     require_language_head(model.config)
     encoding = tokenizer_for(path, model.config.vocab_size)
     prompts = _prompts(args, EMBEDDED_PROMPT if path == EMBEDDED else DEFAULT_PROMPT)

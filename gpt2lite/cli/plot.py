@@ -8,7 +8,7 @@ from typing import Any
 
 from gpt2lite.benchmarking import Measurement
 from gpt2lite.errors import UsageError
-from gpt2lite.memory import GB
+from gpt2lite.memory import GIB
 
 
 def require_matplotlib() -> None:
@@ -29,11 +29,9 @@ def plot_timelines(measured: Sequence[Measurement], path: Path, title: str) -> N
     figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
     for result in measured:
         seconds, anonymous, mapped = zip(*result.timeline, strict=True)
-        (line,) = axes.plot(seconds, [n / GB for n in anonymous], label=result.strategy)
-        axes.plot(seconds, [n / GB for n in mapped], ":", color=line.get_color())
-    axes.set(
-        xlabel="seconds from the start of the load", ylabel="GB (1024³ bytes) above the imports", title=title
-    )
+        (line,) = axes.plot(seconds, [n / GIB for n in anonymous], label=result.strategy)
+        axes.plot(seconds, [n / GIB for n in mapped], ":", color=line.get_color())
+    axes.set(xlabel="seconds from the start of the load", ylabel="GiB above the imports", title=title)
     axes.legend(title="solid: anonymous\ndotted: mapped file")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
@@ -57,7 +55,7 @@ def plot_losses(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
         "o-",
         label="validation",
     )
-    axes.set(xlabel="step", ylabel="loss (nats a target)")
+    axes.set(xlabel="step", ylabel="loss (nats per target)")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
