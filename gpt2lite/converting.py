@@ -21,6 +21,7 @@ from torch import Tensor
 from gpt2lite.checkpoint.chunks import CHUNK_BYTES, TensorToWrite, join
 from gpt2lite.checkpoint.manifest import Manifest
 from gpt2lite.checkpoint.reading import map_tensors, memory_of, read_bytes_into
+from gpt2lite.checkpoint.source import ByteSource
 from gpt2lite.checkpoint.writing import (
     Arrange,
     Progress,
@@ -207,7 +208,8 @@ def _check_destination(source: Manifest, destination: Path, format: str, max_sha
     if folder:
         require_new_folder(destination)
     followed = destination_of(destination)
-    if followed.exists() and any(followed.samefile(path) for path in (source.path, *source.files)):
+    sources = (source.path, *(file.path for file in source.files))
+    if followed.exists() and any(map(followed.samefile, sources)):
         raise UsageError(f"{destination}: is the source itself; name another place")
     if max_shard_bytes and (not folder or format != "safetensors"):
         raise UsageError(f"{destination}: shards go into a folder, as safetensors; name a folder")
@@ -394,13 +396,13 @@ def _hashed(tensor: TensorToWrite) -> tuple[TensorToWrite, Callable[[], bytes]]:
     return replace(tensor, chunks=chunks), seen.digest
 
 
-def _hash_file(path: Path, offset: int, nbytes: int) -> bytes:
+def _hash_file(source: ByteSource, offset: int, nbytes: int) -> bytes:
     """The hash of a byte range, from the disk where the system can be told to forget its copy."""
     found = hashlib.sha256()
     buffer = memory_of(torch.empty(min(nbytes, CHUNK_BYTES), dtype=torch.uint8, device="cpu"))
     for begin in range(offset, offset + nbytes, CHUNK_BYTES):
         piece = buffer[: min(CHUNK_BYTES, offset + nbytes - begin)]
-        read_bytes_into(piece, path, begin)
+        read_bytes_into(piece, source, begin)
         found.update(piece)
     return found.digest()
 
@@ -423,7 +425,7 @@ def verify(job: Conversion, path: Path, digests: Mapping[str, Callable[[], bytes
         span, tensor = spans[name], wanted[name]
         same = (span.dtype, span.shape, span.is_contiguous) == (tensor.dtype, tensor.shape, True)
         stored = tensor.shares if job.format != "safetensors" and tensor.shares else tensor.name
-        if not same or _hash_file(span.path, span.offset, span.nbytes) != digests[stored]():
+        if not same or _hash_file(span.source, span.offset, span.nbytes) != digests[stored]():
             wrong.append(name)
     if wrong:
         more = f" and {len(wrong) - MAX_LISTED} more" if len(wrong) > MAX_LISTED else ""

@@ -173,7 +173,7 @@ def test_bench_refuses_a_checkpoint_that_does_not_fit_before_it_measures(
         (["generate", "--max-new-tokens", "-1"], "max_new_tokens must be at least 1, got -1"),
         (["generate", "--temperature", "-1"], "temperature must be 0"),
         (["generate", "--device", "cuda:77"], "cuda:77 was asked for"),
-        (["generate", "--device", "abc"], "no device is called 'abc'"),
+        (["generate", "--device", "abc"], "unknown device 'abc'"),
         (["generate", "--strategy", "per_tensor"], "gpt2lite.save_per_tensor"),
         (["bench", "--strategies", "fast"], "no strategy is called fast"),
         (["bench", "no.pth"], "no.pth: no such file or folder"),

@@ -62,7 +62,7 @@ def articles_manifest(config: GPTConfig, format: str) -> Manifest:
         offset += spans[name].nbytes
     sizes = defaultdict[Path, list[int]](list)
     for span in spans.values():
-        sizes[span.path].append(span.nbytes)
+        sizes[span.source].append(span.nbytes)
     return Manifest(Path("model.pth"), format, spans, {}, {}, {path: tuple(n) for path, n in sizes.items()})
 
 
@@ -383,7 +383,7 @@ def test_plan_as_json_is_the_forecast(pth: Path, capsys: pytest.CaptureFixture[s
     ("arguments", "said"),
     [
         (["--max-host-memory", "much"], "'much' is no amount of memory"),
-        (["--device", "gpu"], "no device is called 'gpu'"),
+        (["--device", "gpu"], "unknown device 'gpu'"),
         (["--device", "meta"], "holds no weights"),
     ],
 )

@@ -319,7 +319,7 @@ def test_shards_are_read_as_one(as_folder, tmp_path):
     assert_holds(manifest, {"a": A, "b": B})
     assert (manifest.path, manifest.format) == (index, "safetensors")
     assert manifest.values == {"metadata.total_size": 64, "metadata.n_head": 4}
-    assert {path.name for path in manifest.files} == {index.name, *SHARDS}
+    assert {file.path.name for file in manifest.files} == {index.name, *SHARDS}
 
 
 def test_pickled_shards_are_read_as_one_whether_zips_or_not(tmp_path):

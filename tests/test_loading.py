@@ -841,10 +841,10 @@ def test_two_dialects_in_one_file_are_ambiguous(tmp_path: Path):
     [
         ({"strategy": "fastest"}, "no strategy is called 'fastest'; there are auto, baseline"),
         ({"strategy": "per_tensor"}, "gpt2lite.save_per_tensor"),
-        ({"device": "gpu"}, "no device is called 'gpu'"),
+        ({"device": "gpu"}, "unknown device 'gpu'"),
         ({"device": "meta"}, "a model on the meta device holds no weights"),
-        ({"device": "cuda:99"}, "cuda:99 was asked for, this machine has .* Take cpu instead"),
-        ({"device": None}, "no device is called None"),
+        ({"device": "cuda:99"}, "cuda:99 was asked for, but this machine has .* Use cpu instead"),
+        ({"device": None}, "unknown device None"),
         ({"dtype": "float16"}, "dtype must be a floating-point torch.dtype or None, got 'float16'"),
         ({"config": {"heads": 4}}, "config has no field heads; it has vocab_size"),
         ({"config": 12}, "config must be a GPTConfig, a dict or None, got 12"),

@@ -148,7 +148,7 @@ def test_folder_prefix_and_index_open_the_same(name: str):
     manifest = open_checkpoint(WRITTEN / name)
     assert manifest == open_checkpoint(WRITTEN)
     assert manifest.path == WRITTEN / "model.ckpt.index"
-    assert set(manifest.files) == {manifest.path, WRITTEN / SHARD}
+    assert {file.path for file in manifest.files} == {manifest.path, WRITTEN / SHARD}
     assert (side_file(manifest.path, ".json").parent / "hparams.json").is_file()
 
 
@@ -391,7 +391,7 @@ def opened_soundly(path: Path) -> Manifest | None:
     except CheckpointError as error:
         return None if len(str(error)) < 1000 else pytest.fail(f"a long message: {error}")
     for span in manifest.tensors.values():
-        assert 0 <= span.offset <= span.offset + span.nbytes <= manifest.files[span.path].size
+        assert 0 <= span.offset <= span.offset + span.nbytes <= manifest.files[span.source].size
     return manifest
 
 

@@ -27,13 +27,13 @@ from gpt2lite.checkpoint.manifest import (
     MAX_DEPTH,
     MAX_ENTRIES,
     MAX_NAME,
-    FileState,
     Manifest,
     TensorSpan,
     contents_of,
     dotted,
     walk,
 )
+from gpt2lite.checkpoint.source import ByteSource, FileState
 from gpt2lite.errors import CheckpointError
 
 MAX_ITEMS = 1000  # of a container within an object: what is longer is a vocabulary or data
@@ -64,8 +64,8 @@ class Described:
         self,
         path: Path,
         spans: Mapping[str, TensorSpan],
-        files: Mapping[Path, FileState],
-        storages: Mapping[Path, tuple[int, ...]],
+        files: Mapping[ByteSource, FileState],
+        storages: Mapping[ByteSource, tuple[int, ...]],
     ) -> Manifest:
         """The manifest of a file of torch.save."""
         is_plain = self.is_plain and not self.unreadable

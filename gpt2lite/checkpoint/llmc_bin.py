@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from gpt2lite.checkpoint.manifest import FileState, Manifest, TensorSpan, contiguous_stride, validate
+from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, contiguous_stride, validate
+from gpt2lite.checkpoint.source import LocalFile
 from gpt2lite.errors import CheckpointError
 
 HEADER = struct.Struct("<256i")
@@ -121,7 +122,7 @@ def _spans(path: Path, header: Header) -> Iterator[TensorSpan]:
     for name, shape, count in _blocks(header):
         for i in range(count):
             stride = contiguous_stride(shape)
-            span = TensorSpan(name.format(i=i), header.dtype, shape, stride, path, offset)
+            span = TensorSpan(name.format(i=i), header.dtype, shape, stride, LocalFile(path), offset)
             yield span
             offset += span.nbytes
 
@@ -132,7 +133,7 @@ def open_llmc(path: Path) -> Manifest:
     `wte.weight` has the vocabulary's rows alone, without the padding after them. Raises CheckpointError for
     another version, a header that no model can have, and a file that is not exactly as long as it says.
     """
-    state = FileState.of(path)
+    state = LocalFile(path).state()
     header = _read_header(path)
     numel = sum(math.prod(shape) * count for _, shape, count in _blocks(header))
     end = HEADER.size + numel * header.dtype.itemsize
@@ -150,4 +151,4 @@ def open_llmc(path: Path) -> Manifest:
         "vocab_size": header.vocab_size,
         "block_size": header.block_size,
     }
-    return validate(Manifest(path, "llmc", spans, values, {path: state}))
+    return validate(Manifest(path, "llmc", spans, values, {LocalFile(path): state}))

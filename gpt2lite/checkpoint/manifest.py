@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import TypeGuard
 
 import torch
 
-from gpt2lite.errors import CheckpointError, CheckpointNotFoundError
+from gpt2lite.checkpoint.source import ByteSource, FileState
+from gpt2lite.errors import CheckpointError
 
 BOUND_CONFIG = (
     "gpt2lite"  # of a manifest's values: the model's config as JSON, written into the weights' own file
@@ -26,13 +26,13 @@ MAX_BYTES = 2**63 - 1  # what torch's own sizes can count
 
 @dataclass(frozen=True, slots=True)
 class TensorSpan:
-    """One tensor on disk: its first element is at byte `offset` of `path`; strides count elements."""
+    """One tensor on disk: its first element is at byte `offset` of `source`; strides count elements."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    path: Path
+    source: ByteSource
     offset: int
 
     @property
@@ -62,7 +62,7 @@ class TensorSpan:
     def address(self) -> tuple[object, ...]:
         """Equal for two spans exactly when they are the same memory seen the same way: a tie."""
         return (
-            self.path,
+            self.source,
             self.offset,
             self.dtype,
             self.shape,
@@ -92,24 +92,6 @@ def is_countable(shape: Iterable[int], dtype: torch.dtype) -> bool:
     return math.prod(max(size, 1) for size in shape) * dtype.itemsize <= MAX_BYTES
 
 
-@dataclass(frozen=True, slots=True)
-class FileState:
-    """What tells that a file was replaced, truncated or written to."""
-
-    size: int
-    modified_ns: int
-    inode: int
-
-    @classmethod
-    def of(cls, path: Path) -> FileState:
-        """The state of `path` now. Raises CheckpointNotFoundError."""
-        try:
-            found = os.stat(path)
-        except FileNotFoundError:
-            raise CheckpointNotFoundError(path, "no such file or folder") from None
-        return cls(found.st_size, found.st_mtime_ns, found.st_ino)
-
-
 @dataclass(frozen=True)
 class Manifest:
     """A checkpoint's table of contents.
@@ -128,8 +110,8 @@ class Manifest:
     format: str
     tensors: Mapping[str, TensorSpan]
     values: Mapping[str, object] = field(default_factory=dict)
-    files: Mapping[Path, FileState] = field(default_factory=dict)
-    storages: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
+    files: Mapping[ByteSource, FileState] = field(default_factory=dict)
+    storages: Mapping[ByteSource, tuple[int, ...]] = field(default_factory=dict)
     modules: Mapping[str, str] = field(default_factory=dict)
     unreadable: Mapping[str, str] = field(default_factory=dict)
     is_plain: bool = True
@@ -142,9 +124,9 @@ class Manifest:
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError if a file is not what it was when the manifest was made."""
-        for path, state in self.files.items():
-            if FileState.of(path) != state:
-                raise CheckpointError(path, "changed while it was being read. Load it again.")
+        for source, state in self.files.items():
+            if source.state() != state:
+                raise CheckpointError(source, "changed while it was being read. Load it again.")
 
 
 def validate(manifest: Manifest) -> Manifest:
@@ -152,14 +134,14 @@ def validate(manifest: Manifest) -> Manifest:
     for span in manifest.tensors.values():
         if len(span.name) > MAX_NAME:
             raise CheckpointError(
-                span.path,
+                span.source,
                 f"a tensor's name has {len(span.name)} characters: {span.name[:40]}… "
                 f"Names end at {MAX_NAME}.",
             )
-        end, size = span.offset + span.extent, manifest.files[span.path].size
+        end, size = span.offset + span.extent, manifest.files[span.source].size
         if span.offset < 0 or end > size:
             raise CheckpointError(
-                span.path,
+                span.source,
                 f"{span.name} lies in bytes {span.offset} to {end}, the file ends at {size}. "
                 "It is truncated: copy or download it again.",
             )

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, flatten
 from gpt2lite.checkpoint.page_cache import PastCache
+from gpt2lite.checkpoint.source import ByteSource
 from gpt2lite.errors import CheckpointError, InsufficientMemoryError, first_line, is_out_of_memory
 
 STEP = 1 << 20
@@ -37,9 +38,9 @@ def memory_of(tensor: Tensor) -> memoryview:
     return memoryview(exposed).cast("B")
 
 
-def read_bytes_into(memory: memoryview, path: Path, offset: int) -> None:
+def read_bytes_into(memory: memoryview, source: ByteSource, offset: int) -> None:
     """Fill `memory` from byte `offset` of a file. Raises CheckpointError where the file ends first."""
-    with open(path, "rb", buffering=0) as file:
+    with open(source.path, "rb", buffering=0) as file:
         read_file_into([memory], file, offset)
 
 
@@ -91,7 +92,7 @@ def as_strided(flat: Tensor, span: TensorSpan) -> Tensor:
 def read_span(span: TensorSpan) -> Tensor:
     """One tensor in fresh host memory."""
     flat = torch.empty(span.extent, dtype=torch.uint8, device="cpu")
-    read_bytes_into(memory_of(flat), span.path, span.offset)
+    read_bytes_into(memory_of(flat), span.source, span.offset)
     return as_strided(flat, span)
 
 
@@ -109,13 +110,13 @@ def _torch_load(path: Path, device: torch.device, *, mmap: bool = False) -> obje
 def _read_zip(manifest: Manifest, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
     """All tensors of all files: a state dict keeps its masks to the end."""
     state: dict[str, Tensor] = {}
-    for path in manifest.storages:
-        state |= flatten(_torch_load(path, device), Tensor)  # type: ignore[arg-type]
+    for source in manifest.storages:
+        state |= flatten(_torch_load(source.path, device), Tensor)  # type: ignore[arg-type]
     return state
 
 
 def _read_folder(manifest: Manifest, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
-    return {name: _torch_load(manifest.tensors[name].path, device) for name in names}  # type: ignore[misc]
+    return {name: _torch_load(manifest.tensors[name].source.path, device) for name in names}  # type: ignore[misc]
 
 
 def _read_spans(manifest: Manifest, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
@@ -127,7 +128,7 @@ def _zip_sizes(manifest: Manifest, names: Iterable[str]) -> Sequence[int]:
 
 
 def _folder_sizes(manifest: Manifest, names: Iterable[str]) -> Sequence[int]:
-    return [size for name in names for size in manifest.storages[manifest.tensors[name].path]]
+    return [size for name in names for size in manifest.storages[manifest.tensors[name].source]]
 
 
 def _span_sizes(manifest: Manifest, names: Iterable[str]) -> Sequence[int]:
@@ -160,7 +161,7 @@ def stored_versions(manifest: Manifest, prefix: str) -> dict[str, object]:
     """
     if manifest.format != "torch_zip" or len(manifest.storages) != 1:
         return {}
-    (path,) = manifest.storages
+    (path,) = (source.path for source in manifest.storages)
     node = _torch_load(path, torch.device("cpu"), mmap=zipfile.is_zipfile(path))
     while isinstance(node, dict) and (key := prefix.partition(".")[0]) in node:
         node, prefix = node[key], prefix.partition(".")[2]
@@ -180,7 +181,7 @@ def _apart(manifest: Manifest, names: Iterable[str]) -> tuple[list[str], list[st
     own: list[str] = []
     beside: list[str] = []
     for name in names:
-        (own if manifest.tensors[name].path in manifest.storages else beside).append(name)
+        (own if manifest.tensors[name].source in manifest.storages else beside).append(name)
     return own, beside
 
 
@@ -240,14 +241,14 @@ def map_tensors(spans: Iterable[TensorSpan]) -> dict[str, Tensor]:
     that is overwritten in place while mapped kills the process (SIGBUS): replace files instead, as
     `os.replace` does.
     """
-    mapped: dict[Path, torch.UntypedStorage] = {}
+    mapped: dict[ByteSource, torch.UntypedStorage] = {}
     tensors = {}
     for span in spans:
-        if span.path not in mapped:
-            mapped[span.path] = _map_file(span.path)
-        storage = mapped[span.path][span.offset : span.offset + span.extent]
+        if span.source not in mapped:
+            mapped[span.source] = _map_file(span.source.path)
+        storage = mapped[span.source][span.offset : span.offset + span.extent]
         if storage.nbytes() < span.extent:
-            raise CheckpointError(span.path, f"ends before {span.name}; it was truncated while being read")
+            raise CheckpointError(span.source, f"ends before {span.name}; it was truncated while being read")
         tensors[span.name] = torch.empty(0, dtype=span.dtype, device="cpu").set_(
             storage, 0, span.shape, span.stride
         )

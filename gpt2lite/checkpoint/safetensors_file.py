@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from gpt2lite.checkpoint.manifest import (
-    FileState,
     Manifest,
     TensorSpan,
     are_sizes,
@@ -21,6 +20,7 @@ from gpt2lite.checkpoint.manifest import (
     is_countable,
     validate,
 )
+from gpt2lite.checkpoint.source import LocalFile
 from gpt2lite.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -91,7 +91,7 @@ def _span(path: Path, name: str, entry: Any, start: int) -> TensorSpan:
         )
     if not is_countable(shape, DTYPES[code]):
         raise CheckpointError(path, f"{name} has shape {shape}, more bytes than can be counted")
-    span = TensorSpan(name, DTYPES[code], shape, contiguous_stride(shape), path, start + begin)
+    span = TensorSpan(name, DTYPES[code], shape, contiguous_stride(shape), LocalFile(path), start + begin)
     if end - begin != span.nbytes:
         raise CheckpointError(path, f"{name} takes {end - begin} bytes, {code} {shape} needs {span.nbytes}")
     return span
@@ -113,7 +113,7 @@ def _check_gapless(path: Path, spans: list[TensorSpan], start: int, size: int) -
 
 def open_safetensors(path: Path) -> Manifest:
     """The manifest of a `.safetensors` file. Raises CheckpointError for a header that lies."""
-    state = FileState.of(path)
+    state = LocalFile(path).state()
     header, start = _read_header(path, os.path.getsize(path))
     metadata = header.pop("__metadata__", {})
     spans = {name: _span(path, name, entry, start) for name, entry in header.items()}
@@ -123,4 +123,4 @@ def open_safetensors(path: Path) -> Manifest:
         if isinstance(metadata, dict)
         else {}
     )
-    return validate(Manifest(path, "safetensors", spans, values, {path: state}))
+    return validate(Manifest(path, "safetensors", spans, values, {LocalFile(path): state}))

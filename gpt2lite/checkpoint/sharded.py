@@ -12,8 +12,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from gpt2lite.checkpoint.foreign import what_is_json
-from gpt2lite.checkpoint.manifest import FileState, Manifest, validate
+from gpt2lite.checkpoint.manifest import Manifest, validate
 from gpt2lite.checkpoint.safetensors_file import unique_keys
+from gpt2lite.checkpoint.source import ByteSource, FileState, LocalFile
 from gpt2lite.errors import CheckpointError, listed
 
 INDEX_SUFFIX = ".index.json"
@@ -95,7 +96,7 @@ def open_sharded(path: Path, open_shard: Callable[[Path], Manifest]) -> Manifest
     index's folder. Raises one CheckpointError that lists every shard that is missing, damaged or elsewhere
     and every tensor that index and shards do not agree on.
     """
-    state = FileState.of(path)
+    state = LocalFile(path).state()
     index = _read_index(path, state.size)
     placed = {name: _shard_name(said) for name, said in index["weight_map"].items()}
     lines = [
@@ -111,7 +112,8 @@ def open_sharded(path: Path, open_shard: Callable[[Path], Manifest]) -> Manifest
             path,
             f"does not fit its shards in {len(lines)} place(s). Copy or download them again.{listed(lines)}",
         )
-    values, files, storages = _metadata(index), {path: state}, dict[Path, tuple[int, ...]]()
+    files: dict[ByteSource, FileState] = {LocalFile(path): state}
+    values, storages = _metadata(index), dict[ByteSource, tuple[int, ...]]()
     unreadable: dict[str, str] = {}
     containers: dict[str, str] = {}
     for manifest in opened.values():

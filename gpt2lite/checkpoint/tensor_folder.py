@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gpt2lite.checkpoint.manifest import Manifest
+from gpt2lite.checkpoint.source import ByteSource, FileState, LocalFile
 from gpt2lite.checkpoint.torch_zip import open_torch_zip
 from gpt2lite.errors import CheckpointError
 
@@ -29,7 +30,8 @@ def open_tensors(folder: Path) -> dict[Path, Manifest]:
 def join_tensors(path: Path, opened: Mapping[Path, Manifest]) -> Manifest:
     """The manifest of a folder from those of its files, one tensor each, named as its file is."""
     spans = {file.stem: replace(manifest.tensors[""], name=file.stem) for file, manifest in opened.items()}
-    files = {file: manifest.files[file] for file, manifest in opened.items()}
-    storages = {file: manifest.storages[file] for file, manifest in opened.items()}
+    sources = {LocalFile(file): manifest for file, manifest in opened.items()}
+    files: dict[ByteSource, FileState] = {file: each.files[file] for file, each in sources.items()}
+    storages: dict[ByteSource, tuple[int, ...]] = {f: each.storages[f] for f, each in sources.items()}
     is_plain = all(manifest.is_plain for manifest in opened.values())
     return Manifest(path, "tensor_folder", spans, {}, files, storages, is_plain=is_plain)

@@ -19,7 +19,6 @@ from gpt2lite.checkpoint.crc32c import crc32c, masked
 from gpt2lite.checkpoint.manifest import (
     MAX_ENTRIES,
     MAX_NAME,
-    FileState,
     Manifest,
     TensorSpan,
     are_sizes,
@@ -28,6 +27,7 @@ from gpt2lite.checkpoint.manifest import (
     validate,
 )
 from gpt2lite.checkpoint.reading import memory_of, read_bytes_into
+from gpt2lite.checkpoint.source import ByteSource, FileState, LocalFile
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError
 
 FOOTER_BYTES = 48
@@ -250,9 +250,9 @@ def _read_index(path: Path) -> tuple[list[Path], list[Entry]]:
     return files, [entry for entry in entries if entry.dtype != STRING]
 
 
-def _states(index: Path, shards: list[Path]) -> dict[Path, FileState]:
+def _states(index: Path, shards: list[Path]) -> dict[ByteSource, FileState]:
     try:
-        return {file: FileState.of(file) for file in (index, *shards)}
+        return {LocalFile(file): LocalFile(file).state() for file in (index, *shards)}
     except CheckpointNotFoundError as error:
         raise CheckpointNotFoundError(
             f"{error}. {index.name} needs {len(shards)} data files beside it: copy or download them too."
@@ -273,7 +273,8 @@ def _span(path: Path, entry: Entry, shards: list[Path]) -> TensorSpan:
         )
     if not is_countable(shape, dtype):
         raise CheckpointError(path, f"{entry.name} has shape {shape}, more bytes than can be counted")
-    span = TensorSpan(entry.name, dtype, shape, contiguous_stride(shape), shards[entry.shard], entry.offset)
+    source, stride = LocalFile(shards[entry.shard]), contiguous_stride(shape)
+    span = TensorSpan(entry.name, dtype, shape, stride, source, entry.offset)
     if entry.nbytes != span.nbytes:
         raise CheckpointError(
             path, f"{entry.name} takes {entry.nbytes} bytes, {dtype} {shape} needs {span.nbytes}"
@@ -283,13 +284,13 @@ def _span(path: Path, entry: Entry, shards: list[Path]) -> TensorSpan:
 
 def _check_apart(spans: Iterable[TensorSpan]) -> None:
     """No byte may belong to two tensors: TensorFlow writes one after the other."""
-    ends: dict[Path, int] = {}
+    ends: dict[ByteSource, int] = {}
     for span in sorted(spans, key=lambda span: (span.offset, span.nbytes)):
-        if span.offset < ends.get(span.path, 0):
+        if span.offset < ends.get(span.source, 0):
             raise CheckpointError(
-                span.path, f"{span.name} begins at byte {span.offset}, inside of the tensor before it"
+                span.source, f"{span.name} begins at byte {span.offset}, inside of the tensor before it"
             )
-        ends[span.path] = span.offset + span.nbytes
+        ends[span.source] = span.offset + span.nbytes
 
 
 def index_of(prefix: Path) -> Path:
@@ -334,7 +335,7 @@ def _chunks(span: TensorSpan) -> Iterator[memoryview]:
     memory = memory_of(torch.empty(min(CHUNK_BYTES, span.nbytes), dtype=torch.uint8, device="cpu"))
     for begin in range(0, span.nbytes, CHUNK_BYTES):
         chunk = memory[: span.nbytes - begin]
-        read_bytes_into(chunk, span.path, span.offset + begin)
+        read_bytes_into(chunk, span.source, span.offset + begin)
         yield chunk
 
 
@@ -351,7 +352,7 @@ def check_crc32c(manifest: Manifest, progress: Callable[[int, int], None] | None
         found = masked(crc32c(_chunks(span)))
         if found != sums[name]:
             raise CheckpointError(
-                span.path,
+                span.source,
                 f"{name}, bytes {span.offset} to {span.offset + span.nbytes}, has the sum "
                 f"{found:08x}, the index says {sums[name]:08x}. It is damaged: copy or download it again.",
             )

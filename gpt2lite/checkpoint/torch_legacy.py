@@ -23,7 +23,8 @@ from gpt2lite.checkpoint.inert_pickle import (
     shown,
     stored,
 )
-from gpt2lite.checkpoint.manifest import FileState, Manifest, are_sizes, validate
+from gpt2lite.checkpoint.manifest import Manifest, are_sizes, validate
+from gpt2lite.checkpoint.source import LocalFile
 from gpt2lite.checkpoint.torch_zip import place
 from gpt2lite.errors import CheckpointError
 
@@ -162,7 +163,7 @@ def open_torch_legacy(path: Path) -> Manifest:
     Its format is "torch_zip", since torch.load reads both alike. Bytes after the last storage are left alone,
     as torch leaves them.
     """
-    state = FileState.of(path)
+    state = LocalFile(path).state()
     with open(path, "rb") as file:
         pickles = _Pickles(file)
         _check_head(path, pickles)
@@ -175,4 +176,4 @@ def open_torch_legacy(path: Path) -> Manifest:
         name: place(path, name, record, begins[record.storage.key]) for name, record in found.tensors.items()
     }
     sizes = tuple(storage.nbytes for storage in storages.values())
-    return validate(found.manifest(path, spans, {path: state}, {path: sizes}))
+    return validate(found.manifest(path, spans, {LocalFile(path): state}, {LocalFile(path): sizes}))

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from gpt2lite.checkpoint.described import Described, described
 from gpt2lite.checkpoint.inert_pickle import MAX_SMALL_BYTES, RESAVE, DescribingUnpickler, TensorRecord
-from gpt2lite.checkpoint.manifest import BOUND_CONFIG, FileState, Manifest, TensorSpan, validate
+from gpt2lite.checkpoint.manifest import BOUND_CONFIG, Manifest, TensorSpan, validate
 from gpt2lite.checkpoint.page_cache import read_each
+from gpt2lite.checkpoint.source import ByteSource, LocalFile
 from gpt2lite.errors import CheckpointError
 
 ENCRYPTED, UTF8_NAME = 1, 0x800  # flag bits
@@ -121,7 +122,7 @@ def place(path: Path, name: str, record: TensorRecord, begin: int) -> TensorSpan
     """The span of a tensor, what is kept under its storage's key beginning at byte `begin` of the file."""
     storage, start = record.storage, record.offset * record.dtype.itemsize
     offset = begin + storage.start + start
-    span = TensorSpan(name, record.dtype, record.shape, record.stride, path, offset)
+    span = TensorSpan(name, record.dtype, record.shape, record.stride, LocalFile(path), offset)
     if start + span.extent > storage.nbytes:
         raise CheckpointError(path, f"{name} reaches past the end of its storage {storage.key}")
     return span
@@ -141,7 +142,7 @@ def open_torch_zip(path: Path) -> Manifest:
 
     What the pickle names and we do not know is neither imported nor called.
     """
-    state = FileState.of(path)
+    state = LocalFile(path).state()
     found, entries = _read_archive(path)
     for name, record in list(found.tensors.items()):
         if lacking := _lacking(record, entries):
@@ -152,5 +153,5 @@ def open_torch_zip(path: Path) -> Manifest:
         for name, record in found.tensors.items()
     }
     storages = {record.storage.key: record.storage.nbytes for record in found.tensors.values()}
-    sizes = {path: tuple(storages.values())}
-    return validate(found.manifest(path, spans, {path: state}, sizes))
+    sizes: dict[ByteSource, tuple[int, ...]] = {LocalFile(path): tuple(storages.values())}
+    return validate(found.manifest(path, spans, {LocalFile(path): state}, sizes))

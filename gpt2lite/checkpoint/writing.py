@@ -321,5 +321,5 @@ def spans_on_disk(files: Iterable[Path]) -> dict[str, TensorSpan]:
     manifests = [open_checkpoint(file) for file in files]
     for manifest in manifests:
         for file in manifest.files:
-            forget_cached(file)
+            forget_cached(file.path)
     return {name: span for manifest in manifests for name, span in manifest.tensors.items()}

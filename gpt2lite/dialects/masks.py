@@ -29,7 +29,7 @@ def check_masks(reading: Reading) -> None:
         is_square = span.shape[-2:] == (size, size) and span.numel == size * size and span.is_contiguous
         if not is_square or not all(_is_causal(span, row, ROWS if number == 0 else 1) for row in rows):
             raise CheckpointError(
-                span.path,
+                span.source,
                 f"{span.name} is not GPT-2's causal mask: in its model a token does not see "
                 "exactly those before it, which gpt2lite does not compute. Use the program that wrote it.",
             )

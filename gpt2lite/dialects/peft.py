@@ -200,7 +200,7 @@ def _scale(said: Mapping[str, Any], module: str, a: TensorSpan) -> float:
         for some, all_ in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
     )
     if a.shape[:1] != (r,):
-        raise CheckpointError(a.path, f"{a.name} has shape {a.shape}, {CONFIG} says that its rank is {r}")
+        raise CheckpointError(a.source, f"{a.name} has shape {a.shape}, {CONFIG} says that its rank is {r}")
     return float(alpha / math.sqrt(r) if said["use_rslora"] else alpha / r)
 
 

@@ -71,8 +71,8 @@ def _mapped(plan: LoadPlan, forecast: Forecast) -> int:
     """Bytes of address space for files: one that is mapped is mapped whole."""
     if not (forecast.peak_host_reclaimable or forecast.stays_mapped):
         return 0
-    paths = {span.path for span in plan.spans.values()}
-    return sum(state.size for path, state in plan.manifest.files.items() if path in paths)
+    sources = {span.source for span in plan.spans.values()}
+    return sum(state.size for source, state in plan.manifest.files.items() if source in sources)
 
 
 def judge(plan: LoadPlan, name: str, budget: Budget) -> Verdict:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
 from gpt2lite.checkpoint.manifest import TensorSpan, contiguous_stride
 from gpt2lite.checkpoint.reading import as_strided
+from gpt2lite.checkpoint.source import ByteSource
 from gpt2lite.loading.plan import Target
 
 MAX_GAP = 4096  # between two tensors that one read takes together: a zip header, some padding
@@ -67,7 +67,7 @@ class Piece:
 class Chunk:
     """One read, straight into the parameters (`in_place`) or not."""
 
-    path: Path
+    file: ByteSource
     offset: int
     nbytes: int
     pieces: tuple[Piece, ...]
@@ -155,14 +155,14 @@ def _fits(run: list[Piece], piece: Piece, max_bytes: int) -> bool:
     first, last = run[0], run[-1]
     at = piece.offset - first.offset
     gap = piece.offset - last.offset - last.nbytes
-    same_file = piece.source.span.path == first.source.span.path
+    same_file = piece.source.span.source == first.source.span.source
     aligned = at % piece.source.span.dtype.itemsize == 0
     return same_file and aligned and 0 <= gap <= MAX_GAP and at + piece.nbytes <= max_bytes
 
 
 def _chunk(run: list[Piece], in_place: bool) -> Chunk:
     begin, end = run[0].offset, run[-1].offset + run[-1].nbytes
-    return Chunk(run[0].source.span.path, begin, end - begin, tuple(run), in_place)
+    return Chunk(run[0].source.span.source, begin, end - begin, tuple(run), in_place)
 
 
 def landings(piece: Piece, values: Tensor) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gpt2lite.checkpoint import Manifest, TensorSpan
 from gpt2lite.checkpoint.manifest import contiguous_stride
+from gpt2lite.checkpoint.source import LocalFile
 from gpt2lite.dialects import Adapter, Placement, Reading
 from gpt2lite.errors import CheckpointError, UsageError, listed
 from gpt2lite.loading.options import LoadOptions, Progress, check_values
@@ -84,7 +85,7 @@ class LoadPlan:
         spans = {target.span.name: target.span for target in self.targets}
         if self.own_loading:
             spans = {p.source: self.manifest.tensors[p.source] for p in self.state.values()}
-        return dict(sorted(spans.items(), key=lambda item: (item[1].path, item[1].offset)))
+        return dict(sorted(spans.items(), key=lambda item: (str(item[1].source), item[1].offset)))
 
     @cached_property
     def model_bytes(self) -> int:
@@ -218,8 +219,8 @@ def _own_target(
     reading: Reading, names: tuple[str, ...], tensor: Tensor, dtype: torch.dtype | None
 ) -> Target:
     """One tensor of a module that loads itself: as it is built, or cast; it decides what fills it."""
-    shape = tuple(tensor.shape)
-    span = TensorSpan(names[0], tensor.dtype, shape, contiguous_stride(shape), reading.manifest.path, 0)
+    shape, source = tuple(tensor.shape), LocalFile(reading.manifest.path)
+    span = TensorSpan(names[0], tensor.dtype, shape, contiguous_stride(shape), source, 0)
     return Target(names, Placement(names[0]), span, shape, _dtype_of(tensor, span, dtype), tensor.dtype)
 
 

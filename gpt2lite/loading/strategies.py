@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from heapq import nlargest
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from gpt2lite.checkpoint.page_cache import PastCache
 from gpt2lite.checkpoint.reading import map_tensors, prefetch, read_tensors, sizes_read, stored_versions
+from gpt2lite.checkpoint.source import ByteSource
 from gpt2lite.errors import CheckpointError, UsageError, is_out_of_memory
 from gpt2lite.loading.forecast import MIB, Forecast, Ledger, round_up
 from gpt2lite.loading.pages import allocate_together
@@ -285,26 +285,26 @@ def _is_view(plan: LoadPlan, target: Target, *, again: bool) -> bool:
 
 def _forecast_mmap(plan: LoadPlan) -> Forecast:
     ledger, stays_mapped = Ledger(plan.device), 0
-    touched, to_come = Counter[Path](), Counter(span.path for span in plan.spans.values())
-    reached = Counter[Path]()  # spans come in their order on disk, and may overlap
+    touched, to_come = Counter[ByteSource](), Counter(span.source for span in plan.spans.values())
+    reached = Counter[ByteSource]()  # spans come in their order on disk, and may overlap
     for name, targets in _by_span(plan).items():
         stored, are_views = plan.spans[name], [_is_view(plan, t, again=i > 0) for i, t in enumerate(targets)]
         is_read = not ledger.on_cpu or not all(are_views) or plan.tuning.prefetch
         end = stored.offset + stored.extent
-        fresh = max(end - max(stored.offset, reached[stored.path]), 0)
-        reached[stored.path] = max(end, reached[stored.path])
-        touched[stored.path] += ledger.mapped.take(fresh if is_read else 0)
+        fresh = max(end - max(stored.offset, reached[stored.source]), 0)
+        reached[stored.source] = max(end, reached[stored.source])
+        touched[stored.source] += ledger.mapped.take(fresh if is_read else 0)
         block = 0 if ledger.on_cpu else ledger.device.take(stored.nbytes)
         for target, is_view in zip(targets, are_views, strict=True):
             ledger.device.take(0 if is_view else target.nbytes)
         if not any(are_views):
             ledger.device.give(block)
         stays_mapped += fresh if ledger.on_cpu and any(are_views) else 0
-        to_come[stored.path] -= 1
+        to_come[stored.source] -= 1
         if (
-            not to_come[stored.path] and not plan.tuning.prefetch
+            not to_come[stored.source] and not plan.tuning.prefetch
         ):  # the file's mapping ends with the last tensor over it
-            ledger.mapped.give(touched[stored.path])
+            ledger.mapped.give(touched[stored.source])
     _enter_unsaved_buffers(plan, ledger)
     return ledger.balance(stays_mapped=stays_mapped)
 

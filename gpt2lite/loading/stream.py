@@ -12,7 +12,6 @@ from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from itertools import groupby
-from pathlib import Path
 from queue import SimpleQueue
 from threading import Event
 from typing import NamedTuple
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from gpt2lite.checkpoint.page_cache import PastCache, drop_cached, forget_cached, is_best_past_cache
 from gpt2lite.checkpoint.reading import memory_of, read_file_into
+from gpt2lite.checkpoint.source import ByteSource
 from gpt2lite.loading.options import Progress
 from gpt2lite.loading.pieces import (
     MAX_GAP,
@@ -154,7 +154,7 @@ class Reading(NamedTuple):
 
 def _read_share(
     share: list[Chunk],
-    files: Mapping[Path, type[io.FileIO]],
+    files: Mapping[ByteSource, type[io.FileIO]],
     ring: Ring,
     done: SimpleQueue[Reading | None],
     stop: Event,
@@ -166,8 +166,8 @@ def _read_share(
     """
     between = memoryview(bytearray(MAX_GAP))
     try:
-        for path, chunks in groupby(share, lambda chunk: chunk.path):
-            with files[path](path) as file:
+        for source, chunks in groupby(share, lambda chunk: chunk.file):
+            with files[source](source.path) as file:
                 for chunk in chunks:
                     slot = None if chunk.in_place else ring.take()
                     if stop.is_set():
@@ -189,8 +189,11 @@ def _read_all(
     """Read everything; yields each chunk as it is there. Stops all readers when one fails."""
     done: SimpleQueue[Reading | None] = SimpleQueue()
     stop, futures, keep_cached = Event(), list[Future[None]](), tuning.keep_cached
-    paths = {chunk.path for chunk in chunks}
-    files = {path: io.FileIO if keep_cached or not is_best_past_cache(path) else PastCache for path in paths}
+    sources = {chunk.file for chunk in chunks}
+    files = {
+        source: io.FileIO if keep_cached or not is_best_past_cache(source.path) else PastCache
+        for source in sources
+    }
     try:
         for share in shares(chunks, tuning.readers):
             futures.append(pool.submit(_read_share, share, files, ring, done, stop, keep_cached))
@@ -255,6 +258,6 @@ def fill(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         if not tuning.keep_cached:  # again: pages that two reads share, and what the system read ahead
-            for path in {source.span.path for source in sources}:
+            for file in {source.span.source for source in sources}:
                 with suppress(OSError):
-                    forget_cached(path)
+                    forget_cached(file.path)
