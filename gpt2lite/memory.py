@@ -38,14 +38,14 @@ def parse_size(size: int | str) -> int:
     """
     text = str(size) if type(size) is int and size < NO_LIMIT else size
     found = re.fullmatch(SIZE, text, re.IGNORECASE) if isinstance(text, str) else None
-    if not found:
-        shown = repr(size)[:40] if not isinstance(size, int) or abs(size) < NO_LIMIT else "so large a number"
-        raise UsageError(f"{shown} is not a memory size; write 512MiB, 2.5GiB, 8GB or a number of bytes")
-    number, letter, suffix = found.groups()
+    number, letter, suffix = found.groups() if found else ("0", "", "")
     base = 1000 if suffix.lower() == "b" else 1024
     nbytes = int(Decimal(number) * base ** (" kmgt".index(letter.lower()) if letter else 0))
-    if nbytes < 1 or (nbytes < MIB and not letter and not suffix):
-        raise UsageError(f"{size} bytes is too little memory; did you mean {number}GiB or {number}MiB?")
+    if nbytes < 1:
+        shown = "so large a number" if isinstance(size, int) and size >= NO_LIMIT else repr(size)[:40]
+        raise UsageError(f"{shown} is not a memory size; write 512MiB, 2.5GiB, 8GB or a number of bytes")
+    if nbytes < MIB and not letter + suffix:
+        raise UsageError(f"memory size {size} has no unit; write {size}GiB, {size}MiB or {size}B")
     return nbytes
 
 
