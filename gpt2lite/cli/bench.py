@@ -38,13 +38,9 @@ def _row(result: Measurement | Failure, unit: int) -> list[str]:
         result.forecast["peak_host_anonymous"],
         result.peak_host_reclaimable,
     )
+    figures = (result.seconds_to_load, result.seconds_to_logits, *(peak / unit for peak in peaks))
     exact = "BITS" if not result.bitwise_equal else "yes" if result.logits_equal else "LOGITS"
-    seconds = (result.seconds_to_load, result.seconds_to_logits)
-    return [
-        result.strategy,
-        *(f"{figure:.2f}" for figure in (*seconds, *(peak / unit for peak in peaks))),
-        exact,
-    ]
+    return [result.strategy, *(f"{figure:.2f}" for figure in figures), exact]
 
 
 def _print_table(results: Sequence[Measurement | Failure], has_device: bool) -> None:

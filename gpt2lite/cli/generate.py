@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,10 +27,12 @@ from gpt2lite.tokenizer import tokenizer_for
 ROWS_AT_ONCE = 8
 RULE = "─" * 40 + "\n"
 PATIENCE = 2.0  # seconds to wait for the second token before saying what takes so long
+COMPILING = "[the first run compiles its loops for this processor, which takes half a minute]"
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "window", "engine")
 
 
 def _prompts(args: argparse.Namespace, default: str) -> list[str]:
-    """What to write on from, each as often as it is asked for."""
+    """The prompts, each repeated --num-samples times."""
     if args.prompts is not None and args.prompt is not None:
         raise UsageError("--prompt and --prompts exclude each other")
     if args.num_samples < 1:
@@ -46,10 +47,6 @@ def _prompts(args: argparse.Namespace, default: str) -> list[str]:
     return [prompt for prompt in prompts for _ in range(args.num_samples)]
 
 
-def _ids(prompt: str, encoding: Encoding) -> list[int]:
-    return encoding.encode(prompt, allowed_special="all") or [end_of_text(encoding)]
-
-
 def _room(ids: Sequence[Sequence[int]], config: GPTConfig, args: argparse.Namespace) -> int:
     """How many tokens to write. Raises UsageError, before any is written, where a prompt does not fit."""
     longest, room = max(map(len, ids)), args.max_new_tokens
@@ -60,61 +57,38 @@ def _room(ids: Sequence[Sequence[int]], config: GPTConfig, args: argparse.Namesp
     return int(room)
 
 
-@contextmanager
-def _said_if_slow() -> Iterator[threading.Timer]:
-    """On a terminal says, where nothing comes, what the first run does; yields the timer to cancel."""
-    note = "[the first run compiles its loops for this processor, which takes half a minute]"
-    timer = threading.Timer(PATIENCE, lambda: print(note, file=sys.stderr, flush=True))
-    if sys.stderr.isatty():
-        timer.start()
-    try:
-        yield timer
-    finally:
-        timer.cancel()
-
-
 def _write_one(prompt: str, tokens: Iterator[torch.Tensor], encoding: Encoding, stops: list[str]) -> int:
-    """Print a text as it comes; returns the number of its tokens."""
-    count = 0
-    with _said_if_slow() as slow:
+    """Print a text as it comes; returns the number of its tokens. A slow start is explained on a terminal."""
+    count, slow = 0, threading.Timer(PATIENCE, print, [COMPILING], {"file": sys.stderr, "flush": True})
 
-        def counted() -> Iterator[int]:
-            nonlocal count
-            for token in tokens:
-                count += 1
-                if count == 2:
-                    slow.cancel()
-                yield int(token)
+    def counted() -> Iterator[int]:
+        nonlocal count
+        for token in tokens:
+            count += 1
+            if count == 2:
+                slow.cancel()
+            yield int(token)
 
+    if sys.stderr.isatty():
+        slow.start()
+    try:
         print(prompt, end="", flush=True)
         for piece in stream_text(counted(), encoding, stops):
             print(piece, end="", flush=True)
         print()
+    finally:
+        slow.cancel()
     return count
 
 
-def _write_all(
-    model: GPTModel,
-    prompts: list[str],
-    ids: list[list[int]],
-    room: int,
-    seed: int | None,
-    encoding: Encoding,
-    stops: list[str],
-    options: dict[str, Any],
-) -> int:
-    """Print texts, a few rows at a time, a rule between them; returns the number of their tokens."""
-    count, places = 0, range(len(prompts))
-    with steps_bar(prompts, "writing") as bar:
-        for start in places[::ROWS_AT_ONCE]:
-            own_seed = None if seed is None else seed + start
-            rows = model.generate(ids[start : start + ROWS_AT_ONCE], room, seed=own_seed, **options)
-            for place, row in zip(places[start:], rows, strict=False):
-                new = row[len(ids[place]) :].tolist()
-                count += len(new)
-                print(RULE * bool(place) + prompts[place] + "".join(stream_text(new, encoding, stops)))
-                bar.update()
-    return count
+def _batches(
+    model: GPTModel, ids: list[list[int]], room: int, seed: int | None, options: dict[str, Any]
+) -> Iterator[list[int]]:
+    """The new tokens of each text, computed a few texts at a time; each has the seed it would have alone."""
+    for start in range(0, len(ids), ROWS_AT_ONCE):
+        batch, own_seed = ids[start : start + ROWS_AT_ONCE], None if seed is None else seed + start
+        rows = model.generate(batch, room, seed=own_seed, **options)
+        yield from (row[len(prompt) :].tolist() for prompt, row in zip(batch, rows, strict=True))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -124,12 +98,10 @@ def run(args: argparse.Namespace) -> int:
     require_language_head(model.config)
     encoding = tokenizer_for(path, model.config.vocab_size)
     prompts = _prompts(args, EMBEDDED_PROMPT if path == EMBEDDED else DEFAULT_PROMPT)
-    ids = [_ids(prompt, encoding) for prompt in prompts]
+    ids = [encoding.encode(text, allowed_special="all") or [end_of_text(encoding)] for text in prompts]
     room = _room(ids, model.config, args)
     stops = [typed_text("--stop", text) for text in args.stop]
-    options: dict[str, Any] = {
-        **{name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p")},
-        **{name: getattr(args, name) for name in ("repetition_penalty", "window", "engine")},
+    options: dict[str, Any] = {name: getattr(args, name) for name in SAMPLING} | {
         "stop": [*([] if encoding.eot_token is None else [encoding.eot_token]), *stops],
         "encoding": encoding,
     }
@@ -138,7 +110,11 @@ def run(args: argparse.Namespace) -> int:
         tokens = model.generate_tokens(ids, room, seed=args.seed, **options)
         count = _write_one(prompts[0], tokens, encoding, stops)
     else:
-        count = _write_all(model, prompts, ids, room, args.seed, encoding, stops, options)
+        with steps_bar(prompts, "writing") as bar:
+            for place, new in enumerate(_batches(model, ids, room, args.seed, options)):
+                count += len(new)
+                print(RULE * bool(place) + prompts[place] + "".join(stream_text(new, encoding, stops)))
+                bar.update()
     if sys.stderr.isatty():
         seconds = time.perf_counter() - began
         print(f"\n{count} tokens, {count / seconds:.1f} tokens/s", file=sys.stderr)

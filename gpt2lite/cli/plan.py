@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -72,14 +73,6 @@ def _print(plan: LoadPlan, budget: Budget, verdicts: dict[str, Verdict | str], a
     )
 
 
-def _auto(plan: LoadPlan, budget: Budget) -> str:
-    """What auto takes, "" where nothing fits."""
-    try:
-        return choose(plan, "auto", budget)[0]
-    except InsufficientMemoryError:
-        return ""
-
-
 def _plan_training(args: argparse.Namespace) -> int:
     """Print what training takes; with --fit what brings it there: 1 if nothing does."""
     config = open_model(args.path, revision=args.revision, config=config_of(args)).sizes
@@ -107,7 +100,7 @@ def _plan_training(args: argparse.Namespace) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print forecasts, what there is, what fits; 1 if auto would take nothing."""
+    """Print forecasts, available memory, and what fits; 1 if nothing does."""
     if (args.fit or args.classes) and not args.train:
         raise UsageError("--fit and --classes are about training: add --train")
     if args.train:
@@ -116,8 +109,9 @@ def run(args: argparse.Namespace) -> int:
     budget = find_budget(device, args.max_host_memory, args.max_device_memory)
     opened = open_model(args.path, revision=args.revision, config=config_of(args))
     plan = opened.plan(device, dtype=dtype_of(args), quantize=args.quantize)
-    verdicts = _judge_all(plan, budget)
-    auto = _auto(plan, budget)
+    verdicts, auto = _judge_all(plan, budget), ""
+    with suppress(InsufficientMemoryError):
+        auto = choose(plan, "auto", budget)[0]
     if args.json:
         rows = [_as_dict(name, verdict) for name, verdict in verdicts.items()]
         content = {"path": str(plan.manifest.path), "device": str(device), "budget": asdict(budget)}
