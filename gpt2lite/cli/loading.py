@@ -11,7 +11,7 @@ import torch
 from gpt2lite.cli.terminal import EMBEDDED, bytes_bar
 from gpt2lite.devices import resolve_device
 from gpt2lite.loading import LoadOptions, Progress
-from gpt2lite.model import GPTModel, open_model
+from gpt2lite.model import GPTModel
 from gpt2lite.opening import locate
 
 
@@ -56,5 +56,5 @@ def load_to_read(path: Path, args: argparse.Namespace) -> GPTModel:
         options = load_options(args, progress)
         if path == EMBEDDED and not args.dtype:
             options["dtype"] = torch.float32
-        opened = open_model(path, config=config_of(args), lora_alpha=args.lora_alpha)
-        return opened.load(device, strategy, **options)
+        given = {"config": config_of(args), "lora_alpha": args.lora_alpha}
+        return GPTModel.from_checkpoint(path, device, strategy, **given, **options)
