@@ -36,7 +36,7 @@ def _arg(help: str, **options: Any) -> dict[str, Any]:
 
 _int, _number = partial(_arg, type=int, metavar="N"), partial(_arg, type=float, metavar="X")
 _size, _path = partial(_arg, metavar="SIZE"), partial(_arg, type=Path)
-_switch = partial(_arg, action="store_true")
+_file, _switch = partial(_path, metavar="FILE"), partial(_arg, action="store_true")
 
 SHARED: Rows = {
     "path": _arg(OR_EMBEDDED, nargs="?", default=EMBEDDED),
@@ -95,7 +95,9 @@ COMMANDS = {
         {
             "path": _arg(OR_EMBEDDED, nargs="?"),
             "--size": _arg("write a random checkpoint of this size first", choices=OFFICIAL_SIZES),
-            "--strategies": _arg("default: all of " + " ".join(STRATEGIES), nargs="+", default=STRATEGIES),
+            "--strategies": _arg(
+                "default: all of " + " ".join(STRATEGIES), nargs="+", metavar="NAME", default=STRATEGIES
+            ),
             "--json": _arg("save everything as JSON; - prints it instead", metavar="FILE.json"),
             "--plot": _path("draw memory over time (needs matplotlib)", metavar="FILE.png"),
             "--folder": _path(
@@ -159,13 +161,13 @@ COMMANDS = {
     "finetune": Command(
         "train a checkpoint further, on text, instructions or labelled texts",
         {
-            "--text": _path(
+            "--text": _file(
                 "UTF-8 text, or a token file: .npy, or .bin as gpt2lite, nanoGPT and llm.c write it"
             ),
-            "--instructions": _path(
+            "--instructions": _file(
                 "records with instruction, output and optionally input: .json, .jsonl, .csv"
             ),
-            "--classify": _path("records with text and label: .json, .jsonl, .csv; trains a classifier"),
+            "--classify": _file("records with text and label: .json, .jsonl, .csv; trains a classifier"),
             "--out": _path("a new or empty folder", required=True, metavar="DIR"),
             "--resume": _switch("continue the run in --out with its recipe; flags given here win"),
             "--validate-every": _int("steps (default: 50)", default=50),
