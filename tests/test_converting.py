@@ -107,7 +107,7 @@ def json_header(path: Path) -> dict[str, object]:
 
 def test_shards_and_index_are_as_huggingface_divides_them(pth: Path):
     split = pytest.importorskip("huggingface_hub").split_torch_state_dict_into_shards
-    folder = convert(pth, pth.parent / "hf", to="huggingface", config=HEADS, max_shard_size=19_000)
+    folder = convert(pth, pth.parent / "hf", to="huggingface", config=HEADS, max_shard_size="19000B")
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     shards = {path.name: load_file(path) for path in folder.glob("*.safetensors")}
     assert sorted(shards)[0] == f"model-00001-of-{len(shards):05}.safetensors"
@@ -251,7 +251,7 @@ def test_the_data_of_a_safetensors_file_begin_aligned(pth: Path):
         ("out.pth", {"format": "zip"}, "no format is called 'zip'; there are pth, safetensors, per-tensor"),
         ("out.pth", {"format": "safetensors"}, "its suffix says pth, format says safetensors"),
         ("out.pth", {"max_shard_size": "1MiB"}, "shards go into a folder"),
-        ("out", {"max_shard_size": "much"}, "'much' is no amount of memory"),
+        ("out", {"max_shard_size": "much"}, "'much' is not a memory size"),
         ("there", {}, "there: already exists; choose a new folder"),
         ("there", {"format": "pth"}, "is a folder, and a file is to be written there"),
         ("nowhere/out.pth", {}, "the folder .*nowhere does not exist"),

@@ -159,10 +159,10 @@ def test_a_cap_on_the_device_is_what_the_forecast_says(strategy: str, tmp_path: 
     peak = forecast(path, "cuda", config=HEADS)[strategy].peak_device
     before = clean_up("cuda")
     with pytest.raises(InsufficientMemoryError, match="nothing was allocated"):
-        GPTModel.from_checkpoint(path, "cuda", strategy, config=HEADS, max_device_memory=peak - 1)
+        GPTModel.from_checkpoint(path, "cuda", strategy, config=HEADS, max_device_memory=f"{peak - 1}B")
     assert torch.cuda.max_memory_allocated() == before
     with track_memory("cuda") as memory:
-        GPTModel.from_checkpoint(path, "cuda", strategy, config=HEADS, max_device_memory=peak)
+        GPTModel.from_checkpoint(path, "cuda", strategy, config=HEADS, max_device_memory=f"{peak}B")
     assert memory.peak_device <= peak
 
 

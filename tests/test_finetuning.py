@@ -951,7 +951,7 @@ def test_the_command_resumes_with_the_runs_own_recipe(tmp_path: Path):
 MEASURE = """
 import json, sys, torch
 from gpt2lite import GPTConfig, GPTModel, Recipe, forecast_training, track_memory
-from gpt2lite.finetuning import Batch
+from gpt2lite.finetuning.data import Batch
 from gpt2lite.finetuning.training import Trainer, choose_trained
 def run(config, recipe, length):
     model = GPTModel(config)
@@ -996,7 +996,7 @@ def test_plan_tells_training_and_fits_it(pth: Path, capsys: pytest.CaptureFixtur
     assert main([*words, "--json"]) == 0
     whole = json.loads(capsys.readouterr().out)["forecast"]
     assert whole["optimizer"] == 2 * whole["gradients"] == 2 * whole["weights"]
-    assert main([*words, "--fit", str(int(0.8 * whole["peak"])), "--json"]) == 0
+    assert main([*words, "--fit", f"{int(0.8 * whole['peak'])}B", "--json"]) == 0
     fitted = json.loads(capsys.readouterr().out)
     assert fitted["fits"]
     assert fitted["forecast"]["peak"] <= 0.8 * whole["peak"]

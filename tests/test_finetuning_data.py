@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import random
@@ -16,7 +15,7 @@ import torch
 from test_cli import has_gpt2_encoding
 
 from gpt2lite import CheckpointError, GPTConfig, UsageError
-from gpt2lite.cli import tokenize
+from gpt2lite.cli import main
 from gpt2lite.cli.terminal import EMBEDDED
 from gpt2lite.encoding import END_OF_TEXT, WORDS_AND_SPACES, Encoding
 from gpt2lite.finetuning import data
@@ -286,9 +285,7 @@ def test_a_large_vocabulary_gets_32_bits_and_needs_them(tmp_path: Path):
 
 
 def tokenize_command(*words: object) -> int:
-    parser = argparse.ArgumentParser()
-    tokenize.add_arguments(parser)
-    return tokenize.run(parser.parse_args(list(map(str, words))))
+    return main(["tokenize", *map(str, words)])
 
 
 def test_the_command_writes_the_ids_of_the_models_tokenizer(

@@ -208,7 +208,7 @@ def source(pth: Path, strategy: str) -> Path:
 def test_a_cap_of_the_forecast_is_enough(strategy: str, pth: Path):
     path = source(pth, strategy)
     peak = forecast(path, config=HEADS)[strategy].peak_host_anonymous
-    cap = max(peak, 1)
+    cap = f"{max(peak, 1)}B"
     model = GPTModel.from_checkpoint(path, strategy=strategy, config=HEADS, max_host_memory=cap)
     assert not model.training
 
@@ -219,7 +219,7 @@ def test_a_named_strategy_above_its_cap_is_refused_before_it_begins(strategy: st
     path = source(pth, strategy)
     peak = forecast(path, config=HEADS)[strategy].peak_host_anonymous
     with pytest.raises(InsufficientMemoryError) as caught:
-        GPTModel.from_checkpoint(path, strategy=strategy, config=HEADS, max_host_memory=peak - 1)
+        GPTModel.from_checkpoint(path, strategy=strategy, config=HEADS, max_host_memory=f"{peak - 1}B")
     lines = str(caught.value).splitlines()
     assert lines[0].endswith(
         f'will not fit in memory on cpu with strategy="{strategy}"; nothing was allocated'
@@ -234,7 +234,7 @@ def test_auto_says_what_would_fit_where_nothing_does(pth: Path):
     wide = {"config": HEADS, "dtype": torch.float64}
     needed = forecast(pth, **wide)["mmap"].peak_host_anonymous
     with pytest.raises(InsufficientMemoryError) as caught:
-        GPTModel.from_checkpoint(pth, **wide, max_host_memory=needed // 2)
+        GPTModel.from_checkpoint(pth, **wide, max_host_memory=f"{needed // 2}B")
     text = str(caught.value)
     assert "stream would take" in text
     assert "mmap would take" in text
@@ -250,7 +250,7 @@ def test_auto_copies_where_that_fits_and_maps_where_it_does_not(pth: Path):
     copied = GPTModel.from_checkpoint(pth, config=HEADS)
     assert str(pth) not in mapped_files()
     size = forecast(pth, config=HEADS)["stream"].peak_host_anonymous
-    mapped = GPTModel.from_checkpoint(pth, config=HEADS, max_host_memory=size - 1)
+    mapped = GPTModel.from_checkpoint(pth, config=HEADS, max_host_memory=f"{size - 1}B")
     assert str(pth) in mapped_files()
     assert all(torch.equal(a, b) for a, b in zip(copied.parameters(), mapped.parameters(), strict=True))
 
@@ -314,7 +314,7 @@ def test_a_named_strategy_may_count_on_swap_and_auto_does_not(pth: Path):
 
 @pytest.mark.parametrize("cap", ["lots", "-1", 0, -5, 1.5, True, "", "2 XB", "0GiB"])
 def test_a_cap_that_is_no_size_is_a_usage_error(cap: object, pth: Path):
-    with pytest.raises(UsageError, match="is no amount of memory"):
+    with pytest.raises(UsageError, match="is not a memory size"):
         GPTModel.from_checkpoint(pth, config=HEADS, max_host_memory=cap)  # type: ignore[arg-type]
 
 
@@ -382,7 +382,7 @@ def test_plan_as_json_is_the_forecast(pth: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--max-host-memory", "much"], "'much' is no amount of memory"),
+        (["--max-host-memory", "much"], "'much' is not a memory size"),
         (["--device", "gpu"], "unknown device 'gpu'"),
         (["--device", "meta"], "holds no weights"),
     ],

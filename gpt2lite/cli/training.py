@@ -8,8 +8,7 @@ from dataclasses import fields
 from types import MappingProxyType
 from typing import Any
 
-from gpt2lite.finetuning import Recipe
-from gpt2lite.finetuning.recipe import LORA_TARGETS
+from gpt2lite.finetuning.recipe import LORA_TARGETS, Recipe
 
 HELP = {
     "steps": "optimisation steps",
