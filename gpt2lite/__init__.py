@@ -2,9 +2,8 @@
 
 from gpt2lite import _torch  # noqa: F401  # first, before another module imports torch
 from gpt2lite._version import __version__
-from gpt2lite.checkpoint.writing import save_per_tensor
 from gpt2lite.config import GPTConfig
-from gpt2lite.converting import convert
+from gpt2lite.converting import convert, save_per_tensor
 from gpt2lite.errors import (
     CheckpointError,
     CheckpointNotFoundError,

@@ -19,9 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpt2lite.checkpoint.chunks import TensorToWrite
 from gpt2lite.checkpoint.reading import memory_of
-from gpt2lite.checkpoint.writing import TensorToWrite, require_space, save_per_tensor, write_torch_zip
+from gpt2lite.checkpoint.torch_zip import write_torch_zip
+from gpt2lite.checkpoint.writing import require_space
 from gpt2lite.config import GPTConfig
+from gpt2lite.converting import save_per_tensor
 from gpt2lite.devices import synchronize
 from gpt2lite.errors import GPT2LiteError
 from gpt2lite.loading import Progress

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2lite.checkpoint.chunks import tensors_of
-from gpt2lite.checkpoint.writing import require_space, write_torch_zip
-from gpt2lite.checkpoint.writing_safetensors import write_safetensors
+from gpt2lite.checkpoint.safetensors import write_safetensors
+from gpt2lite.checkpoint.torch_zip import write_torch_zip
+from gpt2lite.checkpoint.writing import require_space
 from gpt2lite.config import ACTIVATIONS, GPTConfig
 from gpt2lite.errors import UsageError
 from gpt2lite.generation import KVCache, generate, generate_tokens

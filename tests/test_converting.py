@@ -247,8 +247,8 @@ def test_the_data_of_a_safetensors_file_begin_aligned(pth: Path):
     ("destination", "arguments", "message"),
     [
         ("model.pth", {}, "model.pth: is the source itself"),
-        ("out.pth", {"to": "llama"}, "no target is called 'llama'; there are"),
-        ("out.pth", {"format": "zip"}, "no format is called 'zip'; there are pth, safetensors, per-tensor"),
+        ("out.pth", {"to": "llama"}, "unknown target 'llama'; choose from book, huggingface, nanogpt"),
+        ("out.pth", {"format": "zip"}, "unknown format 'zip'; choose from pth, safetensors, per-tensor"),
         ("out.pth", {"format": "safetensors"}, "its suffix says pth, format says safetensors"),
         ("out.pth", {"max_shard_size": "1MiB"}, "shards go into a folder"),
         ("out", {"max_shard_size": "much"}, "'much' is no amount of memory"),
@@ -306,7 +306,7 @@ def test_verify_finds_a_flipped_bit_and_keeps_the_old(
 ):
     (pth.parent / "out.safetensors").write_text("old")
     monkeypatch.setattr(os, "write", flip_once(50_000))
-    with pytest.raises(CheckpointError, match=r"read back, .* differ\(s\) from what was written"):
+    with pytest.raises(CheckpointError, match=r"read back, .* differ from what was written"):
         convert(pth, pth.parent / destination, to="huggingface", config=HEADS)
     assert names_in(pth.parent) == {"model.pth", "out.safetensors"}
     assert (pth.parent / "out.safetensors").read_text() == "old"
@@ -505,4 +505,4 @@ def test_the_script_converts_without_reading_back(pth: Path):
 
 def test_the_command_refuses_in_one_line(pth: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["convert", str(pth), str(pth), "--n-heads", "4"]) == 1
-    assert capsys.readouterr().err == f"gpt2lite: {pth}: is the source itself; name another place\n"
+    assert capsys.readouterr().err == f"gpt2lite: {pth}: is the source itself; choose another place\n"

@@ -16,11 +16,11 @@ from unittest import mock
 import pytest
 import torch
 from conftest import randomise
+from gpt2lite.checkpoint.crc32c import MAX_CHUNK, crc32c
 from test_checkpoint import assert_holds, assert_refused, bytes_of
 
 from gpt2lite import GPTConfig, GPTModel
 from gpt2lite.checkpoint import Manifest, open_checkpoint, side_file, tf_bundle
-from gpt2lite.checkpoint.crc32c import MAX_CHUNK, crc32c
 from gpt2lite.checkpoint.reading import read_span
 from gpt2lite.checkpoint.tf_bundle import MAGIC, MAX_INDEX_BYTES, check_crc32c
 from gpt2lite.cli import main

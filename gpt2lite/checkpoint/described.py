@@ -9,13 +9,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import NoneType
 from typing import TypeVar
 
 import torch
 
 from gpt2lite.checkpoint.inert_pickle import (
+    FEW,
     TENSORS,
     DescribingUnpickler,
     Inert,
@@ -31,6 +31,7 @@ from gpt2lite.checkpoint.manifest import (
     TensorSpan,
     contents_of,
     dotted,
+    validate,
     walk,
 )
 from gpt2lite.checkpoint.source import ByteSource, FileState
@@ -40,6 +41,7 @@ MAX_ITEMS = 1000  # of a container within an object: what is longer is a vocabul
 CHANGES = ("_forward_hooks", "_forward_pre_hooks", "forward")  # what makes one module compute otherwise
 T = TypeVar("T")
 PLAIN = (str, int, float, NoneType, torch.dtype)
+Facts = Iterable[tuple[object, object]]  # names, and what they stand for
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Described:
     unreadable: dict[str, str] = field(default_factory=dict)
     dicts: set[str] = field(default_factory=set)
 
-    def containers(self) -> dict[str, str]:
+    def _containers(self) -> dict[str, str]:
         """For each tensor the dict that holds it, or the module at the top of those around it."""
         tops = {name for name in self.modules if not any(above in self.modules for above in _above(name))}
         holders = tops | self.dicts
@@ -62,15 +64,34 @@ class Described:
 
     def manifest(
         self,
-        path: Path,
-        spans: Mapping[str, TensorSpan],
-        files: Mapping[ByteSource, FileState],
-        storages: Mapping[ByteSource, tuple[int, ...]],
+        source: ByteSource,
+        state: FileState,
+        kept: Mapping[str, tuple[int, int]],
+        sizes: tuple[int, ...],
     ) -> Manifest:
-        """The manifest of a file of torch.save."""
-        is_plain = self.is_plain and not self.unreadable
-        rest = (self.modules, self.unreadable, is_plain, self.containers())
-        return Manifest(path, "torch_zip", spans, self.values, files, storages, *rest)
+        """The manifest of a file of torch.save, which allocates storages of these `sizes` to load it.
+
+        `kept` says where in the file a storage lies, by its key: its first byte, and how many there are. A
+        tensor whose storage is not there is unreadable. Raises CheckpointError for one that reaches past it.
+        """
+        spans, unreadable = {}, dict(self.unreadable)
+        for name, record in self.tensors.items():
+            storage, start = record.storage, record.offset * record.dtype.itemsize
+            begin, nbytes = kept.get(storage.key, (0, -1))
+            if nbytes < storage.start + storage.nbytes:
+                found = f"has {nbytes} bytes" if storage.key in kept else "is missing"
+                unreadable[name] = f"needs data/{storage.key} of {storage.nbytes} bytes, which {found}"
+                continue
+            offset = begin + storage.start + start
+            span = TensorSpan(name, record.dtype, record.shape, record.stride, source, offset)
+            if start + span.extent > storage.nbytes:
+                what = f"{name} reaches past the end of its storage {storage.key}"
+                raise CheckpointError(source, what, name=name)
+            spans[name] = span
+        is_plain = self.is_plain and not unreadable
+        rest = (self.modules, unreadable, is_plain, self._containers())
+        files, storages = {source: state}, {source: sizes}
+        return validate(Manifest(source.path, "torch_zip", spans, self.values, files, storages, *rest))
 
 
 def _above(name: str) -> Iterator[str]:
@@ -80,43 +101,33 @@ def _above(name: str) -> Iterator[str]:
         yield name
 
 
-def _contents(node: object) -> Iterable[tuple[object, object]] | None:
+def _contents(node: object) -> Facts | None:
     """What counts as data: a container's contents, and what is registered in a module."""
     if isinstance(node, Inert):
         return node.registered() if node.is_module else node.items.items()
     return contents_of(node)
 
 
-def _counted(items: Iterable[tuple[object, object]], visited: Iterator[int]) -> Iterator[tuple[str, object]]:
-    """Public names and what they stand for, until there are too many of all."""
-    for key, fact in items:
-        if next(visited) > MAX_ENTRIES:
-            return
-        if not str(key).startswith("_") and key != "training":
-            yield str(key), fact
-
-
-def _facts(node: object) -> Iterable[tuple[object, object]]:
-    """What may hold plain values: an object's attributes and items, a container's contents."""
-    if isinstance(node, Inert):
-        return itertools.chain(node.attributes(), node.items.items())
-    return contents_of(node) or ()
-
-
 def _values(
-    node: object, name: str, depth: int, visited: Iterator[int], seen: set[int]
+    facts: Facts, name: str, depth: int, visited: Iterator[int], seen: set[int]
 ) -> Iterator[tuple[str, object]]:
-    """The plain values within an attribute; each object is looked into once, and no module."""
-    if isinstance(node, PLAIN):
-        yield name, node
-    if depth > MAX_DEPTH or len(name) > MAX_NAME:
-        return
-    if isinstance(node, Inert):
-        if node.is_module or id(node) in seen:
+    """The public plain values among attributes and within them, until there are too many of all.
+
+    Each object is looked into once, and no module.
+    """
+    for key, fact in facts:
+        if depth > MAX_DEPTH or next(visited) > MAX_ENTRIES:
             return
-        seen.add(id(node))
-    for key, fact in _counted(itertools.islice(_facts(node), MAX_ITEMS), visited):
-        yield from _values(fact, dotted(name, key), depth + 1, visited, seen)
+        path = dotted(name, key)
+        if str(key).startswith("_") or key == "training" or len(path) > MAX_NAME:
+            continue
+        if isinstance(fact, PLAIN):
+            yield path, fact
+        within = contents_of(fact) or ()
+        if isinstance(fact, Inert) and not fact.is_module and id(fact) not in seen:
+            seen.add(id(fact))
+            within = itertools.chain(fact.attributes(), fact.items.items())
+        yield from _values(itertools.islice(within, MAX_ITEMS), path, depth + 1, visited, seen)
 
 
 def _keep(target: dict[str, T], name: str, node: T) -> None:
@@ -125,18 +136,15 @@ def _keep(target: dict[str, T], name: str, node: T) -> None:
     target[name] = node
 
 
-def _keep_object(found: Described, name: str, node: Inert, visited: Iterator[int], seen: set[int]) -> None:
-    """A module's class, why what wraps a tensor is not read, and the attributes of both."""
+def _keep_object(found: Described, name: str, node: Inert) -> None:
+    """A module's class and what changes it, or why what wraps a tensor is not read."""
     if node.is_module:
         found.modules[name] = node.name
         found.values.update((dotted(name, key), str(key)) for key in CHANGES if node.attribute(key))
-    elif node.wraps_tensor:
+        return
+    attributes = itertools.islice(node.attributes(), FEW)
+    if node.wraps_tensor or any(isinstance(fact, TENSORS) for _, fact in attributes):
         found.unreadable[name] = f"is made by {node}, which was not run"
-    seen.add(id(node))
-    for key, fact in _counted(node.attributes(), visited):
-        if isinstance(fact, TENSORS) and not node.is_module:
-            found.unreadable[name] = f"is made by {node}, which was not run"
-        found.values.update(_values(fact, dotted(name, key), 1, visited, seen))
 
 
 def _sort(tree: object, found: Described) -> None:
@@ -153,18 +161,20 @@ def _sort(tree: object, found: Described) -> None:
         elif isinstance(node, Inert):
             if root is None or not f"{name}.".startswith(root):  # one config may serve two models
                 root, seen = f"{name}." if name else "", set()
-            _keep_object(found, name, node, visited, seen)
+            seen.add(id(node))
+            _keep_object(found, name, node)
+            found.values.update(_values(node.attributes(), name, 1, visited, seen))
 
 
-def described(path: Path, unpickler: DescribingUnpickler) -> Described:
-    """The next object of a pickle of `path`, by its names.
+def described(source: ByteSource, unpickler: DescribingUnpickler) -> Described:
+    """The next object of a pickle of `source`, by its names.
 
     Raises CheckpointError for a name that occurs twice, and for trees too deep or too large to be data.
     """
-    tree = describe(path, unpickler)
+    tree = describe(source, unpickler)
     found = Described(unpickler.is_plain and unpickler.proto == 2)
     try:
         _sort(tree, found)
     except CheckpointError as error:
-        raise CheckpointError(path, f"{error}") from None
+        raise CheckpointError(source, error) from None
     return found

@@ -7,13 +7,11 @@ name and 7 the graph; msgpack's spec, of which Flax's files begin with a map and
 from __future__ import annotations
 
 import re
-import zipfile
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Collection, Iterable, Mapping
 
 from gpt2lite.checkpoint.inert_pickle import RESAVE
-from gpt2lite.checkpoint.torch_zip import DAMAGED_ZIP
 
+DAMAGED = "truncated or damaged; copy or download it again"
 MAX_SHOWN = 5  # names in a message
 UNPACK = "unpack it first, and pass what is in it"
 ORIGINAL = "pass the checkpoint that it was converted from (model.safetensors or pytorch_model.bin)"
@@ -59,13 +57,8 @@ def what_is_json(tree: Mapping[str, object]) -> str:
     return "JSON, not weights; pass the file of the weights"
 
 
-def what_is_zip(path: Path) -> str:
-    """What a zip is that torch.save did not write, and what to do; "" where it did, or is damaged."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except DAMAGED_ZIP:
-        return ""
+def what_is_zip(names: Collection[str]) -> str:
+    """What a zip with these entries is that torch.save did not write, and what to do; "" where it did."""
     inside = {name.partition("/")[2] for name in names}
     if "constants.pkl" in inside:
         return f"a TorchScript program, or Rust's .ot; make it a state dict: {FROM_SCRIPT}"

@@ -7,12 +7,10 @@ from collections import Counter, defaultdict
 from typing import Any
 
 from gpt2lite.checkpoint import Manifest
-from gpt2lite.checkpoint.tf_bundle import check_crc32c
 from gpt2lite.cli.terminal import (
     add_config_arguments,
     add_revision_argument,
     as_json,
-    bytes_bar,
     config_of,
     facts,
 )
@@ -23,7 +21,6 @@ from gpt2lite.model import GPTModel, open_model
 from gpt2lite.opening import Opened
 
 MAX_NAMED = 3
-CHECKS = {"tf_bundle": check_crc32c}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a .pth, a .safetensors, a TensorFlow model.ckpt, a folder, or a Hub model: gpt2 …",
     )
     parser.add_argument("--json", action="store_true", help="as JSON")
-    parser.add_argument("--check", action="store_true", help="read all data, compare it with the file's sums")
     add_revision_argument(parser)
     add_config_arguments(parser)
 
@@ -71,20 +67,10 @@ def _config(opened: Opened[GPTModel]) -> tuple[dict[str, Any], str]:
         return opened.sizes.as_dict() | unsaid, str(error)
 
 
-def _checked(manifest: Manifest) -> str:
-    """What --check found. Raises CheckpointError for the first tensor that does not agree with its sum."""
-    check = CHECKS.get(manifest.format)
-    if check is None:
-        return f"not checked: only {', '.join(CHECKS)} has sums that are read, this is {manifest.format}"
-    with bytes_bar("check") as progress:
-        return f"those of {check(manifest, progress)} tensors agree"
-
-
 def describe(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that the command says, as a dict."""
     opened = open_model(args.path, revision=args.revision, config=config_of(args))
     reading, manifest = opened.reading, opened.reading.manifest
-    sums = {"sums": _checked(manifest)} if args.check else {}
     config, problem = _config(opened)
     used = {
         manifest.tensors[placement.source].address: placement.source
@@ -104,7 +90,6 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         "dtypes": dict(dtypes),
         "ties": _ties(manifest),
         "oddities": [*_oddities(reading), *opened.found.notes, *([problem] if problem else [])],
-        **sums,
     }
 
 
@@ -125,6 +110,5 @@ def run(args: argparse.Namespace) -> int:
         ("dtypes", ", ".join(f"{name} × {count}" for name, count in found["dtypes"].items())),
         ("ties", "; ".join(" = ".join(names) for names in found["ties"]) or "none"),
         ("oddities", "\n          ".join(found["oddities"]) or "none"),
-        *([("sums", found["sums"])] if args.check else []),
     ]))  # fmt: skip
     return 0
