@@ -538,7 +538,7 @@ LLMC_DAMAGES = {
     "huge": (whole(T=2**31 - 1, V=2**31 - 1, Vp=2**31 - 1, L=10_000), "describes .* bytes, the file has"),
     "one row more": (whole(T=9), f"describes {SIZE + 16} bytes, the file has {SIZE}"),
     "the other dtype": (whole(version=5), f"the file has {SIZE}"),
-    "last byte missing": (whole()[:-1], f"describes {SIZE} bytes, the file has {SIZE - 1}. truncated"),
+    "last byte missing": (whole()[:-1], f"describes {SIZE} bytes, the file has {SIZE - 1}: truncated"),
     "a byte more": (whole() + b"0", f"describes {SIZE} bytes, the file has {SIZE + 1}"),
     "header alone": (llmc_header(), "the file has 1024"),
     "header cut": (llmc_header()[:1000], "ends within its llm.c header, at byte 1000 of 1024"),

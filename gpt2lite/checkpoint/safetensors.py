@@ -193,7 +193,8 @@ def write_safetensors(
 def fill_safetensors_folder(
     folder: Path, tensors: Sequence[TensorToWrite], wrote: Wrote, max_shard_bytes: int | None = None
 ) -> None:
-    """Write `model.safetensors` into a folder, or shards and an index where one file would be too large."""
+    """Write a new folder of `model.safetensors`, or of shards and an index where that would be too large."""
+    folder.mkdir()
     if max_shard_bytes is None:
         fill_safetensors(folder / ONE, tensors, wrote)
         return

@@ -141,7 +141,8 @@ class _DescribingPickler(pickle.Pickler):
         if not isinstance(obj, TensorToWrite):
             return NotImplemented
         storage = Storage(self.keys[obj.shares or obj.name], obj.dtype, obj.nbytes)
-        described = (storage, 0, obj.shape, contiguous_stride(obj.shape), False, OrderedDict[str, Any]())
+        hooks: OrderedDict[str, object] = OrderedDict()
+        described = (storage, 0, obj.shape, contiguous_stride(obj.shape), False, hooks)
         if obj.dtype in STORAGES:
             return torch._utils._rebuild_tensor_v2, described
         return torch._utils._rebuild_tensor_v3, (*described, obj.dtype)
