@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2lite.checkpoint.chunks import TensorToWrite
 from gpt2lite.checkpoint.reading import memory_of
-from gpt2lite.checkpoint.torch_zip import write_torch_zip
-from gpt2lite.checkpoint.writing import require_space
+from gpt2lite.checkpoint.torch_zip import fill_torch_zip
+from gpt2lite.checkpoint.writing import TensorToWrite, require_space, write_whole
 from gpt2lite.config import GPTConfig
 from gpt2lite.converting import save_per_tensor
 from gpt2lite.devices import synchronize
@@ -106,7 +105,7 @@ def write_random_checkpoint(
         if name != "out_head.weight" or not config.tied_head:
             tensors.append(_random_tensor(name, tuple(tensor.shape), seed))
     require_space(path.parent, sum(tensor.nbytes for tensor in tensors))
-    write_torch_zip(path, tensors, progress)
+    write_whole(fill_torch_zip, path, tensors, progress)
 
 
 # ---- in the fresh process ----------------------------------------------------------------------------------

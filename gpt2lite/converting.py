@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from gpt2lite.checkpoint import open_checkpoint
-from gpt2lite.checkpoint.chunks import TensorToWrite, join, tensors_of
 from gpt2lite.checkpoint.manifest import Manifest
 from gpt2lite.checkpoint.page_cache import forget_cached
 from gpt2lite.checkpoint.reading import map_tensors, memory_of
@@ -29,12 +28,15 @@ from gpt2lite.checkpoint.tensor_folder import fill_tensor_folder
 from gpt2lite.checkpoint.torch_zip import fill_torch_zip
 from gpt2lite.checkpoint.writing import (
     Progress,
+    TensorToWrite,
     Wrote,
     counting,
     destination_of,
+    join,
     replacing,
     require_new_folder,
     require_space,
+    tensors_of,
 )
 from gpt2lite.config import GPTConfig
 from gpt2lite.dialects import DIALECTS, Placement, expand_rows
@@ -192,24 +194,11 @@ def _format_of(destination: Path, format: str | None) -> tuple[str, bool]:
     return found, in_folder
 
 
-def _check_destination(source: Manifest, destination: Path, in_folder: bool) -> None:
-    if in_folder:
-        require_new_folder(destination)
-    followed = destination_of(destination)
-    sources = (source.path, *(file.path for file in source.files))
-    if followed.exists() and any(map(followed.samefile, sources)):
-        raise UsageError(f"{destination}: is the source itself; choose another place")
-
-
 def _views(opened: Opened[GPTModel], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Every parameter by our name, mapped. Raises CheckpointError where one is missing or does not fit."""
     plan = opened.plan(dtype=dtype)
     mapped = map_tensors(plan.spans.values())
-    return {
-        name: target.placement.of(mapped[target.span.name])
-        for target in plan.targets
-        for name in target.names
-    }
+    return {name: t.placement.of(mapped[t.span.name]) for t in plan.targets for name in t.names}
 
 
 def _target_config(found: GPTConfig, to: str, views: Mapping[str, Tensor]) -> GPTConfig:
@@ -234,15 +223,12 @@ def _stored(
     for theirs, ours, placement in expand_rows(DIALECTS[to].rows, config.n_layers):
         if ours in wanted:
             groups.setdefault(theirs, []).append((ours, placement))
-    stored = {}
+    absent = wanted.keys() - views.keys()
+    zeros = {name: torch.zeros(wanted[name].shape, dtype=like, device="cpu") for name in absent}
+    views, stored = {**views, **zeros}, {}
     for theirs, group in groups.items():
         (ours, placement), *_ = group
-        parts = [
-            placement.unplace(
-                views[part] if part in views else torch.zeros(wanted[part].shape, dtype=like, device="cpu")
-            )
-            for part, placement in group
-        ]
+        parts = [placement.unplace(views[part]) for part, placement in group]
         name = theirs if ours == HEAD else target.prefix + theirs
         stored[ours] = join(name, parts, axis=placement.axis if len(parts) > 1 else 0, dtype=dtype)
     if config.tied_head:
@@ -296,7 +282,11 @@ def plan_conversion(
     if opened.reading.adapters:
         merge = "GPTModel.from_checkpoint(…).save_checkpoint(…), with the book's lora_alpha=…"
         raise UsageError(f"{manifest.path}: holds LoRA layers; merge them first: {merge}")
-    _check_destination(manifest, destination, in_folder)
+    if in_folder:
+        require_new_folder(destination)
+    followed, sources = destination_of(destination), {manifest.path, *(file.path for file in manifest.files)}
+    if followed.exists() and any(map(followed.samefile, sources)):
+        raise UsageError(f"{destination}: is the source itself; choose another place")
     views = _views(opened, dtype)
     config = _target_config(opened.config, to, views)
     tensors = tuple(_stored(to, format, config, views, dtype))

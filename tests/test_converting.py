@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, randomise
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_loading import HEADS, KINDS, book, expected_parameters, huggingface, ours, save_pth
 
 import gpt2lite.converting as converting
 from gpt2lite import CheckpointError, GPTConfig, GPTModel, UsageError, convert
 from gpt2lite.benchmarking import write_random_checkpoint
-from gpt2lite.checkpoint import chunks
+from gpt2lite.checkpoint import writing
 from gpt2lite.cli import main
 from gpt2lite.dialects import DIALECTS
 
@@ -30,8 +30,8 @@ MEDIUM = GPTConfig(8000, 512, 512, 8, 6)
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1000)
-    monkeypatch.setattr(chunks, "TILE", (7, 5))
+    monkeypatch.setattr(writing, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(writing, "TILE", (7, 5))
 
 
 def names_in(folder: Path) -> set[str]:
@@ -267,6 +267,34 @@ def test_what_cannot_be_done_is_one_error_before_anything_is_written(
     with pytest.raises((UsageError, CheckpointError), match=message):
         convert(pth, pth.parent / destination, **{"config": HEADS, **arguments})
     assert names_in(pth.parent) == before
+
+
+def test_a_mistyped_option_is_a_type_error_that_names_the_nearest(pth: Path):
+    with pytest.raises(TypeError, match="'shard_size'; did you mean max_shard_size"):
+        convert(pth, pth.parent / "out", shard_size=1)  # type: ignore[call-arg]
+
+
+def with_dtype(path: Path, name: str, code: str) -> Path:
+    """A safetensors file, one of its tensors said to be of another dtype."""
+    raw = path.read_bytes()
+    length, header = int.from_bytes(raw[:8], "little"), json_header(path)
+    changed = json.dumps(header | {name: {**header[name], "dtype": code}}).encode()  # type: ignore[dict-item]
+    path.write_bytes(len(changed).to_bytes(8, "little") + changed + raw[8 + length :])
+    return path
+
+
+@pytest.mark.parametrize("strategy", ["stream", "mmap", "baseline"])
+def test_a_dtype_that_torch_lacks_is_refused_where_it_is_needed_and_only_there(
+    strategy: str, model: GPTModel, tmp_path: Path
+):
+    state = {**model.state_dict(), "beside": torch.ones(2)}
+    save_file(state, tmp_path / "model.safetensors")
+    beside = with_dtype(tmp_path / "model.safetensors", "beside", "F4")
+    loaded = GPTModel.from_checkpoint(beside, strategy=strategy, config=HEADS)
+    assert torch.equal(loaded.pos_emb.weight, model.pos_emb.weight)
+    needed = with_dtype(beside, "pos_emb.weight", "F4")
+    with pytest.raises(CheckpointError, match=r"pos_emb\.weight has dtype F4, which torch lacks"):
+        GPTModel.from_checkpoint(needed, strategy=strategy, config=HEADS)
 
 
 def test_a_link_to_the_source_is_the_source(pth: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import pickle
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -36,8 +37,9 @@ from test_checkpoint import (
     tensors_in,
 )
 
-from gpt2lite.checkpoint import FOLDER_FILES, open_checkpoint
+from gpt2lite.checkpoint import FOLDER_FILES, OPENERS, open_checkpoint
 from gpt2lite.checkpoint.reading import map_tensors, read_span, sizes_read
+from gpt2lite.checkpoint.source import FileState, LocalFile
 from gpt2lite.checkpoint.torch_legacy import MAGIC_NUMBER
 from gpt2lite.errors import CheckpointError
 
@@ -168,9 +170,9 @@ LEGACY_DAMAGES = {
     "another number": (parts(magic=MAGIC_NUMBER << 80), "its magic number is <int>, wanted"),
     "another version": (parts(version=1002), "its version is 1002, wanted 1001"),
     "version True": (parts(version=True), "its version is True, wanted 1001"),
-    "big-endian": (parts(system={"little_endian": False}), "a machine of other byte order.*save the weights"),
-    "no machine": (parts(system={}), "a machine that it does not describe"),
-    "machine is a list": (parts(system=[]), "a machine that it does not describe"),
+    "big-endian": (parts(system={"little_endian": False}), "does not call little-endian.*save the weights"),
+    "no machine": (parts(system={}), "does not call little-endian"),
+    "machine is a list": (parts(system=[]), "does not call little-endian"),
     "keys of another type": (parts(keys=(0,)), r"its list of storages is \[0\]"),
     "keys are a dict": (parts(keys={"0": 0}), "its list of storages is <dict>"),
     "a key too few": (parts(keys=()), r"0 storages does not fit.*describes 1; they differ in \['0'\]"),
@@ -561,6 +563,65 @@ def test_a_damaged_llm_c_header_is_a_checkpoint_error_or_harmless(tmp_path):
         (tmp_path / "gpt2.bin").write_bytes(damaged)
         outcomes[opens_soundly_or_not_at_all(tmp_path / "gpt2.bin")] += 1
     assert outcomes[False] > 20 * outcomes[True] > 0
+
+
+# ---- bytes that lie elsewhere ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """A source that only it can open."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return f"elsewhere:{self.path.name}"
+
+    def state(self) -> FileState:
+        return LocalFile(self.path).state()
+
+    def open(self) -> BinaryIO:
+        return io.open(self.path, "rb")  # noqa: UP020 - the builtin is taken away
+
+    def sibling(self, name: str) -> Elsewhere:
+        return Elsewhere(self.path.parent / name)
+
+
+def save_zip(folder: Path) -> Path:
+    torch.save({"a": A}, folder / "m.pth")
+    return folder / "m.pth"
+
+
+def save_old(folder: Path) -> Path:
+    save_legacy({"a": A}, folder / "m.pth")
+    return folder / "m.pth"
+
+
+def save_llmc(folder: Path) -> Path:
+    (folder / "m.bin").write_bytes(llmc_header() + llmc_data())
+    return folder / "m.bin"
+
+
+BUNDLE = Path(__file__).resolve().parent / "data" / "openai_tf_tiny" / "model.ckpt.index"
+ELSEWHERE = {
+    "zip": save_zip,
+    "legacy": save_old,
+    "safetensors": lambda folder: save_shards(folder).with_name("1.safetensors"),
+    "sharded": save_shards,
+    "llmc": save_llmc,
+    "tf bundle": lambda folder: BUNDLE,
+}
+
+
+@pytest.mark.parametrize("kind", OPENERS)
+def test_openers_read_the_source_that_they_are_given_and_open_no_path(kind, tmp_path, monkeypatch):
+    source = Elsewhere(ELSEWHERE[kind](tmp_path))
+    monkeypatch.setattr("builtins.open", None)
+    manifest = OPENERS[kind](source)
+    monkeypatch.undo()
+    assert {type(file) for file in manifest.files} == {Elsewhere}
+    assert {span.source for span in manifest.tensors.values()} <= manifest.files.keys()
+    assert manifest.tensors.keys() == open_checkpoint(source.path).tensors.keys()
 
 
 # ---- what opening costs ------------------------------------------------------------------------------------

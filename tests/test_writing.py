@@ -18,10 +18,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gpt2lite.checkpoint import open_checkpoint, tensor_folder
-from gpt2lite.checkpoint.chunks import TensorToWrite
 from gpt2lite.checkpoint.reading import memory_of, read_span
-from gpt2lite.checkpoint.torch_zip import ALIGNMENT, write_torch_zip
-from gpt2lite.checkpoint.writing import replacing, require_space
+from gpt2lite.checkpoint.torch_zip import ALIGNMENT, fill_torch_zip
+from gpt2lite.checkpoint.writing import TensorToWrite, replacing, require_space, write_whole
 from gpt2lite.converting import convert, save_per_tensor
 from gpt2lite.errors import CheckpointNotFoundError, UsageError
 from gpt2lite.model import GPTModel
@@ -71,11 +70,11 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
-    write_torch_zip(tmp_path / "model.pth", to_write(STATE), ignore)
+    write_whole(fill_torch_zip, tmp_path / "model.pth", to_write(STATE), ignore)
     return tmp_path / "model.pth"
 
 
-# ---- write_torch_zip ---------------------------------------------------------------------------------------
+# ---- fill_torch_zip ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mmap", [False, True])
@@ -101,21 +100,22 @@ def test_the_checksums_are_right(written):
 
 
 def test_an_empty_state_dict_is_written(tmp_path):
-    write_torch_zip(tmp_path / "empty.pth", [], ignore)
+    write_whole(fill_torch_zip, tmp_path / "empty.pth", [], ignore)
     assert torch.load(tmp_path / "empty.pth", weights_only=True) == {}
     assert open_checkpoint(tmp_path / "empty.pth").tensors == {}
 
 
 def test_progress_counts_every_byte_once(tmp_path):
     seen: list[tuple[int, int]] = []
-    write_torch_zip(tmp_path / "m.pth", to_write(STATE), lambda done, total: seen.append((done, total)))
+    written = tmp_path / "m.pth"
+    write_whole(fill_torch_zip, written, to_write(STATE), lambda done, total: seen.append((done, total)))
     total = sum(tensor.nbytes for tensor in STATE.values())
     assert seen[-1] == (total, total)
     assert seen == sorted(set(seen))
 
 
 def test_the_old_file_is_replaced(written):
-    write_torch_zip(written, to_write({"w": torch.ones(2)}), ignore)
+    write_whole(fill_torch_zip, written, to_write({"w": torch.ones(2)}), ignore)
     assert list(torch.load(written, weights_only=True)) == ["w"]
     assert list(written.parent.iterdir()) == [written]
 
@@ -129,7 +129,7 @@ def test_a_failure_half_way_leaves_the_old_file_and_nothing_else(written):
     before = written.read_bytes()
     broken = TensorToWrite("broken", torch.float32, (100,), lambda: failing(200))
     with pytest.raises(RuntimeError, match="the source broke"):
-        write_torch_zip(written, [*to_write(STATE), broken], ignore)
+        write_whole(fill_torch_zip, written, [*to_write(STATE), broken], ignore)
     assert written.read_bytes() == before
     assert list(written.parent.iterdir()) == [written]
 
@@ -137,13 +137,13 @@ def test_a_failure_half_way_leaves_the_old_file_and_nothing_else(written):
 def test_a_failure_half_way_leaves_no_new_file(tmp_path):
     broken = TensorToWrite("broken", torch.float32, (100,), lambda: failing(200))
     with pytest.raises(RuntimeError, match="the source broke"):
-        write_torch_zip(tmp_path / "m.pth", [broken], ignore)
+        write_whole(fill_torch_zip, tmp_path / "m.pth", [broken], ignore)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"the folder .*nowhere does not exist"):
-        write_torch_zip(tmp_path / "nowhere" / "m.pth", [], ignore)
+        write_whole(fill_torch_zip, tmp_path / "nowhere" / "m.pth", [], ignore)
 
 
 # ---- save_per_tensor ---------------------------------------------------------------------------------------

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from gpt2lite.checkpoint import llmc_bin, tf_bundle, torch_legacy
 from gpt2lite.checkpoint.folders import FOLDER_FILES, candidates, refuse_divided, without_weights
-from gpt2lite.checkpoint.foreign import READABLE, is_optimizer_state, shortened, what_is
-from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, joined
+from gpt2lite.checkpoint.foreign import READABLE, shortened, what_is
+from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, joined, validate
 from gpt2lite.checkpoint.safetensors import open_safetensors
 from gpt2lite.checkpoint.sharded import INDEX_SUFFIX, open_sharded
 from gpt2lite.checkpoint.source import ByteSource, LocalFile
 from gpt2lite.checkpoint.tensor_folder import open_tensors
 from gpt2lite.checkpoint.torch_zip import open_torch_zip
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError
+
+OPTIMIZER = re.compile(r"(.*\.)?(state\.\d+|param_groups|optim\w*)\..*")  # names of an optimizer's tensors
 
 __all__ = ["FOLDER_FILES", "Manifest", "TensorSpan", "open_checkpoint", "side_file"]
 
@@ -45,18 +48,18 @@ def _opener_of(source: ByteSource) -> Callable[[ByteSource], Manifest]:
         head = file.read(512)
         file.seek(max(size - len(tf_bundle.MAGIC), 0))
         tail = file.read(len(tf_bundle.MAGIC))
-    said = what_is(head)
     rows = {
         "zip": head.startswith(b"PK\x03\x04"),
         "llmc": head.startswith(llmc_bin.MAGIC) and head[4:8] != bytes(4),
         # a brace that is not within the length of a safetensors header
         "sharded": head.lstrip()[:1] == b"{" and b"\0" not in head[:8],
         "tf bundle": tail == tf_bundle.MAGIC,
-        "safetensors": head[8:9] == b"{" and not (any(head[4:8]) and said),
+        "safetensors": head[8:9] == b"{" and not (any(head[4:8]) and what_is(head)),
         "legacy": torch_legacy.MAGIC in head[:32] or head.startswith(torch_legacy.MAGIC_TEXT),
     }
     kind = next((kind for kind, is_it in rows.items() if is_it), None)
     if kind is None:
+        said = what_is(head)
         what = f"is {said}" if said else f"begins with {head[:8]!r}, {READABLE}"
         raise CheckpointError(source, what)
     return OPENERS[kind]
@@ -113,6 +116,6 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Manifest:
         manifest = tf_bundle.open_tf_bundle(LocalFile(index))
     else:
         raise CheckpointNotFoundError(path, "no such file or folder")
-    if is_optimizer_state(manifest.tensors):
+    if manifest.tensors and all(map(OPTIMIZER.fullmatch, manifest.tensors)):
         raise CheckpointError(manifest.path, "an optimizer's state alone; pass the file of the weights")
-    return manifest
+    return validate(manifest)

@@ -7,34 +7,15 @@ and of other objects are values under their dotted paths.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import TypeVar
 
 import torch
 
-from gpt2lite.checkpoint.inert_pickle import (
-    FEW,
-    TENSORS,
-    DescribingUnpickler,
-    Inert,
-    TensorRecord,
-    Unreadable,
-    describe,
-)
-from gpt2lite.checkpoint.manifest import (
-    MAX_DEPTH,
-    MAX_ENTRIES,
-    MAX_NAME,
-    Manifest,
-    TensorSpan,
-    contents_of,
-    dotted,
-    validate,
-    walk,
-)
-from gpt2lite.checkpoint.source import ByteSource, FileState
+from gpt2lite.checkpoint.inert_pickle import DescribingUnpickler, Inert, TensorRecord, Unreadable, describe
+from gpt2lite.checkpoint.manifest import MAX_DEPTH, MAX_ENTRIES, MAX_NAME, contents_of, dotted, walk
 from gpt2lite.errors import CheckpointError
 
 MAX_ITEMS = 1000  # of a container within an object: what is longer is a vocabulary or data
@@ -55,43 +36,12 @@ class Described:
     unreadable: dict[str, str] = field(default_factory=dict)
     dicts: set[str] = field(default_factory=set)
 
-    def _containers(self) -> dict[str, str]:
+    def containers(self) -> dict[str, str]:
         """For each tensor the dict that holds it, or the module at the top of those around it."""
         tops = {name for name in self.modules if not any(above in self.modules for above in _above(name))}
         holders = tops | self.dicts
         held = {name: next((a for a in _above(name) if a in holders), "") for name in self.tensors}
         return {name: holder for name, holder in held.items() if holder}
-
-    def manifest(
-        self,
-        source: ByteSource,
-        state: FileState,
-        kept: Mapping[str, tuple[int, int]],
-        sizes: tuple[int, ...],
-    ) -> Manifest:
-        """The manifest of a file of torch.save, which allocates storages of these `sizes` to load it.
-
-        `kept` says where in the file a storage lies, by its key: its first byte, and how many there are. A
-        tensor whose storage is not there is unreadable. Raises CheckpointError for one that reaches past it.
-        """
-        spans, unreadable = {}, dict(self.unreadable)
-        for name, record in self.tensors.items():
-            storage, start = record.storage, record.offset * record.dtype.itemsize
-            begin, nbytes = kept.get(storage.key, (0, -1))
-            if nbytes < storage.start + storage.nbytes:
-                found = f"has {nbytes} bytes" if storage.key in kept else "is missing"
-                unreadable[name] = f"needs data/{storage.key} of {storage.nbytes} bytes, which {found}"
-                continue
-            offset = begin + storage.start + start
-            span = TensorSpan(name, record.dtype, record.shape, record.stride, source, offset)
-            if start + span.extent > storage.nbytes:
-                what = f"{name} reaches past the end of its storage {storage.key}"
-                raise CheckpointError(source, what, name=name)
-            spans[name] = span
-        is_plain = self.is_plain and not unreadable
-        rest = (self.modules, unreadable, is_plain, self._containers())
-        files, storages = {source: state}, {source: sizes}
-        return validate(Manifest(source.path, "torch_zip", spans, self.values, files, storages, *rest))
 
 
 def _above(name: str) -> Iterator[str]:
@@ -111,7 +61,7 @@ def _contents(node: object) -> Facts | None:
 def _values(
     facts: Facts, name: str, depth: int, visited: Iterator[int], seen: set[int]
 ) -> Iterator[tuple[str, object]]:
-    """The public plain values among attributes and within them, until there are too many of all.
+    """The public plain values among attributes and within them; ends without a word past MAX_ENTRIES of all.
 
     Each object is looked into once, and no module.
     """
@@ -136,17 +86,6 @@ def _keep(target: dict[str, T], name: str, node: T) -> None:
     target[name] = node
 
 
-def _keep_object(found: Described, name: str, node: Inert) -> None:
-    """A module's class and what changes it, or why what wraps a tensor is not read."""
-    if node.is_module:
-        found.modules[name] = node.name
-        found.values.update((dotted(name, key), str(key)) for key in CHANGES if node.attribute(key))
-        return
-    attributes = itertools.islice(node.attributes(), FEW)
-    if node.wraps_tensor or any(isinstance(fact, TENSORS) for _, fact in attributes):
-        found.unreadable[name] = f"is made by {node}, which was not run"
-
-
 def _sort(tree: object, found: Described) -> None:
     visited, root, seen = itertools.count(), None, set[int]()  # of facts: too many do not matter, they end
     for name, node in walk(tree, itertools.count(), _contents):
@@ -162,11 +101,15 @@ def _sort(tree: object, found: Described) -> None:
             if root is None or not f"{name}.".startswith(root):  # one config may serve two models
                 root, seen = f"{name}." if name else "", set()
             seen.add(id(node))
-            _keep_object(found, name, node)
+            if node.is_module:
+                found.modules[name] = node.name
+                found.values.update((dotted(name, key), key) for key in CHANGES if node.attribute(key))
+            elif node.holds_tensor:
+                found.unreadable[name] = f"is made by {node}, which was not run"
             found.values.update(_values(node.attributes(), name, 1, visited, seen))
 
 
-def described(source: ByteSource, unpickler: DescribingUnpickler) -> Described:
+def described(source: object, unpickler: DescribingUnpickler) -> Described:
     """The next object of a pickle of `source`, by its names.
 
     Raises CheckpointError for a name that occurs twice, and for trees too deep or too large to be data.

@@ -39,7 +39,6 @@ READABLE = (
     "checkpoint (not its data), or llm.c's .bin"
 )
 FROM_SCRIPT = "torch.save({n.replace('|', '.'): t for n, t in torch.jit.load(path).state_dict().items()}, …)"
-OPTIMIZER = re.compile(r"(.*\.)?(state\.\d+|param_groups|optim\w*)\..*")
 
 
 def what_is(head: bytes) -> str | None:
@@ -58,21 +57,12 @@ def what_is_json(tree: Mapping[str, object]) -> str:
 
 
 def what_is_zip(names: Collection[str]) -> str:
-    """What a zip with these entries is that torch.save did not write, and what to do; "" where it did."""
-    inside = {name.partition("/")[2] for name in names}
-    if "constants.pkl" in inside:
+    """What a zip is that torch.save did not write, by the names of its entries, and what to do."""
+    if any(name.endswith("/constants.pkl") for name in names):
         return f"a TorchScript program, or Rust's .ot; make it a state dict: {FROM_SCRIPT}"
-    if "data.pkl" in inside:
-        return ""
     if names and all(name.endswith(".npy") for name in names):
         return "NumPy's .npz; torch.save({n: torch.from_numpy(a) for n, a in numpy.load(path).items()}, …)"
     return f"a zip without data.pkl, so torch.save did not write it; it holds {shortened(names)}: {UNPACK}"
-
-
-def is_optimizer_state(names: Iterable[str]) -> bool:
-    """Whether tensors of these names are those of an optimizer, all of them."""
-    found = [OPTIMIZER.fullmatch(name) is not None for name in names]
-    return bool(found) and all(found)
 
 
 def shortened(names: Iterable[str]) -> str:

@@ -121,6 +121,12 @@ class Inert:
         return next((state[name] for state in self._named_states() if name in state), None)
 
     @property
+    def holds_tensor(self) -> bool:
+        """Whether it was made of a tensor, or has one among its first attributes."""
+        attributes = islice(self.attributes(), FEW)
+        return self.wraps_tensor or any(isinstance(value, TENSORS) for _, value in attributes)
+
+    @property
     def is_module(self) -> bool:
         """Whether it has the registries of a `torch.nn.Module`."""
         return all(isinstance(self.attribute(registry), dict) for registry in REGISTRIES)
@@ -129,9 +135,7 @@ class Inert:
         """What `state_dict` would list of a module, by key; () for what it would leave out."""
         unsaved = self.attribute("_non_persistent_buffers_set")
         left_out = unsaved.members[:FEW] if isinstance(unsaved, Inert) else ()
-        for key, tensor in self.attribute("_parameters").items():
-            yield key, as_tensor(tensor)
-        for key, tensor in self.attribute("_buffers").items():
+        for key, tensor in chain(self.attribute("_parameters").items(), self.attribute("_buffers").items()):
             yield key, () if key in left_out else as_tensor(tensor)
         for key, module in self.attribute("_modules").items():
             yield key, module if isinstance(module, Inert) and module.is_module else ()
@@ -186,7 +190,7 @@ def _tensor_v3(*args: Any) -> TensorRecord | Unreadable:
     return _tensor(*args[:6], *args[7:], dtype=args[6])
 
 
-def _parameter(data: object, grad: object, hooks: object, state: object = None) -> object:
+def _parameter(data: object, *rest: object) -> object:
     return as_tensor(data)
 
 

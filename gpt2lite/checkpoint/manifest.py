@@ -129,6 +129,20 @@ class Manifest:
                 raise CheckpointError(source, "changed while it was being read. Load it again.")
 
 
+def contiguous_span(
+    name: str, dtype: torch.dtype, shape: tuple[int, ...], source: ByteSource, offset: int, nbytes: int
+) -> TensorSpan:
+    """A row-major tensor that is said to have `nbytes`. Raises CheckpointError where it cannot."""
+    if not is_countable(shape, dtype):
+        what = f"{name} has shape {shape[:8]}, more bytes than can be counted"
+        raise CheckpointError(source, what, name=name)
+    span = TensorSpan(name, dtype, shape, contiguous_stride(shape), source, offset)
+    if nbytes != span.nbytes:
+        what = f"{name} takes {nbytes} bytes, {dtype} {shape[:8]} needs {span.nbytes}"
+        raise CheckpointError(source, what, name=name)
+    return span
+
+
 def joined(parts: Sequence[Manifest]) -> Manifest:
     """The manifests of several files as one, of the first one's path and format."""
     names = ("tensors", "values", "files", "storages", "modules", "unreadable", "containers")

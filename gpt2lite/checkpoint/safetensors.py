@@ -15,19 +15,10 @@ from typing import Any
 
 import torch
 
-from gpt2lite.checkpoint.chunks import TensorToWrite, made_ahead
 from gpt2lite.checkpoint.foreign import DAMAGED
-from gpt2lite.checkpoint.manifest import (
-    BOUND_CONFIG,
-    Manifest,
-    TensorSpan,
-    are_sizes,
-    contiguous_stride,
-    is_countable,
-    validate,
-)
+from gpt2lite.checkpoint.manifest import BOUND_CONFIG, Manifest, TensorSpan, are_sizes, contiguous_span
 from gpt2lite.checkpoint.source import ByteSource
-from gpt2lite.checkpoint.writing import Config, Progress, Wrote, counting, replacing
+from gpt2lite.checkpoint.writing import Config, TensorToWrite, Wrote, made_ahead
 from gpt2lite.errors import CheckpointError, UsageError
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -90,14 +81,7 @@ def _span(source: ByteSource, name: str, entry: Any, start: int) -> TensorSpan |
             raise CheckpointError(source, what, name=name)
     if code not in DTYPES and nbytes >= 0:
         return f"has dtype {code}, which torch lacks; known: {' '.join(DTYPES)}"
-    dtype = DTYPES.get(code, torch.uint8)
-    if not is_countable(shape, dtype):
-        raise CheckpointError(source, f"{name} has shape {shape}, more bytes than can be counted", name=name)
-    span = TensorSpan(name, dtype, shape, contiguous_stride(shape), source, start + begin)
-    if nbytes != span.nbytes:
-        what = f"{name} takes {nbytes} bytes, {code} {shape} needs {span.nbytes}"
-        raise CheckpointError(source, what, name=name)
-    return span
+    return contiguous_span(name, DTYPES.get(code, torch.uint8), shape, source, start + begin, nbytes)
 
 
 def _check_gapless(source: ByteSource, header: dict[str, Any], nbytes: int) -> None:
@@ -132,7 +116,7 @@ def open_safetensors(source: ByteSource) -> Manifest:
     unreadable = {name: reason for name, reason in found.items() if isinstance(reason, str)}
     values = {f"__metadata__.{key}": value for key, value in items}
     files = {source: state}
-    return validate(Manifest(source.path, "safetensors", spans, values, files, unreadable=unreadable))
+    return Manifest(source.path, "safetensors", spans, values, files, unreadable=unreadable)
 
 
 # ---- writing -----------------------------------------------------------------------------------------------
@@ -180,14 +164,6 @@ def fill_safetensors(
                 flush, waiting = flusher.submit(os.fsync, file.fileno()), 0
             wrote(len(chunk))
         flush.result()  # whose error no later fsync would say again
-
-
-def write_safetensors(
-    path: Path, tensors: Sequence[TensorToWrite], progress: Progress, config: Config | None = None
-) -> None:
-    """Write a `.safetensors` file as `fill_safetensors`; it appears whole or not at all."""
-    with replacing(path) as temporary:
-        fill_safetensors(temporary, tensors, counting(progress, tensors), config)
 
 
 def fill_safetensors_folder(

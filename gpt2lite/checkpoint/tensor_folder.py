@@ -8,11 +8,10 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from gpt2lite.checkpoint.chunks import TensorToWrite
 from gpt2lite.checkpoint.manifest import Manifest
 from gpt2lite.checkpoint.source import LocalFile
 from gpt2lite.checkpoint.torch_zip import fill_torch_zip, open_torch_zip
-from gpt2lite.checkpoint.writing import Wrote, state_of
+from gpt2lite.checkpoint.writing import TensorToWrite, Wrote, state_of
 from gpt2lite.errors import CheckpointError, UsageError
 
 

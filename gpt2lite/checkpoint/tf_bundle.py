@@ -21,9 +21,7 @@ from gpt2lite.checkpoint.manifest import (
     Manifest,
     TensorSpan,
     are_sizes,
-    contiguous_stride,
-    is_countable,
-    validate,
+    contiguous_span,
 )
 from gpt2lite.checkpoint.source import ByteSource
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError
@@ -194,12 +192,7 @@ def _span(key: bytes, content: bytes, shards: list[ByteSource]) -> TensorSpan | 
         return name, f"has TensorFlow's dtype {code}, which is not read"
     if shard >= len(shards):
         raise _damaged(f"{shown} lies in data file {shard}, counted from 0, of {len(shards)}")
-    if not is_countable(shape, DTYPES[code]):
-        raise _damaged(f"{shown} has shape {shape[:8]}, more bytes than can be counted")
-    span = TensorSpan(name, DTYPES[code], shape, contiguous_stride(shape), shards[shard], offset)
-    if nbytes != span.nbytes:
-        raise _damaged(f"{shown} takes {nbytes} bytes, {span.dtype} {shape[:8]} needs {span.nbytes}")
-    return span
+    return contiguous_span(name, DTYPES[code], shape, shards[shard], offset, nbytes)
 
 
 def _check_apart(spans: Iterable[TensorSpan]) -> None:
@@ -230,7 +223,7 @@ def open_tf_bundle(source: ByteSource) -> Manifest:
         shards = [source.sibling(f"{prefix}.data-{shard:05}-of-{count:05}") for shard in range(count)]
         found = [_span(key, content, shards) for key, content in table]
     except CheckpointError as error:
-        raise CheckpointError(source, error) from None
+        raise CheckpointError(source, error, name=error.name) from None
     try:
         files = {file: file.state() for file in (source, *shards)}
     except CheckpointNotFoundError as error:
@@ -239,7 +232,7 @@ def open_tf_bundle(source: ByteSource) -> Manifest:
     spans = {span.name: span for span in found if isinstance(span, TensorSpan)}
     _check_apart(spans.values())
     unreadable = dict(reason for reason in found if isinstance(reason, tuple))
-    return validate(Manifest(source.path, "tf_bundle", spans, files=files, unreadable=unreadable))
+    return Manifest(source.path, "tf_bundle", spans, files=files, unreadable=unreadable)
 
 
 def index_of(prefix: Path) -> Path:

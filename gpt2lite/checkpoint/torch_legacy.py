@@ -24,6 +24,7 @@ from gpt2lite.checkpoint.inert_pickle import (
 )
 from gpt2lite.checkpoint.manifest import Manifest, are_sizes
 from gpt2lite.checkpoint.source import ByteSource
+from gpt2lite.checkpoint.torch_zip import manifest_of
 from gpt2lite.errors import CheckpointError
 
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
@@ -94,10 +95,8 @@ def _check_head(source: ByteSource, pickles: _Pickles) -> None:
     for what, found, wanted in (("magic number", magic, MAGIC_NUMBER), ("version", version, VERSION)):
         if type(found) is not int or found != wanted:
             raise CheckpointError(source, f"its {what} is {shown(found)}, wanted {wanted}: {DAMAGED}")
-    order = machine.get("little_endian") if isinstance(machine, dict) else None
-    if order is not True:
-        what = "of other byte order" if order is False else "that it does not describe"
-        raise CheckpointError(source, f"written on a machine {what}. {RESAVE}")
+    if not isinstance(machine, dict) or machine.get("little_endian") is not True:
+        raise CheckpointError(source, f"written on a machine that it does not call little-endian. {RESAVE}")
 
 
 def _find_storages(
@@ -141,4 +140,5 @@ def open_torch_legacy(source: ByteSource) -> Manifest:
         keys = describe(source, DescribingUnpickler(pickles))
         whole = {key: storage for key, storage in unpickler.storages.items() if key == storage.key}
         kept = _find_storages(source, file, keys, whole)
-    return found.manifest(source, state, kept, tuple(storage.nbytes for storage in whole.values()))
+    sizes = tuple(storage.nbytes for storage in whole.values())
+    return manifest_of(found, source, state, kept, sizes)

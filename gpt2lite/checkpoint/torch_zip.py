@@ -13,20 +13,19 @@ import struct
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from gpt2lite.checkpoint.chunks import TensorToWrite, made_ahead
-from gpt2lite.checkpoint.described import described
+from gpt2lite.checkpoint.described import Described, described
 from gpt2lite.checkpoint.foreign import DAMAGED, what_is_zip
 from gpt2lite.checkpoint.inert_pickle import MAX_SMALL_BYTES, RESAVE, DescribingUnpickler, Storage
-from gpt2lite.checkpoint.manifest import BOUND_CONFIG, Manifest, contiguous_stride
+from gpt2lite.checkpoint.manifest import BOUND_CONFIG, Manifest, TensorSpan, contiguous_stride
 from gpt2lite.checkpoint.page_cache import read_each
-from gpt2lite.checkpoint.source import ByteSource
-from gpt2lite.checkpoint.writing import Config, Progress, Wrote, counting, replacing
+from gpt2lite.checkpoint.source import ByteSource, FileState
+from gpt2lite.checkpoint.writing import Config, TensorToWrite, Wrote, made_ahead
 from gpt2lite.errors import CheckpointError
 
 ENCRYPTED, UTF8_NAME = 1, 0x800  # flag bits
@@ -49,8 +48,9 @@ def _entries(source: ByteSource, file: BinaryIO, archive: zipfile.ZipFile) -> En
     """The archive's entries, without its own leading folder; their own headers say where their data begin."""
     infos = archive.infolist()
     names = {info.filename for info in infos}
-    if said := what_is_zip(names):
-        raise CheckpointError(source, said)
+    inside = {name.partition("/")[2] for name in names}
+    if "constants.pkl" in inside or "data.pkl" not in inside:
+        raise CheckpointError(source, what_is_zip(names))
     if len(names) < len(infos):
         raise CheckpointError(source, "the zip holds two entries of one name")
     for info in infos:
@@ -88,6 +88,36 @@ def _read_small(source: ByteSource, file: BinaryIO, entries: Entries, name: str)
     return data
 
 
+def manifest_of(
+    found: Described,
+    source: ByteSource,
+    state: FileState,
+    kept: Mapping[str, tuple[int, int]],
+    sizes: tuple[int, ...],
+) -> Manifest:
+    """The manifest of a file of torch.save, which allocates storages of these `sizes` to load it.
+
+    `kept` says where in the file a storage lies, by its key: its first byte, and how many there are. A tensor
+    whose storage is not there is unreadable. Raises CheckpointError for one that reaches past it.
+    """
+    spans, unreadable = {}, dict(found.unreadable)
+    for name, record in found.tensors.items():
+        storage, start = record.storage, record.offset * record.dtype.itemsize
+        begin, nbytes = kept.get(storage.key, (0, -1))
+        if nbytes < storage.start + storage.nbytes:
+            said = f"has {nbytes} bytes" if storage.key in kept else "is missing"
+            unreadable[name] = f"needs data/{storage.key} of {storage.nbytes} bytes, which {said}"
+            continue
+        offset = begin + storage.start + start
+        spans[name] = TensorSpan(name, record.dtype, record.shape, record.stride, source, offset)
+        if start + spans[name].extent > storage.nbytes:
+            what = f"{name} reaches past the end of its storage {storage.key}"
+            raise CheckpointError(source, what, name=name)
+    rest = (found.modules, unreadable, found.is_plain and not unreadable, found.containers())
+    files, storages = {source: state}, {source: sizes}
+    return Manifest(source.path, "torch_zip", spans, found.values, files, storages, *rest)
+
+
 def open_torch_zip(source: ByteSource) -> Manifest:
     """The manifest of a zip `.pth`. Raises CheckpointError for a file that is damaged.
 
@@ -114,7 +144,7 @@ def open_torch_zip(source: ByteSource) -> Manifest:
         if name.startswith("data/")
     }
     sizes = tuple(storage.nbytes for storage in unpickler.storages.values())
-    return found.manifest(source, state, kept, sizes)
+    return manifest_of(found, source, state, kept, sizes)
 
 
 # ---- writing -----------------------------------------------------------------------------------------------
@@ -191,14 +221,3 @@ def fill_torch_zip(
                     entry.write(chunk)
                     wrote(len(chunk))
         archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
-
-
-def write_torch_zip(
-    path: Path, tensors: Sequence[TensorToWrite], progress: Progress, config: Config | None = None
-) -> None:
-    """Write a state dict as `torch.save` does, two chunks in memory at a time.
-
-    torch.load, also with mmap, and every reader of `.pth` opens it. The file appears whole or not at all.
-    """
-    with replacing(path) as temporary:
-        fill_torch_zip(temporary, tensors, counting(progress, tensors), config)
