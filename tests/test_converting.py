@@ -297,6 +297,26 @@ def test_a_dtype_that_torch_lacks_is_refused_where_it_is_needed_and_only_there(
         GPTModel.from_checkpoint(needed, strategy=strategy, config=HEADS)
 
 
+@pytest.mark.parametrize("leaves", [("lora.A",), ("lora.A", "lora.B"), ("mask",)])
+def test_adapters_and_masks_of_a_dtype_that_torch_lacks_are_not_left_out_silently(
+    leaves: tuple[str, ...], model: GPTModel, tmp_path: Path
+):
+    state, layer = dict(model.state_dict()), "trf_blocks.0.att.W_query"
+    if "mask" in leaves:
+        layer = "trf_blocks.0.att"
+        state[f"{layer}.mask"] = torch.ones(32, 32)
+    else:
+        state[f"{layer}.linear.weight"] = state.pop(f"{layer}.weight")
+        state[f"{layer}.lora.A"] = torch.ones(TINY.emb_dim, 4)
+        state[f"{layer}.lora.B"] = torch.ones(4, TINY.emb_dim)
+    path = tmp_path / "model.safetensors"
+    save_file(state, path)
+    for leaf in leaves:
+        with_dtype(path, f"{layer}.{leaf}", "F4")
+    with pytest.raises(CheckpointError, match=f"{leaves[0]} has dtype F4"):
+        GPTModel.from_checkpoint(path, config=HEADS)
+
+
 def test_a_link_to_the_source_is_the_source(pth: Path):
     os.link(pth, pth.parent / "link.pth")
     with pytest.raises(UsageError, match="is the source itself"):

@@ -126,6 +126,8 @@ def with_peft(reading: Reading, path: Path) -> Reading:
         return reading
     said, base = _config(_file(folder, CONFIG)), reading.manifest
     manifest = open_checkpoint(path if path.is_file() else _file(folder, *WEIGHTS))
+    if manifest.unreadable:
+        raise CheckpointError(manifest.path, f"cannot read these tensors:{listed([*manifest.unreadable])}")
     spans = {BESIDE + name: replace(span, name=BESIDE + name) for name, span in manifest.tensors.items()}
     adapters = tuple(_adapters(reading, manifest, said))
     factors = {factor.source for adapter in adapters for factor in (adapter.a, adapter.b)}

@@ -164,10 +164,12 @@ def _names_of(manifest: Manifest, model: _Model) -> tuple[dict[str, str], dict[s
 def _require_readable(manifest: Manifest, model: _Model, wanted: Collection[str]) -> None:
     """Raise CheckpointError for a weight that is stored in a way that is not read; it is not just absent."""
     inside = {name: _plain(name.removeprefix(model.container)) for name in manifest.unreadable}
+    masks = (end for dialect in DIALECTS.values() for end in dialect.masks)
+    ends = ("out_head.weight", "lm_head.weight", ".lora.A", ".lora.B", *masks)
     lines = [
         f"{name} {manifest.unreadable[name]}"
         for name, plain in inside.items()
-        if plain.removeprefix(model.prefix) in wanted or plain.endswith(("out_head.weight", "lm_head.weight"))
+        if plain.removeprefix(model.prefix) in wanted or plain.endswith(ends)
     ]
     if lines:
         raise CheckpointError(manifest.path, f"{len(lines)} weight(s) cannot be read{listed(lines)}")
