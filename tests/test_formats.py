@@ -340,7 +340,7 @@ def test_a_shard_may_lie_in_a_subfolder_and_is_not_looked_for_above(name, tmp_pa
     index = save_shards(tmp_path, MAP | {"a": name})
     (tmp_path / "sub" / "1.safetensors").write_bytes((tmp_path / "1.safetensors").read_bytes())
     if ".." in name:
-        assert_refused(index, "which is no file in this folder")
+        assert_refused(index, "which is not a file in this folder")
     else:
         assert_holds(open_checkpoint(index), {"a": A, "b": B})
 
@@ -385,14 +385,14 @@ BAD_SHARDS = {
     "no map": ({"weight_map": b'{"architectures": ["GPT2LMHeadModel"]}'}, "no weight_map that names tensors"),
     "map is a list": ({"weight_map": ["a"]}, "no weight_map that names tensors"),
     "empty map": ({"weight_map": {}}, "no weight_map that names tensors"),
-    "absolute": (placed_in("/etc/1.safetensors"), "is said to be in '/etc/1.safetensors', which is no file"),
-    "climbs": (placed_in("../1.safetensors"), "a: is said to be in '../1.safetensors', which is no file"),
-    "drive": (placed_in("C:1.safetensors"), "a: is said to be in 'C:1.safetensors', which is no file"),
-    "backslash": (placed_in("..\\1.safetensors"), "which is no file in this folder"),
-    "number": (placed_in(1), "a: is said to be in '1', which is no file in this folder"),
-    "nothing": (placed_in(""), "a: is said to be in '', which is no file in this folder"),
+    "absolute": (placed_in("/etc/1.safetensors"), "said to be in '/etc/1.safetensors', which is not a file"),
+    "climbs": (placed_in("../1.safetensors"), "a: is said to be in '../1.safetensors', which is not a file"),
+    "drive": (placed_in("C:1.safetensors"), "a: is said to be in 'C:1.safetensors', which is not a file"),
+    "backslash": (placed_in("..\\1.safetensors"), "which is not a file in this folder"),
+    "number": (placed_in(1), "a: is said to be in '1', which is not a file in this folder"),
+    "nothing": (placed_in(""), "a: is said to be in '', which is not a file in this folder"),
     "missing": (placed_in("3.safetensors"), "3.safetensors: no such file"),
-    "a folder": (placed_in("."), "is said to be in '.', which is no file"),
+    "a folder": (placed_in("."), "is said to be in '.', which is not a file"),
     "zero byte": (placed_in("1.safe\0tensors"), r"'1.safe\\x00tensors': cannot be opened"),
     "half a character": (placed_in("\ud800"), r"'\\ud800': cannot be opened"),
     "long name": (placed_in("x" * 300), "cannot be opened"),
@@ -430,7 +430,7 @@ def test_all_that_is_wrong_with_shards_is_said_at_once(tmp_path):
     with pytest.raises(CheckpointError, match=r"does not fit its shards in 4 place\(s\)") as caught:
         open_checkpoint(save_shards(tmp_path, weight_map))
     assert str(caught.value).splitlines()[1:] == [
-        "  d: is said to be in '/4.safetensors', which is no file in this folder",
+        "  d: is said to be in '/4.safetensors', which is not a file in this folder",
         f"  {tmp_path}/3.safetensors: no such file or folder",
         "  a: is not in 2.safetensors, where the index looks for it",
         "  b: is in 2.safetensors; the index says nothing",

@@ -38,18 +38,18 @@ def _open_shards(
             lines.append(f"{error}")
         except (OSError, ValueError) as error:  # of a name that no file can have
             lines.append(f"{shard!r}: cannot be opened ({error})")
-    for shard, manifest in opened.items():
-        stored = manifest.tensors.keys() | manifest.unreadable.keys()
-        lines += [
-            f"{name}: is not in {shard}, where the index looks for it"
-            for name, at in placed.items()
-            if at == shard and name not in stored
-        ]
-        lines += [
-            f"{name}: is in {shard}; the index says {placed.get(name, 'nothing')}"
-            for name in manifest.tensors
-            if placed.get(name) != shard
-        ]
+    stored = {shard: found.tensors.keys() | found.unreadable.keys() for shard, found in opened.items()}
+    lines += [
+        f"{name}: is not in {shard}, where the index looks for it"
+        for name, shard in placed.items()
+        if name not in stored.get(shard, {name})
+    ]
+    lines += [
+        f"{name}: is in {shard}; the index says {placed.get(name, 'nothing')}"
+        for shard, manifest in opened.items()
+        for name in manifest.tensors
+        if placed.get(name) != shard
+    ]
     formats = sorted({manifest.format for manifest in opened.values()})
     if len(formats) > 1:
         lines.append(f"the shards are of {len(formats)} formats, {' and '.join(formats)}; wanted one")
@@ -73,7 +73,7 @@ def open_sharded(source: ByteSource, open_shard: Callable[[ByteSource], Manifest
         raise CheckpointError(source, f"has no weight_map that names tensors; it is {what_is_json(index)}")
     found = {name: _shard_name(said) for name, said in weight_map.items()}
     lines = [
-        f"{name}: is said to be in {str(weight_map[name])[:100]!r}, which is no file in this folder"
+        f"{name}: is said to be in {str(weight_map[name])[:100]!r}, which is not a file in this folder"
         for name, shard in found.items()
         if shard is None
     ]
