@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from gpt2lite._version import __version__ as __version__
 
 if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` says the same to Python, and a test compares them
-    from gpt2lite.checkpoint.writing import save_per_tensor as save_per_tensor
     from gpt2lite.config import GPTConfig as GPTConfig
+    from gpt2lite.converting import ConvertOptions as ConvertOptions
     from gpt2lite.converting import convert as convert
+    from gpt2lite.converting import save_per_tensor as save_per_tensor
     from gpt2lite.errors import CheckpointError as CheckpointError
     from gpt2lite.errors import CheckpointNotFoundError as CheckpointNotFoundError
     from gpt2lite.errors import GPT2LiteError as GPT2LiteError
@@ -48,9 +49,8 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` says the same to Py
     from gpt2lite.tracking import track_memory as track_memory
 
 _HOMES = {
-    "checkpoint.writing": "save_per_tensor",
     "config": "GPTConfig",
-    "converting": "convert",
+    "converting": "ConvertOptions convert save_per_tensor",
     "errors": "CheckpointError CheckpointNotFoundError GPT2LiteError InsufficientMemoryError "
     "TrainingDivergedError UsageError",
     "evaluation": "Evaluation evaluate",

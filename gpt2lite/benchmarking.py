@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from gpt2lite.checkpoint.reading import memory_of
-from gpt2lite.checkpoint.writing import TensorToWrite, require_space, save_per_tensor, write_torch_zip
+from gpt2lite.checkpoint.torch_zip import fill_torch_zip
+from gpt2lite.checkpoint.writing import TensorToWrite, require_space, write_whole
 from gpt2lite.config import GPTConfig
+from gpt2lite.converting import save_per_tensor
 from gpt2lite.devices import synchronize
 from gpt2lite.errors import GPT2LiteError
 from gpt2lite.loading import Progress
@@ -99,7 +101,7 @@ def write_random_checkpoint(
             chunks = partial(_random_chunks, shape, mean, seed)
             tensors.append(TensorToWrite(name, torch.float32, shape, chunks))
     require_space(path.parent, sum(tensor.nbytes for tensor in tensors))
-    write_torch_zip(path, tensors, progress)
+    write_whole(fill_torch_zip, path, tensors, progress)
 
 
 # ---- in the fresh process ----------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt2lite.checkpoint.chunks import tensors_of
-from gpt2lite.checkpoint.writing import require_space, write_torch_zip
-from gpt2lite.checkpoint.writing_safetensors import write_safetensors
+from gpt2lite.checkpoint.safetensors import fill_safetensors
+from gpt2lite.checkpoint.torch_zip import fill_torch_zip
+from gpt2lite.checkpoint.writing import require_space, tensors_of, write_whole
 from gpt2lite.config import ACTIVATIONS, GPTConfig
 from gpt2lite.errors import UsageError
 from gpt2lite.generation import KVCache, generate, generate_tokens
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Source = str | os.PathLike[str]
 Device = str | torch.device
-SAVERS = {".pth": (write_torch_zip, True), ".safetensors": (write_safetensors, False)}  # whether it can tie
+SAVERS = {".pth": (fill_torch_zip, True), ".safetensors": (fill_safetensors, False)}  # whether it can tie
 
 
 class Linear(nn.Linear):
@@ -198,10 +198,10 @@ class GPTModel(nn.Module):
             raise UsageError(f"{path}: an int8 model is not saved; quantize the checkpoint when loading it")
         if path.suffix not in SAVERS:
             raise UsageError(f"{path}: a checkpoint's name ends in {' or '.join(SAVERS)}")
-        write, ties = SAVERS[path.suffix]
+        fill, ties = SAVERS[path.suffix]
         tensors = [tensor for tensor in tensors_of(self.state_dict()) if ties or not tensor.shares]
         require_space(path, sum(tensor.nbytes for tensor in tensors if not tensor.shares))
-        write(path, tensors, progress or (lambda done, total: None), self.config.as_dict())
+        write_whole(fill, path, tensors, progress or (lambda done, total: None), self.config.as_dict())
         return path
 
     @torch.no_grad()

@@ -195,7 +195,7 @@ def _from_characters(files: Files) -> encoding.Tokenizer:
     if path.stat().st_size > MAX_META_BYTES:
         raise CheckpointError(path, f"over {MAX_META_BYTES >> 20} MiB, too large for a table of characters")
     with open(path, "rb") as file:
-        found: Any = describe(path, DescribingUnpickler(file, encoding="utf-8"))
+        found: Any = describe(path, DescribingUnpickler(file))
     # types first: what a pickle nests can take forever to compare or to hash
     if not all(type(id) is int and type(c) is str and len(c) == 1 for id, c in found["itos"].items()):
         raise CheckpointError(path, "expected nanoGPT's table of ids, each with one character")

@@ -411,3 +411,14 @@ def test_a_saved_module_that_the_file_lacks_is_refused(adapter: Path):
 def test_planning_knows_the_adapter(adapter: Path, folder: Path):
     more = forecast(adapter)["stream"].peak_host_anonymous - forecast(folder)["stream"].peak_host_anonymous
     assert more > 0
+
+
+def test_an_adapters_tensor_of_a_dtype_that_torch_lacks_is_refused(tmp_path: Path):
+    folder = saved(tuned(base(tmp_path / "base"), **CONV1D), tmp_path / "adapter")
+    path = folder / "adapter_model.safetensors"
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = raw[8 : 8 + length].replace(b'"F32"', b'"F33"', 1)
+    path.write_bytes(raw[:8] + header + raw[8 + length :])
+    with pytest.raises(CheckpointError, match=r"cannot read these tensors:\n.*lora_A"):
+        GPTModel.from_pretrained(folder)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 
@@ -127,6 +127,29 @@ class Manifest:
         for source, state in self.files.items():
             if source.state() != state:
                 raise CheckpointError(source, "changed while it was being read. Load it again.")
+
+
+def contiguous_span(
+    name: str, dtype: torch.dtype, shape: tuple[int, ...], source: ByteSource, offset: int, nbytes: int
+) -> TensorSpan:
+    """A row-major tensor that is said to have `nbytes`. Raises CheckpointError where it cannot."""
+    if not is_countable(shape, dtype):
+        what = f"{name} has shape {shape[:8]}, more bytes than can be counted"
+        raise CheckpointError(source, what, name=name)
+    span = TensorSpan(name, dtype, shape, contiguous_stride(shape), source, offset)
+    if nbytes != span.nbytes:
+        what = f"{name} takes {nbytes} bytes, {dtype} {shape[:8]} needs {span.nbytes}"
+        raise CheckpointError(source, what, name=name)
+    return span
+
+
+def joined(parts: Sequence[Manifest]) -> Manifest:
+    """The manifests of several files as one, of the first one's path and format."""
+    names = ("tensors", "values", "files", "storages", "modules", "unreadable", "containers")
+    merged: dict[str, Any] = {
+        name: {key: value for part in parts for key, value in getattr(part, name).items()} for name in names
+    }
+    return replace(parts[0], is_plain=all(part.is_plain for part in parts), **merged)
 
 
 def validate(manifest: Manifest) -> Manifest:

@@ -35,6 +35,9 @@ class ByteSource(Protocol):
     def open(self) -> BinaryIO:
         """A file object that can seek, for headers."""
 
+    def sibling(self, name: str) -> ByteSource:
+        """What lies under a name relative to its folder, there or not."""
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class LocalFile:
@@ -56,3 +59,7 @@ class LocalFile:
     def open(self) -> BinaryIO:
         """The file, buffered."""
         return open(self.path, "rb")
+
+    def sibling(self, name: str) -> LocalFile:
+        """The file of this name, relative to its folder, there or not."""
+        return LocalFile(self.path.parent / name)

@@ -7,9 +7,8 @@ from collections import Counter, defaultdict
 from typing import Any
 
 from gpt2lite.checkpoint import Manifest
-from gpt2lite.checkpoint.tf_bundle import check_crc32c
 from gpt2lite.cli.loading import config_of
-from gpt2lite.cli.terminal import as_json, bytes_bar, facts
+from gpt2lite.cli.terminal import as_json, facts
 from gpt2lite.dialects import UNSAYABLE, Reading
 from gpt2lite.errors import CheckpointError
 from gpt2lite.memory import human
@@ -51,18 +50,9 @@ def _config(opened: Opened[GPTModel]) -> tuple[dict[str, Any], str]:
         return opened.sizes.as_dict() | unsaid, str(error)
 
 
-def _checked(manifest: Manifest) -> str:
-    """What --check found. Raises CheckpointError for the first tensor that differs from its checksum."""
-    if manifest.format != "tf_bundle":
-        return f"not checked: only tf_bundle has sums that are read, this is {manifest.format}"
-    with bytes_bar("checking") as progress:
-        return f"those of {check_crc32c(manifest, progress)} tensors agree"
-
-
 def _describe(args: argparse.Namespace) -> dict[str, Any]:
     opened = open_model(args.path, revision=args.revision, config=config_of(args))
     reading, manifest = opened.reading, opened.reading.manifest
-    sums = {"sums": _checked(manifest)} if args.check else {}
     config, problem = _config(opened)
     sources = (manifest.tensors[placement.source] for placement in reading.placements.values())
     spans = list({span.address: span for span in sources}.values())
@@ -79,7 +69,6 @@ def _describe(args: argparse.Namespace) -> dict[str, Any]:
         "dtypes": dict(dtypes),
         "ties": _ties(manifest),
         "oddities": [*_oddities(reading), *opened.found.notes, *([problem] if problem else [])],
-        **sums,
     }
 
 
@@ -100,6 +89,5 @@ def run(args: argparse.Namespace) -> int:
         ("dtypes", ", ".join(f"{name} × {count}" for name, count in found["dtypes"].items())),
         ("ties", "; ".join(" = ".join(names) for names in found["ties"]) or "none"),
         ("oddities", "\n          ".join(found["oddities"]) or "none"),
-        *([("sums", found["sums"])] if args.check else []),
     ]))  # fmt: skip
     return 0

@@ -121,6 +121,8 @@ def with_adapter(reading: Reading, said: Mapping[str, Any], manifest: Manifest) 
     Raises CheckpointError for an adapter that does not fit the base.
     """
     base, path = reading.manifest, manifest.path
+    if manifest.unreadable:
+        raise CheckpointError(path, f"cannot read these tensors:{listed([*manifest.unreadable])}")
     spans = {BESIDE + name: replace(span, name=BESIDE + name) for name, span in manifest.tensors.items()}
     adapters = tuple(_adapters(reading, manifest, said))
     factors = {factor.source for adapter in adapters for factor in (adapter.a, adapter.b)}

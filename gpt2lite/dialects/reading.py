@@ -160,10 +160,15 @@ def _names_of(manifest: Manifest, model: _Model) -> tuple[dict[str, str], list[s
 
 
 def _require_readable(manifest: Manifest, model: _Model, wanted: Collection[str]) -> None:
-    """Raise CheckpointError for a weight that is stored in a way that is not read: it is not just absent."""
+    """Raise CheckpointError for a weight, LoRA factor or mask that is stored in a way we do not read."""
     wanted = {*wanted, "out_head.weight", "lm_head.weight"}
+    ends = (".lora.A", ".lora.B", *(end for dialect in DIALECTS.values() for end in dialect.masks))
     above = model._replace(prefix=above_of(model.prefix))
-    names = (name for name in manifest.unreadable if {model.own(name), above.own(name)} & wanted)
+    names = (
+        name
+        for name in manifest.unreadable
+        if {model.own(name), above.own(name)} & wanted or name.endswith(ends)
+    )
     if lines := {name: f"{name} {manifest.unreadable[name]}" for name in names}:
         said = f"{len(lines)} weight(s) cannot be read{listed([*lines.values()])}"
         raise CheckpointError(manifest.path, said, name=next(iter(lines)))

@@ -15,8 +15,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from gpt2lite.checkpoint.chunks import tensors_of
-from gpt2lite.checkpoint.writing import replacing
+from gpt2lite.checkpoint.writing import replacing, tensors_of
 from gpt2lite.errors import CheckpointError, UsageError, first_line
 from gpt2lite.finetuning.data import Batch, Batches, digest_of, tensor_parts
 from gpt2lite.finetuning.recipe import Recipe
