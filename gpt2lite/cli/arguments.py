@@ -134,7 +134,6 @@ COMMANDS = {
         "describe a checkpoint from its headers alone",
         {
             "path": _arg("a .pth, .safetensors or TensorFlow model.ckpt, a folder, or a Hub model: gpt2 …"),
-            "--check": _switch("read all data and compare it with the file's checksums"),
         },
         ("--json", *CONFIG),
     ),
