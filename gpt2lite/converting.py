@@ -254,7 +254,7 @@ def _groups(to: str, views: Mapping[str, Tensor], n_layers: int) -> dict[str, li
     for theirs, ours, placement in expand_rows(DIALECTS[to].rows, n_layers):
         if ours in views:
             groups.setdefault(theirs, []).append((ours, placement))
-    return {name: sorted(group, key=lambda row: row[1].part) for name, group in groups.items()}
+    return groups
 
 
 def _stored(
@@ -268,7 +268,8 @@ def _stored(
         name = theirs if ours == HEAD else target.prefix + theirs
         embedding = name if ours == EMBEDDING else embedding
         parts = [placement.unplace(views[part]) for part, placement in group]
-        tensor = join(name, parts, axis=placement.axis if len(parts) > 1 else 0, dtype=dtype)
+        axis = placement.rows_axis % parts[0].dim() if len(parts) > 1 else 0
+        tensor = join(name, parts, axis=axis, dtype=dtype)
         if ours != HEAD or not config.tied_head:
             yield tensor
         elif format not in target.drops_tie:

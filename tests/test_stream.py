@@ -22,8 +22,9 @@ from test_loading import HEADS, KINDS, assert_equal_bits, expected_parameters
 
 from gpt2lite import GPTConfig, GPTModel, Tuning, UsageError, forecast, load_module
 from gpt2lite.benchmarking import write_random_checkpoint
-from gpt2lite.checkpoint import reading
+from gpt2lite.checkpoint.source import FileReader
 from gpt2lite.collector import collector_paused
+from gpt2lite.loading import schedule
 from gpt2lite.loading import stream as stream_engine
 
 MIB = 1 << 20
@@ -40,9 +41,9 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, dict[str
 
 def troubled(chance: random.Random) -> Any:
     """Reads that come late, now and then, and are as short as a system's may be."""
-    real = reading.read_once
+    real = FileReader.read_once
 
-    def read_once(file: Any, memories: list[memoryview], offset: int) -> int:
+    def read_once(file: FileReader, memories: list[memoryview], offset: int) -> int:
         if chance.random() < 0.05:
             time.sleep(chance.random() / 200)
         some = memories[: chance.randint(1, len(memories))]
@@ -65,7 +66,7 @@ def test_late_and_short_reads_change_no_bit(
     if not has_preadv:
         for name in ("preadv", "RWF_NOWAIT"):
             monkeypatch.delattr(os, name, raising=False)
-    monkeypatch.setattr(reading, "read_once", troubled(random.Random(7)))
+    monkeypatch.setattr(FileReader, "read_once", troubled(random.Random(7)))
     loaded = GPTModel.from_checkpoint(path, strategy="stream", config=HEADS, dtype=dtype, tuning=SMALL)
     assert_equal_bits(loaded, expected, dtype)
     assert_equal_bits(loaded, plain.state_dict())
@@ -75,14 +76,14 @@ def test_late_and_short_reads_change_no_bit(
 def test_one_read_fills_neighbours_and_leaves_what_lies_between_them(pth: Path):
     """The chunk is as large as the file, so only what is too far apart takes a read of its own."""
     tuning, calls = Tuning(readers=1), []
-    real = reading.read_once
+    real = FileReader.read_once
 
-    def counting(file: Any, memories: list[memoryview], offset: int) -> int:
+    def counting(file: FileReader, memories: list[memoryview], offset: int) -> int:
         calls.append(len(memories))
         return real(file, memories, offset)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading, "read_once", counting)
+        patch.setattr(FileReader, "read_once", counting)
         loaded = GPTModel.from_checkpoint(pth, strategy="stream", config=HEADS, tuning=tuning)
     assert_equal_bits(loaded, torch.load(pth, weights_only=True))
     assert len(calls) < sum(calls) / 4
@@ -121,12 +122,12 @@ def test_a_ring_of_one_slot_fills_every_bit(
     monkeypatch: pytest.MonkeyPatch,
 ):
     path, expected = case
-    monkeypatch.setattr(stream_engine, "FEWEST_SLOTS", 1)
+    monkeypatch.setattr(schedule, "FEWEST_SLOTS", 1)
     real, counts = stream_engine.Ring.__init__, []
 
-    def counting(self: stream_engine.Ring, count: int, *args: Any) -> None:
-        counts.append(count)
-        real(self, count, *args)
+    def counting(self: stream_engine.Ring, plan: schedule.Schedule, *args: Any) -> None:
+        counts.append(plan.slots)
+        real(self, plan, *args)
 
     monkeypatch.setattr(stream_engine.Ring, "__init__", counting)
     tuning = Tuning(readers=readers, chunk_bytes=4096, ring_bytes=4096)
@@ -142,8 +143,8 @@ def readers_left() -> list[str]:
 
 @pytest.mark.parametrize("count", [1, 3, 4, 64])
 def test_shares_are_runs_in_order_of_about_as_many_bytes(count: int):
-    chunks = [stream_engine.Chunk(Path(), i, nbytes, (), True) for i, nbytes in enumerate([7, 1, 9, 3] * 5)]
-    found = stream_engine.shares(chunks, count)
+    chunks = [schedule.Chunk(Path(), i, nbytes, (), True) for i, nbytes in enumerate([7, 1, 9, 3] * 5)]
+    found = schedule.shares(chunks, count)
     assert [chunk for share in found for chunk in share] == chunks
     assert len(found) <= count
     assert max(sum(chunk.nbytes for chunk in share) for share in found) <= 100 / count + 9
@@ -159,9 +160,10 @@ def test_an_error_leaves_no_thread_and_no_open_file(
     def failing(*_: object, **__: object) -> None:
         raise ZeroDivisionError(f"{where} broke")
 
-    broken = "landings" if where == "a copy" else "read_file_into"
-    if where != "a progress":
-        monkeypatch.setattr(stream_engine, broken, failing)
+    if where == "a copy":
+        monkeypatch.setattr(stream_engine, "landings", failing)
+    elif where != "a progress":
+        monkeypatch.setattr(FileReader, "read_into", failing)
     folder = Path("/proc/self/fd")
     before = len(list(folder.iterdir())) if folder.exists() else 0
     with pytest.raises(ZeroDivisionError, match=f"{where} broke"):
@@ -181,16 +183,15 @@ def test_an_error_leaves_no_thread_and_no_open_file(
 def test_an_error_of_the_callers_progress_stops_the_readers(
     dtype: torch.dtype | None, case: tuple[Path, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
 ):
-    real, calls = reading.read_file_into, []
+    real, calls = FileReader.read_into, []
     whole = 0
 
-    def slow(memories: Any, file: Any, offset: int) -> None:
+    def slow(file: FileReader, memories: Any, offset: int) -> None:
         calls.append(offset)
         time.sleep(0.02 if whole else 0)
-        real(memories, file, offset)
+        real(file, memories, offset)
 
-    for module in (stream_engine, reading):
-        monkeypatch.setattr(module, "read_file_into", slow)
+    monkeypatch.setattr(FileReader, "read_into", slow)
 
     def failing(done: int, total: int) -> None:
         raise ZeroDivisionError("enough")
@@ -211,11 +212,11 @@ def test_an_error_that_is_kept_does_not_hold_the_model_once_it_is_gone(
     """Without the garbage collector's help."""
     held = []
 
-    def failing(memories: Iterator[memoryview], *_: object) -> None:
+    def failing(file: FileReader, memories: Iterator[memoryview], *_: object) -> None:
         held.extend(weakref.ref(memory.obj) for memory in memories if not isinstance(memory.obj, bytearray))
         raise ZeroDivisionError("broke")
 
-    monkeypatch.setattr(stream_engine, "read_file_into", failing)
+    monkeypatch.setattr(FileReader, "read_into", failing)
     gc.collect()
     gc.disable()
     try:

@@ -17,8 +17,7 @@ from pathlib import Path
 from gpt2lite.checkpoint.described import Described, described
 from gpt2lite.checkpoint.inert_pickle import MAX_SMALL_BYTES, RESAVE, DescribingUnpickler, TensorRecord
 from gpt2lite.checkpoint.manifest import BOUND_CONFIG, Manifest, TensorSpan, validate
-from gpt2lite.checkpoint.page_cache import read_each
-from gpt2lite.checkpoint.source import ByteSource, LocalFile
+from gpt2lite.checkpoint.source import ByteSource, LocalFile, read_each
 from gpt2lite.errors import CheckpointError
 
 ENCRYPTED, UTF8_NAME = 1, 0x800  # flag bits

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.checkpoint.chunks import TensorToWrite, made_ahead
 from gpt2lite.checkpoint.manifest import TensorSpan, contiguous_stride
-from gpt2lite.checkpoint.page_cache import forget_cached
 from gpt2lite.checkpoint.reading import read_span
 from gpt2lite.checkpoint.torch_zip import CONFIG_ENTRY
 from gpt2lite.errors import UsageError
@@ -321,5 +320,5 @@ def spans_on_disk(files: Iterable[Path]) -> dict[str, TensorSpan]:
     manifests = [open_checkpoint(file) for file in files]
     for manifest in manifests:
         for file in manifest.files:
-            forget_cached(file.path)
+            file.forget()
     return {name: span for manifest in manifests for name, span in manifest.tensors.items()}
