@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,16 @@ import pytest
 import torch
 from test_loading import HEADS, KINDS, assert_equal_bits, expected_parameters
 
-from gpt2lite import GPTConfig, GPTModel, Tuning, UsageError, forecast, load_module
+from gpt2lite import STRATEGIES, GPTConfig, GPTModel, Tuning, UsageError, forecast, load_module
 from gpt2lite.benchmarking import write_random_checkpoint
+from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.checkpoint.source import FileReader
 from gpt2lite.collector import collector_paused
-from gpt2lite.loading import schedule
+from gpt2lite.dialects import Placement, read_names
+from gpt2lite.dialects.tables import Drop, Narrow, Transpose
+from gpt2lite.loading import LoadPlan, make_plan, schedule
 from gpt2lite.loading import stream as stream_engine
+from gpt2lite.loading.schedule import Schedule
 
 MIB = 1 << 20
 SMALL = Tuning(readers=4, chunk_bytes=4096, ring_bytes=1 << 15)
@@ -272,6 +277,140 @@ except InsufficientMemoryError as error:
     write_random_checkpoint(GPTConfig(8000, 512, 512, 8, 8), path)
     result = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True)
     assert "ulimit -v" in result.stdout, result.stderr
+
+
+@pytest.mark.usefixtures("unwritten_memory_is_nan")
+@pytest.mark.parametrize("granted", [0, 1])
+@pytest.mark.parametrize("dtype", CASTS)
+def test_fewer_threads_than_wanted_fill_every_bit(
+    case: tuple[Path, dict[str, torch.Tensor]],
+    dtype: torch.dtype | None,
+    granted: int,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    real, started = threading.Thread.start, []
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name.startswith("gpt2lite-reader"):
+            if len(started) == granted:
+                raise RuntimeError("can't start new thread")
+            started.append(thread.name)
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    path, expected = case
+    loaded = GPTModel.from_checkpoint(path, strategy="stream", config=HEADS, dtype=dtype, tuning=SMALL)
+    assert_equal_bits(loaded, expected, dtype)
+    assert len(started) == granted
+
+
+# ---- only what is wanted -----------------------------------------------------------------------------------
+
+ROWS, COLUMNS = 300, 2500  # 3 MB
+STORED = torch.arange(ROWS * COLUMNS, dtype=torch.float32)
+TENTH = Narrow(0, 10, 40)
+VIEWS: dict[str, tuple[torch.Tensor, tuple[Any, ...], torch.Tensor]] = {
+    "rows": (STORED.view(ROWS, COLUMNS), (TENTH,), STORED.view(ROWS, COLUMNS)[10:40]),
+    "rows of rows": (
+        STORED.view(ROWS, COLUMNS),
+        (Narrow(0, 100, 200), Narrow(0, 0, 3, 10)),
+        STORED.view(ROWS, COLUMNS)[100:130],
+    ),
+    "rows of the second third": (
+        STORED.view(3 * 100, COLUMNS),
+        (Narrow(0, 1, 2, 3), Narrow(0, 70, 100)),
+        STORED.view(3 * 100, COLUMNS)[170:200],
+    ),
+    "columns that are rows on disk": (
+        STORED.view(ROWS, COLUMNS),
+        (Transpose(), Narrow(1, 5, 35)),
+        STORED.view(ROWS, COLUMNS).t()[:, 5:35],
+    ),
+    "of a tensor that was saved transposed": (
+        STORED.view(ROWS, COLUMNS).t(),
+        (Transpose(), TENTH),
+        STORED.view(ROWS, COLUMNS)[10:40],
+    ),
+    "without its first axis": (
+        STORED.view(1, ROWS, COLUMNS),
+        (Drop(0), TENTH),
+        STORED.view(ROWS, COLUMNS)[10:40],
+    ),
+}
+
+
+def plan_of_a_part(stored: torch.Tensor, views: tuple[Any, ...], folder: Path, **options: Any) -> LoadPlan:
+    """A module whose one parameter is a view of what lies in a file."""
+    torch.save({"weight": stored}, folder / "model.pth")
+    placed = Placement("weight", views)
+    shape = placed.shape_of(tuple(stored.shape))
+    reading = read_names(open_checkpoint(folder / "model.pth"), ["weight"])
+    return make_plan(
+        replace(reading, placements={"weight": placed}),
+        lambda: torch.nn.ParameterDict({"weight": torch.empty(shape)}),
+        torch.device("cpu"),
+        options,
+    )
+
+
+@pytest.mark.usefixtures("unwritten_memory_is_nan")
+@pytest.mark.parametrize("views", VIEWS)
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "per_tensor"])
+@pytest.mark.parametrize("dtype", CASTS)
+def test_views_compose_for_every_strategy(
+    views: str, strategy: str, dtype: torch.dtype | None, tmp_path: Path
+):
+    stored, taken, expected = VIEWS[views]
+    plan = plan_of_a_part(stored, taken, tmp_path, dtype=dtype, tuning=Tuning(ring_bytes=1 << 15))
+    loaded = STRATEGIES[strategy].load(plan).weight
+    assert torch.equal(loaded, expected.to(dtype or torch.float32))
+    span = plan.targets[0].span
+    assert torch.equal(Placement("weight", taken).read(span), expected)
+
+
+def rchar() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+@pytest.mark.skipif(not os.access("/proc/self/io", os.R_OK), reason="needs /proc/self/io to count bytes read")
+@pytest.mark.parametrize("views", VIEWS)
+@pytest.mark.parametrize("dtype", CASTS)
+def test_a_tenth_of_the_rows_reads_a_tenth_of_the_bytes(
+    views: str, dtype: torch.dtype | None, tmp_path: Path
+):
+    stored, taken, _ = VIEWS[views]
+    plan = plan_of_a_part(stored, taken, tmp_path, dtype=dtype)
+    for read in (
+        lambda: STRATEGIES["stream"].load(plan),
+        lambda: plan.targets[0].placement.read(plan.targets[0].span),
+    ):
+        before = rchar()
+        read()
+        assert stored.nbytes / 10 <= rchar() - before <= stored.nbytes / 10 + 4096
+
+
+def test_forecast_and_run_follow_one_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    plan = plan_of_a_part(*VIEWS["rows"][:2], tmp_path, dtype=torch.bfloat16)
+    foretold = STRATEGIES["stream"].forecast(plan)
+    planned, real, followed = plan.schedule, stream_engine.Ring.__init__, []
+
+    def noting(self: stream_engine.Ring, schedule: Schedule, *args: Any) -> None:
+        followed.append(schedule)
+        real(self, schedule, *args)
+
+    monkeypatch.setattr(stream_engine.Ring, "__init__", noting)
+    STRATEGIES["stream"].load(plan)
+    assert [each is planned for each in followed] == [True]
+    ring = planned.slots * planned.slot_bytes
+    assert foretold.peak_host_anonymous == plan.model_bytes + ring
+
+
+def test_int8_of_tensorflows_weights_is_the_weights_to_half_a_step():
+    bundle = Path(__file__).parent / "data" / "openai_tf_tiny"
+    whole, int8 = (GPTModel.from_checkpoint(bundle, quantize=quantize) for quantize in (None, "int8"))
+    for block, quantized in zip(whole.trf_blocks, int8.trf_blocks, strict=True):
+        weight, found = block.att.W_key.weight, quantized.att.W_key
+        assert ((weight - found.weight * found.scale[:, None]).abs() <= found.scale[:, None] * 0.51).all()
 
 
 # ---- the memory that is filled -----------------------------------------------------------------------------

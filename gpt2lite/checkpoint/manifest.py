@@ -150,12 +150,11 @@ def contents_of(node: object) -> Iterable[tuple[object, object]] | None:
     return enumerate(node) if isinstance(node, (list, tuple)) else None
 
 
+Contents = Callable[[object], Iterable[tuple[object, object]] | None]
+
+
 def walk(
-    node: object,
-    visited: Iterator[int],
-    contents: Callable[[object], Iterable[tuple[object, object]] | None],
-    name: str = "",
-    depth: int = 0,
+    node: object, visited: Iterator[int], contents: Contents, name: str = "", depth: int = 0
 ) -> Iterator[tuple[str, object]]:
     """(dotted name, node) for all in `node`, itself and containers too: they are what has `contents`."""
     if depth > MAX_DEPTH or next(visited) > MAX_ENTRIES or len(name) > MAX_NAME:

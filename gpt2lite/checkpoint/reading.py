@@ -64,8 +64,6 @@ def _planned(manifest: Manifest, names: Iterable[str]) -> tuple[list[tuple[ByteS
     state dict is read whole: it keeps its masks to the end.
     """
     stored = manifest.storages if manifest.is_plain else {}
-    if manifest.format not in ("torch_zip", "tensor_folder"):
-        stored = {}
     sources = [(manifest.tensors[name].source, name) for name in names]
     own = [(source, name) for source, name in sources if source in stored]
     beside = [name for source, name in sources if source not in stored]

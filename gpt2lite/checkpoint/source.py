@@ -51,14 +51,11 @@ class Reader(Protocol):
 
 
 class ByteSource(Protocol):
-    """Bytes that lie somewhere, read by ranges. Equal for one place; `str` is what messages say."""
+    """Bytes that lie somewhere, read by ranges; hashable, equal for one place. `str` is what messages say."""
 
     @property
     def path(self) -> Path:
         """Where it lies."""
-
-    def __hash__(self) -> int:
-        """By its place."""
 
     def state(self) -> FileState:
         """Its state now. Raises CheckpointNotFoundError."""
@@ -172,8 +169,8 @@ class LocalFile:
                 trial.read_once([memoryview(bytearray(1))], 0)
             with FileReader(self.path) as file:
                 _advise(file.fileno(), "POSIX_FADV_RANDOM")
-                size = self.state().size
-                samples = [_read_cached(file.fileno(), 1, size * i // SAMPLES) for i in range(SAMPLES)]
+                places = (self.state().size * i // SAMPLES for i in range(SAMPLES))
+                samples = [_read_cached(file.fileno(), 1, place) for place in places]
         except (AttributeError, OSError):  # no such calls, or a file system that does not take them
             return False
         return samples.count(None) > SAMPLES // 2
@@ -246,13 +243,11 @@ def read_each(file: int, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
     alone breaks up what the system later reads ahead, and cost a cold load a quarter of its time.
     """
     _advise(file, "POSIX_FADV_RANDOM")  # or the system takes neighbours of a range along
-    found = [_read_cached(file, nbytes, offset) for offset, nbytes in ranges]
-    cold = [_pages(*each) for each, known in zip(ranges, found, strict=True) if known is None]
+    found = [(each, _read_cached(file, each[1], each[0])) for each in ranges]
+    cold = [_pages(*each) for each, known in found if known is None]
     for offset, nbytes in cold:
         _advise(file, "POSIX_FADV_WILLNEED", offset, nbytes)
-    parts = [
-        known or _pread(file, nbytes, offset) for (offset, nbytes), known in zip(ranges, found, strict=True)
-    ]
+    parts = [known or _pread(file, nbytes, offset) for (offset, nbytes), known in found]
     for offset, nbytes in cold:
         _advise(file, "POSIX_FADV_DONTNEED", offset, nbytes)
     _advise(file, "POSIX_FADV_NORMAL")

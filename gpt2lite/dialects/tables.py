@@ -46,8 +46,11 @@ class Drop:
 
 
 def inside(box: Sequence[range], outer: Sequence[range]) -> tuple[slice, ...]:
-    """The index that takes `box` out of a tensor that is `outer`."""
-    return tuple(slice(r.start - o.start, r.stop - o.start) for r, o in zip(box, outer, strict=True))
+    """The index that takes `box` out of a tensor that is `outer`. Raises ValueError if it is not in it."""
+    pairs = list(zip(box, outer, strict=True))
+    if any(r.start < o.start or r.stop > o.stop for r, o in pairs):
+        raise ValueError(f"{box} reaches beyond {outer}")
+    return tuple(slice(r.start - o.start, r.stop - o.start) for r, o in pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +90,7 @@ class Placement:
     def of(self, stored: Tensor) -> Tensor:
         """The parameter as a view of the stored tensor: no bytes move."""
         box = self.box(stored.shape)
-        return self.turn(stored[inside(box, list(map(range, stored.shape)))])
+        return self.turn(stored[tuple(slice(rows.start, rows.stop) for rows in box)])
 
     def read(self, span: TensorSpan) -> Tensor:
         """The parameter in fresh host memory; no other row of the stored tensor is read."""
@@ -133,8 +136,7 @@ EMBEDDINGS = ("tok_emb", "pos_emb")
 QKV = (f"{BLOCK}.att.W_query", f"{BLOCK}.att.W_key", f"{BLOCK}.att.W_value")
 LAYERS = (f"{BLOCK}.att.out_proj", f"{BLOCK}.ff.layers.0", f"{BLOCK}.ff.layers.2")
 NORMS = (f"{BLOCK}.norm1", f"{BLOCK}.norm2", "final_norm")
-HEAD = "out_head"
-BOOK = {ours: ours for ours in (*EMBEDDINGS, *NORMS, *LAYERS[1:], HEAD, *QKV, LAYERS[0])}
+BOOK = {ours: ours for ours in (*EMBEDDINGS, *NORMS, *LAYERS[1:], "out_head", *QKV, LAYERS[0])}
 FAST = BOOK | dict.fromkeys(QKV, f"{BLOCK}.att.qkv") | {LAYERS[0]: f"{BLOCK}.att.proj"}
 
 
@@ -146,29 +148,29 @@ def _peers(embeddings: Sequence[str], block: str, final_norm: str, dot: str = ".
     return dict(zip(ours, (*embeddings, *theirs, final_norm), strict=True))
 
 
-HUB = _peers(("wte", "wpe"), "h.{i}", "ln_f") | {HEAD: "lm_head"}
+HUB = _peers(("wte", "wpe"), "h.{i}", "ln_f") | {"out_head": "lm_head"}
 OPENAI = _peers(("model/wte", "model/wpe"), "model/h{i}", "model/ln_f", "/")
+# How the names of norms, layers and embeddings end.
+BOOKS = ((".scale", ".shift"), (".weight", ".bias"), (".weight",))
+TORCH = ((".weight", ".bias"), (".weight", ".bias"), (".weight",))
 
 
 def _rows(
-    modules: Mapping[str, str],
-    norm: tuple[str, ...] = (".weight", ".bias"),
-    layer: tuple[str, ...] = (".weight", ".bias"),
-    embedding: str = ".weight",
-    turned: tuple[Transpose | Drop, ...] = (),
+    modules: Mapping[str, str], ends: Sequence[Sequence[str]], turned: Sequence[Transpose | Drop] = ()
 ) -> list[Row]:
-    """The rows of our modules by the names of theirs, which end as `norm`, `layer` and `embedding` say.
+    """The rows of our modules by the names of theirs; what several of ours share is theirs in equal parts.
 
-    `turned` makes weights of a block (out, in). What several modules of ours share is theirs in equal parts.
+    `turned` makes weights of a block (out, in).
     """
+    norm, layer, embedding = ends
     rows = []
     for ours, theirs in modules.items():
         own = (".scale", ".shift") if ours in NORMS else (".weight", ".bias")
-        ends = norm if ours in NORMS else (embedding,) if ours in EMBEDDINGS else layer
+        theirs_end = norm if ours in NORMS else embedding if ours in EMBEDDINGS else layer
         sharing = [other for other, name in modules.items() if name == theirs]
         part = sharing.index(ours)
         third = (Narrow(0, part, part + 1, len(sharing)),) if len(sharing) > 1 else ()
-        for end, leaf in zip(ends, own, strict=False):  # an embedding has no bias
+        for end, leaf in zip(theirs_end, own, strict=False):  # an embedding has no bias
             views = turned if ours in (*QKV, *LAYERS) and leaf == ".weight" else ()
             rows.append((theirs + end, ours + leaf, Placement(theirs + end, (*views, *third))))
     return rows
@@ -185,14 +187,12 @@ class Dialect:
 
 HUB_MASKS = (".attn.bias", ".attn.masked_bias")
 DIALECTS = {
-    "book": Dialect(
-        _rows(BOOK, norm=(".scale", ".shift")), "trf_blocks.0.att.W_query.weight", masks=(".att.mask",)
-    ),
-    "book-fast": Dialect(_rows(FAST), "trf_blocks.0.att.qkv.weight"),
-    "huggingface": Dialect(_rows(HUB, turned=(Transpose(),)), "h.0.attn.c_attn.weight", HUB_MASKS),
-    "nanogpt": Dialect(_rows(HUB), "h.0.attn.c_attn.weight", HUB_MASKS),
+    "book": Dialect(_rows(BOOK, BOOKS), "trf_blocks.0.att.W_query.weight", (".att.mask",)),
+    "book-fast": Dialect(_rows(FAST, TORCH), "trf_blocks.0.att.qkv.weight"),
+    "huggingface": Dialect(_rows(HUB, TORCH, (Transpose(),)), "h.0.attn.c_attn.weight", HUB_MASKS),
+    "nanogpt": Dialect(_rows(HUB, TORCH), "h.0.attn.c_attn.weight", HUB_MASKS),
     "openai": Dialect(
-        _rows(OPENAI, ("/g", "/b"), ("/w", "/b"), embedding="", turned=(Drop(0), Transpose())),
+        _rows(OPENAI, (("/g", "/b"), ("/w", "/b"), ("",)), (Drop(0), Transpose())),
         marker="model/h0/attn/c_attn/w",
     ),
 }

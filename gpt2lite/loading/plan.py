@@ -16,9 +16,8 @@ from gpt2lite.checkpoint.source import LocalFile
 from gpt2lite.dialects import Adapter, Placement, Reading
 from gpt2lite.errors import CheckpointError, UsageError, listed
 from gpt2lite.loading.options import LoadOptions, Progress, check_values
-from gpt2lite.loading.schedule import Schedule, make_schedule
+from gpt2lite.loading.schedule import MIB, Schedule, Tuning, make_schedule
 from gpt2lite.loading.skeleton import own_loading, saved_tensors, sketch, tied_names
-from gpt2lite.loading.tuning import MIB, Tuning
 from gpt2lite.quantization import quantize_skeleton
 
 SMALLEST_RING = 2 * MIB

@@ -1,5 +1,7 @@
 """What `stream` reads, in which chunks, through how many slots: data without tensors, planned once.
 
+`Tuning` is what a caller may say of it.
+
 A piece is a part of a stored tensor that is contiguous on disk and that some parameter wants; it is scattered
 into every parameter that views it. A chunk is one read: a run of neighbouring pieces.
 """
@@ -7,9 +9,11 @@ into every parameter that views it. A chunk is one read: a run of neighbouring p
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain, groupby, product
+from dataclasses import dataclass, field
+from itertools import accumulate, chain, groupby, product
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +24,7 @@ from gpt2lite.checkpoint.reading import as_strided, memory_of
 from gpt2lite.checkpoint.source import ByteSource
 from gpt2lite.devices import copies_async
 from gpt2lite.dialects.tables import inside
-from gpt2lite.loading.tuning import Tuning
+from gpt2lite.errors import UsageError
 from gpt2lite.quantization import scale_of
 
 if TYPE_CHECKING:
@@ -30,6 +34,48 @@ MAX_GAP = 4096  # between two pieces that one read takes together: a zip header,
 FEWEST_SLOTS = 8
 LANE_BUFFERS = 2  # on a device with streams, each as large as a slot
 MAX_ITEM_BYTES = 16  # complex128; slots begin at multiples of it, so that bytes can be viewed as any dtype
+MIB = 1 << 20
+MOST_READERS = 64
+
+
+def _readers() -> int:
+    """Four keep a disk busy whatever the processors; eight are many for one bus."""
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(4, min(mine, 8))
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How `stream` and `mmap` read; `benchmarks/sweep_stream.py` shows what the numbers do.
+
+    `readers` threads read at once, `chunk_bytes` at most before they look up (for progress, or an error).
+    What cannot be read into its place goes through a ring of `ring_bytes` of host memory (made smaller where
+    that is short), an eighth of it at a time. `keep_cached=False`, for containers that count it, leaves
+    nothing of what `stream` read in the page cache: a file that is not there is read past it, where the
+    system can, about as fast, and one that is there goes out of it.
+    `prefetch` has `mmap` read and map everything before it returns, so that the first logits do not wait for
+    the disk or for one fault a page; what it reads can be reclaimed like the rest. Raises UsageError for
+    numbers that cannot work.
+    """
+
+    readers: int = field(default_factory=_readers)
+    chunk_bytes: int = 16 * MIB
+    ring_bytes: int = 64 * MIB
+    keep_cached: bool = True
+    prefetch: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least, most in (
+            ("readers", 1, MOST_READERS),
+            ("chunk_bytes", 4096, 1 << 30),
+            ("ring_bytes", 64, 1 << 36),
+        ):
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value <= most:
+                raise UsageError(f"Tuning: {name} must be a whole number in {least} … {most}, got {value!r}")
+        for name in ("keep_cached", "prefetch"):
+            if type(getattr(self, name)) is not bool:
+                raise UsageError(f"Tuning: {name} must be True or False, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +144,11 @@ def _is_direct(span: TensorSpan, targets: Sequence[Target]) -> bool:
 
 
 def _disk_order(span: TensorSpan) -> list[int]:
-    """The axes from the slowest to the fastest on disk; none where no order of them is row-major."""
-    axes = list(range(len(span.shape)))
-    order = axes if span.is_contiguous else sorted(axes, key=lambda axis: -span.stride[axis])
+    """The axes of more than one from the slowest to the fastest; none where no order of them is row-major."""
+    axes = [axis for axis, size in enumerate(span.shape) if size > 1]
+    order = sorted(axes, key=lambda axis: -span.stride[axis])
     steps = contiguous_stride(span.shape[axis] for axis in order)
-    pairs = zip(order, steps, strict=True)
-    is_row_major = all(span.stride[axis] == step or span.shape[axis] < 2 for axis, step in pairs)
-    return order if is_row_major else []
+    return order if steps == tuple(span.stride[axis] for axis in order) else []
 
 
 def _united(ranges: Iterable[range]) -> list[range]:
@@ -116,13 +160,6 @@ def _united(ranges: Iterable[range]) -> list[range]:
             each = range(last.start, max(last.stop, each.stop))
         found.append(each)
     return found
-
-
-def _least_bytes(span: TensorSpan, targets: Iterable[Target]) -> int:
-    """What a piece must hold at least: of what is quantised, whole rows of the layer."""
-    quantized = [target for target in targets if target.is_quantized]
-    by_row = span.is_contiguous and all(target.placement.is_contiguous for target in quantized)
-    return (span.nbytes // span.shape[0] if by_row else span.nbytes) if quantized else 0
 
 
 def cut(span: TensorSpan, targets: tuple[Target, ...], max_bytes: int) -> Iterator[Piece]:
@@ -138,7 +175,9 @@ def cut(span: TensorSpan, targets: tuple[Target, ...], max_bytes: int) -> Iterat
     if not order:
         yield Piece(span.part(whole), tuple(whole), targets)
         return
-    max_bytes = max(max_bytes, _least_bytes(span, targets))
+    if quantized := [target for target in targets if target.is_quantized]:  # whole rows of the layer
+        by_row = span.is_contiguous and all(target.placement.is_contiguous for target in quantized)
+        max_bytes = max(max_bytes, span.nbytes // span.shape[0] if by_row else span.nbytes)
     sizes = [span.shape[axis] for axis in order]
     row_bytes = [math.prod(sizes[depth + 1 :]) * span.dtype.itemsize for depth in range(len(sizes))]
     split = next(depth for depth, nbytes in enumerate(row_bytes) if nbytes <= max_bytes)
@@ -157,13 +196,13 @@ def cut(span: TensorSpan, targets: tuple[Target, ...], max_bytes: int) -> Iterat
 def joined(pieces: Iterable[Piece], max_bytes: int, *, in_place: bool) -> Iterator[Chunk]:
     """Neighbouring pieces as one read, while that stays within `max_bytes` and aligned to every dtype."""
     run: list[Piece] = []
-    for piece in pieces:
-        if run and not _fits(run, piece, max_bytes):
-            yield _chunk(run, in_place)
+    for piece in chain(pieces, [None]):
+        if run and (piece is None or not _fits(run, piece, max_bytes)):
+            first, last = run[0].span, run[-1].span
+            nbytes = last.offset + last.extent - first.offset
+            yield Chunk(first.source, first.offset, nbytes, tuple(run), in_place)
             run = []
-        run.append(piece)
-    if run:
-        yield _chunk(run, in_place)
+        run += [piece] if piece else []
 
 
 def _fits(run: list[Piece], piece: Piece, max_bytes: int) -> bool:
@@ -173,30 +212,26 @@ def _fits(run: list[Piece], piece: Piece, max_bytes: int) -> bool:
     return is_aligned and 0 <= gap <= MAX_GAP and at + new.extent <= max_bytes
 
 
-def _chunk(run: list[Piece], in_place: bool) -> Chunk:
-    first, last = run[0].span, run[-1].span
-    nbytes = last.offset + last.extent - first.offset
-    return Chunk(first.source, first.offset, nbytes, tuple(run), in_place)
-
-
 def shares(chunks: Sequence[Chunk], count: int) -> list[list[Chunk]]:
     """Runs of neighbours on disk for `count` readers, of about as many bytes each."""
-    total, before = sum(chunk.nbytes for chunk in chunks), 0
-    found: list[list[Chunk]] = [[] for _ in range(count)]
-    for chunk in chunks:
-        found[before * count // total].append(chunk)
-        before += chunk.nbytes
-    return [share for share in found if share]
+    total = sum(chunk.nbytes for chunk in chunks)
+    begins = accumulate((chunk.nbytes for chunk in chunks), initial=0)
+    numbered = zip(chunks, (begin * count // total for begin in begins), strict=False)
+    return [[chunk for chunk, _ in run] for _, run in groupby(numbered, itemgetter(1))]
 
 
 # ---- where it lands ----------------------------------------------------------------------------------------
 
 
-def memory_in_place(piece: Piece, tensors: Mapping[str, Tensor]) -> memoryview:
-    """The bytes of the one parameter that are a piece's own."""
-    (target,) = piece.targets
-    box = target.placement.box(target.span.shape)
-    return memory_of(target.placement.unplace(tensors[target.names[0]])[inside(piece.box, box)])
+def places(chunk: Chunk, between: memoryview, tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+    """Where the bytes of a chunk go that needs no slot: parameters, and what lies `between` them."""
+    at = chunk.offset
+    for piece in chunk.pieces:
+        (target,), begin = piece.targets, piece.span.offset
+        own = target.placement.box(target.span.shape)
+        yield between[: begin - at]
+        yield memory_of(target.placement.unplace(tensors[target.names[0]])[inside(piece.box, own)])
+        at = begin + piece.span.extent
 
 
 def landings(
@@ -210,9 +245,8 @@ def landings(
         box = [range(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(own, piece.box, strict=True)]
         if not all(box):
             continue
-        rows = place.turn(place.unplace(tensors[name])[inside(box, own)])
-        scale = None
+        parts = [tensors[name]]
         if target.is_quantized:
-            scales = tensors[scale_of(name)][:, None].expand(target.shape)
-            scale = place.turn(place.unplace(scales)[inside(box, own)])
-        yield rows, scale, place.turn(values[inside(box, piece.box)])
+            parts.append(tensors[scale_of(name)][:, None].expand(target.shape))
+        rows, *scale = [place.turn(place.unplace(part)[inside(box, own)]) for part in parts]
+        yield rows, scale[0] if scale else None, place.turn(values[inside(box, piece.box)])

@@ -19,9 +19,9 @@ from gpt2lite.checkpoint.source import ByteSource
 from gpt2lite.errors import CheckpointError, UsageError, is_out_of_memory
 from gpt2lite.loading import stream
 from gpt2lite.loading.forecast import Forecast, Ledger
-from gpt2lite.loading.pages import enter_allocated, enter_unsaved_buffers
 from gpt2lite.loading.plan import LoadPlan, Target
 from gpt2lite.loading.skeleton import replace_tensor, saved_tensors, storage_bytes, unsaved_buffers
+from gpt2lite.loading.stream import enter_allocated, enter_unsaved_buffers
 
 CPU = torch.device("cpu")
 

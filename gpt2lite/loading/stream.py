@@ -7,26 +7,115 @@ CPU target, what needs no change is read straight into the parameters' own memor
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+import mmap
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from functools import partial
 from heapq import nlargest
 from itertools import groupby
 from queue import SimpleQueue
 from threading import Event, Thread
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from gpt2lite.checkpoint.manifest import contiguous_stride
 from gpt2lite.checkpoint.reading import memory_of
 from gpt2lite.checkpoint.source import BUFFER_BYTES, ByteSource
-from gpt2lite.devices import copies_async, current_stream, on_stream, synchronize
-from gpt2lite.loading.forecast import Forecast, Ledger
-from gpt2lite.loading.pages import enter_allocated, enter_one_segment, enter_unsaved_buffers, fill_skeleton
-from gpt2lite.loading.plan import LoadPlan
-from gpt2lite.loading.schedule import MAX_GAP, Chunk, Schedule, landings, memory_in_place, shares
-from gpt2lite.quantization import WORKING_BYTES, quantize_into
+from gpt2lite.devices import caches_in_blocks, copies_async, synchronize
+from gpt2lite.loading.forecast import MIB, Forecast, Ledger, round_up
+from gpt2lite.loading.plan import LoadPlan, Target
+from gpt2lite.loading.schedule import MAX_GAP, Chunk, Schedule, landings, places, shares
+from gpt2lite.loading.skeleton import replace_tensor, storage_bytes, unsaved_buffers
+from gpt2lite.quantization import WORKING_BYTES, quantize_into, scale_of
+
+ALIGNMENT = 64
+
+# ---- the model's memory ------------------------------------------------------------------------------------
+
+
+def allocate_pages(nbytes: int) -> torch.UntypedStorage:
+    """Fresh host memory, on huge pages where the system has them. Raises MemoryError where it refuses.
+
+    Fresh memory costs more than reading into it: the kernel clears it, and takes one fault for each page.
+    Pages of 2 MiB instead of 4 KiB read a gpt2-xl in 0.6 instead of 1.5 s (two cores, file cached); tensors
+    allocated one by one have fewer of them that are aligned.
+    """
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu").untyped_storage()
+    try:
+        memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"cannot allocate memory: {nbytes} bytes ({error})") from None
+    with suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+
+
+def _allocate_together(targets: Sequence[Target]) -> Iterator[tuple[Target, Tensor]]:
+    """Host memory for each target out of one piece, which lives until the last of them is gone.
+
+    Each has a storage of its own, so that torch.save of one does not write all. The largest come first, those
+    of one shape in their order: W_query, W_key and W_value of a block are neighbours.
+    """
+    storage, at = allocate_pages(sum(map(_room, targets))), 0
+    for target in sorted(targets, key=lambda each: -each.nbytes):
+        own = storage[at : at + target.nbytes]
+        empty = torch.empty(0, dtype=target.dtype, device="cpu")
+        yield target, empty.set_(own, 0, target.shape, contiguous_stride(target.shape))
+        at += _room(target)
+
+
+def _room(target: Target) -> int:
+    return max(round_up(target.nbytes, ALIGNMENT), ALIGNMENT)  # an empty one has an address of its own, too
+
+
+def _large_bytes(plan: LoadPlan) -> int:
+    """Bytes of all tensors that torch's CUDA allocator does not keep in segments for small ones."""
+    return sum(n for n in (round_up(target.nbytes, 512) for target in plan.targets) if n > MIB)
+
+
+def _allocate(plan: LoadPlan) -> dict[str, Tensor]:
+    """Give the skeleton memory, one piece on the host; returns tensors and scales by their first names.
+
+    CUDA's caching allocator fetches it at once, to split it: fetched tensor by tensor, each large one would
+    be rounded up by as much as 1 MiB (135 MiB on gpt2-xl).
+    """
+    if caches_in_blocks(plan.device):
+        with suppress(torch.OutOfMemoryError):  # no such piece is free; tensor by tensor it may still fit
+            torch.empty(_large_bytes(plan), dtype=torch.uint8, device=plan.device)
+    alone = ((t, torch.empty(t.shape, dtype=t.dtype, device=plan.device)) for t in plan.targets)
+    found = {}
+    for target, memory in _allocate_together(plan.targets) if plan.device.type == "cpu" else alone:
+        found[target.names[0]] = memory
+        replace_tensor(plan.skeleton, target.names, memory)
+    for target in plan.targets:
+        if target.is_quantized:
+            names = [scale_of(name) for name in target.names]
+            found[names[0]] = torch.empty(target.shape[0], dtype=torch.float32, device=plan.device)
+            replace_tensor(plan.skeleton, names, found[names[0]])
+    return found
+
+
+def enter_allocated(plan: LoadPlan, ledger: Ledger) -> None:
+    """The memory of all targets, then of their scales."""
+    for nbytes in (*(t.nbytes for t in plan.targets), *(t.scale_bytes for t in plan.targets)):
+        ledger.device.take(nbytes)
+
+
+def enter_unsaved_buffers(plan: LoadPlan, ledger: Ledger) -> None:
+    """What `restore_unsaved_buffers` adds: it builds all buffers again, then moves those that it needs."""
+    unsaved = unsaved_buffers(plan.skeleton)
+    if not unsaved:
+        return
+    ledger.host.touch(storage_bytes(plan.skeleton.buffers()))
+    if ledger.on_cpu:
+        ledger.host.take(storage_bytes(unsaved))
+    for buffer in unsaved if not ledger.on_cpu else ():
+        ledger.device.take(buffer.nbytes)
+
+
+# ---- the way into it ---------------------------------------------------------------------------------------
 
 
 class Lane:
@@ -37,9 +126,7 @@ class Lane:
 
     def __init__(self, count: int, nbytes: int, device: torch.device) -> None:
         self.buffers = torch.empty(count * nbytes, dtype=torch.uint8, device=device).split(nbytes)
-        scattering = current_stream(device)
-        assert scattering is not None, "a device with streams has a current one"
-        self.copying, self.scattering = torch.Stream(device), scattering
+        self.copying, self.scattering = torch.Stream(device), torch.accelerator.current_stream(device)
         self.copying.wait_stream(self.scattering)  # that is where the buffers were made
         self.scattered: dict[int, torch.Event] = {}
         self.turn = 0
@@ -47,7 +134,7 @@ class Lane:
     def carry(self, flat: Tensor) -> tuple[Tensor, torch.Event]:
         """Start a copy of page-locked bytes; what the current stream is given next waits for its event."""
         self.turn = (self.turn + 1) % len(self.buffers)
-        with on_stream(self.copying):
+        with self.copying:
             if self.turn in self.scattered:
                 self.copying.wait_event(self.scattered[self.turn])
             there = self.buffers[self.turn][: flat.numel()].copy_(flat, non_blocking=True)
@@ -60,50 +147,53 @@ class Lane:
         self.scattered[self.turn] = self.scattering.record_event()
 
 
-class Slot(NamedTuple):
-    """A buffer of the ring, free once its last copy to the device is done."""
-
-    memory: Tensor
-    copied: torch.Event | None = None
+Slot = tuple[Tensor, torch.Event | None]  # a buffer of the ring, and when its last copy to the device is done
 
 
 class Ring:
     """Equal host buffers in one allocation, page-locked and with a lane to the device where that has streams.
 
-    Readers take slots and fill them, whoever loads delivers what they hold.
+    Readers take slots and fill them, whoever loads delivers what they hold to the parameters, `tensors`.
     """
 
-    def __init__(self, schedule: Schedule, device: torch.device) -> None:
+    def __init__(self, schedule: Schedule, device: torch.device, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors, self.closed = tensors, Event()
         slots, nbytes, lanes = schedule.slots, schedule.slot_bytes, schedule.lane_buffers
         self.lane = Lane(lanes, nbytes, device) if lanes else None
         self.free: SimpleQueue[Slot | None] = SimpleQueue()
         for memory in allocate_ring(slots * nbytes, pinned=bool(lanes)).split(nbytes) if slots else ():
-            self.free.put(Slot(memory))
+            self.free.put((memory, None))
 
     def take(self) -> Tensor | None:
         """The next free slot, once its last copy is done; None when the ring is closed."""
-        slot = self.free.get()
-        if slot is None:
-            return None
-        if slot.copied is not None:
-            slot.copied.synchronize()
-        return slot.memory
+        memory, copied = self.free.get() or (None, None)
+        if copied is not None:
+            copied.synchronize()
+        return memory
 
     @torch.no_grad()
-    def deliver(self, chunk: Chunk, memory: Tensor, tensors: Mapping[str, Tensor]) -> None:
+    def deliver(self, chunk: Chunk, memory: Tensor) -> None:
         """Copy a chunk that lies in a slot to its parameters, and free the slot for its next use."""
         flat, copied = memory[: chunk.nbytes], None
         if self.lane:
             flat, copied = self.lane.carry(flat)
         for piece in chunk.pieces:
-            for rows, scale, values in landings(piece, flat[piece.span.offset - chunk.offset :], tensors):
+            for rows, scale, values in landings(
+                piece, flat[piece.span.offset - chunk.offset :], self.tensors
+            ):
                 if scale is None:
                     rows.copy_(values)
                 else:
                     quantize_into(rows, scale, values)
         if self.lane:
             self.lane.release()
-        self.free.put(Slot(memory, copied))
+        self.free.put((memory, copied))
+
+    def close(self, readers: int) -> None:
+        """Stop the readers, and wake those that wait for a slot."""
+        self.closed.set()
+        for _ in range(readers):
+            self.free.put(None)
 
 
 def allocate_ring(nbytes: int, *, pinned: bool) -> Tensor:
@@ -114,25 +204,11 @@ def allocate_ring(nbytes: int, *, pinned: bool) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
 
-def _places(chunk: Chunk, between: memoryview, tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
-    """Where the bytes of a chunk go that needs no buffer: parameters, and what lies `between` them."""
-    at = chunk.offset
-    for piece in chunk.pieces:
-        yield between[: piece.span.offset - at]
-        yield memory_in_place(piece, tensors)
-        at = piece.span.offset + piece.span.extent
-
-
 Read = tuple[Chunk, Tensor | None]  # a chunk that was read, and the slot where it lies; None: in its place
 
 
 def _read(
-    plan: LoadPlan,
-    tensors: Mapping[str, Tensor],
-    ring: Ring,
-    todo: Iterator[list[Chunk]],
-    past_cache: Mapping[ByteSource, bool],
-    stop: Event,
+    plan: LoadPlan, ring: Ring, todo: Iterator[list[Chunk]], past_cache: Mapping[ByteSource, bool]
 ) -> Iterator[Read]:
     """What one reader reads: shares of `todo`, each in order, so that the system can read ahead for it."""
     between = memoryview(bytearray(MAX_GAP))
@@ -141,43 +217,43 @@ def _read(
             with source.reader(past_cache=past_cache[source]) as reader:
                 for chunk in chunks:
                     slot = None if chunk.in_place else ring.take()
-                    if stop.is_set():
+                    if ring.closed.is_set():
                         return
-                    whole = memory_of(slot)[: chunk.nbytes] if slot is not None else None
-                    reader.read_into([whole] if whole else _places(chunk, between, tensors), chunk.offset)
+                    staged = [] if slot is None else [memory_of(slot)[: chunk.nbytes]]
+                    reader.read_into(staged or places(chunk, between, ring.tensors), chunk.offset)
                     if not plan.tuning.keep_cached:
                         reader.forget(chunk.offset, chunk.nbytes)
                     yield chunk, slot
 
 
-def _read_all(plan: LoadPlan, tensors: Mapping[str, Tensor], ring: Ring) -> Generator[Read, None, None]:
+def _read_all(plan: LoadPlan, ring: Ring) -> Generator[Read, None, None]:
     """Everything, each chunk as soon as it is there. Stops all readers when one fails, and raises its error.
 
     The system may grant fewer threads than wanted, which then read more each, or none: then this one reads.
     """
-    done: SimpleQueue[Read | BaseException] = SimpleQueue()
-    stop, started, todo = Event(), list[Thread](), iter(shares(plan.schedule.chunks, plan.schedule.readers))
-    sources, keep_cached = {chunk.source for chunk in plan.schedule.chunks}, plan.tuning.keep_cached
+    chunks, readers, keep_cached = plan.schedule.chunks, plan.schedule.readers, plan.tuning.keep_cached
+    sources = {chunk.source for chunk in chunks}
     past_cache = {source: not keep_cached and source.is_best_past_cache() for source in sources}
-    read = partial(_read, plan, tensors, ring, todo, past_cache, stop)
+    read = partial(_read, plan, ring, iter(shares(chunks, readers)), past_cache)
+    started, done = list[Thread](), SimpleQueue[Read | BaseException]()
 
     def report() -> None:
         try:
             for each in read():
                 done.put(each)
         except BaseException as error:
-            stop.set()
+            ring.closed.set()
             done.put(error)
 
     try:
         with suppress(RuntimeError):
-            for number in range(plan.schedule.readers):
+            for number in range(readers):
                 thread = Thread(target=report, name=f"gpt2lite-reader-{number}")
                 thread.start()
                 started.append(thread)
         if not started:
             yield from read()
-        for _ in plan.schedule.chunks if started else ():
+        for _ in chunks if started else ():
             found = done.get()
             if isinstance(found, BaseException):
                 try:
@@ -186,9 +262,7 @@ def _read_all(plan: LoadPlan, tensors: Mapping[str, Tensor], ring: Ring) -> Gene
                     del found  # or the error holds this frame, this frame the error, and both the parameters
             yield found
     finally:
-        stop.set()
-        for _ in started:
-            ring.free.put(None)
+        ring.close(len(started))
         for thread in started:
             thread.join()
         while not done.empty():  # the errors of others, of which the same is true
@@ -206,14 +280,14 @@ def load(plan: LoadPlan) -> nn.Module:
     which a cold file is read past the page cache. Raises CheckpointError where a file ends early; the error
     of a reader is raised as it is.
     """
-    tensors, chunks = fill_skeleton(plan), plan.schedule.chunks
+    tensors, chunks = _allocate(plan), plan.schedule.chunks
     done, total = 0, sum(chunk.nbytes for chunk in chunks)
     try:
-        ring = Ring(plan.schedule, plan.device)
-        with closing(_read_all(plan, tensors, ring)) as reads:
+        ring = Ring(plan.schedule, plan.device, tensors)
+        with closing(_read_all(plan, ring)) as reads:
             for chunk, slot in reads:
                 if slot is not None:
-                    ring.deliver(chunk, slot, tensors)
+                    ring.deliver(chunk, slot)
                 done += chunk.nbytes
                 plan.progress(done, total)
     finally:
@@ -228,7 +302,8 @@ def load(plan: LoadPlan) -> nn.Module:
 def forecast(plan: LoadPlan) -> Forecast:
     """What `load` takes, by the schedule that it will follow."""
     ledger, schedule = Ledger(plan.device), plan.schedule
-    enter_one_segment(plan, ledger)
+    if caches_in_blocks(plan.device):  # fetched for a moment
+        ledger.device.touch(_large_bytes(plan))
     enter_allocated(plan, ledger)
     working = WORKING_BYTES if plan.is_quantized else 0
     buffers = 0 if plan.tuning.keep_cached else schedule.readers * BUFFER_BYTES
