@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.checkpoint.manifest import Manifest
-from gpt2lite.checkpoint.page_cache import forget_cached
 from gpt2lite.checkpoint.reading import map_tensors, memory_of
 from gpt2lite.checkpoint.safetensors import fill_safetensors, fill_safetensors_folder
 from gpt2lite.checkpoint.tensor_folder import fill_tensor_folder
@@ -230,7 +229,8 @@ def _stored(
         (ours, placement), *_ = group
         parts = [placement.unplace(views[part]) for part, placement in group]
         name = theirs if ours == HEAD else target.prefix + theirs
-        stored[ours] = join(name, parts, axis=placement.axis if len(parts) > 1 else 0, dtype=dtype)
+        axis = placement.rows_axis % parts[0].dim() if len(parts) > 1 else 0
+        stored[ours] = join(name, parts, axis=axis, dtype=dtype)
     if config.tied_head:
         head = stored.pop(HEAD)
         if format == "pth":
@@ -340,7 +340,7 @@ def verify(job: Conversion, path: Path, digests: Mapping[str, bytes]) -> None:
     """
     manifest = open_checkpoint(path)
     for source in manifest.files:
-        forget_cached(source.path)
+        source.forget()
     spans = {name.removeprefix(manifest.container_of(name)): span for name, span in manifest.tensors.items()}
     wanted, mapped = {tensor.name: tensor for tensor in job.tensors}, map_tensors(spans.values())
     wrong = list(spans.keys() ^ wanted.keys())

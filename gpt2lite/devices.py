@@ -107,7 +107,12 @@ def caches_in_blocks(device: torch.device) -> bool:
 
 def has_streams(device: torch.device) -> bool:
     """Whether copies to a device can go on while this thread does: it has streams, events, pinned memory."""
-    return device.type not in ("cpu", "meta", "mps") and is_here(device)
+    return copies_async(device) and is_here(device)
+
+
+def copies_async(device: torch.device) -> bool:
+    """Whether devices of this kind have streams, whether or not one is here."""
+    return device.type not in ("cpu", "meta", "mps")
 
 
 def synchronize(device: torch.device) -> None:

@@ -81,7 +81,7 @@ def unwritten_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def allocate_nan(nbytes: int) -> torch.UntypedStorage:
         return torch.full((max(nbytes, 1),), 0xFF, dtype=torch.uint8).untyped_storage()
 
-    monkeypatch.setattr("gpt2lite.loading.pages.allocate_pages", allocate_nan)
+    monkeypatch.setattr("gpt2lite.loading.stream.allocate_pages", allocate_nan)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

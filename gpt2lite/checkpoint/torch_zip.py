@@ -23,8 +23,7 @@ from gpt2lite.checkpoint.described import Described, described
 from gpt2lite.checkpoint.foreign import DAMAGED, what_is_zip
 from gpt2lite.checkpoint.inert_pickle import MAX_SMALL_BYTES, RESAVE, DescribingUnpickler, Storage
 from gpt2lite.checkpoint.manifest import BOUND_CONFIG, Manifest, TensorSpan, contiguous_stride
-from gpt2lite.checkpoint.page_cache import read_each
-from gpt2lite.checkpoint.source import ByteSource, FileState
+from gpt2lite.checkpoint.source import ByteSource, FileState, read_each
 from gpt2lite.checkpoint.writing import Config, TensorToWrite, Wrote, made_ahead
 from gpt2lite.errors import CheckpointError
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from gpt2lite.checkpoint import FOLDER_FILES, Manifest, TensorSpan
 from gpt2lite.dialects.configs import read_json
 from gpt2lite.dialects.reading import Adapter, Reading, block_of, expand_rows
-from gpt2lite.dialects.tables import DIALECTS, Placement
+from gpt2lite.dialects.tables import DIALECTS, Placement, Transpose
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError, listed
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -168,9 +168,9 @@ def _adapters(reading: Reading, manifest: Manifest, said: Mapping[str, Any]) -> 
         if not found or other not in manifest.tensors or not _is_targeted(said, found[1]):
             continue
         for ours, placement in places.get(BEFORE.sub("", found[1], count=1) + ".weight", ()):
-            a, b = Placement(BESIDE + name), Placement(BESIDE + other, placement.part, placement.parts)
+            a, b = Placement(BESIDE + name), Placement(BESIDE + other, placement.narrows)
             if found[2]:
-                a, b = replace(b, transposed=True), replace(a, transposed=True)
+                a, b = (Placement(each.source, (*each.views, Transpose())) for each in (b, a))
             if bool(found[2]) == ours.endswith("_emb.weight"):
                 module = found[1].removeprefix("base_model.model.")
                 yield Adapter(ours, a, b, _scale(said, module, manifest.tensors[name]))

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from typing import NamedTuple
 
 from gpt2lite.checkpoint import Manifest, TensorSpan
-from gpt2lite.dialects.tables import DIALECTS, Placement, Row
+from gpt2lite.dialects.tables import DIALECTS, Placement, Row, Transpose
 from gpt2lite.errors import CheckpointError, UsageError, listed
 
 # What wrappers put into every name (DataParallel, torch.compile, DeepSpeed, FSDP), and LoRA before a leaf.
@@ -253,7 +253,8 @@ def _adapters(names: Mapping[str, str], placements: Mapping[str, Placement]) -> 
         layer = name.removesuffix(".lora.A")
         b = names.get(f"{layer}.lora.B")
         if layer != name and b is not None and f"{layer}.weight" in placements:
-            yield Adapter(f"{layer}.weight", Placement(a, transposed=True), Placement(b, transposed=True))
+            turned = (Transpose(),)
+            yield Adapter(f"{layer}.weight", Placement(a, turned), Placement(b, turned))
 
 
 def with_lora_alpha(reading: Reading, alpha: float | None) -> Reading:

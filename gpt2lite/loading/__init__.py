@@ -14,9 +14,9 @@ from gpt2lite.loading.choice import Verdict, choose, forecasts, helps, judge
 from gpt2lite.loading.forecast import Forecast
 from gpt2lite.loading.options import LoadOptions, OpenOptions, Options, Progress
 from gpt2lite.loading.plan import LoadPlan, make_plan
+from gpt2lite.loading.schedule import Tuning
 from gpt2lite.loading.skeleton import prove_complete, restore_unsaved_buffers
 from gpt2lite.loading.strategies import AUTO, STRATEGIES
-from gpt2lite.loading.tuning import Tuning
 from gpt2lite.memory import find_budget
 
 __all__ = [

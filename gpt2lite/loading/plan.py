@@ -16,8 +16,8 @@ from gpt2lite.checkpoint.source import LocalFile
 from gpt2lite.dialects import Adapter, Placement, Reading
 from gpt2lite.errors import CheckpointError, UsageError, listed
 from gpt2lite.loading.options import LoadOptions, Progress, check_values
+from gpt2lite.loading.schedule import MIB, Schedule, Tuning, make_schedule
 from gpt2lite.loading.skeleton import own_loading, saved_tensors, sketch, tied_names
-from gpt2lite.loading.tuning import MIB, Tuning
 from gpt2lite.quantization import quantize_skeleton
 
 SMALLEST_RING = 2 * MIB
@@ -91,6 +91,11 @@ class LoadPlan:
     def model_bytes(self) -> int:
         """Bytes that the loaded module takes on its device."""
         return sum(target.nbytes + target.scale_bytes for target in self.targets)
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """What `stream` reads, in which order: its forecast and its run use this one."""
+        return make_schedule(self.spans, self.targets, self.device, self.tuning)
 
     @property
     def is_quantized(self) -> bool:
