@@ -41,7 +41,7 @@ from gpt2lite.config import GPTConfig
 from gpt2lite.dialects import DIALECTS, Placement, expand_rows
 from gpt2lite.errors import CheckpointError, UsageError, listed
 from gpt2lite.loading.options import check_names
-from gpt2lite.loading.skeleton import build_on_meta
+from gpt2lite.loading.skeleton import sketch
 from gpt2lite.memory import parse_size
 from gpt2lite.model import GPTModel, open_model
 from gpt2lite.opening import Opened
@@ -217,7 +217,7 @@ def _stored(
 ) -> Iterator[TensorToWrite]:
     """The tensors of the target's file: the inverse of its rows. Biases that the source lacks are zeros."""
     target, like = TARGETS[to], views[EMBEDDING].dtype
-    wanted = build_on_meta(lambda: GPTModel(config)).state_dict()
+    wanted = sketch(lambda: GPTModel(config)).module.state_dict()
     groups: dict[str, list[tuple[str, Placement]]] = {}  # their names, and of which parameters each is made
     for theirs, ours, placement in expand_rows(DIALECTS[to].rows, config.n_layers):
         if ours in wanted:

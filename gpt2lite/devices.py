@@ -98,7 +98,7 @@ def restart_peak(device: torch.device) -> None:
 
 
 def caches_in_blocks(device: torch.device) -> bool:
-    """Whether memory there comes from torch's caching allocator, in the blocks that `CudaPool` models."""
+    """Whether memory there comes from torch's caching allocator, in the blocks that `CachingPool` models."""
     return device.type == "cuda"
 
 

@@ -29,7 +29,7 @@ from gpt2lite.errors import UsageError
 from gpt2lite.loading import Forecast, LoadOptions, LoadPlan, forecasts, load, make_plan
 from gpt2lite.loading.options import HUB_OPTIONS, OpenOptions, check_names
 from gpt2lite.loading.plan import require_one_dtype
-from gpt2lite.loading.skeleton import build_on_meta
+from gpt2lite.loading.skeleton import sketch
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -165,7 +165,7 @@ def load_module(
     check_names(options, LoadOptions)
     if options.get("quantize") is not None:
         raise UsageError("quantize is for GPTModel; load_module keeps every layer as it is built")
-    reading = read_names(open_checkpoint(path), build_on_meta(build).state_dict().keys())
+    reading = read_names(open_checkpoint(path), sketch(build).module.state_dict().keys())
     return load(partial(make_plan, reading, build, options=options), device, strategy, options)
 
 

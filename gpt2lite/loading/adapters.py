@@ -24,8 +24,8 @@ def merge_adapters(plan: LoadPlan, module: nn.Module) -> None:
     Costs WORKING_BYTES on the device; a mapped weight becomes anonymous memory. Equal to computing both paths
     up to rounding.
     """
-    tensors = saved_tensors(module) if plan.adapters else {}
-    for adapter in plan.adapters:
+    tensors = saved_tensors(module)
+    for adapter in plan.reading.adapters:
         assert adapter.scale is not None, "with_lora_alpha comes before a load"
         a, b = (_factor(plan, placement) for placement in (adapter.a, adapter.b))
         rows = max(WORKING_BYTES // (a.shape[1] * a.itemsize), 1)
@@ -40,13 +40,13 @@ def _factor(plan: LoadPlan, placement: Placement) -> Tensor:
 
 def with_adapters(plan: LoadPlan, forecast: Forecast) -> Forecast:
     """The forecast of a load that ends in merging; the sum is the larger where it is not known which."""
-    if not plan.adapters:
+    if not plan.reading.adapters:
         return forecast
     weights = {name: target for target in plan.targets for name in target.names}
-    merged = [weights[adapter.weight] for adapter in plan.adapters]
+    merged = [weights[adapter.weight] for adapter in plan.reading.adapters]
     on_cpu, working = plan.device.type == "cpu", WORKING_BYTES
     copied = min(sum(target.nbytes for target in merged), forecast.stays_mapped)
-    factors = max(_factor_bytes(plan, adapter) for adapter in plan.adapters)
+    factors = max(_factor_bytes(plan, adapter) for adapter in plan.reading.adapters)
     host = forecast.stays_host + copied + factors + (working if on_cpu else 0)
     device = forecast.stays_device + factors + working
     return replace(

@@ -1,20 +1,23 @@
-"""Which strategy a load takes: the fastest whose forecast fits, or one error that says what would help."""
+"""A load: the fastest strategy that fits, run and proven, or one error that says what would help."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
-from gpt2lite.errors import InsufficientMemoryError, UsageError
-from gpt2lite.loading.adapters import with_adapters
+from gpt2lite.devices import CPU, resolve_device
+from gpt2lite.errors import InsufficientMemoryError, UsageError, first_line, is_out_of_memory
+from gpt2lite.loading.adapters import merge_adapters, with_adapters
 from gpt2lite.loading.forecast import Forecast
+from gpt2lite.loading.options import LoadOptions
 from gpt2lite.loading.plan import SMALLEST_RING, LoadPlan, Target
-from gpt2lite.loading.strategies import AUTO, BUILT, CPU, STRATEGIES
-from gpt2lite.memory import Budget, human
+from gpt2lite.loading.skeleton import prove_complete, restore_unsaved_buffers
+from gpt2lite.loading.strategies import AUTO, STRATEGIES
+from gpt2lite.memory import Budget, find_budget, human
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,116 +34,92 @@ class Verdict:
 
 
 def forecasts(plan: LoadPlan) -> dict[str, Forecast]:
-    """What each strategy that can read this checkpoint would take. Milliseconds; allocates nothing."""
-    found = {}
-    for name in STRATEGIES:
-        with suppress(UsageError):
-            found[name] = _forecast(plan, name)
-    return found
+    """What each strategy that can do what is planned would take. Milliseconds; allocates nothing."""
+    able = {name: row for name, row in STRATEGIES.items() if not row.refuses(plan)}
+    return {name: with_adapters(plan, row.forecast(plan)) for name, row in able.items()}
 
 
-def _forecast(plan: LoadPlan, name: str) -> Forecast:
-    """Raises UsageError for a strategy that cannot do what is planned."""
-    if plan.is_quantized and name != "stream":
-        raise UsageError(f'quantize goes with strategy="stream" or "auto", not {name!r}')
-    needs = plan.own_loading or plan.lost
-    if needs and name not in _automatic(plan):
-        why = "loads itself" if plan.own_loading else "must be built with its memory"
-        raise UsageError(
-            f'strategy="{name}" cannot load this module, which {why} ({", ".join(needs[:5])}); use '
-            f'strategy="{_automatic(plan)[0]}" or "auto"'
-        )
-    return with_adapters(plan, STRATEGIES[name].forecast(plan))
-
-
-def _automatic(plan: LoadPlan) -> tuple[str, ...]:
-    """What auto may take."""
-    if plan.is_quantized:
-        return AUTO[:1]
-    return BUILT[1:] if plan.own_loading else BUILT if plan.lost else AUTO
+def judge(plan: LoadPlan, name: str, budget: Budget) -> Verdict:
+    """Whether a strategy fits, its ring made as small as needed. Raises UsageError where it cannot do it."""
+    if why := STRATEGIES[name].refuses(plan):
+        raise UsageError(why)
+    halves = itertools.takewhile(
+        SMALLEST_RING.__le__, (plan.tuning.ring_bytes >> n for n in itertools.count())
+    )
+    for ring_bytes in [*halves] or [plan.tuning.ring_bytes]:
+        fitted = replace(plan, tuning=replace(plan.tuning, ring_bytes=ring_bytes))
+        forecast = with_adapters(fitted, STRATEGIES[name].forecast(fitted))
+        verdict = Verdict(fitted, forecast, _lacking(fitted, forecast, budget))
+        if not verdict.lacking:
+            break
+    return verdict
 
 
 def _lacking(plan: LoadPlan, forecast: Forecast, budget: Budget) -> dict[str, int]:
     needed = {"device": forecast.peak_device, "host": forecast.peak_host_anonymous}
     if budget.host.admits(needed["host"]):
-        needed["virtual"] = needed["host"] + _mapped(plan, forecast)
+        needed["virtual"] = needed["host"]
+        if forecast.peak_host_reclaimable or forecast.stays_mapped:  # a file that is mapped is mapped whole
+            sources = {span.source for span in plan.spans.values()}
+            needed["virtual"] += sum(plan.manifest.files[source].size for source in sources)
     return {place: nbytes for place, nbytes in needed.items() if not budget.of(place).admits(nbytes)}
-
-
-def _mapped(plan: LoadPlan, forecast: Forecast) -> int:
-    """Bytes of address space for files: one that is mapped is mapped whole."""
-    if not (forecast.peak_host_reclaimable or forecast.stays_mapped):
-        return 0
-    sources = {span.source for span in plan.spans.values()}
-    return sum(state.size for source, state in plan.manifest.files.items() if source in sources)
-
-
-def judge(plan: LoadPlan, name: str, budget: Budget) -> Verdict:
-    """Whether a strategy fits, its ring made as small as needed. Raises UsageError where it cannot run."""
-    sizes = _ring_sizes(plan.tuning.ring_bytes)
-    largest = _judge_with(plan, name, budget, sizes[0])
-    if not largest.lacking:
-        return largest
-    smallest = _judge_with(plan, name, budget, sizes[-1])
-    if smallest.lacking:
-        return smallest
-    between = (_judge_with(plan, name, budget, ring) for ring in sizes[1:])
-    return next(verdict for verdict in between if not verdict.lacking)
-
-
-def _ring_sizes(largest: int) -> list[int]:
-    """The ring that is wanted, and its halves down to the smallest that is worth having."""
-    halves = itertools.takewhile(
-        lambda size: size >= SMALLEST_RING, (largest >> n for n in itertools.count())
-    )
-    return [*halves] or [largest]
-
-
-def _judge_with(plan: LoadPlan, name: str, budget: Budget, ring_bytes: int) -> Verdict:
-    plan = replace(plan, tuning=replace(plan.tuning, ring_bytes=ring_bytes))
-    forecast = _forecast(plan, name)
-    return Verdict(plan, forecast, _lacking(plan, forecast, budget))
 
 
 def choose(plan: LoadPlan, strategy: str, budget: Budget) -> tuple[str, LoadPlan]:
     """The strategy to take and the plan for it.
 
-    "auto" is the first of AUTO that fits; a strategy that was named may count on swap. Raises UsageError for
-    an unknown one, InsufficientMemoryError, before anything is allocated, where nothing fits.
+    "auto" is the first of AUTO that can do what is planned and fits; a strategy that was named may count on
+    swap. Raises UsageError for an unknown one and one that cannot do it; InsufficientMemoryError, before
+    anything is allocated, where nothing fits.
     """
-    if strategy != "auto" and strategy not in STRATEGIES:
-        raise UsageError(f"no strategy is called {strategy!r}; there are auto, {', '.join(STRATEGIES)}")
+    if strategy not in ("auto", *STRATEGIES):
+        raise UsageError(f"unknown strategy {strategy!r}; choose from auto, {', '.join(STRATEGIES)}")
     if strategy != "auto":
         budget = budget.with_swap()
-    names = _automatic(plan) if strategy == "auto" else (strategy,)
-    verdicts = {name: judge(plan, name, budget) for name in names}
-    for name, verdict in verdicts.items():
-        if not verdict.lacking:
-            return name, verdict.plan
-    raise InsufficientMemoryError("\n  ".join(_refusal(plan, strategy, budget, verdicts)))
+    names = AUTO if strategy == "auto" else (strategy,)
+    refused = {name: why for name in names if (why := STRATEGIES[name].refuses(plan))}
+    if len(refused) == len(names):
+        raise UsageError(f"{plan.manifest.path}: {'; '.join(dict.fromkeys(refused.values()))}")
+    verdicts = {}
+    for name in names:
+        if name not in refused:
+            verdicts[name] = judge(plan, name, budget)
+            if not verdicts[name].lacking:
+                return name, verdicts[name].plan
+    raise _refusal(plan, strategy, budget, verdicts)
 
 
-def _refusal(plan: LoadPlan, strategy: str, budget: Budget, verdicts: Mapping[str, Verdict]) -> Iterator[str]:
+def _refusal(
+    plan: LoadPlan, strategy: str, budget: Budget, verdicts: Mapping[str, Verdict]
+) -> InsufficientMemoryError:
     """What was wanted, what there is, and what would help, a line each."""
     named = "" if strategy == "auto" else f' with strategy="{strategy}"'
-    yield f"{plan.manifest.path}: will not fit in memory on {plan.device}{named}; nothing was allocated"
+    lines = [f"{plan.manifest.path}: will not fit in memory on {plan.device}{named}; nothing was allocated"]
     for name, verdict in verdicts.items():
         needs = (f"{human(nbytes)} of {place} memory" for place, nbytes in verdict.lacking.items())
-        yield f"{name} would take {' and '.join(needs)}"
-    for place in dict.fromkeys(place for verdict in verdicts.values() for place in verdict.lacking):
-        yield f"{place} memory that can be had: {budget.of(place).said}"
+        lines.append(f"{name} would take {' and '.join(needs)}")
+    places = dict.fromkeys(place for verdict in verdicts.values() for place in verdict.lacking)
+    lines += [f"available {place} memory: {budget.of(place).said}" for place in places]
     if budget.swap:
-        yield f"swap: {human(budget.swap)}, not counted"
-    for change in helps(plan, strategy, budget):
-        yield f"would fit: {change}"
+        lines.append(f"swap: {human(budget.swap)}, not counted")
+    fits = [*helps(plan, strategy, budget)]
+    lines += [f"would fit: {change}" for change in fits]
+    needed = min(
+        (verdict.lacking for verdict in verdicts.values()), key=lambda lacking: sum(lacking.values())
+    )
+    available = {place: budget.of(place).nbytes or 0 for place in needed}
+    return InsufficientMemoryError("\n  ".join(lines), needed=needed, available=available, fits=fits)
 
 
 def helps(plan: LoadPlan, strategy: str, budget: Budget) -> Iterator[str]:
     """The nearest changes of the arguments with which a load would fit that does not as it is."""
-    half = replace(plan, targets=tuple(replace(t, dtype=_halved(t.dtype)) for t in plan.targets))
+    half, stored = (
+        replace(plan, targets=tuple(replace(t, dtype=dtype_of(t)) for t in plan.targets))
+        for dtype_of in (_halved, _as_stored)
+    )
     changes = {
         (): plan,
-        ("dtype=None",): replace(plan, targets=tuple(replace(t, dtype=_as_stored(t)) for t in plan.targets)),
+        ("dtype=None",): stored,
         ("dtype=torch.bfloat16",): half,
         ('device="cpu"',): replace(plan, device=CPU),
         ('device="cpu"', "dtype=torch.bfloat16"): replace(half, device=CPU),
@@ -148,16 +127,56 @@ def helps(plan: LoadPlan, strategy: str, budget: Budget) -> Iterator[str]:
     enough: list[set[str]] = []
     for change, changed in changes.items():
         is_none = changed == plan and (change or strategy == "auto")
-        fitting = (name for name in _automatic(changed) if not judge(changed, name, budget).lacking)
-        if not is_none and not any(set(change) > less for less in enough) and (name := next(fitting, None)):
+        if is_none or any(set(change) > less for less in enough):
+            continue
+        plain = replace(changed, tuning=replace(changed.tuning, keep_cached=True, prefetch=False))
+        able = (name for name in AUTO if not STRATEGIES[name].refuses(plain))
+        if name := next((name for name in able if not judge(plain, name, budget).lacking), None):
             enough.append(set(change))
-            refused = plan.tuning.prefetch if name == "stream" else not plan.tuning.keep_cached
-            yield ", ".join([*change, f'strategy="{name}"', *["tuning=Tuning()"] * refused])
+            tuning = ["tuning=Tuning()"] if STRATEGIES[name].refuses(changed) else []
+            yield ", ".join([*change, f'strategy="{name}"', *tuning])
 
 
 def _as_stored(target: Target) -> torch.dtype:
     return target.dtype if target.is_quantized else target.span.dtype
 
 
-def _halved(dtype: torch.dtype) -> torch.dtype:
-    return torch.bfloat16 if dtype.is_floating_point and dtype.itemsize > 2 else dtype
+def _halved(target: Target) -> torch.dtype:
+    is_wide = target.dtype.is_floating_point and target.dtype.itemsize > 2
+    return torch.bfloat16 if is_wide else target.dtype
+
+
+def load(
+    make: Callable[[torch.device], LoadPlan], device: str | torch.device, strategy: str, options: LoadOptions
+) -> nn.Module:
+    """The module that the plan of `make` fills, proven complete, in eval mode.
+
+    Every mismatch, and insufficient memory, is found before anything is allocated. Raises UsageError for an
+    unknown strategy or device, a wrong cap, or options that the strategy cannot do; CheckpointError for a
+    checkpoint that does not fit or changes while it is read; InsufficientMemoryError, with nothing left
+    allocated, where memory runs out.
+    """
+    resolved = resolve_device(device)
+    budget = find_budget(resolved, options.get("max_host_memory"), options.get("max_device_memory"))
+    name, plan = choose(make(resolved), strategy, budget)
+    manifest = plan.manifest
+    try:
+        module = STRATEGIES[name].load(plan)
+        if plan.reading.adapters:
+            merge_adapters(plan, module)
+        restore_unsaved_buffers(module, plan.build, plan.device)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, InsufficientMemoryError) or not is_out_of_memory(error):
+            raise
+        reason = first_line(error)
+    else:
+        manifest.check_unchanged()
+        targets = () if plan.own_loading else plan.targets  # its loading may change dtypes, too
+        dtypes = {name: target.dtype for target in targets for name in target.names}
+        return prove_complete(module, dtypes, plan.device)
+    # Raised out here, where neither the plan's tensors nor the first error's frames are held any more.
+    del plan
+    said = f'memory ran out on {device} with strategy="{name}", though the forecast fits'
+    raise InsufficientMemoryError(
+        f"{manifest.path}: {said}: another process may have taken it ({reason}). Try again."
+    )

@@ -1,4 +1,4 @@
-"""What a load will take, counted without allocating: `Ledger` in which a strategy's forecast keeps its books.
+"""What a load will take, counted without allocating: the `Ledger` in which a strategy's forecast adds it up.
 
 A forecast repeats its strategy's allocations, in the same order, as entries. Host memory counts once it is
 written to, device memory once it is allocated, as `track_memory` sees them.
@@ -6,12 +6,13 @@ written to, device memory once it is allocated, as `track_memory` sees them.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from dataclasses import dataclass
 
 import torch
 
-KIB, MIB = 1 << 10, 1 << 20
+from gpt2lite.devices import caches_in_blocks
+
+MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,7 @@ class Forecast:
     """Bytes that a load will add: at its peak, as `MemoryUse` means them, and once it is done.
 
     `peak_host_reclaimable` is what the load itself reads through a mapping; `stays_mapped` is how much of the
-    files the loaded module goes on standing on, which the system can take back at any time.
+    files the loaded module keeps using through it, which the system can take back at any time.
     """
 
     peak_device: int
@@ -51,46 +52,57 @@ class Pool:
         self.give(self.take(nbytes))
 
 
-class CudaPool(Pool):
+class CachingPool(Pool):
     """Device memory as `torch.cuda.max_memory_allocated` counts it: in blocks of torch's caching allocator.
 
     Blocks are multiples of 512 bytes. A block above 1 MiB is cut from the smallest free one that holds it, or
     from a new segment (20 MiB, or from 10 MiB on the next multiple of 2 MiB); a rest of up to 1 MiB is not
-    cut off and counts. Source: c10/cuda/CUDACachingAllocator.cpp.
+    cut off and counts. A block that is given back becomes one with the free ones beside it in its segment.
+    Source: c10/cuda/CUDACachingAllocator.cpp.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.free: list[int] = []  # ascending
+        self.free: dict[int, int] = {}  # address → bytes, of blocks above 1 MiB
+        self.taken: dict[int, int] = {}
+        self.end = 0
 
     def take(self, nbytes: int) -> int:
-        """Take a block of at least `nbytes`."""
+        """Take a block of at least `nbytes`; returns its address."""
         size = round_up(nbytes, 512)
-        if size <= MIB:
-            return super().take(size)
-        at = bisect_left(self.free, size)
-        segment = 20 * MIB if size < 10 * MIB else round_up(size, 2 * MIB)
-        block = self.free.pop(at) if at < len(self.free) else segment
+        fitting = [(free, at) for at, free in self.free.items() if free >= size > MIB]
+        if fitting:
+            _, at = min(fitting)
+        else:
+            segment = size if size <= MIB else 20 * MIB if size < 10 * MIB else round_up(size, 2 * MIB)
+            at, self.end = self.end, self.end + segment + 1  # segments never touch, so they never merge
+            self.free[at] = segment
+        block = self.free.pop(at)
         if block - size > MIB:
-            insort(self.free, block - size)
+            self.free[at + size] = block - size
             block = size
-        return super().take(block)
+        self.taken[at] = super().take(block)
+        return at
 
     def give(self, block: int) -> None:
-        """Give a block back; it can be taken again."""
-        if block > MIB:
-            insort(self.free, block)
-        super().give(block)
+        """Give the block at an address back; it can be taken again."""
+        size = self.taken.pop(block)
+        super().give(size)
+        if size <= MIB:
+            return
+        size += self.free.pop(block + size, 0)
+        before = next((at for at, free in self.free.items() if at + free == block), block)
+        self.free[before] = self.free.pop(before, 0) + size
 
 
 class Ledger:
-    """The books of one load. On the CPU, `device` is `host`: there is one memory."""
+    """The accounts of one load. On the CPU, `device` is `host`: there is one memory."""
 
     def __init__(self, device: torch.device) -> None:
-        self.host = Pool()
-        self.mapped = Pool()
+        self.host, self.mapped = Pool(), Pool()
         self.on_cpu = device.type == "cpu"
-        self.device = self.host if self.on_cpu else CudaPool() if device.type == "cuda" else Pool()
+        own = CachingPool() if caches_in_blocks(device) else Pool()
+        self.device = self.host if self.on_cpu else own
 
     def balance(self, *, stays_mapped: int = 0) -> Forecast:
         """What has been counted so far."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gpt2lite.checkpoint import Manifest, TensorSpan
 from gpt2lite.checkpoint.manifest import contiguous_stride
 from gpt2lite.checkpoint.source import LocalFile
-from gpt2lite.dialects import Adapter, Placement, Reading
+from gpt2lite.dialects import Placement, Reading
 from gpt2lite.errors import CheckpointError, UsageError, listed
 from gpt2lite.loading.options import LoadOptions, Progress, check_values
 from gpt2lite.loading.schedule import MIB, Schedule, Tuning, make_schedule
@@ -63,28 +63,31 @@ class Target:
 class LoadPlan:
     """Everything that a strategy needs. `skeleton` is the module on meta, for one strategy to fill.
 
-    `lost` names what of the module exists only where it is built with its memory, `own_loading` what of it
-    decides by itself what is loaded from `state`; the spans of its targets stand for its own tensors.
+    `lost` names what of the module exists only where it is built with its memory, `own_loading` the hooks by
+    which it loads itself from `reading`; the spans of its targets then stand for its own tensors.
     """
 
-    manifest: Manifest
+    reading: Reading
     build: Callable[[], nn.Module]
     skeleton: nn.Module
     targets: tuple[Target, ...]
     device: torch.device
     tuning: Tuning
     progress: Progress
-    adapters: tuple[Adapter, ...]
     lost: tuple[str, ...]
     own_loading: tuple[str, ...]
-    state: Mapping[str, Placement]
+
+    @property
+    def manifest(self) -> Manifest:
+        """What lies where in the checkpoint."""
+        return self.reading.manifest
 
     @cached_property
     def spans(self) -> dict[str, TensorSpan]:
         """The stored tensors that are needed, each once, in the order in which they lie on disk."""
         spans = {target.span.name: target.span for target in self.targets}
         if self.own_loading:
-            spans = {p.source: self.manifest.tensors[p.source] for p in self.state.values()}
+            spans = {p.source: self.manifest.tensors[p.source] for p in self.reading.placements.values()}
         return dict(sorted(spans.items(), key=lambda item: (str(item[1].source), item[1].offset)))
 
     @cached_property
@@ -103,53 +106,48 @@ class LoadPlan:
         return any(target.is_quantized for target in self.targets)
 
 
-def _dtype_of(tensor: Tensor, span: TensorSpan, dtype: torch.dtype | None) -> torch.dtype:
-    if dtype is None or not (span.dtype.is_floating_point and tensor.dtype.is_floating_point):
-        return span.dtype
-    return dtype
+Groups = list[tuple[tuple[str, ...], Tensor]]  # all names of one memory, and one of the tensors there
 
 
-def _mismatches(reading: Reading, groups: list[tuple[tuple[str, ...], Tensor]]) -> list[str]:
+def _mismatches(reading: Reading, groups: Groups) -> Iterator[str]:
     """One line for every way in which file and module do not fit."""
     tensors, placements = reading.manifest.tensors, reading.placements
-    lines = [f"{name}: unexpected, not in the model" for name in reading.unexpected]
-    known = {name for names, _ in groups for name in names}
-    for ours in placements.keys() - known:
-        lines.append(f"{placements[ours].source}: unexpected, the model has no {ours}")
+    yield from (f"{name}: unexpected, not in the model" for name in reading.unexpected)
+    for ours in placements.keys() - {name for names, _ in groups for name in names}:
+        yield f"{placements[ours].source}: unexpected, the model has no {ours}"
     for names, tensor in groups:
         placed = [placements[name] for name in names if name in placements]
         if not placed:
-            lines.append(f"{names[0]}: missing")
+            yield f"{names[0]}: missing"
             continue
-        span = tensors[placed[0].source]
+        span, wanted = tensors[placed[0].source], tuple(tensor.shape)
         shape = placed[0].shape_of(span.shape)
-        if shape != tuple(tensor.shape):
-            wanted = f"{names[0]} needs {tuple(tensor.shape)}"
+        if shape != wanted:
             gives = f", which gives {shape}" if shape != span.shape else ""
-            lines.append(f"{span.name} has shape {span.shape}{gives}; {wanted}")
+            yield f"{span.name} has shape {span.shape}{gives}; {names[0]} needs {wanted}"
         if tensor.is_floating_point() and not span.dtype.is_floating_point:
-            lines.append(f"{span.name} holds {span.dtype}, {names[0]} needs floating point")
+            yield f"{span.name} holds {span.dtype}, {names[0]} needs floating point"
         if len({tensors[placement.source].address for placement in placed}) > 1:
             sources = " and ".join(placement.source for placement in placed)
-            lines.append(f"{sources} are two tensors; the model ties {' and '.join(names)}")
+            yield f"{sources} are two tensors; the model ties {' and '.join(names)}"
+    tied = {name for names, _ in groups if len(names) > 1 for name in names}
     for adapter in reading.adapters:
-        placed = [adapter.a, adapter.b, placements[adapter.weight]]
-        a, b, weight = (placement.shape_of(tensors[placement.source].shape) for placement in placed)
-        sources = " and ".join(f"{p.source} {tensors[p.source].shape}" for p in placed[:2])
+        stored = [placements[adapter.weight], adapter.a, adapter.b]
+        weight, a, b = (placement.shape_of(tensors[placement.source].shape) for placement in stored)
+        sources = " and ".join(f"{p.source} {tensors[p.source].shape}" for p in stored[1:])
         if len(a) != 2 or (*b, *a) != (*weight[:1], *a[:1], *a[:1], *weight[1:]):
-            lines.append(f"{sources} do not fit {adapter.weight}, which is {weight}")
-        if any(adapter.weight in names and len(names) > 1 for names, _ in groups):
-            lines.append(f"{sources} change {adapter.weight} alone, which the model ties to another")
-    return sorted(lines)
+            yield f"{sources} do not fit {adapter.weight}, which is {weight}"
+        if adapter.weight in tied:
+            yield f"{sources} change only {adapter.weight}, which the model ties to another"
 
 
-def _check(reading: Reading, groups: list[tuple[tuple[str, ...], Tensor]], hint: Callable[[], str]) -> None:
-    lines, unreadable = _mismatches(reading, groups), reading.manifest.unreadable.items()
+def _check(reading: Reading, groups: Groups, hint: Callable[[], str]) -> None:
+    lines = sorted(_mismatches(reading, groups))
     if lines:
+        found = f"does not fit the model in {len(lines)} place(s){hint()}"
+        unreadable = reading.manifest.unreadable.items()
         lines += [f"{name} {reason}" for name, reason in unreadable if name.startswith(reading.container)]
-        raise CheckpointError(
-            reading.manifest.path, f"does not fit the model in {len(lines)} place(s){hint()}{listed(lines)}"
-        )
+        raise CheckpointError(reading.manifest.path, f"{found}{listed(lines)}")
 
 
 def make_plan(
@@ -163,69 +161,49 @@ def make_plan(
 ) -> LoadPlan:
     """Match a checkpoint with the module that `build` makes; nothing but the skeleton on meta is allocated.
 
-    `device` need not be there to plan for it. Raises CheckpointError that lists every missing, unexpected and
+    An absent device can be planned for. Raises CheckpointError that lists every missing, unexpected and
     misshapen tensor at once, after what `hint()` says of the whole; UsageError for an option that cannot
-    work. Linear layers and embeddings of whose names `quantizable` is true become int8 where that is asked
-    for.
+    work. Linear layers and embeddings for whose names `quantizable` is true become int8 where `options` ask
+    for it.
     """
     options = options or {}
     check_values(options)
-    dtype, (skeleton, lost) = options.get("dtype"), sketch(build)
+    path, (skeleton, lost) = reading.manifest.path, sketch(build)
     groups = tied_names(saved_tensors(skeleton))
     own = own_loading(skeleton, reading.placements.keys())
-    if own and (quantizable or reading.adapters or reading.unexpected):
-        raise UsageError(
-            f"{reading.manifest.path}: a module that changes its own loading ({', '.join(own[:5])}) takes no "
-            "quantize, no LoRA layers and no other names"
-        )
-    if own:
-        targets = tuple(_own_target(reading, names, tensor, dtype) for names, tensor in groups)
-    else:
+    if not own:
         _check(reading, groups, hint)
-        first = {span.address: span for span in reversed(list(reading.manifest.tensors.values()))}
-        targets = tuple(_target(reading, first, names, tensor, dtype) for names, tensor in groups)
+    elif quantizable or reading.adapters or reading.unexpected:
+        said = f"{path}: a module that changes its own loading ({', '.join(own[:5])})"
+        raise UsageError(f"{said} takes no quantize, no LoRA layers and no other names")
+    targets = tuple(_targets(reading, groups, options.get("dtype"), bool(own)))
     if quantizable is not None and options.get("quantize"):
-        targets = _quantized(skeleton, targets, quantizable, reading)
+        if reading.adapters:
+            raise UsageError(
+                f"{path}: LoRA layers are merged into weights that are not int8; save the merged model first"
+            )
+        int8 = quantize_skeleton(skeleton, quantizable)
+        targets = tuple(replace(t, dtype=torch.int8) if int8.issuperset(t.names) else t for t in targets)
     report = options.get("progress") or (lambda done, total: None)
     tuning = options.get("tuning") or Tuning()
-    facts = (reading.adapters, lost, own, reading.placements)
-    return LoadPlan(reading.manifest, build, skeleton, targets, device, tuning, report, *facts)
+    return LoadPlan(reading, build, skeleton, targets, device, tuning, report, lost, own)
 
 
-def _quantized(
-    skeleton: nn.Module, targets: tuple[Target, ...], quantize: Callable[[str], bool], reading: Reading
-) -> tuple[Target, ...]:
-    if reading.adapters:
-        raise UsageError(
-            f"{reading.manifest.path}: LoRA layers are merged into weights that are not int8; save it merged "
-            "first, then quantize: GPTModel.from_checkpoint(…).save_checkpoint(…)"
-        )
-    names = quantize_skeleton(skeleton, quantize)
-    return tuple(
-        replace(target, dtype=torch.int8) if names.issuperset(target.names) else target for target in targets
-    )
-
-
-def _target(
-    reading: Reading,
-    first: Mapping[tuple[object, ...], TensorSpan],
-    names: tuple[str, ...],
-    tensor: Tensor,
-    dtype: torch.dtype | None,
-) -> Target:
-    """What fills one tensor; of names that share their bytes in the file, the `first` stands for all."""
-    placement = next(reading.placements[name] for name in names if name in reading.placements)
-    span = first[reading.manifest.tensors[placement.source].address]
-    return Target(names, placement, span, tuple(tensor.shape), _dtype_of(tensor, span, dtype), tensor.dtype)
-
-
-def _own_target(
-    reading: Reading, names: tuple[str, ...], tensor: Tensor, dtype: torch.dtype | None
-) -> Target:
-    """One tensor of a module that loads itself: as it is built, or cast; it decides what fills it."""
-    shape, source = tuple(tensor.shape), LocalFile(reading.manifest.path)
-    span = TensorSpan(names[0], tensor.dtype, shape, contiguous_stride(shape), source, 0)
-    return Target(names, Placement(names[0]), span, shape, _dtype_of(tensor, span, dtype), tensor.dtype)
+def _targets(reading: Reading, groups: Groups, dtype: torch.dtype | None, own: bool) -> Iterator[Target]:
+    """What fills each tensor; of a module that loads itself, `own`, the tensor as it is built."""
+    # Of names that share their bytes in the file, the first stands for all.
+    first = {span.address: span for span in reversed(list(reading.manifest.tensors.values()))}
+    for names, tensor in groups:
+        shape = tuple(tensor.shape)
+        if own:
+            source, placement = LocalFile(reading.manifest.path), Placement(names[0])
+            span = TensorSpan(names[0], tensor.dtype, shape, contiguous_stride(shape), source, 0)
+        else:
+            placement = next(reading.placements[name] for name in names if name in reading.placements)
+            span = first[reading.manifest.tensors[placement.source].address]
+        can_cast = span.dtype.is_floating_point and tensor.is_floating_point()
+        cast = dtype if dtype and can_cast else span.dtype
+        yield Target(names, placement, span, shape, cast, tensor.dtype)
 
 
 def require_one_dtype(reading: Reading, dtype: torch.dtype | None, *, quantized: bool = False) -> None:
@@ -245,8 +223,6 @@ def require_one_dtype(reading: Reading, dtype: torch.dtype | None, *, quantized:
     }
     if dtype is None and (not found.keys() <= COMPUTABLE or len(kept) > 1):
         listing = ", ".join(f"{stored} ({name} …)" for stored, name in found.items())
-        raise CheckpointError(
-            reading.manifest.path,
-            f"holds {listing}; GPTModel computes in one of float64, float32, "
-            "float16, bfloat16. Pass dtype=torch.float32 (--dtype float32 for commands)",
-        )
+        wanted = "GPTModel computes in one of float64, float32, float16, bfloat16"
+        help = "Pass dtype=torch.float32 (--dtype float32 for commands)"
+        raise CheckpointError(reading.manifest.path, f"holds {listing}; {wanted}. {help}")

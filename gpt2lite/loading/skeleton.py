@@ -15,17 +15,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
-from gpt2lite.errors import CheckpointError, UsageError
+from gpt2lite.errors import CheckpointError, UsageError, listed
 
 # What initialisers call in the end. On meta they change nothing, and dispatching them there imports half of
 # torch (0.6 to 1.9 s and 33 to 69 MiB).
-INITIALISERS = frozenset(
-    getattr(Tensor, name)
-    for name in (
-        *("normal_", "uniform_", "fill_", "zero_", "erfinv_", "bernoulli_", "exponential_", "geometric_"),
-        *("log_normal_", "cauchy_", "random_"),
-    )
-)
+DRAWS = "normal uniform fill zero erfinv bernoulli exponential geometric log_normal cauchy random"
+INITIALISERS = frozenset(getattr(Tensor, f"{name}_") for name in DRAWS.split())
 
 REGISTRIES = {"_parameters", "_buffers", "_modules"}
 
@@ -54,17 +49,13 @@ class Skeleton(NamedTuple):
     lost: tuple[str, ...]
 
 
-def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
-    """The module that `build` makes, on meta: `sketch(build).module`."""
-    return sketch(build).module
-
-
 def sketch(build: Callable[[], nn.Module]) -> Skeleton:
     """The module that `build` makes, on meta: shapes and dtypes, no memory. Milliseconds.
 
-    Where `build` reads a value, which meta has not (`linspace(…)[i].item()`), only `torch.empty` is on meta
-    and what has values takes its memory, as it does for a moment where there are buffers that no checkpoint
-    holds. Where it reads a parameter's value, the module is built once with all of its memory.
+    Where `build` reads a value (`linspace(…)[i].item()`), only `torch.empty` is on meta, and tensors with
+    values take memory; so do, for a moment, buffers that no checkpoint holds. Where `build` reads the value
+    of a parameter, the module is built once with all of its memory. Raises UsageError where `build` is not a
+    function that returns a module.
     """
     if isinstance(build, nn.Module) or not callable(build):
         raise UsageError(f"build must be a function that returns an nn.Module, got {type(build).__name__}")
@@ -88,14 +79,12 @@ def _on_meta(build: Callable[[], nn.Module]) -> Skeleton:
     with torch.device("meta"), _EmptyOnMeta():
         module = _built(build)
     unsaved = _unsaved(module).keys()
-    lost = {*_lost(module)} - unsaved
-    if unsaved:
-        lost |= {*_with_values(build).lost}
+    lost = {*_lost(module)} - unsaved | {*(_with_values(build).lost if unsaved else ())}
     return Skeleton(module, tuple(sorted(lost)))
 
 
 def _with_values(build: Callable[[], nn.Module]) -> Skeleton:
-    """Only `torch.empty` on meta; parameters with values, which a checkpoint holds anyway, follow."""
+    """Only `torch.empty` on meta; a parameter with values goes there once it is registered."""
     memories: dict[StorageWeakRef, str] = {}
 
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
@@ -116,19 +105,19 @@ def _with_values(build: Callable[[], nn.Module]) -> Skeleton:
 
 
 def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer under each of its names."""
+    """Every parameter and buffer under each of its names, parameters first."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     return parameters | dict(module.named_buffers(remove_duplicate=False))
 
 
 def _unsaved(module: nn.Module) -> dict[str, Tensor]:
     """The buffers that no checkpoint holds, under each of their names."""
-    return {
-        f"{path}.{name}" if path else name: buffer
+    unsaved = {
+        f"{path}.{name}".lstrip(".")
         for path, part in module.named_modules(remove_duplicate=False)
         for name in part._non_persistent_buffers_set
-        if (buffer := part._buffers[name]) is not None
     }
+    return {n: tensor for n, tensor in module.named_buffers(remove_duplicate=False) if n in unsaved}
 
 
 def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -138,24 +127,18 @@ def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def own_loading(module: nn.Module, stored: Collection[str]) -> tuple[str, ...]:
-    """What of the module decides by itself what is loaded into it from a file with the names `stored`."""
+    """The methods and hooks by which a module changes what it loads from a file with the names `stored`."""
     state = module.state_dict().keys()
     found = [f"state_dict() with {name}" for name in sorted(saved_tensors(module).keys() ^ state)]
     odd = state ^ set(stored)
     for path, part in module.named_modules():
         methods = (getattr(part, name) for name in LOADING)
         changes = [method for method in methods if getattr(method, "__func__", None) not in NOT_OVERRIDDEN]
-        changes += part._load_state_dict_pre_hooks.values()
-        changes += part._load_state_dict_post_hooks.values()
-        if any(name.startswith(f"{path}." if path else "") for name in odd) or not all(
-            map(_is_torchs, changes)
-        ):
+        changes += [*part._load_state_dict_pre_hooks.values(), *part._load_state_dict_post_hooks.values()]
+        is_torchs = all(str(getattr(c, "__module__", "")).startswith("torch.nn.") for c in changes)
+        if not is_torchs or any(name.startswith(f"{path}." if path else "") for name in odd):
             found += [f"{path}.{getattr(c, '__name__', c)}".lstrip(".") for c in changes]
     return tuple(found)
-
-
-def _is_torchs(code: object) -> bool:
-    return str(getattr(code, "__module__", "")).startswith("torch.nn.")
 
 
 def tied_names(tensors: Mapping[str, Tensor]) -> list[tuple[tuple[str, ...], Tensor]]:
@@ -167,26 +150,19 @@ def tied_names(tensors: Mapping[str, Tensor]) -> list[tuple[tuple[str, ...], Ten
     return [(tuple(names), tensors[names[0]]) for names in groups.values()]
 
 
-def _place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The part of a module that owns a tensor, and the tensor's name there."""
-    *path, leaf = name.split(".")
-    for part in path:
-        module = module._modules[part]  # type: ignore[assignment]
-    return module, leaf
-
-
 def replace_tensor(module: nn.Module, names: Iterable[str], tensor: Tensor) -> None:
     """Put one tensor in the place of a parameter or buffer, under all the names that share it.
 
     A parameter stays one, frozen or not as it was; a subclass of nn.Parameter becomes a plain one.
     """
-    places = [_place(module, name) for name in names]
-    parameters = [owner._parameters[leaf] for owner, leaf in places if leaf in owner._parameters]
-    if parameters and parameters[0] is not None:
-        can_learn = tensor.is_floating_point() or tensor.is_complex()
-        tensor = nn.Parameter(tensor, requires_grad=parameters[0].requires_grad and can_learn)
-    for owner, leaf in places:
-        registry: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        old = owner._parameters.get(leaf)
+        if old is not None and not isinstance(tensor, nn.Parameter):
+            can_learn = tensor.is_floating_point() or tensor.is_complex()
+            tensor = nn.Parameter(tensor, requires_grad=old.requires_grad and can_learn)
+        registry: dict[str, Any] = owner._buffers if old is None else owner._parameters
         registry[leaf] = tensor
 
 
@@ -214,15 +190,20 @@ def restore_unsaved_buffers(module: nn.Module, build: Callable[[], nn.Module], d
         replace_tensor(module, names, computed[names[0]].to(device))
 
 
-def _within(value: object, seen: set[int]) -> Iterator[Tensor | torch.device]:
-    """Every tensor and device in a value, however deep: in what the garbage collector finds, and closures."""
+def _within(value: object, seen: set[int]) -> Iterator[Tensor]:
+    """Every tensor in a value, however deep: in what the garbage collector finds, and closures.
+
+    The device meta counts as a tensor there: what is computed from it would be without values.
+    """
     pending = [value]
     while pending:
         value = pending.pop()
         if id(value) in seen:
             continue
         seen.add(id(value))
-        if isinstance(value, Tensor | torch.device):
+        if isinstance(value, torch.device):
+            yield torch.empty(0, device="meta" if value.type == "meta" else "cpu")
+        elif isinstance(value, Tensor):
             yield value
         elif isinstance(value, FunctionType):  # its globals are the whole program
             pending += (value.__closure__, value.__defaults__, value.__kwdefaults__)
@@ -230,30 +211,24 @@ def _within(value: object, seen: set[int]) -> Iterator[Tensor | torch.device]:
             pending += gc.get_referents(value)
 
 
-def _in_attributes(module: nn.Module) -> Iterator[tuple[str, Tensor | torch.device]]:
-    """The tensors and devices in plain attributes and hooks of a module, each once."""
+def _in_attributes(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in plain attributes and hooks of a module, each once."""
     seen = {id(part) for part in module.modules()}
     for path, part in module.named_modules():
         for key in vars(part).keys() - REGISTRIES:
             for found in _within(vars(part)[key], seen):
-                yield f"{path}.{key}" if path else key, found
-
-
-def _is_meta(value: Tensor | torch.device) -> bool:
-    return (value.device if isinstance(value, Tensor) else value).type == "meta"
-
-
-def _memory(value: Tensor | torch.device) -> int:
-    return value.untyped_storage()._cdata if isinstance(value, Tensor) else 0
+                yield f"{path}.{key}".lstrip("."), found
 
 
 def _lost(module: nn.Module) -> tuple[str, ...]:
     """What is on meta, or on the memory of a tensor that is replaced, and is itself not replaced."""
-    saved = tied_names(saved_tensors(module))
-    memories = Counter(_memory(tensor) for _, tensor in saved)
+    saved = [
+        (tensor.untyped_storage()._cdata, names[0]) for names, tensor in tied_names(saved_tensors(module))
+    ]
+    memories = Counter(memory for memory, _ in saved)
     kept = (*_in_attributes(module), *_unsaved(module).items())
-    lost = {name for name, value in kept if _is_meta(value) or _memory(value) in memories}
-    return tuple(sorted(lost | {names[0] for names, tensor in saved if memories[_memory(tensor)] > 1}))
+    lost = {name for name, value in kept if value.is_meta or value.untyped_storage()._cdata in memories}
+    return tuple(sorted(lost | {name for memory, name in saved if memories[memory] > 1}))
 
 
 def prove_complete(module: nn.Module, dtypes: Mapping[str, torch.dtype], device: torch.device) -> nn.Module:
@@ -263,12 +238,11 @@ def prove_complete(module: nn.Module, dtypes: Mapping[str, torch.dtype], device:
     """
     wrong = []
     for name, tensor in _named_tensors(module).items():
-        if tensor.is_meta:
-            wrong.append(f"{name} has no memory")
-        elif (tensor.dtype, tensor.device) != (wanted := dtypes.get(name, tensor.dtype), device):
+        wanted = dtypes.get(name, tensor.dtype)
+        if (tensor.dtype, tensor.device) != (wanted, device):
             wrong.append(f"{name} is {tensor.dtype} on {tensor.device}, not {wanted} on {device}")
-    lost = sorted({name for name, found in _in_attributes(module) if _is_meta(found)})
-    wrong += [f"{name} is on meta, where it has no value" for name in lost]
+    lost = {name for name, found in _in_attributes(module) if found.is_meta}
+    wrong += [f"{name} is on meta, where it has no value" for name in sorted(lost)]
     if wrong:
-        raise CheckpointError("the loaded model is incomplete:\n  " + "\n  ".join(wrong))
+        raise CheckpointError(f"the loaded model is incomplete{listed(wrong)}")
     return module.eval()

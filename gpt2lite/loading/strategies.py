@@ -1,14 +1,14 @@
-"""The ways to load: the article's five recipes and `stream`, each beside its forecast, in one dict.
+"""The ways to load: the article's five recipes and `stream`, a row of `STRATEGIES` each.
 
 A strategy takes a `LoadPlan` and returns the filled module; its forecast enters the same allocations, in the
-same order, in a `Ledger`. Order and place of every allocation in the five are the article's, so that
-comparing them is honest; the holes are mended (buffers filled, ties kept).
+same order, in a `Ledger`; `refuses` says why it cannot do what is planned. The five allocate where and when
+the article's code does, so that comparing them is honest; its gaps are closed (buffers filled, ties kept).
 """
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from gpt2lite.checkpoint.reading import map_tensors, prefetch, read_tensors, sizes_read, stored_versions
 from gpt2lite.checkpoint.source import ByteSource
-from gpt2lite.errors import CheckpointError, UsageError, is_out_of_memory
+from gpt2lite.errors import CheckpointError, is_out_of_memory
 from gpt2lite.loading import stream
-from gpt2lite.loading.forecast import Forecast, Ledger
+from gpt2lite.loading.forecast import Forecast, Ledger, Pool
 from gpt2lite.loading.plan import LoadPlan, Target
 from gpt2lite.loading.skeleton import replace_tensor, saved_tensors, storage_bytes, unsaved_buffers
 from gpt2lite.loading.stream import enter_allocated, enter_unsaved_buffers
@@ -42,19 +42,19 @@ def _built_for_real(plan: LoadPlan) -> nn.Module:
 
 
 def _enter_built(plan: LoadPlan, ledger: Ledger) -> None:
-    built = [(target, target.numel * target.built.itemsize) for target in plan.targets]
     unsaved = unsaved_buffers(plan.skeleton)
-    ledger.host.take(sum(nbytes for _, nbytes in built) + storage_bytes(unsaved))
-    for target, nbytes in built:
-        if ledger.on_cpu and target.dtype == target.built:
-            continue
-        if not ledger.on_cpu and target.dtype != target.built:  # cast before it is copied over
+    built = [target.numel * target.built.itemsize for target in plan.targets]
+    ledger.host.take(sum(built) + storage_bytes(unsaved))
+    for target, nbytes in zip(plan.targets, built, strict=True):
+        is_cast = target.dtype != target.built
+        if is_cast and not ledger.on_cpu:  # on the host, before it is copied over
             ledger.host.touch(target.nbytes)
-        ledger.device.take(target.nbytes)
-        ledger.host.give(nbytes)
-    for buffer in unsaved if not ledger.on_cpu else ():
-        ledger.device.take(buffer.nbytes)
+        if is_cast or not ledger.on_cpu:
+            ledger.device.take(target.nbytes)
+            ledger.host.give(nbytes)
     if not ledger.on_cpu:
+        for buffer in unsaved:
+            ledger.device.take(buffer.nbytes)
         ledger.host.give(storage_bytes(unsaved))
 
 
@@ -73,29 +73,26 @@ def _allocated(plan: LoadPlan) -> nn.Module:
 
 
 @torch.no_grad()
-def _copy_all(plan: LoadPlan, module: nn.Module, value_of: Callable[[Target], Tensor]) -> nn.Module:
+def _copy_all(plan: LoadPlan, module: nn.Module, read: Callable[[str], Tensor]) -> nn.Module:
     """`parameter.copy_(value)` for each, as `load_state_dict` does."""
     tensors, done = saved_tensors(module), 0
     for target in plan.targets:
-        tensors[target.names[0]].copy_(target.placement.of(value_of(target)))
+        value = target.placement.of(read(target.span.name).to(plan.device))
+        tensors[target.names[0]].copy_(value)
+        del value
         done += target.nbytes
         plan.progress(done, plan.model_bytes)
     return module
 
 
-def _from(state: Mapping[str, Tensor]) -> Callable[[Target], Tensor]:
-    return lambda target: state[target.span.name]
-
-
-def _enter_read(plan: LoadPlan, ledger: Ledger, names: Iterable[str], *, to_device: bool) -> list[int]:
+def _enter_read(plan: LoadPlan, ledger: Ledger, names: Iterable[str], pool: Pool) -> list[int]:
     """What `read_tensors` allocates: on the host, and from there to the device, one after the other."""
-    if to_device and not ledger.on_cpu:
-        blocks = []
-        for nbytes in sizes_read(plan.manifest, names):
+    blocks = []
+    for nbytes in sizes_read(plan.manifest, names):
+        if pool is not ledger.host:
             ledger.host.touch(nbytes)
-            blocks.append(ledger.device.take(nbytes))
-        return blocks
-    return [ledger.host.take(nbytes) for nbytes in sizes_read(plan.manifest, names)]
+        blocks.append(pool.take(nbytes))
+    return blocks
 
 
 # ---- the strategies ----------------------------------------------------------------------------------------
@@ -109,27 +106,26 @@ def baseline(plan: LoadPlan) -> nn.Module:
     if plan.own_loading:
         return _loaded_by_itself(plan)
     module = _built_for_real(plan)
-    return _copy_all(plan, module, _from(read_tensors(plan.manifest, plan.spans, plan.device)))
+    state = read_tensors(plan.manifest, plan.spans, plan.device)
+    return _copy_all(plan, module, state.__getitem__)
 
 
 def _loaded_by_itself(plan: LoadPlan) -> nn.Module:
     """`module.load_state_dict(state)` with all its hooks, versions included."""
-    prefix = next((placement.source.removesuffix(name) for name, placement in plan.state.items()), "")
+    placements = plan.reading.placements.items()
+    prefix = next((placement.source.removesuffix(name) for name, placement in placements), "")
     versions = stored_versions(plan.manifest, prefix)
     module = _built_for_real(plan)
     stored = read_tensors(plan.manifest, plan.spans, plan.device)
-    state = OrderedDict(
-        (name, placement.of(stored[placement.source])) for name, placement in plan.state.items()
-    )
+    state = OrderedDict((name, placement.of(stored[placement.source])) for name, placement in placements)
     state._metadata = versions  # type: ignore[attr-defined]
     try:
         module.load_state_dict(state)
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise CheckpointError(
-            plan.manifest.path, f"load_state_dict of {type(module).__name__} refuses it: {error}"
-        ) from error
+        said = f"load_state_dict of {type(module).__name__} refuses it: {error}"
+        raise CheckpointError(plan.manifest.path, said) from error
     plan.progress(plan.model_bytes, plan.model_bytes)
     return module
 
@@ -137,7 +133,7 @@ def _loaded_by_itself(plan: LoadPlan) -> nn.Module:
 def _forecast_baseline(plan: LoadPlan) -> Forecast:
     ledger = Ledger(plan.device)
     _enter_built(plan, ledger)
-    for block in _enter_read(plan, ledger, plan.spans, to_device=True):
+    for block in _enter_read(plan, ledger, plan.spans, ledger.device):
         ledger.device.give(block)
     return ledger.balance()
 
@@ -149,13 +145,13 @@ def sequential(plan: LoadPlan) -> nn.Module:
     """
     module = _built_for_real(plan)
     state = read_tensors(plan.manifest, plan.spans, CPU)
-    return _copy_all(plan, module, lambda target: state[target.span.name].to(plan.device))
+    return _copy_all(plan, module, state.__getitem__)
 
 
 def _forecast_sequential(plan: LoadPlan) -> Forecast:
     ledger = Ledger(plan.device)
     _enter_built(plan, ledger)
-    state = _enter_read(plan, ledger, plan.spans, to_device=False)
+    state = _enter_read(plan, ledger, plan.spans, ledger.host)
     for target in plan.targets if not ledger.on_cpu else ():
         ledger.device.touch(target.span.nbytes)
     for block in state:
@@ -170,13 +166,14 @@ def meta(plan: LoadPlan) -> nn.Module:
     tensor at a time, unless the host is the device.
     """
     module = _allocated(plan)
-    return _copy_all(plan, module, _from(read_tensors(plan.manifest, plan.spans, plan.device)))
+    state = read_tensors(plan.manifest, plan.spans, plan.device)
+    return _copy_all(plan, module, state.__getitem__)
 
 
 def _forecast_meta(plan: LoadPlan) -> Forecast:
     ledger = Ledger(plan.device)
     enter_allocated(plan, ledger)
-    for block in _enter_read(plan, ledger, plan.spans, to_device=True):
+    for block in _enter_read(plan, ledger, plan.spans, ledger.device):
         ledger.device.give(block)
     enter_unsaved_buffers(plan, ledger)
     return ledger.balance()
@@ -196,7 +193,12 @@ def mmap(plan: LoadPlan) -> nn.Module:
         prefetch(mapped.values(), plan.tuning.readers, plan.tuning.chunk_bytes)
     total = sum(span.nbytes for span in plan.spans.values())
     for name, targets in _by_span(plan).items():
-        _assign(plan, mapped.pop(name).to(plan.device), targets)
+        stored = mapped.pop(name).to(plan.device)
+        for i, target in enumerate(targets):
+            value = target.placement.of(stored)
+            if not _is_view(plan, target, again=i > 0):
+                value = torch.empty(target.shape, dtype=target.dtype, device=plan.device).copy_(value)
+            replace_tensor(plan.skeleton, target.names, value)
         done += plan.spans[name].nbytes
         plan.progress(done, total)
     return plan.skeleton
@@ -210,15 +212,6 @@ def _by_span(plan: LoadPlan) -> dict[str, list[Target]]:
     return {name: filled[name] for name in plan.spans}
 
 
-def _assign(plan: LoadPlan, stored: Tensor, targets: list[Target]) -> None:
-    """Put one stored tensor in the place of parameters: views of it where they can be, else copies."""
-    for i, target in enumerate(targets):
-        value = target.placement.of(stored)
-        if not _is_view(plan, target, again=i > 0):
-            value = torch.empty(target.shape, dtype=target.dtype, device=plan.device).copy_(value)
-        replace_tensor(plan.skeleton, target.names, value)
-
-
 def _is_view(plan: LoadPlan, target: Target, *, again: bool) -> bool:
     """Whether a parameter can be a view of its stored tensor; not one that the file ties and we do not."""
     stays_itself = target.dtype == target.span.dtype and (not again or bool(target.placement.narrows))
@@ -228,26 +221,23 @@ def _is_view(plan: LoadPlan, target: Target, *, again: bool) -> bool:
 
 def _forecast_mmap(plan: LoadPlan) -> Forecast:
     ledger, stays_mapped = Ledger(plan.device), 0
-    touched, to_come = Counter[ByteSource](), Counter(span.source for span in plan.spans.values())
-    reached = Counter[ByteSource]()  # spans come in their order on disk, and may overlap
+    touched, reached = Counter[ByteSource](), Counter[ByteSource]()
+    last = {span.source: name for name, span in plan.spans.items()}
     for name, targets in _by_span(plan).items():
         stored, are_views = plan.spans[name], [_is_view(plan, t, again=i > 0) for i, t in enumerate(targets)]
+        source, end = stored.source, stored.offset + stored.extent
+        fresh = max(end - max(stored.offset, reached[source]), 0)  # spans come in order, and may overlap
+        reached[source] = max(end, reached[source])
         is_read = not ledger.on_cpu or not all(are_views) or plan.tuning.prefetch
-        end = stored.offset + stored.extent
-        fresh = max(end - max(stored.offset, reached[stored.source]), 0)
-        reached[stored.source] = max(end, reached[stored.source])
-        touched[stored.source] += ledger.mapped.take(fresh if is_read else 0)
+        touched[source] += ledger.mapped.take(fresh if is_read else 0)
         block = 0 if ledger.on_cpu else ledger.device.take(stored.nbytes)
         for target, is_view in zip(targets, are_views, strict=True):
             ledger.device.take(0 if is_view else target.nbytes)
-        if not any(are_views):
+        if not (any(are_views) or ledger.on_cpu):
             ledger.device.give(block)
         stays_mapped += fresh if ledger.on_cpu and any(are_views) else 0
-        to_come[stored.source] -= 1
-        if (
-            not to_come[stored.source] and not plan.tuning.prefetch
-        ):  # the file's mapping ends with the last tensor over it
-            ledger.mapped.give(touched[stored.source])
+        if last[source] == name and not plan.tuning.prefetch:  # with its last tensor the mapping goes
+            ledger.mapped.give(touched[source])
     enter_unsaved_buffers(plan, ledger)
     return ledger.balance(stays_mapped=stays_mapped)
 
@@ -256,32 +246,18 @@ def per_tensor(plan: LoadPlan) -> nn.Module:
     """Build on meta, allocate on the device, load and copy one file a tensor.
 
     Device: the model and its largest tensor. Host: the largest tensor. Needs a folder that
-    `gpt2lite.save_per_tensor` wrote; raises UsageError for a single file.
+    `gpt2lite.save_per_tensor` wrote.
     """
-    _require_folder(plan)
-
-    def load_one(target: Target) -> Tensor:
-        return read_tensors(plan.manifest, [target.span.name], CPU)[target.span.name].to(plan.device)
-
-    return _copy_all(plan, _allocated(plan), load_one)
-
-
-def _require_folder(plan: LoadPlan) -> None:
-    if plan.manifest.format != "tensor_folder":
-        raise UsageError(
-            f'{plan.manifest.path}: strategy="per_tensor" reads a folder with a file a tensor, this is none. '
-            'Make one with gpt2lite.save_per_tensor(path, folder), or take strategy="stream", which needs no '
-            "other file."
-        )
+    module = _allocated(plan)
+    return _copy_all(plan, module, lambda name: read_tensors(plan.manifest, [name], CPU)[name])
 
 
 def _forecast_per_tensor(plan: LoadPlan) -> Forecast:
-    _require_folder(plan)
     ledger = Ledger(plan.device)
     if not ledger.on_cpu:
         enter_allocated(plan, ledger)
     for target in plan.targets:
-        loaded = _enter_read(plan, ledger, [target.span.name], to_device=False)
+        loaded = _enter_read(plan, ledger, [target.span.name], ledger.host)
         if ledger.on_cpu:
             ledger.host.take(target.nbytes)
         else:
@@ -292,20 +268,47 @@ def _forecast_per_tensor(plan: LoadPlan) -> Forecast:
     return ledger.balance()
 
 
+# ---- the table ---------------------------------------------------------------------------------------------
+
+
+def _needs(plan: LoadPlan) -> Iterator[tuple[str, str]]:
+    """Each (ability that a plan needs of its strategy, sentence that says which strategies have it)."""
+    if plan.own_loading:
+        names = ", ".join(plan.own_loading[:5])
+        yield "own loading", f'a module that loads itself ({names}) needs strategy="baseline" or "auto"'
+    if plan.lost:
+        what = f"a module that must be built with its memory ({', '.join(plan.lost[:5])})"
+        yield "building", f'{what} needs strategy="sequential", "baseline" or "auto"'
+    if plan.is_quantized:
+        yield "quantize", 'quantize goes with strategy="stream" or "auto"'
+    if not plan.tuning.keep_cached:
+        yield "keep_cached", 'keep_cached=False goes with strategy="stream" or "auto"'
+    if plan.tuning.prefetch:
+        yield "prefetch", 'prefetch=True goes with strategy="mmap" or "auto"'
+    if plan.manifest.format != "tensor_folder":
+        made = "make one with gpt2lite.save_per_tensor(path, folder)"
+        yield "files", f'per_tensor reads a folder with one file per tensor; {made}, or use "stream"'
+
+
+def _beyond(*abilities: str) -> Callable[[LoadPlan], str]:
+    """What says why a plan needs more than these abilities, "" where it does not."""
+    return lambda plan: next((why for need, why in _needs(plan) if need not in abilities), "")
+
+
 class Strategy(NamedTuple):
-    """A way to load, and what it will cost."""
+    """A way to load: what does it, what it will cost, and why it cannot do a plan ("" where it can)."""
 
     load: Callable[[LoadPlan], nn.Module]
     forecast: Callable[[LoadPlan], Forecast]
+    refuses: Callable[[LoadPlan], str]
 
 
 STRATEGIES: dict[str, Strategy] = {
-    "baseline": Strategy(baseline, _forecast_baseline),
-    "sequential": Strategy(sequential, _forecast_sequential),
-    "meta": Strategy(meta, _forecast_meta),
-    "mmap": Strategy(mmap, _forecast_mmap),
-    "per_tensor": Strategy(per_tensor, _forecast_per_tensor),
-    "stream": Strategy(stream.load, stream.forecast),
+    "baseline": Strategy(baseline, _forecast_baseline, _beyond("files", "building", "own loading")),
+    "sequential": Strategy(sequential, _forecast_sequential, _beyond("files", "building")),
+    "meta": Strategy(meta, _forecast_meta, _beyond("files")),
+    "mmap": Strategy(mmap, _forecast_mmap, _beyond("files", "prefetch")),
+    "per_tensor": Strategy(per_tensor, _forecast_per_tensor, _beyond()),
+    "stream": Strategy(stream.load, stream.forecast, _beyond("files", "quantize", "keep_cached")),
 }
-AUTO = ("stream", "mmap")  # the fastest first, and copying before mapping
-BUILT = ("sequential", "baseline")  # which build with all memory
+AUTO = ("stream", "mmap", "sequential", "baseline")  # the fastest first, and copying before mapping
