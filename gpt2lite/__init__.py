@@ -17,7 +17,6 @@ from gpt2lite.evaluation import Evaluation, evaluate
 from gpt2lite.finetuning import (
     Batch,
     Recipe,
-    Rhythm,
     Task,
     TrainingForecast,
     as_classifier,
@@ -48,7 +47,6 @@ __all__ = [
     "OpenOptions",
     "Opened",
     "Recipe",
-    "Rhythm",
     "Task",
     "TrainingDivergedError",
     "TrainingForecast",

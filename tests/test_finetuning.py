@@ -22,7 +22,6 @@ from gpt2lite import (
     GPTConfig,
     GPTModel,
     Recipe,
-    Rhythm,
     Task,
     TrainingDivergedError,
     TrainingForecast,
@@ -44,7 +43,8 @@ from gpt2lite.finetuning.data import (
     text_windows,
 )
 from gpt2lite.finetuning.forecast import find_levers
-from gpt2lite.finetuning.loop import read_labels, read_metrics, validate
+from gpt2lite.finetuning.heads import read_labels
+from gpt2lite.finetuning.loop import read_metrics, validate
 from gpt2lite.finetuning.losses import ROWS, cross_entropy
 from gpt2lite.finetuning.training import Trainer, choose_trained
 
@@ -238,7 +238,7 @@ def test_the_last_blocks_alone_change():
 def test_a_loss_that_is_no_number_stops_and_says_what_to_try(learning_rate: float, tmp_path: Path):
     recipe = replace(QUICK, learning_rate=learning_rate, warmup_steps=0)
     with pytest.raises(TrainingDivergedError, match=r"step \d: .* Try a learning rate below 1e\+"):
-        finetune(fresh(), task(recipe), tmp_path / "out", recipe, rhythm=Rhythm(save_every=1))
+        finetune(fresh(), task(recipe), tmp_path / "out", replace(recipe, save_every=1))
     assert not (tmp_path / "out" / "model.pth").exists()
 
 
@@ -302,9 +302,7 @@ def test_adapters_of_another_model_are_refused(tmp_path: Path):
     recipe = replace(QUICK, steps=1, lora_rank=2)
     finetune(fresh(), task(recipe), tmp_path / "out", recipe)
     other = GPTModel(GPTConfig(101, 32, 32, 4, 3))
-    with pytest.raises(
-        CheckpointError, match=r"the adapter of .* is \(48, 2\) × \(2, 48\), the layer 32 → 32"
-    ):
+    with pytest.raises(CheckpointError, match=r"lora.A is \(48, 2\), the model has one of \(32, 2\)"):
         load_lora(other, tmp_path / "out" / "adapters.pth")
 
 
@@ -338,11 +336,11 @@ def test_a_run_that_was_cut_and_resumed_ends_with_the_same_bits(
         if metrics.step == cut:
             raise Cut
 
-    rhythm = Rhythm(save_every=2)
+    recipe = replace(recipe, save_every=2)
     with pytest.raises(Cut):
-        finetune(fresh(config), task(recipe), tmp_path / "cut", recipe, rhythm=rhythm, report=stop)
+        finetune(fresh(config), task(recipe), tmp_path / "cut", recipe, report=stop)
     torch.rand(5)  # the program's own draws do not matter
-    found = finetune(fresh(config), task(recipe), tmp_path / "cut", recipe, rhythm=rhythm, resume=True)
+    found = finetune(fresh(config), task(recipe), tmp_path / "cut", recipe, resume=True)
     assert whole.read_bytes() == found.read_bytes()
     steps = [each["step"] for each in read_metrics(tmp_path / "cut")]
     assert steps == list(range(recipe.steps))
@@ -351,10 +349,9 @@ def test_a_run_that_was_cut_and_resumed_ends_with_the_same_bits(
 
 
 def test_what_is_kept(tmp_path: Path):
-    recipe, seen = replace(QUICK, steps=7), []
-    rhythm = Rhythm(validate_every=3, save_every=2, keep=2)
+    recipe, seen = replace(QUICK, steps=7, validate_every=3, save_every=2, keep=2), []
     options = {"sample": lambda model: "a text"}
-    finetune(fresh(), task(recipe, **options), tmp_path / "out", recipe, rhythm=rhythm, report=seen.append)
+    finetune(fresh(), task(recipe, **options), tmp_path / "out", recipe, report=seen.append)
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["metrics.jsonl", "model.pth", "step-000006.pth", "step-000007.pth"]
     lines = read_metrics(tmp_path / "out")
@@ -394,7 +391,7 @@ def test_a_rate_that_is_a_tensor_is_set_in_place():
         ({"steps": 0}, "steps must be an int of at least 1"),
         ({"lora_rank": 2, "last_blocks": 1}, "exclude each other"),
         ({"step_in_backward": True}, "needs clip=0 and accumulate=1"),
-        ({"lora_targets": ("W_key", "head")}, "lora_targets are of W_query"),
+        ({"lora_targets": ("W_key", "head")}, "unknown lora_targets head; choose from W_query"),
         ({"seed": 2**40}, r"seed must be below 2\*\*32, got 1099511627776"),
         ({"seed": 1.5}, "seed must be an int of at least 0, got 1.5"),
         ({"seed": None}, "seed must be an int of at least 0, got None"),
@@ -460,7 +457,7 @@ def test_a_model_of_16_bits_trains_as_the_same_in_fp32_and_is_saved_as_it_came(
     dtype: torch.dtype, levers: dict[str, Any], tmp_path: Path
 ):
     recipe = replace(QUICK, learning_rate=3e-5, **levers)
-    finetune(fresh(dtype=dtype), task(recipe), tmp_path / "16", recipe, rhythm=Rhythm(save_every=3, keep=9))
+    finetune(fresh(dtype=dtype), task(recipe), tmp_path / "16", replace(recipe, save_every=3, keep=9))
     wanted = fresh(dtype=dtype).float()
     finetune(wanted, task(recipe), tmp_path / "32", recipe)
     found = GPTModel.from_checkpoint(tmp_path / "16" / "model.pth")
@@ -577,7 +574,7 @@ def cut_run(out: Path, recipe: Recipe = QUICK, at: int = 4) -> None:
             raise Cut
 
     with pytest.raises(Cut):
-        finetune(fresh(), task(recipe), out, recipe, rhythm=Rhythm(save_every=2), report=stop)
+        finetune(fresh(), task(recipe), out, replace(recipe, save_every=2), report=stop)
 
 
 def resumed(
@@ -666,21 +663,25 @@ def test_states_are_in_the_order_of_their_steps(tmp_path: Path):
     assert sorted(path.name for path in out.glob("step-*.pth")) == ["step-1000000.pth", "step-1000001.pth"]
 
 
-def test_a_half_written_line_of_metrics_is_made_again_and_another_runs_are_refused(tmp_path: Path):
+def test_a_half_written_line_of_metrics_is_made_again(tmp_path: Path):
     out, path = tmp_path / "out", tmp_path / "out" / "metrics.jsonl"
     cut_run(out)
     whole = path.read_text()
     path.write_text(whole + '{"step": 5, "lo')
     assert len(read_metrics(out)) == 5
-    path.write_text(whole.replace('"step": 1', '"step": 7'))
-    with pytest.raises(CheckpointError, match=r"metrics.jsonl: is not what this run had written"):
-        resumed(out)
-    path.write_text(whole + '{"step": 5, "lo')
     resumed(out)
     assert [each["step"] for each in read_metrics(out)] == list(range(8))
-    path.unlink()
+
+
+@pytest.mark.parametrize("damage", ["deleted", "another run's", "cut"])
+def test_metrics_are_restored_from_the_state(damage: str, tmp_path: Path):
+    out, path = tmp_path / "out", tmp_path / "out" / "metrics.jsonl"
+    cut_run(out)
+    whole = path.read_text().splitlines()[:4]
+    path.unlink() if damage == "deleted" else path.write_text("" if damage == "cut" else '{"step": 99}\n' * 9)
     resumed(out)
-    assert read_metrics(out) == []
+    assert [each["step"] for each in read_metrics(out)] == list(range(8))
+    assert path.read_text().splitlines()[:4] == whole
 
 
 def test_a_state_under_another_name_or_of_an_older_kind_is_refused(tmp_path: Path):
@@ -694,7 +695,7 @@ def test_a_state_under_another_name_or_of_an_older_kind_is_refused(tmp_path: Pat
         resumed(out)
     del saved["made_from"]
     torch.save(saved, out / "step-000004.pth")
-    with pytest.raises(CheckpointError, match="saved by an older gpt2lite"):
+    with pytest.raises(CheckpointError, match=r"not a whole saved state of this version .'made_from'"):
         resumed(out)
 
 
@@ -710,9 +711,12 @@ def test_a_sample_that_raises_costs_no_step(tmp_path: Path):
     def fail(model: Any) -> str:
         raise Cut
 
-    wanted, rhythm = finetune(fresh(), task(QUICK), tmp_path / "whole", QUICK), Rhythm(validate_every=5)
+    wanted, recipe = (
+        finetune(fresh(), task(QUICK), tmp_path / "whole", QUICK),
+        replace(QUICK, validate_every=5),
+    )
     with pytest.raises(Cut):
-        finetune(fresh(), task(QUICK, sample=fail), tmp_path / "out", QUICK, rhythm=rhythm)
+        finetune(fresh(), task(QUICK, sample=fail), tmp_path / "out", recipe)
     assert [path.name for path in (tmp_path / "out").glob("*.pth")] == ["step-000005.pth"]
     assert resumed(tmp_path / "out").read_bytes() == wanted.read_bytes()
     assert [each["step"] for each in read_metrics(tmp_path / "out")] == list(range(8))
@@ -834,7 +838,7 @@ def test_ctrl_c_saves_and_the_run_goes_on_from_there(tmp_path: Path):
     ("flag", "content", "words", "message"),
     [
         ("--text", "", (), "data.txt: is empty"),
-        ("--text", "Too short.", (), "a window needs 257; use a smaller --seq-len"),
+        ("--text", "Too short.", (), "need a window of 257 tokens each; use a smaller --seq-len"),
         ("--text", "word " * 500, ("--learning-rate", "nan"), "learning_rate must be a positive number"),
         ("--text", "word " * 500, ("--seq-len", "257"), "seq_len=257 is more than the context of 256"),
         ("--text", b"\xff", (), "not UTF-8"),

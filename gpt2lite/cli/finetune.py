@@ -25,9 +25,9 @@ from gpt2lite.cli.terminal import (
 from gpt2lite.cli.training import add_recipe_arguments, recipe_of
 from gpt2lite.devices import resolve_device
 from gpt2lite.errors import UsageError
-from gpt2lite.finetuning import Metrics, Rhythm, Task, as_classifier, finetune
-from gpt2lite.finetuning.loop import read_labels, read_metrics, relabel
-from gpt2lite.finetuning.recipe import Recipe
+from gpt2lite.finetuning import Metrics, Recipe, Task, as_classifier, finetune
+from gpt2lite.finetuning.heads import read_labels, relabel
+from gpt2lite.finetuning.loop import read_metrics
 from gpt2lite.finetuning.states import saved_recipe
 from gpt2lite.finetuning.tasks import classifier_task, instruction_task, open_text, text_task
 from gpt2lite.loading import STRATEGIES
@@ -59,9 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="go on where the run in --out was cut, with its recipe but for the flags that are given",
     )
-    parser.add_argument("--validate-every", type=int, default=50, metavar="N", help="steps (default: 50)")
-    parser.add_argument("--save-every", type=int, default=100, metavar="N", help="steps (default: 100)")
-    parser.add_argument("--keep", type=int, default=2, metavar="N", help="saved states (default: 2)")
     parser.add_argument("--strategy", choices=("auto", *STRATEGIES), default="auto", help="of loading")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default: cpu)")
     add_revision_argument(parser)
@@ -114,10 +111,8 @@ def _put_head(path: Path, model: GPTModel, labels: tuple[str, ...], recipe: Reci
     if known != labels:
         kept = relabel(model, known, labels, recipe.seed)
         parts = {"kept": kept, "new": set(labels) - set(kept), "dropped": set(known) - set(kept)}
-        print(
-            "labels "
-            + "; ".join(f"{what}: {', '.join(sorted(names)) or 'none'}" for what, names in parts.items())
-        )
+        said = (f"{what}: {', '.join(sorted(names)) or 'none'}" for what, names in parts.items())
+        print("labels " + "; ".join(said))
 
 
 @contextmanager
@@ -144,15 +139,12 @@ def _reports(steps: int) -> Iterator[Callable[[Metrics], None]]:
 def run(args: argparse.Namespace) -> int:
     """Train, and print where the model is."""
     recipe = recipe_of(args, saved_recipe(args.out) if args.resume else {})
-    rhythm = Rhythm(args.validate_every, args.save_every, args.keep)
     path = local_path(args.path, args.revision)
     with tempfile.TemporaryDirectory(prefix="gpt2lite-") as folder:
         model = _load(path, args)
         task = _task(path, model, args, recipe, Path(folder) / "tokens.npy")
         with _reports(recipe.steps) as report:
-            model_path = finetune(
-                model, task, args.out, recipe, rhythm=rhythm, resume=args.resume, report=report
-            )
+            model_path = finetune(model, task, args.out, recipe, resume=args.resume, report=report)
     write_beside(model_path, tokenizer_files(path))
     try:
         plot_losses(read_metrics(args.out), args.out / "loss.png")

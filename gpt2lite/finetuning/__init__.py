@@ -2,16 +2,16 @@
 
 from gpt2lite.finetuning.data import Batch
 from gpt2lite.finetuning.forecast import TrainingForecast, forecast_training
-from gpt2lite.finetuning.loop import as_classifier, finetune
-from gpt2lite.finetuning.lora import add_lora, load_lora, merge_lora
+from gpt2lite.finetuning.heads import as_classifier
+from gpt2lite.finetuning.loop import Metrics, finetune
+from gpt2lite.finetuning.lora import add_lora, merge_lora
 from gpt2lite.finetuning.recipe import Recipe
-from gpt2lite.finetuning.states import Metrics, Rhythm, Task
+from gpt2lite.finetuning.states import Task, load_lora
 
 __all__ = [
     "Batch",
     "Metrics",
     "Recipe",
-    "Rhythm",
     "Task",
     "TrainingForecast",
     "add_lora",
