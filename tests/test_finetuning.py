@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +46,7 @@ from gpt2lite.finetuning.data import (
     text_batches,
     text_windows,
 )
+from gpt2lite.finetuning.examples import read_records
 from gpt2lite.finetuning.forecast import find_levers
 from gpt2lite.finetuning.heads import read_labels
 from gpt2lite.finetuning.loop import read_metrics, validate
@@ -387,7 +392,7 @@ def test_a_rate_that_is_a_tensor_is_set_in_place():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"learning_rate": float("nan")}, "learning_rate must be a positive number, got nan"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a finite number, 0 or more, got nan"),
         ({"steps": 0}, "steps must be an int of at least 1"),
         ({"lora_rank": 2, "last_blocks": 1}, "exclude each other"),
         ({"step_in_backward": True}, "needs clip=0 and accumulate=1"),
@@ -722,6 +727,106 @@ def test_a_sample_that_raises_costs_no_step(tmp_path: Path):
     assert [each["step"] for each in read_metrics(tmp_path / "out")] == list(range(8))
 
 
+# ---- the process belongs to the caller --------------------------------------------------------------------
+
+
+@contextmanager
+def default_of(setting: str) -> Iterator[None]:
+    """An unusual default of the process, as a caller may have set it."""
+    dtype = torch.get_default_dtype()
+    try:
+        if setting == "float64":
+            torch.set_default_dtype(torch.float64)
+        elif setting == "meta":
+            torch.set_default_device("meta")
+        elif setting == "deterministic":
+            torch.use_deterministic_algorithms(True)
+        modes = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+        with modes.get(setting, nullcontext)():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(None)
+        torch.use_deterministic_algorithms(False)
+
+
+def process_state() -> tuple[Any, ...]:
+    return (
+        torch.get_rng_state().tolist(),
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        signal.getsignal(signal.SIGINT),
+        csv.field_size_limit(),
+    )
+
+
+@pytest.mark.parametrize("levers", [{}, {"lora_rank": 2}], ids=str)
+@pytest.mark.parametrize("setting", ["float64", "meta", "no_grad", "inference_mode", "deterministic"])
+def test_training_ends_the_same_under_every_default_and_leaves_it(
+    setting: str, levers: dict[str, Any], tmp_path: Path
+):
+    recipe = replace(QUICK, steps=3, **levers)
+    config = GPTConfig.of(TIED.as_dict() | {"drop_rate": 0.1})
+    wanted, found = fresh(config), fresh(config)
+    finetune(wanted, task(recipe), tmp_path / "wanted", recipe)
+    with default_of(setting):
+        before = process_state()
+        path = finetune(found, task(recipe), tmp_path / "found", recipe)
+        assert finetune(fresh_again(config), task(recipe), tmp_path / "found", recipe, resume=True) == path
+        assert process_state() == before
+    assert_same(weights(found), weights(wanted), 0.0)
+
+
+def fresh_again(config: GPTConfig) -> GPTModel:
+    """`fresh`, whatever the defaults are."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        dtype = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            return fresh(config)
+        finally:
+            torch.set_default_dtype(dtype)
+
+
+def test_a_model_made_in_inference_mode_is_refused(tmp_path: Path):
+    with torch.inference_mode():
+        model = fresh()
+    with pytest.raises(UsageError, match="made under torch.inference_mode does not train"):
+        finetune(model, task(QUICK), tmp_path / "out", QUICK)
+
+
+def test_two_threads_with_dropout_train_as_one_and_leave_the_generator(tmp_path: Path):
+    recipe, config = replace(QUICK, steps=4), GPTConfig.of(TIED.as_dict() | {"drop_rate": 0.3})
+    models = [fresh(config) for _ in range(3)]
+    finetune(models[0], task(recipe), tmp_path / "alone", recipe)
+    before = process_state()
+    with ThreadPoolExecutor(2) as pool:
+        runs = [
+            pool.submit(finetune, m, task(recipe), tmp_path / str(i), recipe)
+            for i, m in enumerate(models[1:])
+        ]
+        for run in runs:
+            run.result()
+    assert process_state() == before
+    for model in models[1:]:
+        assert_same(weights(model), weights(models[0]), 0.0)
+
+
+def test_loading_adapters_and_a_bad_table_leave_the_process(tmp_path: Path):
+    recipe, path = replace(QUICK, steps=1, lora_rank=2), tmp_path / "a.csv"
+    finetune(fresh(), task(recipe), tmp_path / "out", recipe)
+    path.write_text("text,label\na,b,c\n" + "word " * 99_999)
+    model, before = fresh(), process_state()
+    load_lora(model, tmp_path / "out" / "adapters.pth")
+    with pytest.raises(UsageError) as error:
+        read_records(path, ("text", "label"))
+    assert "more cells than the header" in str(error.value)
+    assert process_state() == before
+
+
 # ---- batches -----------------------------------------------------------------------------------------------
 
 GOOD = batch()
@@ -839,7 +944,7 @@ def test_ctrl_c_saves_and_the_run_goes_on_from_there(tmp_path: Path):
     [
         ("--text", "", (), "data.txt: is empty"),
         ("--text", "Too short.", (), "need a window of 257 tokens each; use a smaller --seq-len"),
-        ("--text", "word " * 500, ("--learning-rate", "nan"), "learning_rate must be a positive number"),
+        ("--text", "word " * 500, ("--learning-rate", "nan"), "learning_rate must be a finite number"),
         ("--text", "word " * 500, ("--seq-len", "257"), "seq_len=257 is more than the context of 256"),
         ("--text", b"\xff", (), "not UTF-8"),
         (

@@ -67,7 +67,9 @@ def check_batch(batch: Batch, config: GPTConfig) -> None:
         used = tensor if tensor is ids else tensor[counted]
         for value in (int(used.min()), int(used.max())) if used.numel() else ():
             if not 0 <= value < end:
-                raise UsageError(f"Batch.{name} holds {value}; wanted 0 … {end - 1}, or {IGNORED} in targets")
+                raise UsageError(
+                    f"Batch.{name} holds {value}; wanted 0 … {end - 1}, and {IGNORED} for a target that does not count"
+                )
     if ids.shape[1] > config.context_length:
         raise UsageError(f"Batch: rows of {ids.shape[1]} tokens, the context is {config.context_length}")
     copies = bool((targets == ids)[counted].all())
