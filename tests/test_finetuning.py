@@ -794,7 +794,7 @@ def fresh_again(config: GPTConfig) -> GPTModel:
 def test_a_model_made_in_inference_mode_is_refused(tmp_path: Path):
     with torch.inference_mode():
         model = fresh()
-    with pytest.raises(UsageError, match="made under torch.inference_mode does not train"):
+    with pytest.raises(UsageError, match=r"made under torch.inference_mode does not train"):
         finetune(model, task(QUICK), tmp_path / "out", QUICK)
 
 
