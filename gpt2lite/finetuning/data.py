@@ -68,7 +68,8 @@ def check_batch(batch: Batch, config: GPTConfig) -> None:
         for value in (int(used.min()), int(used.max())) if used.numel() else ():
             if not 0 <= value < end:
                 raise UsageError(
-                    f"Batch.{name} holds {value}; wanted 0 … {end - 1}, and {IGNORED} for a target that does not count"
+                    f"Batch.{name} holds {value}; wanted 0 … {end - 1}, "
+                    f"and {IGNORED} for a target that does not count"
                 )
     if ids.shape[1] > config.context_length:
         raise UsageError(f"Batch: rows of {ids.shape[1]} tokens, the context is {config.context_length}")

@@ -24,7 +24,7 @@ from gpt2lite.model import GPTModel
 
 METRICS, LABELS = "metrics.jsonl", "labels.json"
 STATE_NAME = re.compile(r"step-(\d+)\.pth")
-STATE = ("step", "model", "optimizer", "made_from", "last_batch", "log")
+STATE = ("step", "model", "optimizer", "made_from", "last_batch", "metrics")
 UNSAID = {"validate_every", "save_every", "keep"}  # of a recipe: may change when a run is resumed
 MAY_CHANGE = UNSAID | {"steps", "learning_rate"}  # with a warning; steps may only grow
 OTHERS = {"base": "another model (give it as it was before the run)", "data": "other data"}
@@ -116,7 +116,7 @@ def save_state(run: Run, step: int) -> None:
         "config": trainer.model.config.as_dict(),
         "made_from": run.identity,
         "last_batch": _last_batch(run.task, trainer.recipe, step),
-        "log": (run.out / METRICS).read_text(encoding="utf-8"),
+        "metrics": (run.out / METRICS).read_text(encoding="utf-8"),
     }
     _save(content, run.out / f"step-{step:06}.pth")
     older = [path for number, path in state_files(run.out).items() if number <= step]
@@ -185,7 +185,7 @@ def restore(run: Run) -> int:
         for name, parameter in run.trainer.trained.items():
             parameter.copy_(saved["model"][name])
     run.trainer.restore(saved["optimizer"])
-    (run.out / METRICS).write_bytes(saved["log"].encode())
+    (run.out / METRICS).write_bytes(saved["metrics"].encode())
     return int(saved["step"])
 
 
