@@ -24,13 +24,12 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` says the same to Py
     from gpt2lite.finetuning.data import Batch as Batch
     from gpt2lite.finetuning.forecast import TrainingForecast as TrainingForecast
     from gpt2lite.finetuning.forecast import forecast_training as forecast_training
-    from gpt2lite.finetuning.loop import as_classifier as as_classifier
+    from gpt2lite.finetuning.heads import as_classifier as as_classifier
     from gpt2lite.finetuning.loop import finetune as finetune
-    from gpt2lite.finetuning.lora import load_lora as load_lora
     from gpt2lite.finetuning.lora import merge_lora as merge_lora
     from gpt2lite.finetuning.recipe import Recipe as Recipe
-    from gpt2lite.finetuning.states import Rhythm as Rhythm
     from gpt2lite.finetuning.states import Task as Task
+    from gpt2lite.finetuning.states import load_lora as load_lora
     from gpt2lite.generation import GenerateOptions as GenerateOptions
     from gpt2lite.generation import generate as generate
     from gpt2lite.generation import generate_tokens as generate_tokens
@@ -56,10 +55,11 @@ _HOMES = {
     "evaluation": "Evaluation evaluate",
     "finetuning.data": "Batch",
     "finetuning.forecast": "TrainingForecast forecast_training",
-    "finetuning.loop": "as_classifier finetune",
-    "finetuning.lora": "load_lora merge_lora",
+    "finetuning.heads": "as_classifier",
+    "finetuning.loop": "finetune",
+    "finetuning.lora": "merge_lora",
     "finetuning.recipe": "Recipe",
-    "finetuning.states": "Rhythm Task",
+    "finetuning.states": "Task load_lora",
     "generation": "GenerateOptions generate generate_tokens",
     "loading": "STRATEGIES Forecast LoadOptions OpenOptions Tuning",
     "model": "GPTModel forecast open_model",

@@ -6,6 +6,7 @@ is a capability here. Bytes throughout.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from gpt2lite.errors import InsufficientMemoryError, UsageError, is_out_of_memory
 
 CPU = torch.device("cpu")
+_SEEDING = threading.Lock()
 
 
 def name_device(device: str | torch.device) -> torch.device:
@@ -174,9 +176,21 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def generator_devices(device: torch.device) -> list[torch.device]:
-    """The devices whose random state `torch.random.fork_rng` must keep, beside the CPU's."""
-    return [device] if is_here(device) else []
+@contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """What is drawn on a device depends on the seed alone; afterwards its generator is where it was.
+
+    No other generator is touched. One thread at a time, because the generator is the process's.
+    """
+    rng = torch.get_device_module(device) if is_here(device) else torch.random
+    set_seed = rng.manual_seed if is_here(device) else torch.default_generator.manual_seed
+    with _SEEDING, current_device(device):
+        before = rng.get_rng_state()
+        set_seed(seed)
+        try:
+            yield
+        finally:
+            rng.set_rng_state(before)
 
 
 def name_of(device: torch.device) -> str:

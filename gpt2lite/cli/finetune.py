@@ -15,9 +15,10 @@ from gpt2lite.cli.terminal import bytes_bar, steps_bar
 from gpt2lite.cli.training import recipe_of
 from gpt2lite.devices import resolve_device
 from gpt2lite.errors import UsageError
-from gpt2lite.finetuning.loop import as_classifier, finetune, read_labels, read_metrics, relabel
+from gpt2lite.finetuning.heads import as_classifier, read_labels, relabel
+from gpt2lite.finetuning.loop import Metrics, finetune, read_metrics
 from gpt2lite.finetuning.recipe import Recipe
-from gpt2lite.finetuning.states import Metrics, Rhythm, Task, saved_recipe
+from gpt2lite.finetuning.states import Task, saved_recipe
 from gpt2lite.finetuning.tasks import classifier_task, instruction_task, open_text, text_task
 from gpt2lite.memory import human
 from gpt2lite.model import GPTModel
@@ -59,10 +60,8 @@ def _put_head(path: Path, model: GPTModel, labels: tuple[str, ...], recipe: Reci
     if known != labels:
         kept = relabel(model, known, labels, recipe.seed)
         parts = {"kept": kept, "new": set(labels) - set(kept), "dropped": set(known) - set(kept)}
-        print(
-            "labels "
-            + "; ".join(f"{what}: {', '.join(sorted(names)) or 'none'}" for what, names in parts.items())
-        )
+        said = (f"{what}: {', '.join(sorted(names)) or 'none'}" for what, names in parts.items())
+        print("labels " + "; ".join(said))
 
 
 @contextmanager
@@ -89,15 +88,12 @@ def _reports(steps: int) -> Iterator[Callable[[Metrics], None]]:
 def run(args: argparse.Namespace) -> int:
     """Train, and print where the model is."""
     recipe = recipe_of(args, saved_recipe(args.out) if args.resume else {})
-    rhythm = Rhythm(args.validate_every, args.save_every, args.keep)
     path = local_path(args.path, args.revision)
     with tempfile.TemporaryDirectory(prefix="gpt2lite-") as folder:
         model = _load(path, args)
         task = _task(path, model, args, recipe, Path(folder) / "tokens.npy")
         with _reports(recipe.steps) as report:
-            model_path = finetune(
-                model, task, args.out, recipe, rhythm=rhythm, resume=args.resume, report=report
-            )
+            model_path = finetune(model, task, args.out, recipe, resume=args.resume, report=report)
     write_beside(model_path, tokenizer_files(path))
     try:
         plot_losses(read_metrics(args.out), args.out / "loss.png")
