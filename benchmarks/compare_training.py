@@ -26,7 +26,9 @@ from gpt2lite import GPTConfig, GPTModel, track_memory
 from gpt2lite.cli.env import environment
 from gpt2lite.cli.terminal import as_json, steps_bar, table
 from gpt2lite.config import OFFICIAL_SIZES
-from gpt2lite.finetuning import Batch, Recipe, forecast_training
+from gpt2lite.finetuning.data import Batch
+from gpt2lite.finetuning.forecast import forecast_training
+from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.finetuning.training import Trainer, choose_trained
 
 MIB = 1 << 20

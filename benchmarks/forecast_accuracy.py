@@ -54,7 +54,9 @@ def layout(dialect: str, config: GPTConfig) -> dict[str, tuple[int, ...]]:
         for i in range(config.n_layers) if "{i}" in mine else (0,):
             shape = ours.get(mine.format(i=i))
             if shape and (mine != "out_head.weight" or not config.tied_head):
-                shapes[theirs.format(i=i)] = placement.stored_shape(shape)
+                stored = list(placement.unplace(torch.empty(shape, device="meta")).shape)
+                stored[placement.rows_axis] *= 3 if placement.narrows else 1
+                shapes[theirs.format(i=i)] = tuple(stored)
     for suffix in DIALECTS[dialect].masks[:1]:
         block = DIALECTS[dialect].marker.rsplit(".", 3)[0].replace("0", "{i}")
         for i in range(config.n_layers):

@@ -12,7 +12,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,16 @@ import torch
 from torch import Tensor
 
 from gpt2lite.checkpoint.reading import memory_of
-from gpt2lite.checkpoint.writing import TensorToWrite, require_space, save_per_tensor, write_torch_zip
+from gpt2lite.checkpoint.torch_zip import fill_torch_zip
+from gpt2lite.checkpoint.writing import TensorToWrite, require_space, write_whole
 from gpt2lite.config import GPTConfig
+from gpt2lite.converting import save_per_tensor
 from gpt2lite.devices import synchronize
 from gpt2lite.errors import GPT2LiteError
 from gpt2lite.loading import Progress
 from gpt2lite.model import GPTModel, open_model
 from gpt2lite.opening import Opened
-from gpt2lite.tracking import Sample, track_memory
+from gpt2lite.tracking import track_memory
 from gpt2lite.verification import PROMPT, plain_model
 
 LOGITS_TOLERANCE = 1e-4
@@ -38,10 +41,9 @@ TINY = GPTConfig(vocab_size=64, context_length=16, emb_dim=16, n_heads=2, n_laye
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One strategy's figures: seconds from the start of the load, bytes above the imports.
+    """One strategy's figures: seconds from the start of the load, bytes above what the imports took.
 
-    Peaks are of the load; `peak_host_reclaimable` also covers the first logits, which is when mapped weights
-    are read.
+    Peaks are of the load; `peak_host_reclaimable` also covers the first logits, when mapped weights are read.
     """
 
     strategy: str
@@ -60,28 +62,23 @@ class Measurement:
 
     @property
     def logits_equal(self) -> bool:
-        """Whether the logits are those of the reference."""
+        """Whether the logits are those of the reference, within the tolerance."""
         return self.logits_difference <= self.logits_tolerance
 
 
 # ---- a checkpoint to measure with --------------------------------------------------------------------------
 
 
-def _random_chunks(shape: tuple[int, ...], mean: float, std: float, seed: int) -> Iterator[memoryview]:
+def _random_chunks(shape: tuple[int, ...], mean: float, seed: int) -> Iterator[memoryview]:
     generator, left = torch.Generator().manual_seed(seed), torch.Size(shape).numel()
     while left:
-        chunk = torch.empty(min(left, RANDOM_CHUNK)).normal_(mean, std, generator=generator)
+        chunk = torch.empty(min(left, RANDOM_CHUNK)).normal_(mean, 0.02, generator=generator)
         left -= chunk.numel()
         yield memory_of(chunk)
 
 
-def _mask_chunks(size: int) -> Iterator[memoryview]:
-    yield memory_of(torch.ones(size, size).triu(1))
-
-
-def _random_tensor(name: str, shape: tuple[int, ...], seed: int) -> TensorToWrite:
-    mean = 1.0 if name.endswith(".scale") else 0.0
-    return TensorToWrite(name, torch.float32, shape, lambda: _random_chunks(shape, mean, 0.02, seed))
+def _mask_chunks(shape: tuple[int, int]) -> Iterator[memoryview]:
+    yield memory_of(torch.ones(shape).triu(1))
 
 
 def write_random_checkpoint(
@@ -94,23 +91,20 @@ def write_random_checkpoint(
     """
     with torch.device("meta"):
         state = GPTModel(config).state_dict()
-    size = config.context_length
-    tensors = []
+    mask_shape, tensors = (config.context_length, config.context_length), []
     for seed, (name, tensor) in enumerate(state.items()):
         if name.endswith("att.W_query.weight"):
             mask = name.replace("W_query.weight", "mask")
-            tensors.append(TensorToWrite(mask, torch.float32, (size, size), lambda: _mask_chunks(size)))
+            tensors.append(TensorToWrite(mask, torch.float32, mask_shape, partial(_mask_chunks, mask_shape)))
         if name != "out_head.weight" or not config.tied_head:
-            tensors.append(_random_tensor(name, tuple(tensor.shape), seed))
+            shape, mean = tuple(tensor.shape), float(name.endswith(".scale"))
+            chunks = partial(_random_chunks, shape, mean, seed)
+            tensors.append(TensorToWrite(name, torch.float32, shape, chunks))
     require_space(path.parent, sum(tensor.nbytes for tensor in tensors))
-    write_torch_zip(path, tensors, progress)
+    write_whole(fill_torch_zip, path, tensors, progress)
 
 
 # ---- in the fresh process ----------------------------------------------------------------------------------
-
-
-def _prompt(config: GPTConfig, device: torch.device) -> Tensor:
-    return torch.tensor([PROMPT], device=device)[:, : config.context_length] % config.vocab_size
 
 
 def digest(tensor: Tensor) -> str:
@@ -121,11 +115,12 @@ def digest(tensor: Tensor) -> str:
 
 @torch.inference_mode()
 def _first_logits(model: GPTModel) -> Tensor:
-    return model(_prompt(model.config, model.tok_emb.weight.device))[0, -1].float().cpu()
+    prompt = torch.tensor([PROMPT], device=model.tok_emb.weight.device) % model.config.vocab_size
+    return model(prompt[:, : model.config.context_length])[0, -1].float().cpu()
 
 
 def _warm_up(strategy: str, device: str, folder: Path) -> None:
-    """Load something tiny the same way, so that imports and the device's own start are not counted."""
+    """Load something tiny the same way: imports and the start of the device are not to be counted."""
     path = folder / "tiny.pth"
     torch.save(GPTModel(TINY).state_dict(), path)
     source = save_per_tensor(path, folder / "tiny") if strategy == "per_tensor" else path
@@ -168,12 +163,8 @@ def measure(
         model_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         method=loading.method,
         forecast=asdict(expected_bytes),
-        timeline=[_point(sample) for sample in until_logits.timeline],
+        timeline=[astuple(sample) for sample in until_logits.timeline],
     )
-
-
-def _point(sample: Sample) -> tuple[float, int, int]:
-    return sample.seconds, sample.host_anonymous, sample.host_reclaimable
 
 
 def write_reference(path: str, device: str, dtype: str | None, config: dict[str, Any], output: str) -> None:
@@ -192,20 +183,12 @@ JOBS: Mapping[str, Callable[..., Measurement | None]] = {"measure": measure, "re
 def _run_job(job: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Run one of JOBS in a fresh process and return what it measured."""
     command = [sys.executable, "-m", "gpt2lite.benchmarking", json.dumps({"job": job, **arguments})]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        output, errors = process.communicate()
-    except BaseException:
-        process.kill()
-        process.wait()
-        raise
+    process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode < 0:
-        raise GPT2LiteError(
-            f"{job} was killed by signal {-process.returncode}; most likely it ran out of memory"
-        )
-    if not output.strip():
-        raise GPT2LiteError(f"{job} failed: {errors.strip().splitlines()[-1]}")
-    answer: dict[str, Any] = json.loads(output.splitlines()[-1])
+        raise GPT2LiteError(f"{job} was killed by signal {-process.returncode}, probably for lack of memory")
+    if not process.stdout.strip():
+        raise GPT2LiteError(f"{job} failed: {process.stderr.strip().splitlines()[-1]}")
+    answer: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
     if "error" in answer:
         raise GPT2LiteError(answer["error"])
     return answer
@@ -223,7 +206,7 @@ class Failure:
 
 
 def _input(opened: Opened[GPTModel], strategy: str, folder: Path) -> Path:
-    """What a strategy reads: the checkpoint, or for per_tensor a folder that is made here in `folder`."""
+    """What a strategy reads: the checkpoint, or for per_tensor a folder made from it inside `folder`."""
     manifest, path = opened.reading.manifest, opened.path
     if strategy != "per_tensor" or manifest.format == "tensor_folder":
         return path
@@ -240,9 +223,9 @@ def compare_strategies(
     dtype: str | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Iterator[Measurement | Failure]:
-    """Yield one result for each strategy as it is measured; `folder` takes what is written meanwhile.
+    """Yield one result per strategy as it is measured; temporary files go to `folder`.
 
-    Raises CheckpointError first, for a checkpoint that does not fit.
+    Raises CheckpointError first, for a checkpoint that does not fit the model.
     """
     opened = open_model(path, config=config)
     opened.forecast(device, dtype=_dtype(dtype))

@@ -6,14 +6,17 @@ is a capability here. Bytes throughout.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+from torch import Tensor
 
 from gpt2lite.errors import InsufficientMemoryError, UsageError, is_out_of_memory
 
 CPU = torch.device("cpu")
+_SEEDING = threading.Lock()
 
 
 def name_device(device: str | torch.device) -> torch.device:
@@ -106,7 +109,12 @@ def caches_in_blocks(device: torch.device) -> bool:
 
 def has_streams(device: torch.device) -> bool:
     """Whether copies to a device can go on while this thread does: it has streams, events, pinned memory."""
-    return device.type not in ("cpu", "meta", "mps") and is_here(device)
+    return copies_async(device) and is_here(device)
+
+
+def copies_async(device: torch.device) -> bool:
+    """Whether devices of this kind have streams, whether or not one is here."""
+    return device.type not in ("cpu", "meta", "mps")
 
 
 def synchronize(device: torch.device) -> None:
@@ -141,6 +149,25 @@ def has_graphs(device: torch.device) -> bool:
     return device.type == "cuda" and is_here(device)
 
 
+def record(device: torch.device, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """Record `work` on a device; returns what replays it, and its result, which every replay fills anew.
+
+    It runs twice before, so that libraries allocate their workspaces outside of the graph, on the stream that
+    records. Both must belong to that device: the current one's would record an empty graph.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with current_device(device):
+        side, current = torch.cuda.Stream(device), torch.accelerator.current_stream(device)
+        side.wait_stream(current)
+        with on_stream(side):
+            work()
+            work()
+        current.wait_stream(side)
+        with torch.cuda.graph(graph, stream=side):
+            result = work()
+    return graph.replay, result
+
+
 # ---- arithmetic --------------------------------------------------------------------------------------------
 
 
@@ -149,9 +176,21 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def generator_devices(device: torch.device) -> list[torch.device]:
-    """The devices whose random state `torch.random.fork_rng` must keep, beside the CPU's."""
-    return [device] if is_here(device) else []
+@contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """What is drawn on a device depends on the seed alone; afterwards its generator is where it was.
+
+    No other generator is touched. One thread at a time, because the generator is the process's.
+    """
+    rng = torch.get_device_module(device) if is_here(device) else torch.random
+    set_seed = rng.manual_seed if is_here(device) else torch.default_generator.manual_seed
+    with _SEEDING, current_device(device):
+        before = rng.get_rng_state()
+        set_seed(seed)
+        try:
+            yield
+        finally:
+            rng.set_rng_state(before)
 
 
 def name_of(device: torch.device) -> str:

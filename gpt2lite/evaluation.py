@@ -6,24 +6,24 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2lite.errors import UsageError
-from gpt2lite.generation import require_language_head
+from gpt2lite.generation import LanguageModel
+from gpt2lite.generation.decoding import require_language_head
 from gpt2lite.generation.engines import in_eval_mode
 from gpt2lite.generation.prompts import INTEGERS, require_ids
 from gpt2lite.loading import Progress
 
-POSITIONS_AT_ONCE = 128  # whose logits are in memory together: 25 MB of GPT-2's
+POSITIONS_AT_ONCE = 128  # whose logits are in memory together: 25 MiB of GPT-2's
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What a text cost: nats (natural logarithms) summed over the tokens that were predicted."""
+    """The loss of a text in nats (natural logarithms), summed over the `tokens` that were predicted."""
 
     tokens: int
     nats: float
@@ -36,12 +36,12 @@ class Evaluation:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of those that were predicted."""
+        """Predicted tokens over `seconds`."""
         return self.tokens / self.seconds
 
 
-def loss_of(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy in nats, summed: what the head reads, (N, C), and the ids that follow, (N,), → ().
+def loss_of(model: LanguageModel, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats, summed: hidden states (N, C) and the ids that follow them (N,) → ().
 
     Has POSITIONS_AT_ONCE rows of fp32 logits in memory at a time.
     """
@@ -53,7 +53,7 @@ def loss_of(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
 def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """(begin, end, first to predict): each token but the first is predicted once, in the earliest window.
 
-    A window begins every `stride` tokens; `context` of them are read, which predicts up to the one behind.
+    A window begins every `stride` tokens; reading `context` of them predicts up to the one behind.
     """
     predicted = 1
     for begin in range(0, length, stride):
@@ -64,26 +64,16 @@ def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, 
             return
 
 
-def _require_text(ids: object, vocab_size: int) -> None:
-    """Raise UsageError where ids are not integers (T ≥ 2,) of the vocabulary."""
-    if not isinstance(ids, Tensor) or ids.dim() != 1 or ids.dtype not in INTEGERS:
-        found = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise UsageError(f"ids must be a tensor of integers of shape (tokens,), one text, got {found}")
-    if len(ids) < 2:
-        raise UsageError(f"a text of {len(ids)} tokens has nothing to predict; wanted at least 2")
-    require_ids(ids, vocab_size)
-
-
 @torch.inference_mode()
 def evaluate(
-    model: Any,
+    model: LanguageModel,
     ids: Tensor,
     *,
     context: int | None = None,
     stride: int | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """The loss of predicting each token of a text, integers (T,), from those before it; but for the first.
+    """The loss of predicting each token of a text but the first, integers (T,), from those before it.
 
     The text is read in windows of `context` tokens (the model's whole context), one every `stride` (half of
     it): a token is predicted in the first window that can, so from more than context - stride tokens
@@ -92,17 +82,22 @@ def evaluate(
     predicted, tokens in all). Dropout is off; the model keeps its mode.
 
     Source of the protocol: Hugging Face, "Perplexity of fixed-length models".
-    Raises UsageError for a classifier, a text of fewer than two tokens, or windows that cannot be.
+    Raises UsageError for a classifier, a text of fewer than two tokens, or invalid windows.
     """
     require_language_head(model.config)
     most = model.config.context_length
     context = most if context is None else context
-    stride = max(context // 2, 1) if stride is None else stride
     if type(context) is not int or not 1 <= context <= most:
-        raise UsageError(f"context must be in 1 … {most}, which is the model's, got {context}")
+        raise UsageError(f"context must be in 1 … {most}, the model's context, got {context}")
+    stride = max(context // 2, 1) if stride is None else stride
     if type(stride) is not int or not 1 <= stride <= context:
         raise UsageError(f"stride must be in 1 … {context}, the context, got {stride}")
-    _require_text(ids, model.config.vocab_size)
+    if not isinstance(ids, Tensor) or ids.dim() != 1 or ids.dtype not in INTEGERS:
+        found = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise UsageError(f"ids must be a tensor of integers of shape (tokens,), one text, got {found}")
+    if len(ids) < 2:
+        raise UsageError(f"a text of {len(ids)} tokens has nothing to predict; at least 2 are needed")
+    require_ids(ids, model.config.vocab_size)
     began, nats = time.perf_counter(), 0.0
     for begin, end, first in windows(len(ids), context, stride):
         read = ids[begin:end].to(model.pos_emb.weight.device, torch.int64)

@@ -8,17 +8,10 @@ import re
 from functools import partial
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is its HTTP library's root
-    GatedRepoError,
-    HfHubHTTPError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, constants, errors, hf_hub_download, try_to_load_from_cache
 
+from gpt2lite.checkpoint import FOLDER_FILES
+from gpt2lite.dialects.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError, GPT2LiteError, UsageError
 
 OFFICIAL = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
@@ -26,27 +19,34 @@ OFFICIAL["distilgpt2"] = "distilbert/distilgpt2"
 
 CONFIG = "config.json"
 INDEX = ".index.json"
-# The first of these that a repository holds is fetched; an index, with the shards that it names.
-WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
+WEIGHTS = (*FOLDER_FILES, *ADAPTER_WEIGHTS)  # the first of these is fetched; an index with its shards
+# Fetched too, where a repository lists them: configs, and what makes text of tokens.
+BESIDE = (
+    *(CONFIG, ADAPTER_CONFIG, "generation_config.json", "tokenizer.json", "vocab.json", "merges.txt"),
+    *("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"),
 )
-
-# What makes text of tokens; fetched where a repository lists it.
-TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "generation_config.json")
-SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")
 
 REPO_ID = re.compile(r"(?!.*(--|\.\.))\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
 FILE_SUFFIXES = (".bin", ".ckpt", ".gguf", ".h5", ".index", ".json", ".pt", ".pth", ".safetensors", ".zip")
+MAX_NAMED = 5
 
-# ValueError: an answer that is no JSON, as a captive portal gives.
-CLIENT_ERRORS = (HTTPError, OSError, ValueError)
-
+# HTTPError is the root of the client's HTTP library; a captive portal's answer, no JSON, is a ValueError.
+CLIENT_ERRORS = (errors.HTTPError, OSError, ValueError)  # type: ignore[attr-defined]
 LOG_IN = "run `hf auth login` (older: `huggingface-cli login`), set HF_TOKEN, or pass token="
 ELSEWHERE = "download it on a machine that can, and pass the folder"
-MAX_NAMED = 5
+# What the client raises → what we say; the narrower classes come first.
+EXPLAINED: dict[type[Exception], str] = {
+    errors.OfflineModeIsEnabled: "not in the cache {cache}{at}, and {why} forbids fetching. "
+    f"Allow it once, or {ELSEWHERE}",
+    errors.GatedRepoError: f"is gated. Accept its terms at {{hub}}/{{repo}}, then {LOG_IN}",
+    errors.RevisionNotFoundError: "has no revision {revision!r}; pass a branch, a tag or a full commit hash",
+    errors.RepositoryNotFoundError: "no such file or folder, and no such model on {hub} that you may see. "
+    f"Check the spelling; if it is private, {LOG_IN}",
+    errors.HfHubHTTPError: f"{{hub}} answered {{status}}. Try later, or {ELSEWHERE}; to get access, {LOG_IN}",
+    OSError: "cannot be stored in {cache}: {error.strerror}. Pass another cache_dir or set HF_HOME",
+    Exception: "cannot be fetched from {hub} ({error!r}), and is not in the cache {cache}{at}. "
+    f"Check the network, or {ELSEWHERE}",
+}
 
 
 def fetch(
@@ -57,26 +57,24 @@ def fetch(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The local file or folder for a name: a path that is there, as it is, or a snapshot of a Hub model.
+    """The local file or folder for a name: an existing path as it is, or the snapshot of a Hub model.
 
-    A name from the Hub is one of `OFFICIAL` or `owner/name`; its config and one set of weights are fetched
-    into the client's cache (`cache_dir`, else HF_HOME's), unless they are there, be it under the short name
-    (`models--gpt2`), as transformers keeps them. What is cached also serves where the Hub cannot be reached
-    or must not be (`local_files_only`, HF_HUB_OFFLINE). `revision` is a branch, a tag or a commit; `token`
-    None takes HF_TOKEN or the saved login. Holds no weights in memory.
+    A name on the Hub is one of `OFFICIAL` or `owner/name`; its config and one set of weights, or a PEFT
+    adapter, are fetched into the client's cache (`cache_dir`, else HF_HOME's) unless they are there, under
+    this name or the short one (`models--gpt2`), as transformers keeps them. What is cached also serves where
+    the Hub cannot be reached or must not be (`local_files_only`, HF_HUB_OFFLINE). `revision` is a branch, a
+    tag or a commit; `token` None takes HF_TOKEN or the saved login. Holds no weights in memory.
 
-    Raises CheckpointNotFoundError where nothing has this name, CheckpointError where something stands between
-    (a gate, a missing network, a full disk), UsageError for a revision of a local path.
+    Raises CheckpointNotFoundError where nothing has this name; CheckpointError where it cannot be fetched (a
+    gate, no network, a full disk); UsageError for a revision of a local path.
     """
     if Path(name).exists():
         if revision is not None:
-            raise UsageError(
-                f"{name}: is on this disk, where revision={revision!r} means nothing; leave it out"
-            )
+            raise UsageError(f"{name}: a local path has no revision={revision!r}; leave it out")
         return Path(name)
     repo = _repo_of(os.fspath(name))
     cache = None if cache_dir is None else Path(cache_dir).expanduser()
-    problem: Exception = OfflineModeIsEnabled("local_files_only=True")
+    problem: Exception = errors.OfflineModeIsEnabled()
     if not local_files_only:
         try:
             return _download(repo, revision, token, cache)
@@ -84,7 +82,7 @@ def fetch(
             raise
         except CLIENT_ERRORS as error:
             problem = error
-    names = () if isinstance(problem, RevisionNotFoundError) else _names_of(repo)
+    names = () if isinstance(problem, errors.RevisionNotFoundError) else _names_of(repo)
     found = next(filter(None, (_cached(name, revision, cache) for name in names)), None)
     if found is None:
         raise _explained(problem, repo, revision, cache) from problem
@@ -99,10 +97,8 @@ def fetch_file(repo: str, filename: str) -> Path:
     for name in _names_of(repo):
         if isinstance(cached := try_to_load_from_cache(name, filename), str):
             return Path(cached)
-    try:
-        HfApi().model_info(
-            repo, timeout=constants.HF_HUB_ETAG_TIMEOUT
-        )  # fails at once, where hf_hub_download tries for half a minute
+    try:  # model_info fails at once, where hf_hub_download tries for half a minute
+        HfApi().model_info(repo, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         return Path(hf_hub_download(repo, filename))
     except CLIENT_ERRORS as error:
         raise _explained(error, repo, None, None) from error
@@ -114,10 +110,9 @@ def _repo_of(name: str) -> str:
     if name.endswith(FILE_SUFFIXES) or name.startswith(".") or os.path.isabs(name):
         raise CheckpointNotFoundError(name, "no such file or folder")
     if not REPO_ID.fullmatch(name) or len(name) > 96:
+        known = f"{', '.join(OFFICIAL)} or owner/name"
         raise CheckpointNotFoundError(
-            name,
-            f"no such file or folder, and no name of a model on the Hub, which is one of "
-            f"{', '.join(OFFICIAL)} or owner/name",
+            name, f"no such file or folder, and not the name of a Hub model ({known})"
         )
     return name
 
@@ -127,14 +122,14 @@ def _names_of(repo: str) -> list[str]:
     return [repo, *(short for short, name in OFFICIAL.items() if name == repo)]
 
 
-def _shards(weights: Path) -> list[str]:
+def _shards(weights: Path) -> set[str]:
     """The files that an index names; none for weights that are one file."""
     if not weights.name.endswith(INDEX):
-        return []
+        return set()
     try:
-        return sorted(set(map(str, json.loads(weights.read_bytes())["weight_map"].values())))
+        return set(map(str, json.loads(weights.read_bytes())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(weights, "no index of shards; wanted JSON with a weight_map") from None
+        raise CheckpointError(weights, "not an index of shards; expected JSON with a weight_map") from None
 
 
 def _download(repo: str, revision: str | None, token: str | bool | None, cache: Path | None) -> Path:
@@ -143,22 +138,20 @@ def _download(repo: str, revision: str | None, token: str | bool | None, cache: 
     listed = {sibling.rfilename for sibling in found.siblings or ()}
     weights = next((name for name in WEIGHTS if name in listed), None)
     if weights is None:
-        raise CheckpointNotFoundError(
-            repo,
-            f"holds no weights that gpt2lite opens; wanted {' or '.join(WEIGHTS)}, found {_named(listed)}",
-        )
+        wanted = f"holds no weights that gpt2lite opens; expected {' or '.join(WEIGHTS)}"
+        raise CheckpointNotFoundError(repo, f"{wanted}, found {_named(listed)}")
     for short in _names_of(repo)[1:]:
-        if (folder := _cached(short, found.sha, cache)) and (
-            CONFIG not in listed or (folder / CONFIG).exists()
-        ):
+        folder = _cached(short, found.sha, cache)
+        if folder and (CONFIG not in listed or (folder / CONFIG).exists()):
             return folder
     get = partial(hf_hub_download, repo, token=token, cache_dir=cache)
-    first, *rest = [name for name in (CONFIG, weights, *TOKENIZER, *SETTINGS) if name in listed]
+    adapter = next((name for name in ADAPTER_WEIGHTS if name in listed), weights)  # beside its base
+    first, *rest = [name for name in (*BESIDE, adapter, weights) if name in listed]
     folder = Path(get(first, revision=revision)).parent  # snapshots/<commit>
     for name in rest:
         get(name, revision=folder.name)
     shards = _shards(folder / weights)
-    if absent := [shard for shard in shards if shard not in listed]:
+    if absent := shards - listed:
         raise CheckpointError(repo, f"{weights} names files that are not there: {_named(absent)}")
     for shard in shards:
         get(shard, revision=folder.name)
@@ -167,65 +160,34 @@ def _download(repo: str, revision: str | None, token: str | bool | None, cache: 
 
 def _cached(repo: str, revision: str | None, cache: Path | None) -> Path | None:
     """The snapshot as it lies in the cache, None unless it has a whole set of weights."""
-
-    def find(name: str) -> Path | None:
+    for name in WEIGHTS:
         found = try_to_load_from_cache(repo, name, cache_dir=cache, revision=revision)
-        return Path(found) if isinstance(found, str) else None
+        if isinstance(found, str) and all(
+            (Path(found).parent / shard).exists() for shard in _shards(Path(found))
+        ):
+            return Path(found).parent
+    return None
 
-    sets = filter(None, map(find, WEIGHTS))
-    return next((found.parent for found in sets if all(map(find, _shards(found)))), None)
 
-
-def _named(names: set[str] | list[str]) -> str:
+def _named(names: set[str]) -> str:
     more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
     return (", ".join(sorted(names)[:MAX_NAMED]) or "nothing") + more
 
 
-def _explained(
-    error: Exception, repo: str, revision: str | None, cache: Path | None
-) -> CheckpointError:  # the narrower classes first: GatedRepoError is a RepositoryNotFoundError
+def _explained(error: Exception, repo: str, revision: str | None, cache: Path | None) -> CheckpointError:
     """What the client raised, in one line that says what to do."""
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
-    kept, hub = cache or constants.HF_HUB_CACHE, constants.ENDPOINT
-    if isinstance(error, OfflineModeIsEnabled):
-        why = "HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "local_files_only=True"
-        return CheckpointError(
-            repo,
-            f"not in the cache {kept}{_at(revision)}, and {why} forbids to fetch it. "
-            f"Allow that once, or {ELSEWHERE}.",
-        )
-    if isinstance(error, GatedRepoError):
-        return CheckpointError(
-            repo, f"is gated, and you were not let in. Accept its terms on {hub}/{repo}, then {LOG_IN}."
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return CheckpointNotFoundError(
-            repo, f"has no revision {revision!r}; wanted a branch, a tag or a whole commit hash"
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        return CheckpointNotFoundError(
-            repo,
-            f"no such file or folder, and no such model on {hub} that you may see. "
-            f"Check the spelling; if it is private, {LOG_IN}.",
-        )
-    if isinstance(error, HfHubHTTPError) and error.response is not None:
-        status = error.response.status_code
-        do = (
-            f"If it is about rights, {LOG_IN}" if status in (401, 403) else f"Try again later, or {ELSEWHERE}"
-        )
-        return CheckpointError(repo, f"{hub} answered {status}. {do}.")
-    if isinstance(error, OSError) and error.errno is not None:
-        return CheckpointError(
-            repo, f"cannot be kept in {kept}: {error.strerror}. Pass another cache_dir or set HF_HOME."
-        )
-    said = str(error).strip().partition("\n")[0]
-    return CheckpointError(
-        repo,
-        f"cannot be fetched from {hub} ({type(error).__name__}: {said}), and is not in the cache "
-        f"{kept}{_at(revision)}. Check the network, or {ELSEWHERE}.",
+    kind = next(kind for kind in EXPLAINED if isinstance(error, kind))
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    is_vague = status is None and getattr(error, "errno", None) is None
+    kind = Exception if is_vague and kind in (errors.HfHubHTTPError, OSError) else kind
+    said = EXPLAINED[kind].format(
+        cache=cache or constants.HF_HUB_CACHE,
+        at="" if revision is None else f" at {revision}",
+        why="HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "local_files_only=True",
+        hub=constants.ENDPOINT,
+        **{"repo": repo, "revision": revision, "status": status, "error": error},
     )
-
-
-def _at(revision: str | None) -> str:
-    return "" if revision is None else f" at {revision}"
+    is_absent = kind in (errors.RevisionNotFoundError, errors.RepositoryNotFoundError)
+    return (CheckpointNotFoundError if is_absent else CheckpointError)(repo, said)

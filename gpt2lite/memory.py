@@ -1,11 +1,9 @@
-"""What memory this process can have: `find_budget`, `host_memory`.
-
-Everything is in bytes; where text says GB it means 1024³ of them, as the article does.
-"""
+"""How much memory this process can take: `host_memory`, `find_budget`. Everything is in bytes."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
@@ -16,46 +14,46 @@ import torch
 from gpt2lite.devices import free_memory
 from gpt2lite.errors import UsageError
 
-GB = 1024**3
-UNITS = {
-    f"{letter}{i}B": base**n for i, base in (("", 1000), ("i", 1024)) for n, letter in enumerate("KMGT", 1)
-}
-# What a forecast does not count (page tables, Python's own objects, what rounding costs) comes out of what is
-# there: of the host 24 MiB or 3 %, of a device 32 MiB or 1 %, whichever is more.
+MIB, GIB = 1 << 20, 1 << 30
+SIZE = r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([kmgt]?)((?:(?<=[kmgt])i)?b?)\s*"
+# Left for what a forecast does not count (page tables, Python objects, rounding): 24 MiB or 3 % of the host,
+# 32 MiB or 1 % of a device, whichever is more.
 LEFT_ALONE = {"host": (24 << 20, 0.03), "device": (32 << 20, 0.01)}
 
 
 def human(nbytes: float) -> str:
     """Bytes for people: '622.0 MiB', '6.13 GiB'."""
-    if 0 < abs(nbytes) < 1024:
-        return f"{nbytes:.0f} B"
-    if abs(nbytes) >= GB:
-        return f"{nbytes / GB:.2f} GiB"
-    return f"{nbytes / 1024**2:.1f} MiB" if abs(nbytes) >= 1024**2 else f"{nbytes / 1024:.1f} KiB"
+    for unit, digits, name in ((GIB, 2, "GiB"), (MIB, 1, "MiB"), (1024, 1, "KiB")):
+        if abs(nbytes) >= unit:
+            return f"{nbytes / unit:.{digits}f} {name}"
+    return f"{nbytes:.0f} B"
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes, from a number of them or from text: "512MiB" is 512 × 1024², "8GB" is 8 × 1000³.
+    """Bytes, from a number of them or from text, in any case: "8GiB", "8GB", "8G", "512m", "0.65 GB".
 
+    "8GB" is 8 × 1000³, as it says. "8GiB", "8Gi" and "8G" are 8 × 1024³: a bare letter counts as docker,
+    systemd and java count it. A number without a unit must be at least 1 MiB, since 8 usually means 8 GiB.
     Raises UsageError for anything else, and for a size that is not positive.
     """
-    found = re.fullmatch(
-        r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([KMGT]i?B|)\s*", size if isinstance(size, str) else ""
-    )
-    nbytes = int(Decimal(found.group(1)) * UNITS.get(found.group(2), 1)) if found else 0
-    if type(size) is int:
-        nbytes = size if size < NO_LIMIT else 0
+    text = str(size) if type(size) is int and size < NO_LIMIT else size
+    found = re.fullmatch(SIZE, text, re.IGNORECASE) if isinstance(text, str) else None
+    number, letter, suffix = found.groups() if found else ("0", "", "")
+    base = 1000 if suffix.lower() == "b" else 1024
+    nbytes = int(Decimal(number) * base ** (" kmgt".index(letter.lower()) if letter else 0))
     if nbytes < 1:
         shown = "so large a number" if isinstance(size, int) and size >= NO_LIMIT else repr(size)[:40]
-        raise UsageError(f"{shown} is no amount of memory; write a number of bytes, 512MiB, 2.5GiB or 8GB")
+        raise UsageError(f"{shown} is not a memory size; write 512MiB, 2.5GiB, 8GB or a number of bytes")
+    if nbytes < MIB and not letter + suffix:
+        raise UsageError(f"memory size {size} has no unit; write {size}GiB, {size}MiB or {size}B")
     return nbytes
 
 
 @dataclass(frozen=True, slots=True)
 class HostMemory:
-    """Bytes of host memory: physical, and what this process can still take, and what limits that.
+    """Bytes of host memory: physical, what this process can still take, and what limits that.
 
-    `swap` is what is free beside it and no cgroup forbids; 0 where a cgroup grants less than is available.
+    `swap` is the free swap that no cgroup forbids; 0 where a cgroup grants less than is free.
     """
 
     total: int
@@ -64,41 +62,16 @@ class HostMemory:
     swap: int
 
 
-@dataclass(frozen=True, slots=True)
-class _CgroupFiles:
-    limits: tuple[str, ...]
-    usage: str
-    file_backed: tuple[str, str]  # keys of memory.stat: page cache that the kernel takes back under pressure
-
-
-CGROUP_V1 = _CgroupFiles(
-    ("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")
+# (limits, usage, keys of memory.stat: page cache that the kernel takes back under pressure)
+CGROUP_V1 = (
+    ("memory.limit_in_bytes",),
+    "memory.usage_in_bytes",
+    ("total_inactive_file", "total_active_file"),
 )
-CGROUP_V2 = _CgroupFiles(("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file"))
-NO_LIMIT = 1 << 60  # v1 says so with a number near 2**63
+CGROUP_V2 = (("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file"))
+CgroupFiles = tuple[tuple[str, ...], str, tuple[str, str]]
+NO_LIMIT = 1 << 60  # cgroup v1 writes "no limit" as a number near 2**63
 PROC = Path("/proc/self")
-
-
-def _own_cgroups(proc: Path) -> list[tuple[Path, _CgroupFiles]]:
-    """A process's memory cgroups and all that enclose them, innermost first, in both versions."""
-    try:
-        own = [line.split(":", 2) for line in (proc / "cgroup").read_text().splitlines()]
-        mounts = [line.split() for line in (proc / "mountinfo").read_text().splitlines()]
-    except OSError:
-        return []
-    found = []
-    for _, controllers, path in own:
-        files = CGROUP_V2 if not controllers else CGROUP_V1
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        for mount in mounts:
-            kind = mount[mount.index("-") + 1] if "-" in mount else ""
-            is_memory = not controllers or "memory" in mount[-1].split(",")
-            if kind == ("cgroup" if controllers else "cgroup2") and is_memory:
-                root, at = Path(mount[3]), Path(mount[4])
-                inside = Path(path).relative_to(root) if Path(path).is_relative_to(root) else Path()
-                found += [(at / level, files) for level in (inside, *inside.parents)]
-    return found
 
 
 def _read(path: Path) -> str:
@@ -109,21 +82,35 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _cgroup_available(folder: Path, files: _CgroupFiles) -> int | None:
-    """Bytes that a cgroup still grants, its page cache counted as free; None where it sets no limit."""
-    limits = [int(text) for text in (_read(folder / name) for name in files.limits) if text.isdigit()]
-    usage = _read(folder / files.usage)
-    if not usage.isdigit() or min(limits, default=NO_LIMIT) >= NO_LIMIT:
-        return None
-    stat = dict(line.split(maxsplit=1) for line in _read(folder / "memory.stat").splitlines())
-    cached = sum(int(stat.get(key, 0)) for key in files.file_backed)
-    return max(min(limits) - int(usage) + cached, 0)
+def _own_cgroups(proc: Path) -> Iterator[tuple[Path, CgroupFiles]]:
+    """A process's memory cgroups and all that enclose them, innermost first, in both versions."""
+    mounts = [line.partition(" - ") for line in _read(proc / "mountinfo").splitlines()]
+    for _, controllers, path in (line.split(":", 2) for line in _read(proc / "cgroup").splitlines()):
+        files, kind = (CGROUP_V1, "cgroup") if controllers else (CGROUP_V2, "cgroup2")
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        for mount, _, filesystem in mounts:
+            words = filesystem.split()
+            if words[:1] == [kind] and (not controllers or "memory" in words[-1].split(",")):
+                root, at = map(Path, mount.split()[3:5])
+                inside = Path(path).relative_to(root) if Path(path).is_relative_to(root) else Path()
+                yield from ((at / level, files) for level in (inside, *inside.parents))
 
 
 def cgroup_grants(proc: Path = PROC) -> list[tuple[int, str]]:
-    """(bytes still granted, "cgroup <folder>") for every limit around a process, at every level."""
-    rests = [(_cgroup_available(folder, files), f"cgroup {folder}") for folder, files in _own_cgroups(proc)]
-    return [(rest, name) for rest, name in rests if rest is not None]
+    """(bytes still granted, "cgroup <folder>") for every limit around a process; page cache is free."""
+    grants = []
+    for folder, (limits, usage, file_backed) in _own_cgroups(proc):
+        limit = min(
+            (int(text) for text in (_read(folder / name) for name in limits) if text.isdigit()),
+            default=NO_LIMIT,
+        )
+        used = _read(folder / usage)
+        if used.isdigit() and limit < NO_LIMIT:
+            stat = dict(line.split(maxsplit=1) for line in _read(folder / "memory.stat").splitlines())
+            cached = sum(int(stat.get(key, 0)) for key in file_backed)
+            grants.append((max(limit - int(used) + cached, 0), f"cgroup {folder}"))
+    return grants
 
 
 # Both count what is mapped, too: privately and writable, as checkpoints are.
@@ -143,7 +130,7 @@ def process_grants(proc: Path = PROC) -> list[tuple[int, str]]:
 
 
 def host_memory() -> HostMemory:
-    """What this process can really have: the least of physical memory and what cgroups and ulimits grant."""
+    """What this process can really take: the least of physical memory and what cgroups and ulimits grant."""
     physical = psutil.virtual_memory()
     grants = [*cgroup_grants(), *process_grants()]
     available, limited_by = min(
@@ -156,21 +143,21 @@ def host_memory() -> HostMemory:
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """How many bytes a load may take of one kind of memory, in words, too. `nbytes` None: not known."""
+    """How many bytes of one kind of memory a load may take, also in words. `nbytes` None: not known."""
 
     nbytes: int | None
     said: str
 
     def admits(self, nbytes: int) -> bool:
-        """Whether so much fits."""
+        """Whether `nbytes` fit."""
         return self.nbytes is None or nbytes <= self.nbytes
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a load may take. `swap` is not part of `host`; it ends where a cap does.
+    """What a load may take. `swap` comes on top of `host`, up to the caller's cap.
 
-    `virtual` is for what is allocated on the host and mapped files together.
+    `virtual` limits allocated host memory and mapped files together.
     """
 
     host: Limit
@@ -183,12 +170,12 @@ class Budget:
         return {"host": self.host, "device": self.device, "virtual": self.virtual}[place]
 
     def with_swap(self) -> Budget:
-        """The budget of one who counts on swap."""
+        """The budget if swap counts, too."""
         return replace(self, host=replace(self.host, nbytes=(self.host.nbytes or 0) + self.swap), swap=0)
 
 
 def _limit(kind: str, available: int | None, source: str, cap: int | str | None) -> Limit:
-    """What is available, less what is left alone, or the caller's cap where that is lower."""
+    """What is available, less LEFT_ALONE, or the caller's cap where that is lower."""
     limits = []
     if available is not None:
         least, share = LEFT_ALONE[kind]
@@ -203,9 +190,9 @@ def _limit(kind: str, available: int | None, source: str, cap: int | str | None)
 def find_budget(
     device: torch.device, max_host_memory: int | str | None = None, max_device_memory: int | str | None = None
 ) -> Budget:
-    """What this process can really have, lowered by the caller's caps. On the CPU there is no device memory.
+    """What this process can really take, lowered by the caller's caps. On the CPU there is no device memory.
 
-    Raises UsageError for a cap that is no size.
+    Raises UsageError for a cap that is not a memory size.
     """
     memory = host_memory()
     host = _limit("host", memory.available, memory.limited_by, max_host_memory)

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt2lite.checkpoint.chunks import tensors_of
-from gpt2lite.checkpoint.writing import require_space, write_torch_zip
-from gpt2lite.checkpoint.writing_safetensors import write_safetensors
+from gpt2lite.checkpoint.safetensors import fill_safetensors
+from gpt2lite.checkpoint.torch_zip import fill_torch_zip
+from gpt2lite.checkpoint.writing import require_space, tensors_of, write_whole
 from gpt2lite.config import ACTIVATIONS, GPTConfig
 from gpt2lite.errors import UsageError
 from gpt2lite.generation import KVCache, generate, generate_tokens
@@ -30,7 +30,9 @@ from gpt2lite.quantization import Int8Linear
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-SAVERS = {".pth": (write_torch_zip, True), ".safetensors": (write_safetensors, False)}  # whether it can tie
+Source = str | os.PathLike[str]
+Device = str | torch.device
+SAVERS = {".pth": (fill_torch_zip, True), ".safetensors": (fill_safetensors, False)}  # whether it can tie
 
 
 class Linear(nn.Linear):
@@ -65,11 +67,9 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        C = config.emb_dim
+        C, bias = config.emb_dim, config.qkv_bias
         self.layer, self.n_heads, self.drop_rate = layer, config.n_heads, config.drop_rate
-        self.W_query = Linear(C, C, bias=config.qkv_bias)
-        self.W_key = Linear(C, C, bias=config.qkv_bias)
-        self.W_value = Linear(C, C, bias=config.qkv_bias)
+        self.W_query, self.W_key, self.W_value = (Linear(C, C, bias=bias) for _ in range(3))
         self.out_proj = Linear(C, C, bias=config.bias)
 
     def forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
@@ -78,8 +78,8 @@ class CausalSelfAttention(nn.Module):
         `mask`, (T, S) or (B, 1, T, S), says which tokens each may see; None: itself and all before it.
         """
         B, T, C = x.shape
-        projections = (W(x).view(B, T, self.n_heads, -1) for W in (self.W_query, self.W_key, self.W_value))
-        q, k, v = (projected.transpose(1, 2) for projected in projections)  # (B, H, T, D)
+        projected = (W(x).view(B, T, self.n_heads, -1) for W in (self.W_query, self.W_key, self.W_value))
+        q, k, v = (each.transpose(1, 2) for each in projected)  # (B, H, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, H, S, D)
         drop = self.drop_rate if self.training else 0.0
@@ -114,8 +114,7 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.att = CausalSelfAttention(config, layer)
         self.ff = FeedForward(config)
-        self.norm1 = LayerNorm(config)
-        self.norm2 = LayerNorm(config)
+        self.norm1, self.norm2 = LayerNorm(config), LayerNorm(config)
         self.drop_resid = nn.Dropout(config.drop_rate)
 
     def forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
@@ -127,7 +126,7 @@ class TransformerBlock(nn.Module):
 class GPTModel(nn.Module):
     """GPT-2 as the book names it: `GPTModel(cfg)` with the article's dict or a `GPTConfig`.
 
-    Allocates 4 bytes a parameter (6.23 GB for the tied gpt2-xl) and draws GPT-2's initial values; under
+    Allocates 4 bytes per parameter (5.80 GiB for the tied gpt2-xl) and draws GPT-2's initial values; under
     `torch.device("meta")` it allocates and draws nothing and takes milliseconds.
     """
 
@@ -150,11 +149,7 @@ class GPTModel(nn.Module):
 
     @classmethod
     def from_checkpoint(
-        cls,
-        path: str | os.PathLike[str],
-        device: str | torch.device = "cpu",
-        strategy: str = "auto",
-        **options: Unpack[Options],
+        cls, path: Source, device: Device = "cpu", strategy: str = "auto", **options: Unpack[Options]
     ) -> GPTModel:
         """A GPT-2 from any checkpoint that `gpt2lite.dialects` knows, in eval mode.
 
@@ -175,11 +170,7 @@ class GPTModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls,
-        name: str | os.PathLike[str],
-        device: str | torch.device = "cpu",
-        strategy: str = "auto",
-        **options: Unpack[Options],
+        cls, name: Source, device: Device = "cpu", strategy: str = "auto", **options: Unpack[Options]
     ) -> GPTModel:
         """A GPT-2 by its name on the Hub: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" or "owner/name".
 
@@ -191,10 +182,9 @@ class GPTModel(nn.Module):
         cannot be reached and the cache does not have it.
         """
         check_names(options, Options)
-        opening, loading = split(options)
-        return open_as(cls, locate(name, options), opening).load(device, strategy, **loading)
+        return cls.from_checkpoint(locate(name, options), device, strategy, **options)
 
-    def save_checkpoint(self, path: str | os.PathLike[str], *, progress: Progress | None = None) -> Path:
+    def save_checkpoint(self, path: Source, *, progress: Progress | None = None) -> Path:
         """Write the weights and the config to one `.pth` or `.safetensors`.
 
         `from_checkpoint` of it needs nothing said; other programs pass over the config. The file is replaced
@@ -205,13 +195,13 @@ class GPTModel(nn.Module):
         """
         path = Path(path)
         if any(isinstance(part, Int8Linear) for part in self.modules()):
-            raise UsageError(f"{path}: an int8 model is not saved; quantize the checkpoint when it is loaded")
+            raise UsageError(f"{path}: an int8 model is not saved; quantize the checkpoint when loading it")
         if path.suffix not in SAVERS:
             raise UsageError(f"{path}: a checkpoint's name ends in {' or '.join(SAVERS)}")
-        write, ties = SAVERS[path.suffix]
+        fill, ties = SAVERS[path.suffix]
         tensors = [tensor for tensor in tensors_of(self.state_dict()) if ties or not tensor.shares]
         require_space(path, sum(tensor.nbytes for tensor in tensors if not tensor.shares))
-        write(path, tensors, progress or (lambda done, total: None), self.config.as_dict())
+        write_whole(fill, path, tensors, progress or (lambda done, total: None), self.config.as_dict())
         return path
 
     @torch.no_grad()
@@ -219,25 +209,22 @@ class GPTModel(nn.Module):
         """Draw GPT-2's initial values: normal(0, 0.02), the shortcuts' last layers / sqrt(2 × n_layers)."""
         shortcut_std = 0.02 / math.sqrt(2 * self.config.n_layers)
         for name, parameter in self.named_parameters():
-            if name.endswith(".scale"):
-                parameter.fill_(1.0)
-            elif name.endswith((".bias", ".shift")):
-                parameter.zero_()
-            elif name.endswith(("out_proj.weight", "ff.layers.2.weight")):
-                parameter.normal_(0.0, shortcut_std)
+            if parameter.dim() == 1:
+                parameter.fill_(name.endswith(".scale"))
             else:
-                parameter.normal_(0.0, 0.02)
+                is_last = name.endswith(("out_proj.weight", "ff.layers.2.weight"))
+                parameter.normal_(0.0, shortcut_std if is_last else 0.02)
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Token ids (B, T) → what the head reads, (B, T, C); a cache is extended by T tokens."""
-        T, start = ids.shape[1], cache.length if cache else 0
+        T, seen = ids.shape[1], cache.length if cache else 0
         # A recorded model takes lengths that are not known yet; positions that do not fit raise there.
         recorded = torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[attr-defined]
-        if not recorded and start + T > self.config.context_length:
-            raise UsageError(f"{start + T} tokens do not fit the context of {self.config.context_length}")
-        positions = cache.positions(T) if cache else torch.arange(T, device=ids.device)
+        if not recorded and seen + T > self.config.context_length:
+            raise UsageError(f"{seen + T} tokens do not fit the context of {self.config.context_length}")
+        positions = self.pos_emb(cache.positions(T) if cache else torch.arange(T, device=ids.device))
         mask = cache.mask(T) if cache else None
-        x = self.drop_emb(self.tok_emb(ids) + self.pos_emb(positions))
+        x = self.drop_emb(self.tok_emb(ids).to(positions.dtype) + positions)  # int8 embeddings give fp32
         for block in self.trf_blocks:
             x = block(x, cache, mask)
         if cache:
@@ -249,7 +236,7 @@ class GPTModel(nn.Module):
         return self.out_head(self.hidden(ids, cache))
 
 
-def open_model(source: str | os.PathLike[str], **options: Unpack[OpenOptions]) -> Opened[GPTModel]:
+def open_model(source: Source, **options: Unpack[OpenOptions]) -> Opened[GPTModel]:
     """Open a checkpoint by its path, or a model by its name on the Hub, and look before loading it.
 
     `open_model("model.pth").config`, `.forecast("cuda")`, `.load("cuda")`; `options` are those of
@@ -258,9 +245,7 @@ def open_model(source: str | os.PathLike[str], **options: Unpack[OpenOptions]) -
     return open_as(GPTModel, locate(source, options), options)
 
 
-def forecast(
-    path: str | os.PathLike[str], device: str | torch.device = "cpu", **options: Unpack[Options]
-) -> dict[str, Forecast]:
+def forecast(path: Source, device: Device = "cpu", **options: Unpack[Options]) -> dict[str, Forecast]:
     """What each strategy would add to host and device memory: `open_model(path).forecast(device)`."""
     check_names(options, Options)
     opening, loading = split(options)

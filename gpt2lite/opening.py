@@ -22,21 +22,9 @@ from gpt2lite.checkpoint.tf_bundle import index_of
 from gpt2lite.collector import collector_paused
 from gpt2lite.config import OFFICIAL_SIZES, GPTConfig
 from gpt2lite.devices import name_device
-from gpt2lite.dialects import (
-    UNSAYABLE,
-    Found,
-    Reading,
-    base_of,
-    check_masks,
-    check_model_type,
-    complete,
-    find_fields,
-    read_dialect,
-    read_names,
-    size_of,
-    with_lora_alpha,
-    with_peft,
-)
+from gpt2lite.dialects.configs import UNSAYABLE, Found, check_model_type, complete, find_fields
+from gpt2lite.dialects.peft import find_adapter, with_adapter
+from gpt2lite.dialects.reading import Reading, read_dialect, read_names, with_lora_alpha
 from gpt2lite.errors import UsageError
 from gpt2lite.loading import Forecast, LoadOptions, LoadPlan, forecasts, load, make_plan
 from gpt2lite.loading.options import HUB_OPTIONS, OpenOptions, check_names
@@ -85,18 +73,15 @@ class Opened(Generic[Model]):
 
     def plan(self, device: str | torch.device = "cpu", **options: Unpack[LoadOptions]) -> LoadPlan:
         """What `load` would do; the device need not be there. Raises as `load`, but for memory."""
-        return self._plan(name_device(device), self.sizes, options)
-
-    def _plan(self, device: torch.device, config: GPTConfig, options: LoadOptions) -> LoadPlan:
         check_names(options, LoadOptions)
-        quantize = options.get("quantize")
+        quantize, config = options.get("quantize"), self.sizes
         if quantize not in (None, *QUANTIZERS):
             raise UsageError(f"quantize must be None or {' or '.join(QUANTIZERS)}, got {quantize!r}")
         require_one_dtype(self.reading, options.get("dtype"), quantized=quantize is not None)
         return make_plan(
             self.reading,
             partial(self.model, config),
-            device,
+            name_device(device),
             options,
             hint=partial(_official_hint, config, self.reading),
             quantizable=QUANTIZERS[quantize] if quantize else None,
@@ -123,13 +108,12 @@ class Opened(Generic[Model]):
         Warns of what was left out of the file.
         """
         check_names(options, LoadOptions)
-        config = self.config
+        complete(self.reading, self.found)  # raises where `plan` would take something for granted
         if any(adapter.scale is None for adapter in self.reading.adapters):
-            with_lora_alpha(self.reading, None)  # says that it is missing
+            with_lora_alpha(self.reading, None)  # raises, since it is missing
         for note in self.found.notes:
             warnings.warn(note, UserWarning, stacklevel=2)
-        make = partial(self._plan, config=config, options=options)
-        return load(make, device, strategy, options)  # type: ignore[return-value]
+        return load(partial(self.plan, **options), device, strategy, options)  # type: ignore[return-value]
 
 
 def locate(name: str | os.PathLike[str], options: Mapping[str, Any]) -> Path:
@@ -152,12 +136,14 @@ def open_as(
     """
     check_names(options, OpenOptions)
     path = Path(path)
-    manifest = open_checkpoint(base_of(path) or path)
+    adapter = find_adapter(path, lambda name, revision: locate(name, {**options, "revision": revision}))
+    manifest = open_checkpoint(adapter.base if adapter else path)
     check_model_type(manifest.path)
-    reading = with_peft(read_dialect(manifest), path)
+    reading = read_dialect(manifest)
+    if adapter:
+        reading = with_adapter(reading, adapter.said, open_checkpoint(adapter.weights))
     if options.get("lora_alpha") is not None:
         reading = with_lora_alpha(reading, options["lora_alpha"])
-    check_masks(reading)
     return Opened(reading, find_fields(reading, options.get("config")), model)
 
 
@@ -186,5 +172,5 @@ def load_module(
 def _official_hint(config: GPTConfig, reading: Reading) -> str:
     """ ". Is this gpt2 rather than gpt2-medium?" where the file has the shape of another official size."""
     names = {(n_layers, emb_dim): name for name, (n_layers, emb_dim, _) in OFFICIAL_SIZES.items()}
-    found, wanted = names.get(size_of(reading)), names.get((config.n_layers, config.emb_dim))
+    found, wanted = names.get(reading.size), names.get((config.n_layers, config.emb_dim))
     return f". Is this {found} rather than {wanted}?" if found and wanted and found != wanted else ""

@@ -1,9 +1,8 @@
-"""Weights as int8 with a scale a row, multiplied with activations as they are: a quarter of fp32's memory."""
+"""Weights as int8 with one scale per row, a quarter of fp32's memory; activations keep their dtype."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +16,10 @@ WORKING_BYTES = 16 * BLOCK_ELEMENTS  # of `quantize_into`
 
 @torch.no_grad()
 def quantize_into(weight: Tensor, scale: Tensor, values: Tensor) -> None:
-    """Fill a weight (int8) so that values ≈ weight × scale, to the nearest, and its scale (fp32).
+    """Fill an int8 weight and its fp32 scale so that values ≈ weight × scale, rounded to the nearest.
 
-    All have one shape, in any order of the dimensions; `scale` has stride 0 along the one that a row of the
-    layer runs through, all of which must be there. Costs WORKING_BYTES.
+    All have one shape, in any order of the dimensions; `scale` has stride 0 along the dimension that a row of
+    the layer runs through, which must be complete. Costs WORKING_BYTES.
     """
     along = scale.stride().index(0)
     across = 1 - along
@@ -36,7 +35,7 @@ def quantize_into(weight: Tensor, scale: Tensor, values: Tensor) -> None:
 class Int8Linear(nn.Module):
     """A linear layer whose weight is int8 (out, in), with `scale` (out,) in fp32."""
 
-    def __init__(self, weight: nn.Parameter, scale: nn.Parameter, bias: Any) -> None:
+    def __init__(self, weight: nn.Parameter, scale: nn.Parameter, bias: Tensor | None) -> None:
         super().__init__()
         self.weight, self.scale, self.bias = weight, scale, bias
 
@@ -54,45 +53,37 @@ class Int8Linear(nn.Module):
 
 
 class Int8Embedding(nn.Module):
-    """An embedding whose weight is int8 (V, C), with `scale` (V,) in fp32; gives vectors of `dtype`."""
+    """An embedding whose weight is int8 (V, C), with `scale` (V,) in fp32; gives vectors in fp32."""
 
-    def __init__(self, weight: nn.Parameter, scale: nn.Parameter, dtype: torch.dtype) -> None:
+    def __init__(self, weight: nn.Parameter, scale: nn.Parameter) -> None:
         super().__init__()
-        self.weight, self.scale, self.dtype = weight, scale, dtype
+        self.weight, self.scale = weight, scale
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids (...) → (..., C)."""
-        return (self.weight[ids] * self.scale[ids][..., None]).to(self.dtype)
+        return self.weight[ids] * self.scale[ids][..., None]
 
 
-def _on_meta(weight: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
-    """An int8 weight in the place of `weight`, and its scale."""
-    shape = weight.shape
-    return (
-        nn.Parameter(torch.empty(shape, dtype=torch.int8, device="meta"), requires_grad=False),
-        nn.Parameter(torch.empty(shape[0], dtype=torch.float32, device="meta"), requires_grad=False),
-    )
+def _on_meta(shape: torch.Size, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
 
 
-def quantize_skeleton(
-    skeleton: nn.Module, is_wanted: Callable[[str], bool], dtype_of: Callable[[str], torch.dtype]
-) -> set[str]:
-    """Put int8 layers on meta in the place of the linear layers and embeddings that are wanted.
+def quantize_skeleton(skeleton: nn.Module, is_wanted: Callable[[str], bool]) -> set[str]:
+    """Replace the linear layers and embeddings whose names are wanted by int8 layers on meta.
 
-    `is_wanted` is asked by a layer's name; `dtype_of` says what the parameter of a name would have been.
-    Returns the names of the weights that are int8 now, tied ones under each.
+    Returns the names of the weights that are int8 now, tied ones under each of their names.
     """
     found, made = set(), dict[int, tuple[nn.Parameter, nn.Parameter]]()
     for path, layer in list(skeleton.named_modules()):
         if not isinstance(layer, nn.Linear | nn.Embedding) or not is_wanted(path):
             continue
-        name = f"{path}.weight"
-        int8 = made.setdefault(id(layer.weight), _on_meta(layer.weight))
-        is_linear = isinstance(layer, nn.Linear)
-        new = Int8Linear(*int8, layer.bias) if is_linear else Int8Embedding(*int8, dtype_of(name))
+        shape = layer.weight.shape
+        pair = _on_meta(shape, torch.int8), _on_meta(shape[:1], torch.float32)
+        int8 = made.setdefault(id(layer.weight), pair)
+        new = Int8Linear(*int8, layer.bias) if isinstance(layer, nn.Linear) else Int8Embedding(*int8)
         parent, _, leaf = path.rpartition(".")
         setattr(skeleton.get_submodule(parent), leaf, new)
-        found.add(name)
+        found.add(f"{path}.weight")
     return found
 
 

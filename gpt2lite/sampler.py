@@ -1,7 +1,8 @@
-"""A program: samples another process's memory until its standard input says stop, then prints what it saw.
+"""Samples a process's resident memory until it is told to stop; also a program of its own.
 
-`python sampler.py PID` prints ready, then [peak anonymous, peak file-backed, [[seconds, anonymous, file], …]]
-in KiB. It is a process of its own because a thread would wait for the GIL just when a long call allocates.
+`python sampler.py PID` prints ready, then, once its standard input says stop, [peak anonymous, peak
+file-backed, [[seconds, anonymous, file-backed], …]] in bytes. It is a process of its own because a thread
+would wait for the GIL just when a long call allocates. Imports nothing outside the standard library.
 """
 
 from __future__ import annotations
@@ -10,26 +11,29 @@ import json
 import select
 import sys
 import time
+from collections.abc import Callable
 
 SECONDS = 0.002  # between two samples
 MAX_POINTS = 240  # of the timeline, which is thinned as it grows
 
+Resident = tuple[int, int]  # bytes: anonymous and shared, file-backed
+Seen = tuple[int, int, list[tuple[float, int, int]]]
 
-def sample(pid: str) -> tuple[int, int]:
-    """(anonymous and shared, file-backed) KiB of a process that are resident now."""
+
+def resident(pid: int | str) -> Resident:
+    """What is resident of a process now, by Linux. Raises OSError or KeyError elsewhere."""
     with open(f"/proc/{pid}/status") as file:
-        found = dict(line.split(":", 1) for line in file if line.startswith("Rss"))
-    resident = {name: int(value.split()[0]) for name, value in found.items()}
-    return resident["RssAnon"] + resident["RssShmem"], resident["RssFile"]
+        found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file if line.startswith("Rss")}
+    return found["RssAnon"] + found["RssShmem"], found["RssFile"]
 
 
-def watch(pid: str) -> tuple[int, int, list[tuple[float, int, int]]]:
-    """Sample until standard input can be read."""
-    began, step = time.monotonic(), SECONDS
+def watch(read: Callable[[], Resident], stopped: Callable[[float], object], seconds: float) -> Seen:
+    """Sample every `seconds` until `stopped`, which waits that long, returns something true."""
+    began, step = time.monotonic(), seconds
     timeline: list[tuple[float, int, int]] = []
     peak_anonymous = peak_file = 0
-    while not select.select([sys.stdin], [], [], SECONDS)[0] or not timeline:
-        anonymous, file = sample(pid)
+    while not stopped(seconds) or not timeline:
+        anonymous, file = read()
         peak_anonymous, peak_file = max(peak_anonymous, anonymous), max(peak_file, file)
         now = time.monotonic() - began
         if not timeline or now - timeline[-1][0] >= step:
@@ -41,4 +45,5 @@ def watch(pid: str) -> tuple[int, int, list[tuple[float, int, int]]]:
 
 if __name__ == "__main__":
     print("ready", flush=True)
-    print(json.dumps(watch(sys.argv[1])))
+    stop = lambda seconds: select.select([sys.stdin], [], [], seconds)[0]  # noqa: E731
+    print(json.dumps(watch(lambda: resident(sys.argv[1]), stop, SECONDS)))

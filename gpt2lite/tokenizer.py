@@ -6,40 +6,24 @@ they lie in its folder under the names that other programs give them, and belong
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import tiktoken
-
-from gpt2lite.byte_pairs import as_encoding, as_lists, unspelled
+from gpt2lite import encoding
 from gpt2lite.checkpoint import side_file
 from gpt2lite.checkpoint.inert_pickle import DescribingUnpickler, describe
 from gpt2lite.checkpoint.writing import replacing
-from gpt2lite.encoding import END_OF_TEXT, Allowed, Tokenizer, as_tokenizer, read_encoding
+from gpt2lite.dialects.peft import find_adapter
 from gpt2lite.errors import CheckpointError, GPT2LiteError, UsageError
 
-# What tiktoken's gpt2 is made of: the name in its cache, the Hub's name of the same bytes, their sha256.
-GPT2_FILES = (
-    (
-        "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
-        "merges.txt",
-        "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-    ),
-    (
-        "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
-        "vocab.json",
-        "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-    ),
-)
-GPT2_VOCABULARY = 50257  # rows past it are padding that no text encodes to
-PADDED_TO = (64, 128, 256)  # what programs pad a vocabulary to a multiple of
+GPT2_SIZES = (50257, 50304, 50432)  # GPT-2's vocabulary, and padded to multiples of 64, 128 and 256
+
+if TYPE_CHECKING:
+    import tiktoken
 
 Files = Mapping[str, Path]
 
@@ -53,56 +37,36 @@ BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": Tr
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # of a BPE with byte_fallback
 OTHER_RULES = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
 FLAGS = ("lstrip", "rstrip", "single_word")
-REWRITE = (
-    "With transformers, AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes tokenizer.json"
-)
+REWRITE = "transformers' AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes it"
 
 
 # ---- GPT-2's own -------------------------------------------------------------------------------------------
 
 
 def gpt2_encoding() -> tiktoken.Encoding:
-    """tiktoken's `gpt2`, 50257 ids; fetched once, by tiktoken or else from the Hub, and kept in its cache.
+    """tiktoken's `gpt2`, 50257 ids: as tiktoken has or fetches it, else made of the Hub's two lists.
 
-    The cache is $TIKTOKEN_CACHE_DIR, else a temporary folder. Raises CheckpointError where neither answers.
+    tiktoken's cache is $TIKTOKEN_CACHE_DIR, else a temporary folder. Raises CheckpointError where neither
+    answers.
     """
+    import tiktoken  # here, as huggingface_hub: who loads a model without text needs neither
+
     try:
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:  # requests' are OSErrors; ValueError: not the bytes it knows
+        from gpt2lite.hub import OFFICIAL, fetch_file
+
         try:
-            _seed_cache_from_hub()
-        except (CheckpointError, OSError) as second:
-            raise CheckpointError(
-                f"tiktoken could not fetch its gpt2 encoding ({type(error).__name__}). Without a network, "
-                "set TIKTOKEN_CACHE_DIR to the cache folder of a machine that has loaded it once. "
-                f"Nor could the Hub's copy take its place: {second}"
-            ) from error
-    return tiktoken.get_encoding("gpt2")
-
-
-def _cache_folder() -> Path:
-    """Where tiktoken keeps what it fetches."""
-    default = os.path.join(tempfile.gettempdir(), "data-gym-cache")
-    named = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
-    if not named:
-        raise CheckpointError("TIKTOKEN_CACHE_DIR is empty, so that nothing is kept.")
-    return Path(named)
-
-
-def _seed_cache_from_hub() -> None:
-    """Put the Hub's copies under the names that tiktoken looks for, byte for byte what it would fetch."""
-    from gpt2lite.hub import OFFICIAL, fetch_file  # here, since the client takes half a second to import
-
-    folder = _cache_folder()
-    for cached_name, hub_name, sha256 in GPT2_FILES:
-        content = fetch_file(OFFICIAL["gpt2"], hub_name).read_bytes()
-        found = hashlib.sha256(content).hexdigest()
-        if found != sha256:
-            raise CheckpointError(f"{hub_name} has sha256 {found[:8]}…, wanted {sha256[:8]}….")
-        folder.mkdir(parents=True, exist_ok=True)
-        half = folder / f"{cached_name}.{os.getpid()}"
-        half.write_bytes(content)
-        half.replace(folder / cached_name)
+            files = {name: fetch_file(OFFICIAL["gpt2"], name) for name in (VOCAB, MERGES)}
+            vocab, merges = _json(files, VOCAB), _merges(files[MERGES])
+            made = encoding.as_encoding("gpt2", vocab, merges, {encoding.END_OF_TEXT: 50256})
+            if made is None or made.n_vocab != GPT2_SIZES[0]:
+                raise CheckpointError(files[VOCAB], "not GPT-2's vocabulary")
+        except (CheckpointError, ValueError, KeyError) as second:
+            said = f"cannot be fetched from tiktoken ({type(error).__name__}) or the Hub ({second})"
+            do = "Without a network, set TIKTOKEN_CACHE_DIR to the cache folder of a machine that has it"
+            raise CheckpointError(f"GPT-2's encoding {said}. {do}") from error
+        return made
 
 
 # ---- tokenizer.json, or vocab.json and merges.txt ----------------------------------------------------------
@@ -113,6 +77,12 @@ def _json(files: Files, name: str) -> Any:
     return json.loads(files[name].read_bytes()) if name in files else {}
 
 
+def _merges(path: Path) -> list[list[str]]:
+    """The pairs of a merges.txt."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [line.split(" ") for line in lines if line and not line.startswith("#version")]
+
+
 def _ids(vocab: Any) -> dict[str, int]:
     """The ids of a vocabulary, which Unigram writes as a list of tokens and scores."""
     return vocab if isinstance(vocab, dict) else {token: id for id, (token, _) in enumerate(vocab)}
@@ -120,8 +90,8 @@ def _ids(vocab: Any) -> dict[str, int]:
 
 def _special_names(settings: Mapping[str, Any]) -> dict[str, str]:
     """{"eos_token": "<|endoftext|>", …}, and the additional ones by number."""
-    listed = {str(n): token for n, token in enumerate(settings.get("additional_special_tokens") or ())}
-    named = {key: token for key, token in settings.items() if key.endswith("_token")} | listed
+    named = {key: token for key, token in settings.items() if key.endswith("_token")}
+    named |= {str(n): token for n, token in enumerate(settings.get("additional_special_tokens") or ())}
     contents = {key: token["content"] if isinstance(token, dict) else token for key, token in named.items()}
     return {key: token for key, token in contents.items() if isinstance(token, str)}
 
@@ -133,20 +103,16 @@ def _tree(files: Files, settings: Mapping[str, Any]) -> dict[str, Any]:
         known = {row["content"]: row["id"] for row in tree["added_tokens"]} | _ids(tree["model"]["vocab"])
         if stale := next((token for token, id in vocab.items() if known.get(token) != id), None):
             ids = f"{vocab[stale]}, in {TREE} beside it {known.get(stale)}"
-            raise CheckpointError(files[VOCAB], f"{stale!r} is {ids}. Remove the file that is stale")
+            raise CheckpointError(files[VOCAB], f"{stale!r} is {ids}; remove the stale file")
         return tree
     if not vocab or MERGES not in files or not all(type(id) is int for id in vocab.values()):
-        raise CheckpointError(
-            next(iter(files.values())),
-            f"cannot be read as a tokenizer from {', '.join(files)}; wanted"
-            f" {TREE}, or {VOCAB} (token to id) with {MERGES}. {REWRITE}",
-        )
-    lines = files[MERGES].read_text(encoding="utf-8").split("\n")
-    merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        found = f"cannot be read as a tokenizer from {', '.join(files)}"
+        wanted = f"expected {VOCAB} (token to id) with {MERGES}, or {TREE}; {REWRITE}"
+        raise CheckpointError(next(iter(files.values())), f"{found}; {wanted}")
     added = [{"content": token, "id": id} for token, id in _json(files, ADDED).items()]
     added += [row | {"id": int(id)} for id, row in settings.get("added_tokens_decoder", {}).items()]
     before = BYTE_LEVEL | {"add_prefix_space": bool(settings.get("add_prefix_space"))}
-    model = {"type": "BPE", "vocab": vocab, "merges": merges}
+    model = {"type": "BPE", "vocab": vocab, "merges": _merges(files[MERGES])}
     return {"added_tokens": added, "pre_tokenizer": before, "decoder": BYTE_LEVEL, "model": model}
 
 
@@ -161,25 +127,24 @@ def _has_gpt2_rules(tree: Mapping[str, Any]) -> bool:
     )
 
 
-def _through_tokenizers(name: str, tree: Mapping[str, Any], end: str) -> Tokenizer:
+def _through_tokenizers(name: str, tree: Mapping[str, Any], end: str) -> encoding.Tokenizer:
     """Any tokenizer.json, computed by the package tokenizers."""
     try:
         import tokenizers
     except ImportError:
-        do = "pip install 'gpt2lite[tokenizers]'"
-        raise CheckpointError(name, f"does not follow GPT-2's rules; to read it, {do}") from None
+        raise CheckpointError(name, "to read it, pip install 'gpt2lite[tokenizers]'") from None
     peer = tokenizers.Tokenizer.from_str(json.dumps(tree))
     peer.no_truncation()
     peer.no_padding()
     is_byte_level = "ByteLevel" in json.dumps(tree["decoder"])
 
-    def ids_of(text: str, allowed: Allowed) -> list[int]:
+    def ids_of(text: str, allowed: encoding.Allowed) -> list[int]:
         peer.encode_special_tokens = not allowed
         ids = list(peer.encode(text, add_special_tokens=False).ids)
         back = peer.decode(ids, skip_special_tokens=False)
         is_exact = is_byte_level and not tree.get("normalizer")  # but for spaces
         if is_exact and "".join(back.split()) != "".join(text.split()):
-            raise UsageError(f"{name}: has no tokens for all of this text; of it remains {back[:99]!r}")
+            raise UsageError(f"{name}: lacks tokens for some of this text; what remains is {back[:99]!r}")
         return ids
 
     def bytes_of(id: int) -> bytes:
@@ -187,25 +152,25 @@ def _through_tokenizers(name: str, tree: Mapping[str, Any], end: str) -> Tokeniz
         if token is None:
             raise KeyError(id)
         if is_byte_level:
-            return unspelled(token)
+            return encoding.unspelled(token)
         if BYTE_TOKEN.fullmatch(token):
             return bytes.fromhex(token[3:5])
         pair, one = (peer.decode([id] * n, skip_special_tokens=False) for n in (2, 1))
         return str(pair)[len(one) :].encode()  # inside a text, so with the space before it
 
     n_vocab = max(peer.get_vocab().values()) + 1
-    return Tokenizer(name, n_vocab, peer.token_to_id(end), ids_of, bytes_of, cuts_at_spaces=False)
+    return encoding.Tokenizer(name, n_vocab, peer.token_to_id(end), ids_of, bytes_of, cuts_at_spaces=False)
 
 
-def _from_hub(files: Files) -> Tokenizer:
+def _from_hub(files: Files) -> encoding.Tokenizer:
     name = str(files.get(TREE) or next(iter(files.values())))
     settings = {key: value for file in SETTINGS for key, value in _json(files, file).items()}
-    tree, names = _tree(files, settings), {"eos_token": END_OF_TEXT} | _special_names(settings)
+    tree, names = _tree(files, settings), {"eos_token": encoding.END_OF_TEXT} | _special_names(settings)
     said, before = settings.get("add_prefix_space"), tree["pre_tokenizer"] or {}
     if said is not None and before.get("add_prefix_space", said) != said:
         raise CheckpointError(name, f"{SETTINGS[1]} says add_prefix_space={said}, {TREE} says {not said}")
     if settings.get("add_bos_token") or (tree.get("post_processor") or {}).get("special_tokens"):
-        warnings.warn(f"{name}: puts special tokens around a text; here, write them yourself", stacklevel=2)
+        warnings.warn(f"{name}: adds special tokens around a text; gpt2lite does not", stacklevel=2)
     vocab, special, end = _ids(tree["model"]["vocab"]), {*names.values()}, names["eos_token"]
     listed = [{"id": vocab[token], "content": token} for token in special & vocab.keys()]
     rows = {row["content"]: row for row in (*listed, *tree["added_tokens"])}
@@ -215,42 +180,41 @@ def _from_hub(files: Files) -> Tokenizer:
     added = [defaults | {"special": token in special} | row for token, row in rows.items()]
     tree["added_tokens"] = sorted(added, key=lambda row: row["id"])
     if _has_gpt2_rules(tree):
-        pairs = [x.split(" ") if isinstance(x, str) else x for x in tree["model"]["merges"]]
-        ids = {token: row["id"] for token, row in rows.items()}
-        if encoding := as_encoding(name, vocab, [(a, b) for a, b in pairs], ids):
-            return as_tokenizer(encoding, end)
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in tree["model"]["merges"]]
+        if bpe := encoding.as_encoding(name, vocab, pairs, {token: row["id"] for token, row in rows.items()}):
+            return encoding.as_tokenizer(bpe, end)
     return _through_tokenizers(name, tree, end)
 
 
 # ---- every kind --------------------------------------------------------------------------------------------
 
 
-def _from_characters(files: Files) -> Tokenizer:
+def _from_characters(files: Files) -> encoding.Tokenizer:
     """nanoGPT's meta.pkl: one id per character, and no token that ends a text."""
     path = files[META]
     if path.stat().st_size > MAX_META_BYTES:
-        raise CheckpointError(path, f"larger than {MAX_META_BYTES >> 20} MiB, so not a table of characters")
+        raise CheckpointError(path, f"over {MAX_META_BYTES >> 20} MiB, too large for a table of characters")
     with open(path, "rb") as file:
-        found: Any = describe(path, DescribingUnpickler(file, encoding="utf-8"))
-    # types first: what a pickle nests can take for ever to compare or to hash
+        found: Any = describe(path, DescribingUnpickler(file))
+    # types first: what a pickle nests can take forever to compare or to hash
     if not all(type(id) is int and type(c) is str and len(c) == 1 for id, c in found["itos"].items()):
-        raise CheckpointError(path, "wanted nanoGPT's table of an id and a character each")
+        raise CheckpointError(path, "expected nanoGPT's table of ids, each with one character")
     texts = {id: character.encode() for id, character in found["itos"].items()}
     ids = {character: id for id, character in found["itos"].items()}
     if ids != found["stoi"]:
         raise CheckpointError(path, "its stoi and its itos disagree")
 
-    def ids_of(text: str, allowed: Allowed) -> list[int]:
+    def ids_of(text: str, allowed: encoding.Allowed) -> list[int]:
         if unknown := next((character for character in text if character not in ids), None):
             raise UsageError(f"{path}: has no token for {unknown!r}; leave it out of the text")
         return [ids[character] for character in text]
 
-    return Tokenizer(str(path), max(texts) + 1, None, ids_of, texts.__getitem__)
+    return encoding.Tokenizer(str(path), max(texts) + 1, None, ids_of, texts.__getitem__)
 
 
 # Each kind of tokenizer: the files that only it has, and what reads them.
-KINDS: tuple[tuple[frozenset[str], Callable[[Files], Tokenizer]], ...] = (
-    (frozenset({RANKS}), lambda files: as_tokenizer(read_encoding(files[RANKS]))),
+KINDS: tuple[tuple[frozenset[str], Callable[[Files], encoding.Tokenizer]], ...] = (
+    (frozenset({RANKS}), lambda files: encoding.as_tokenizer(encoding.read_encoding(files[RANKS]))),
     (frozenset({TREE, VOCAB, MERGES, ADDED, *SETTINGS, *UNREAD}), _from_hub),
     (frozenset({META}), _from_characters),
 )
@@ -258,41 +222,42 @@ NAMES = sorted(frozenset().union(*(names for names, _ in KINDS)))
 
 
 def files_beside(checkpoint: Path) -> dict[str, Path]:
-    """The tokenizer's files by their own names: called after the checkpoint, or else in its folder."""
+    """The tokenizer's files by their own names: called after the checkpoint, in its folder, or its base's."""
     folder = checkpoint if checkpoint.is_dir() else checkpoint.absolute().parent
     levels = (
         {name: side_file(checkpoint, f".{name}") for name in NAMES},
         {name: folder / name for name in NAMES if name != RANKS},
         {VOCAB: folder / "encoder.json", MERGES: folder / "vocab.bpe"},  # as OpenAI calls them
     )
-    found = ({name: path for name, path in level.items() if path.is_file()} for level in levels)
-    return next(filter(None, found), {})
+    for level in levels:
+        if found := {name: path for name, path in level.items() if path.is_file()}:
+            return found
+    adapter = find_adapter(checkpoint, _fetch)
+    return files_beside(adapter.base) if adapter and adapter.base != folder else {}
 
 
-def _read(files: Files) -> Tokenizer:
+def _fetch(name: str, revision: str | None) -> Path:
+    from gpt2lite.hub import fetch
+
+    return fetch(name, revision=revision)
+
+
+def _read(files: Files) -> encoding.Tokenizer:
     """Raises CheckpointError for files that are damaged, disagree or are of no kind known here."""
     first = next(iter(files.values()))
     (names, read), *others = [(names & files.keys(), read) for names, read in KINDS if names & files.keys()]
     if others:
-        raise CheckpointError(
-            first.parent,
-            f"holds two tokenizers, {' and '.join(sorted(names))}, and "
-            f"{' and '.join(sorted(others[0][0]))}. Remove the one that is not this model's",
-        )
+        both = ", and ".join(" and ".join(sorted(kind)) for kind in (names, others[0][0]))
+        raise CheckpointError(first.parent, f"holds two tokenizers, {both}; remove the one of another model")
     try:
         return read(files)
     except GPT2LiteError:
         raise
-    except Exception as error:  # of files that are not what their names say; tokenizers' own are no narrower
-        raise CheckpointError(first, f"not a sound tokenizer ({type(error).__name__}: {error})") from None
+    except Exception as error:  # of files that are not what they are called; tokenizers' has no class
+        raise CheckpointError(first, f"not a valid tokenizer ({type(error).__name__}: {error})") from None
 
 
-def is_gpt2_size(vocab_size: int) -> bool:
-    """Whether a vocabulary is GPT-2's, as it is or padded."""
-    return vocab_size in {GPT2_VOCABULARY, *(-(-GPT2_VOCABULARY // n) * n for n in PADDED_TO)}
-
-
-def tokenizer_for(checkpoint: Path, vocab_size: int) -> Tokenizer:
+def tokenizer_for(checkpoint: Path, vocab_size: int) -> encoding.Tokenizer:
     """The tokenizer that lies beside a checkpoint; where none does and the vocabulary is GPT-2's, GPT-2's.
 
     Reads `<stem>.tiktoken`, `tokenizer.json`, `vocab.json` with `merges.txt`, and nanoGPT's `meta.pkl`. A
@@ -304,13 +269,13 @@ def tokenizer_for(checkpoint: Path, vocab_size: int) -> Tokenizer:
     than the model has rows; UsageError where there is no tokenizer and the vocabulary is not GPT-2's.
     """
     files = files_beside(checkpoint)
-    if not files and not is_gpt2_size(vocab_size):
-        raise UsageError(
-            f"{checkpoint}: a vocabulary of {vocab_size} is not GPT-2's {GPT2_VOCABULARY}, and there is no "
-            f"{side_file(checkpoint, f'.{RANKS}').name} beside it. Put its tokenizer there, that or {TREE}, "
-            f"{VOCAB} with {MERGES}, or nanoGPT's {META}, or call gpt2lite.generate with token ids."
-        )
-    found = _read(files) if files else as_tokenizer(gpt2_encoding())
+    if not files and vocab_size not in GPT2_SIZES:
+        said = f"no tokenizer beside it, and a vocabulary of {vocab_size} is not GPT-2's {GPT2_SIZES[0]}"
+        own = side_file(checkpoint, f".{RANKS}").name
+        names = f"{own}, {TREE}, {VOCAB} with {MERGES}, or nanoGPT's {META}"
+        do = f"Put {names} there, or call gpt2lite.generate with token ids"
+        raise UsageError(f"{checkpoint}: {said}. {do}")
+    found = _read(files) if files else encoding.as_tokenizer(gpt2_encoding())
     if found.n_vocab > vocab_size:
         where = next(iter(files.values()), checkpoint)
         raise CheckpointError(where, f"{found.n_vocab} tokens for a model with a vocabulary of {vocab_size}")
@@ -324,13 +289,13 @@ def _as_json(fields: Mapping[str, Any]) -> bytes:
     return (json.dumps(fields, ensure_ascii=False) + "\n").encode()
 
 
-def _hub_lists(encoding: tiktoken.Encoding) -> dict[str, bytes]:
+def _hub_lists(bpe: tiktoken.Encoding) -> dict[str, bytes]:
     """vocab.json, merges.txt and settings, as GPT2Tokenizer.save_pretrained writes them."""
-    vocab, merges = as_lists(encoding)
-    names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    vocab, merges = encoding.as_lists(bpe)
+    names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), encoding.END_OF_TEXT)
     rules = {"add_prefix_space": False, "clean_up_tokenization_spaces": False}
     return {
-        VOCAB: _as_json(vocab | {END_OF_TEXT: encoding.eot_token}),
+        VOCAB: _as_json(vocab | {encoding.END_OF_TEXT: bpe.eot_token}),
         MERGES: "\n".join(["#version: 0.2", *map(" ".join, merges), ""]).encode(),
         SETTINGS[0]: _as_json(names),
         SETTINGS[1]: _as_json({"tokenizer_class": "GPT2Tokenizer", **names, **rules}),
@@ -344,18 +309,16 @@ def tokenizer_files(checkpoint: Path, *, in_folder: bool = False) -> dict[str, b
     """
     files = files_beside(checkpoint)
     if RANKS in files and in_folder:
-        return _hub_lists(read_encoding(files[RANKS]))
+        return _hub_lists(encoding.read_encoding(files[RANKS]))
     return {name: path.read_bytes() for name, path in files.items()}
 
 
 def write_beside(checkpoint: Path, files: Mapping[str, bytes]) -> None:
     """Write a tokenizer's files, called after a checkpoint; nothing stays of an older tokenizer there."""
-    for name in NAMES if files else ():
-        path = side_file(checkpoint, f".{name}")
-        if name not in files:
-            path.unlink(missing_ok=True)
-            continue
-        with replacing(path) as temporary:
+    for name in set(NAMES) - files.keys() if files else ():
+        side_file(checkpoint, f".{name}").unlink(missing_ok=True)
+    for name in files.keys() & set(NAMES):
+        with replacing(side_file(checkpoint, f".{name}")) as temporary:
             temporary.write_bytes(files[name])
 
 
@@ -365,7 +328,7 @@ def hub_files(checkpoint: Path, vocab_size: int) -> dict[str, bytes]:
     {} where the checkpoint has no tokenizer, with a warning where it should have one. As `tokenizer_files`;
     for GPT-2's vocabulary without any file, GPT-2's own.
     """
-    if not files_beside(checkpoint) and not is_gpt2_size(vocab_size):
+    if not files_beside(checkpoint) and vocab_size not in GPT2_SIZES:
         return {}
     try:
         end = tokenizer_for(checkpoint, vocab_size).eot_token

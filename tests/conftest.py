@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,28 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     for parameter in module.parameters():
         parameter.data.normal_(0.1, 0.3, generator=generator)
     return module.eval()
+
+
+def where_positions_decide(model: GPTModel) -> GPTModel:
+    """Weights with which greedy text does not run into a short cycle, nor hide a wrong position."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            parameter.data.normal_(0, 2.0 if name == "pos_emb.weight" else 0.3, generator=generator)
+    return model.eval()
+
+
+def in_threads(count: int, work: Callable[[], Any]) -> list[Any]:
+    """What `count` threads return that do the same at once; an error in one of them is raised."""
+    with ThreadPoolExecutor(count) as pool:
+        return [each.result() for each in [pool.submit(work) for _ in range(count)]]
+
+
+@pytest.fixture(params=["torch", "numba"])
+def engine(request: pytest.FixtureRequest) -> str:
+    if request.param == "numba":
+        pytest.importorskip("numba", reason="the extra [cpu] is not installed")
+    return request.param
 
 
 @pytest.fixture
@@ -57,7 +81,7 @@ def unwritten_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def allocate_nan(nbytes: int) -> torch.UntypedStorage:
         return torch.full((max(nbytes, 1),), 0xFF, dtype=torch.uint8).untyped_storage()
 
-    monkeypatch.setattr("gpt2lite.loading.pages.allocate_pages", allocate_nan)
+    monkeypatch.setattr("gpt2lite.loading.stream.allocate_pages", allocate_nan)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

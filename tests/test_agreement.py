@@ -84,10 +84,13 @@ def test_heads_of_an_unknown_key_are_not_believed(model: GPTModel, tmp_path: Pat
     [
         (
             {"config": {"n_head": 4}, "n_heads": 8},
-            "n_heads: 8 by .*model.pth, beside.*4 by .*model.pth, config",
+            "n_heads is 8 in .*model.pth, beside.*4 in .*model.pth, config",
         ),
-        ({"config": {"n_head": 4, "n_layer": 12}}, "n_layers: 3 by .*weights, 12 by .*model.pth, config"),
-        ({"model_args": {"n_head": 4, "block_size": 64}}, "context_length: 32 by .*64 by .*model_args"),
+        (
+            {"config": {"n_head": 4, "n_layer": 12}},
+            "n_layers is 3 in .*weights, but 12 in .*model.pth, config",
+        ),
+        ({"model_args": {"n_head": 4, "block_size": 64}}, "context_length is 32 in .*64 in .*model_args"),
         ({"hyper_parameters": {"n_head": "4"}}, "n_heads is '4', wanted a whole number"),
         ({"config": {"n_head": True}}, "n_heads is 'True', wanted a whole number"),
         ({"config": {"n_head": 4, "activation": "relu"}}, "activation='relu', wanted gelu_new"),
@@ -103,10 +106,10 @@ def test_what_a_file_says_of_itself_must_agree(beside: Any, said: str, model: GP
 def test_a_side_file_that_contradicts_the_file_is_named_with_it(name: str, model: GPTModel, tmp_path: Path):
     path = save_pth({"model": model.state_dict(), "config": {"n_head": 4}}, tmp_path)
     (tmp_path / name).write_text(json.dumps({"n_head": 12}))
-    with pytest.raises(CheckpointError, match=rf"n_heads: 4 by .*model.pth, config, 12 by .*{name}"):
+    with pytest.raises(CheckpointError, match=rf"n_heads is 4 in .*model.pth, config, but 12 in .*{name}"):
         GPTModel.from_checkpoint(path)
     (tmp_path / name).write_text(json.dumps({"n_head": 4, "n_layer": 99}))
-    with pytest.raises(CheckpointError, match=rf"n_layers: 3 by .*its weights, 99 by .*{name}"):
+    with pytest.raises(CheckpointError, match=rf"n_layers is 3 in .*its weights, but 99 in .*{name}"):
         GPTModel.from_checkpoint(path, config=TINY)
 
 
@@ -123,7 +126,7 @@ def test_the_caller_must_agree_with_the_file(whole: bool, field: str, value: Any
     config: Any = {field: value}
     if whole:
         config = replace(GPTConfig(101, 32, 48, 4, 2, tied_head=True), **config)
-    with pytest.raises(CheckpointError, match=rf"{field}={value!r} was passed, .*config.json says"):
+    with pytest.raises(CheckpointError, match=rf"{field}={value!r} was passed, but .*config.json says"):
         GPTModel.from_checkpoint(folder, config=config)
 
 
@@ -153,7 +156,7 @@ def test_a_saved_file_does_not_take_an_older_side_file(tmp_path: Path):
     (tmp_path / "model.json").write_text(json.dumps(replace(TINY, n_heads=12).as_dict()))
     GPTModel(TINY).save_checkpoint(tmp_path / "model.pth")
     with pytest.warns(
-        UserWarning, match=r"model.json: differs from the config in .*model.pth, which is taken"
+        UserWarning, match=r"model.json: differs from the config in .*model.pth, which is used"
     ):
         assert GPTModel.from_checkpoint(tmp_path / "model.pth").config.n_heads == 4
 
@@ -241,7 +244,9 @@ def test_every_field_of_the_installed_transformers_is_known():
 def test_an_unknown_field_is_a_warning_that_names_it(tmp_path: Path):
     folder = saved(hub_model(), tmp_path)
     edit(folder / "config.json", attention_sinks=4, nothing=None)
-    with pytest.warns(UserWarning, match=r"config.json: does not know what attention_sinks may change"):
+    with pytest.warns(
+        UserWarning, match=r"config.json: ignored attention_sinks, which gpt2lite does not know"
+    ):
         GPTModel.from_checkpoint(folder)
 
 
@@ -306,7 +311,9 @@ def test_another_kind_of_model_is_never_taken_for_gpt2(kind: str, with_config: b
 def test_a_head_that_the_config_wants_and_the_file_lacks_is_not_the_embedding(tmp_path: Path):
     folder = saved(hub_model(), tmp_path)
     edit(folder / "config.json", tie_word_embeddings=False)
-    with pytest.raises(CheckpointError, match=r"tied_head: True by .*its weights, False by .*config.json"):
+    with pytest.raises(
+        CheckpointError, match=r"tied_head is True in .*its weights, but False in .*config.json"
+    ):
         GPTModel.from_checkpoint(folder)
 
 
@@ -383,7 +390,7 @@ def test_a_gpt2_that_is_part_of_a_larger_model_is_refused(tmp_path: Path):
 
 def test_names_that_fit_nowhere_are_shown_beside_the_nearest(tmp_path: Path):
     state = {k.replace("c_attn", "c_atn"): v for k, v in huggingface().state_dict().items()}
-    with pytest.raises(CheckpointError, match=r"nearest names are .*h.0.attn.c_atn.weight.*Wanted one of"):
+    with pytest.raises(CheckpointError, match=r"nearest names are .*h.0.attn.c_atn.weight.*Expected one of"):
         GPTModel.from_checkpoint(save_pth(state, tmp_path), config=HEADS)
 
 
@@ -535,6 +542,10 @@ def test_nothing_is_said_where_nothing_is_odd(tmp_path: Path):
 # ---- whole pickled models ----------------------------------------------------------------------------------
 
 
+class Gated(nn.Module):
+    """An attention that is not GPT-2's, whatever its tensors are called."""
+
+
 def whole_models(**changes: Any) -> dict[str, nn.Module]:
     ch04 = pytest.importorskip("llms_from_scratch.ch04", reason="llms-from-scratch is not installed")
     shape = {"vocab_size": 101, "context_length": 32, "emb_dim": 48, "n_heads": 4, "n_layers": 2}
@@ -608,17 +619,19 @@ def test_what_is_taken_for_granted_is_not_where_the_file_says_otherwise(beside: 
         weights = transformers.GPT2LMHeadModel(transformers.GPT2Config(**SIZES | sizes)).state_dict()
     one = torch.zeros(1)
     path = save_pth({"model": {k: one.expand(v.shape) for k, v in weights.items()}} | beside, tmp_path)
-    with pytest.raises(CheckpointError, match=r"(n_head says 6|activation_function says 'relu'), taken for"):
+    with pytest.raises(
+        CheckpointError, match=r"(n_head says 6|activation_function says 'relu'), but gpt2lite would assume"
+    ):
         open_model(path)
     assert open_model(path, config={"n_heads": 6, "activation": "gelu"}).config.n_heads == 6
 
 
 CHANGED: dict[str, tuple[str, Callable[[Any], object]]] = {
-    "layers.1: activation='torch.nn.modules.activation.ReLU'": (
+    "layers.1: activation='ReLU'": (
         "book",
         lambda model: model.trf_blocks[1].ff.layers.__setitem__(1, nn.ReLU()),
     ),
-    "mlp.act: activation='torch.nn.modules.activation.SiLU'": (
+    "mlp.act: activation='SiLU'": (
         "transformers",
         lambda model: setattr(model.transformer.h[1].mlp, "act", nn.SiLU()),
     ),
@@ -634,7 +647,7 @@ CHANGED: dict[str, tuple[str, Callable[[Any], object]]] = {
         "transformers",
         lambda model: setattr(model.transformer.h[1].attn, "scale_attn_weights", False),
     ),
-    "att.sliding_window_size: sliding_window=2": (
+    "att.sliding_window_size: sliding_window_size=2": (
         "book",
         lambda model: setattr(model.trf_blocks[1].att, "sliding_window_size", 2),
     ),
@@ -649,6 +662,77 @@ def test_a_part_that_was_changed_in_a_whole_pickled_model_is_refused(said: str, 
     torch.save(theirs, tmp_path / "model.pth")
     with pytest.raises(CheckpointError, match=re.escape(said)):
         GPTModel.from_checkpoint(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("kind", ["book", "transformers"])
+def test_an_attention_of_another_class_is_refused_by_its_name(kind: str, tmp_path: Path):
+    theirs = whole_models()[kind]
+    attention = theirs.trf_blocks[1].att if kind == "book" else theirs.transformer.h[1].attn
+    attention.__class__ = Gated
+    torch.save(theirs, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match=r"1\.attn?: its class='Gated', wanted .*save model"):
+        GPTModel.from_checkpoint(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize(
+    ("scale", "is_right"), [(1.0, False), (12**-0.5, True), (12**0.5, True), (0.3, False)]
+)
+@pytest.mark.parametrize("attribute", ["scaling", "scale"])
+def test_an_attention_with_another_scale_is_refused(
+    attribute: str, scale: float, is_right: bool, tmp_path: Path
+):
+    theirs = whole_models()["book"]
+    setattr(theirs.trf_blocks[1].att, attribute, scale)
+    torch.save(theirs, tmp_path / "model.pth")
+    if is_right:
+        assert difference(GPTModel.from_checkpoint(tmp_path / "model.pth"), theirs) < 1e-4
+        return
+    with pytest.raises(CheckpointError, match=rf"1.att.{attribute} is {scale}, wanted 0.2887 = 1/sqrt"):
+        GPTModel.from_checkpoint(tmp_path / "model.pth")
+
+
+def test_a_whole_model_in_a_wrapper_is_read_by_its_own_config(tmp_path: Path):
+    theirs = hub_model(layer_norm_epsilon=1e-2)
+    torch.save(nn.DataParallel(theirs), tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match=r"layer_norm_epsilon=0\.01"):
+        GPTModel.from_checkpoint(tmp_path / "model.pth")
+    torch.save(nn.DataParallel(hub_model()), tmp_path / "model.pth")
+    assert GPTModel.from_checkpoint(tmp_path / "model.pth").config.n_heads == 4
+
+
+CONFIGS_BESIDE = ["model_args", "config", "hyper_parameters"]
+
+
+@pytest.mark.parametrize("place", CONFIGS_BESIDE)
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("scale_attn_weights", False),
+        ("activation_function", "relu"),
+        ("sliding_window", 8),
+        ("quantization_config", {"bits": 4}),
+    ],
+)
+def test_a_config_beside_the_weights_is_believed_as_config_json_is(
+    place: str, word: str, value: Any, model: GPTModel, tmp_path: Path
+):
+    path = save_pth({"model": model.state_dict(), place: {"n_heads": 4, word: value}}, tmp_path)
+    with pytest.raises(
+        CheckpointError, match=rf"model.pth, {place}: {word}={re.escape(repr(value))}, wanted"
+    ):
+        open_model(path)
+
+
+@pytest.mark.parametrize("place", CONFIGS_BESIDE)
+def test_an_unknown_word_of_a_config_beside_the_weights_is_a_warning(
+    place: str, model: GPTModel, tmp_path: Path
+):
+    said = {"n_heads": 4, "attention_sinks": 4, "rotary": {"base": 10000}, "learning_rate": 1e-3}
+    path = save_pth({"state_dict": model.state_dict(), place: said}, tmp_path)
+    with pytest.warns(
+        UserWarning, match=rf"{place}: ignored attention_sinks, rotary, which gpt2lite does not"
+    ):
+        GPTModel.from_checkpoint(path)
 
 
 @pytest.mark.parametrize("word", ["layer_norm_eps", "norm_eps", "sliding_window_size"])
@@ -701,7 +785,7 @@ def test_old_nanogpts_weights_without_model_args_are_not_taken_for_mingpts(tmp_p
 def test_what_merely_lies_beside_the_weights_does_not_hide_other_heads(tmp_path: Path):
     state = GPTModel(GPTConfig(8, 8, 768, 6, 12)).state_dict()  # an official size, with other heads
     path = save_pth({"model": state, "epoch": 3, "cfg": {"n_head": 6}}, tmp_path)
-    with pytest.raises(CheckpointError, match=r"cfg.n_head says 6, taken for granted was n_heads=12"):
+    with pytest.raises(CheckpointError, match=r"cfg.n_head says 6, but gpt2lite would assume n_heads=12"):
         open_model(path)
     path = save_pth({"model": state, "config": {"vocab_size": 8}, "cfg": {"n_head": 6}}, tmp_path)
     with pytest.raises(CheckpointError, match=r"cfg.n_head says 6"):

@@ -23,7 +23,7 @@ from torch import nn
 from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.checkpoint.manifest import Manifest
 from gpt2lite.checkpoint.reading import map_tensors, memory_of, read_span, read_tensors
-from gpt2lite.checkpoint.safetensors_file import DTYPES
+from gpt2lite.checkpoint.safetensors import DTYPES
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError
 
 CPU = torch.device("cpu")
@@ -570,7 +570,7 @@ ZIP_DAMAGES = {
     "entry past the file": (past_the_file, "archive/data/0 does not begin where the zip directory says"),
     "version of the future": (future_zip, "no sound zip directory.*NotImplementedError"),
     "large byteorder": (large_byteorder, "its byteorder is larger than"),
-    "damaged pickle": (damaged_pickle, "its data.pkl is damaged"),
+    "damaged pickle": (damaged_pickle, "its data.pkl is truncated or damaged"),
     "bare pickle": (raw(pickle.dumps({"w": [1, 2]})), "a bare pickle"),
     "empty pickle": (zip_of(b""), "its pickle is damaged"),
     "pickle without an end": (zip_of(pickled({"a": 1})[:-1]), "its pickle is damaged"),
@@ -770,7 +770,7 @@ def test_a_flipped_byte_in_a_pickle_with_its_checksum_is_noticed(tmp_path):
     begin = data.index(b"\x80\x02")
     for flipped in flips(data, range(begin, data.index(b".PK", begin))):
         (tmp_path / "m.pth").write_bytes(flipped)
-        assert_refused(tmp_path / "m.pth", "its data.pkl is damaged")
+        assert_refused(tmp_path / "m.pth", "its data.pkl is truncated or damaged")
 
 
 # ---- damaged safetensors -----------------------------------------------------------------------------------
@@ -808,14 +808,19 @@ SAFETENSORS_DAMAGES = {
     "a thousand axes": (st({"w": f32([1] * 1000, 0, 4)}, bytes(4)), "not dtype, shape, offsets"),
     "sizes that overflow": (st({"w": f32([2**40, 2**40], 0, 8)}, DATA), "more bytes than can be counted"),
     "empty, sizes that overflow": (st({"w": f32([0, 2**62, 2**62], 0, 0)}), "more bytes than can be counted"),
-    "unknown dtype": (st({"w": f32([2], 0, 8, "F33")}, DATA), "has dtype F33"),
-    "too few bytes for its shape": (st({"w": f32([3], 0, 8)}, DATA), r"takes 8 bytes, F32 .* needs 12"),
+    "unknown dtype, gap": (st({"w": f32([2], 4, 12, "F33")}, bytes(12)), "w begins at byte .*, expected at"),
+    "unknown dtype, same bytes": (st({"v": W, "w": f32([2], 0, 8, "F33")}, DATA), "w begins at byte 0"),
+    "unknown dtype, ends before it begins": (st({"w": f32([2], 8, 0, "F33")}, DATA), "takes -8 bytes"),
+    "too few bytes for its shape": (
+        st({"w": f32([3], 0, 8)}, DATA),
+        r"takes 8 bytes, .* needs 12",
+    ),
     "ends before it begins": (st({"w": f32([2], 8, 0)}, DATA), "takes -8 bytes"),
     "overlap": (st({"v": W, "w": f32([2], 4, 12)}, bytes(12)), "w begins at byte .*, expected at"),
     "same bytes twice": (st({"v": W, "w": W}, DATA), "w begins at byte .*, expected at"),
     "gap": (st({"v": W, "w": f32([2], 12, 20)}, bytes(20)), "w begins at byte .*, expected at"),
     "gap before the first": (st({"w": f32([2], 4, 12)}, bytes(12)), "w begins at byte .*, expected at"),
-    "trailing bytes": (st({"w": W}, bytes(9)), "its tensors end at byte .*, the file at"),
+    "trailing bytes": (st({"w": W}, bytes(9)), "its tensors end at byte 8 of 9"),
     "truncated": (st({"w": W}, bytes(7)), "truncated or damaged"),
     "long name": (st({"x" * 2000: W}, DATA), "a tensor's name has 2000 characters"),
 }
@@ -825,6 +830,14 @@ SAFETENSORS_DAMAGES = {
 def test_bad_safetensors_are_a_checkpoint_error(damage, message, tmp_path):
     damage(tmp_path / "model.safetensors")
     assert_refused(tmp_path / "model.safetensors", message)
+
+
+def test_a_dtype_that_torch_lacks_is_listed_and_the_rest_is_read(tmp_path):
+    st({"w": W, "new": f32([4], 8, 10, "F4")}, bytes(10))(tmp_path / "m.safetensors")
+    found = open_checkpoint(tmp_path / "m.safetensors")
+    assert_holds(found, {"w": torch.zeros(2)})
+    assert list(found.unreadable) == ["new"]
+    assert "has dtype F4" in found.unreadable["new"]
 
 
 def test_the_safetensors_that_are_damaged_are_sound(tmp_path):

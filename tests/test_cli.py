@@ -13,8 +13,8 @@ import torch
 from conftest import randomise
 
 from gpt2lite import CheckpointError, GPTConfig, GPTModel, save_per_tensor
-from gpt2lite.cli import COMMANDS, main
-from gpt2lite.tokenizer import read_encoding
+from gpt2lite.cli import COMMANDS, arguments, main
+from gpt2lite.encoding import read_encoding
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 GPT2_FILES = ("6d1cbeee0f20b3d9449abfede4726ed8212e3aee", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")
@@ -126,7 +126,7 @@ def test_inspect_names_what_is_odd(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "n_heads=None  n_layers=1" in text
 
 
-def test_env_says_what_can_be_had(capsys: pytest.CaptureFixture[str]):
+def test_env_says_what_memory_is_available(capsys: pytest.CaptureFixture[str]):
     assert main(["env", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["torch"] == torch.__version__
@@ -169,20 +169,20 @@ def test_bench_refuses_a_checkpoint_that_does_not_fit_before_it_measures(
         (["inspect", "no.pth"], "no.pth: no such file or folder"),
         (["generate", "--model", "no.pth"], "no.pth: no such file or folder"),
         (["generate", "--prompt", "word " * 400], "tokens, the context 256; shorten it"),
-        (["generate", "--max-new-tokens", "300"], "are more than the context of 256"),
+        (["generate", "--max-new-tokens", "300"], "exceed the context of 256"),
         (["generate", "--max-new-tokens", "-1"], "max_new_tokens must be at least 1, got -1"),
         (["generate", "--temperature", "-1"], "temperature must be 0"),
         (["generate", "--device", "cuda:77"], "cuda:77 was asked for"),
         (["generate", "--device", "abc"], "unknown device 'abc'"),
         (["generate", "--strategy", "per_tensor"], "gpt2lite.save_per_tensor"),
-        (["bench", "--strategies", "fast"], "no strategy is called fast"),
+        (["bench", "--strategies", "fast"], "unknown strategy fast; choose from baseline"),
         (["bench", "no.pth"], "no.pth: no such file or folder"),
-        (["bench", "--json", "model.pth"], "model.pth: wanted a file name that ends in .json"),
+        (["bench", "--json", "model.pth"], "model.pth: expected a file name ending in .json"),
         (
             ["bench", "--json", "no/x.json"],
-            "no/x.json: wanted a file name that ends in .json, in a folder that is",
+            "no/x.json: expected a file name ending in .json, in an existing folder",
         ),
-        (["bench", "--plot", "x.xyz"], "x.xyz: wanted a file name that ends in .png"),
+        (["bench", "--plot", "x.xyz"], "x.xyz: expected a file name ending in .png"),
         (["generate", "--n-heads", "0"], "n_heads=0 was passed"),
         (["generate", "--seed", "-5", "--temperature", "1"], "seed must be in 0"),
     ],
@@ -201,7 +201,10 @@ def test_a_vocabulary_without_a_tokenizer_says_where_to_put_one(
     pth: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert main(["generate", "--model", str(pth), "--n-heads", "4"]) == 1
-    assert "there is no model.tiktoken beside it" in capsys.readouterr().err
+    assert (
+        "no tokenizer beside it, and a vocabulary of 101 is not GPT-2's 50257. Put model.tiktoken"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -227,6 +230,70 @@ def test_help_teaches_every_argument(command: str, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
     assert "usage: gpt2lite" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words", [[], *([command] for command in COMMANDS)], ids=lambda words: " ".join(words)
+)
+def test_help_imports_neither_torch_nor_the_hubs_client(words: list[str]):
+    script = f"""
+import sys
+from gpt2lite.cli import main
+try:
+    main([*{words}, "--help"])
+finally:
+    print("imported", *sys.modules.keys() & {{"torch", "huggingface_hub", "tiktoken", "psutil"}})
+"""
+    result = run("-c", script)
+    assert result.stdout.startswith("usage: gpt2lite")
+    assert result.stdout.endswith("\nimported\n")
+
+
+LATE = {"numba", "matplotlib", "huggingface_hub", "tiktoken", "transformers"}
+
+
+@pytest.mark.parametrize(
+    ("use", "at_most"),
+    [
+        ("import gpt2lite", set()),
+        ("import gpt2lite; dir(gpt2lite), gpt2lite.__all__", set()),
+        ("from gpt2lite import *", {"torch", "tiktoken"}),
+    ],
+)
+def test_the_package_imports_no_more_than_is_used(use: str, at_most: set[str]):
+    result = run("-c", f"import sys\n{use}\nprint(*sys.modules.keys() & { ({'torch'} | LATE)!r})")
+    assert result.returncode == 0
+    assert set(result.stdout.split()) <= at_most
+
+
+def test_the_names_in_help_are_the_librarys():
+    from gpt2lite import loading, opening
+    from gpt2lite.converting import DIALECTS, WRITERS
+    from gpt2lite.generation import ENGINES
+    from gpt2lite.verification import REFERENCES
+
+    tables = (loading.STRATEGIES, ENGINES, WRITERS, REFERENCES, opening.QUANTIZERS)
+    said = (arguments.STRATEGIES, arguments.ENGINES, arguments.FORMATS, arguments.REFERENCES, ("int8",))
+    assert [tuple(table) for table in tables] == list(said)
+    assert set(arguments.DIALECTS.values()) <= set(DIALECTS)
+
+
+def test_a_warning_is_one_plain_line_and_what_main_changed_is_restored():
+    script = """
+import sys, warnings
+from gpt2lite import cli
+before = warnings.formatwarning, sys.stdout.errors
+class Loud:
+    def run(args):
+        warnings.warn("careful", UserWarning)
+        assert sys.stdout.errors == "replace"
+        raise OSError("over")
+sys.modules["gpt2lite.cli.env"] = Loud
+assert cli.main(["env"]) == 1
+assert (warnings.formatwarning, sys.stdout.errors) == before
+"""
+    result = run("-c", script)
+    assert (result.returncode, result.stderr) == (0, "gpt2lite: warning: careful\ngpt2lite: over\n")
 
 
 def test_an_unknown_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]):

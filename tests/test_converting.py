@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, randomise
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_loading import HEADS, KINDS, book, expected_parameters, huggingface, ours, save_pth
 
 import gpt2lite.converting as converting
 from gpt2lite import CheckpointError, GPTConfig, GPTModel, UsageError, convert
 from gpt2lite.benchmarking import write_random_checkpoint
-from gpt2lite.checkpoint import chunks
+from gpt2lite.checkpoint import writing
 from gpt2lite.cli import main
 from gpt2lite.dialects import DIALECTS
 
@@ -30,8 +30,8 @@ MEDIUM = GPTConfig(8000, 512, 512, 8, 6)
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1000)
-    monkeypatch.setattr(chunks, "TILE", (7, 5))
+    monkeypatch.setattr(writing, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(writing, "TILE", (7, 5))
 
 
 def names_in(folder: Path) -> set[str]:
@@ -107,7 +107,7 @@ def json_header(path: Path) -> dict[str, object]:
 
 def test_shards_and_index_are_as_huggingface_divides_them(pth: Path):
     split = pytest.importorskip("huggingface_hub").split_torch_state_dict_into_shards
-    folder = convert(pth, pth.parent / "hf", to="huggingface", config=HEADS, max_shard_size=19_000)
+    folder = convert(pth, pth.parent / "hf", to="huggingface", config=HEADS, max_shard_size="19000B")
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     shards = {path.name: load_file(path) for path in folder.glob("*.safetensors")}
     assert sorted(shards)[0] == f"model-00001-of-{len(shards):05}.safetensors"
@@ -247,11 +247,11 @@ def test_the_data_of_a_safetensors_file_begin_aligned(pth: Path):
     ("destination", "arguments", "message"),
     [
         ("model.pth", {}, "model.pth: is the source itself"),
-        ("out.pth", {"to": "llama"}, "no target is called 'llama'; there are"),
-        ("out.pth", {"format": "zip"}, "no format is called 'zip'; there are pth, safetensors, per-tensor"),
+        ("out.pth", {"to": "llama"}, "unknown target 'llama'; choose from book, huggingface, nanogpt"),
+        ("out.pth", {"format": "zip"}, "unknown format 'zip'; choose from pth, safetensors, per-tensor"),
         ("out.pth", {"format": "safetensors"}, "its suffix says pth, format says safetensors"),
         ("out.pth", {"max_shard_size": "1MiB"}, "shards go into a folder"),
-        ("out", {"max_shard_size": "much"}, "'much' is no amount of memory"),
+        ("out", {"max_shard_size": "much"}, "'much' is not a memory size"),
         ("there", {}, "there: already exists; choose a new folder"),
         ("there", {"format": "pth"}, "is a folder, and a file is to be written there"),
         ("nowhere/out.pth", {}, "the folder .*nowhere does not exist"),
@@ -267,6 +267,54 @@ def test_what_cannot_be_done_is_one_error_before_anything_is_written(
     with pytest.raises((UsageError, CheckpointError), match=message):
         convert(pth, pth.parent / destination, **{"config": HEADS, **arguments})
     assert names_in(pth.parent) == before
+
+
+def test_a_mistyped_option_is_a_type_error_that_names_the_nearest(pth: Path):
+    with pytest.raises(TypeError, match="'shard_size'; did you mean max_shard_size"):
+        convert(pth, pth.parent / "out", shard_size=1)  # type: ignore[call-arg]
+
+
+def with_dtype(path: Path, name: str, code: str) -> Path:
+    """A safetensors file, one of its tensors said to be of another dtype."""
+    raw = path.read_bytes()
+    length, header = int.from_bytes(raw[:8], "little"), json_header(path)
+    changed = json.dumps(header | {name: {**header[name], "dtype": code}}).encode()  # type: ignore[dict-item]
+    path.write_bytes(len(changed).to_bytes(8, "little") + changed + raw[8 + length :])
+    return path
+
+
+@pytest.mark.parametrize("strategy", ["stream", "mmap", "baseline"])
+def test_a_dtype_that_torch_lacks_is_refused_where_it_is_needed_and_only_there(
+    strategy: str, model: GPTModel, tmp_path: Path
+):
+    state = {**model.state_dict(), "beside": torch.ones(2)}
+    save_file(state, tmp_path / "model.safetensors")
+    beside = with_dtype(tmp_path / "model.safetensors", "beside", "F4")
+    loaded = GPTModel.from_checkpoint(beside, strategy=strategy, config=HEADS)
+    assert torch.equal(loaded.pos_emb.weight, model.pos_emb.weight)
+    needed = with_dtype(beside, "pos_emb.weight", "F4")
+    with pytest.raises(CheckpointError, match=r"pos_emb\.weight has dtype F4, which torch lacks"):
+        GPTModel.from_checkpoint(needed, strategy=strategy, config=HEADS)
+
+
+@pytest.mark.parametrize("leaves", [("lora.A",), ("lora.A", "lora.B"), ("mask",)])
+def test_adapters_and_masks_of_a_dtype_that_torch_lacks_are_not_left_out_silently(
+    leaves: tuple[str, ...], model: GPTModel, tmp_path: Path
+):
+    state, layer = dict(model.state_dict()), "trf_blocks.0.att.W_query"
+    if "mask" in leaves:
+        layer = "trf_blocks.0.att"
+        state[f"{layer}.mask"] = torch.ones(32, 32)
+    else:
+        state[f"{layer}.linear.weight"] = state.pop(f"{layer}.weight")
+        state[f"{layer}.lora.A"] = torch.ones(TINY.emb_dim, 4)
+        state[f"{layer}.lora.B"] = torch.ones(4, TINY.emb_dim)
+    path = tmp_path / "model.safetensors"
+    save_file(state, path)
+    for leaf in leaves:
+        with_dtype(path, f"{layer}.{leaf}", "F4")
+    with pytest.raises(CheckpointError, match=f"{leaves[0]} has dtype F4"):
+        GPTModel.from_checkpoint(path, config=HEADS)
 
 
 def test_a_link_to_the_source_is_the_source(pth: Path):
@@ -306,7 +354,7 @@ def test_verify_finds_a_flipped_bit_and_keeps_the_old(
 ):
     (pth.parent / "out.safetensors").write_text("old")
     monkeypatch.setattr(os, "write", flip_once(50_000))
-    with pytest.raises(CheckpointError, match=r"read back, .* differ\(s\) from what was written"):
+    with pytest.raises(CheckpointError, match=r"read back, .* differ from what was written"):
         convert(pth, pth.parent / destination, to="huggingface", config=HEADS)
     assert names_in(pth.parent) == {"model.pth", "out.safetensors"}
     assert (pth.parent / "out.safetensors").read_text() == "old"
@@ -505,4 +553,4 @@ def test_the_script_converts_without_reading_back(pth: Path):
 
 def test_the_command_refuses_in_one_line(pth: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["convert", str(pth), str(pth), "--n-heads", "4"]) == 1
-    assert capsys.readouterr().err == f"gpt2lite: {pth}: is the source itself; name another place\n"
+    assert capsys.readouterr().err == f"gpt2lite: {pth}: is the source itself; choose another place\n"

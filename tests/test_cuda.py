@@ -68,11 +68,11 @@ def test_a_slow_device_does_not_let_a_slot_be_overwritten(tmp_path: Path, monkey
     """Each delivery first keeps the device busy, so that copies are pending when their slots are wanted."""
     real = stream_engine.Ring.deliver
 
-    def late(self: stream_engine.Ring, chunk: stream_engine.Chunk, slot: torch.Tensor) -> None:
+    def late(self: stream_engine.Ring, *args: object) -> None:
         torch.cuda._sleep(2_000_000)
-        with torch.cuda.stream(self.lane.copying):
+        with self.lane.copying:
             torch.cuda._sleep(3_000_000)
-        real(self, chunk, slot)
+        real(self, *args)
 
     monkeypatch.setattr(stream_engine.Ring, "deliver", late)
     tuning = Tuning(ring_bytes=1 << 16)
@@ -159,10 +159,10 @@ def test_a_cap_on_the_device_is_what_the_forecast_says(strategy: str, tmp_path: 
     peak = forecast(path, "cuda", config=HEADS)[strategy].peak_device
     before = clean_up("cuda")
     with pytest.raises(InsufficientMemoryError, match="nothing was allocated"):
-        GPTModel.from_checkpoint(path, "cuda", strategy, config=HEADS, max_device_memory=peak - 1)
+        GPTModel.from_checkpoint(path, "cuda", strategy, config=HEADS, max_device_memory=f"{peak - 1}B")
     assert torch.cuda.max_memory_allocated() == before
     with track_memory("cuda") as memory:
-        GPTModel.from_checkpoint(path, "cuda", strategy, config=HEADS, max_device_memory=peak)
+        GPTModel.from_checkpoint(path, "cuda", strategy, config=HEADS, max_device_memory=f"{peak}B")
     assert memory.peak_device <= peak
 
 

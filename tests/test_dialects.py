@@ -219,14 +219,14 @@ def test_the_books_lora_layers_are_merged(
 
 def test_lora_without_its_alpha_and_an_alpha_without_lora_are_errors(tmp_path: Path, pth: Path):
     path = save_pth(with_lora(alpha=2).state_dict(), tmp_path / ".")
-    with pytest.raises(CheckpointError, match=r"holds 19 LoRA layers, whose alpha no file says"):
+    with pytest.raises(CheckpointError, match=r"holds 19 LoRA layers without their alpha"):
         GPTModel.from_checkpoint(path, config=HEADS)
     with pytest.raises(UsageError, match="lora_alpha must be a number"):
         GPTModel.from_checkpoint(path, config=HEADS, lora_alpha=float("nan"))
 
 
 def test_an_alpha_for_a_file_without_lora_is_an_error(pth: Path):
-    with pytest.raises(CheckpointError, match="holds no LoRA layers"):
+    with pytest.raises(CheckpointError, match="holds no LoRA layers without an alpha"):
         GPTModel.from_checkpoint(pth, config=HEADS, lora_alpha=2.0)
 
 
@@ -282,7 +282,9 @@ def test_every_table_is_complete_at_official_sizes(dialect: str, size: str):
             name = ours.format(i=i)
             assert name not in placed
             if name in shapes:
-                placed[name] = placement.shape_of(placement.stored_shape(shapes[name]))
+                stored = list(placement.unplace(torch.empty(shapes[name], device="meta")).shape)
+                stored[placement.rows_axis] *= 3 if placement.narrows else 1
+                placed[name] = placement.shape_of(tuple(stored))
     tied = {"out_head.weight": shapes["out_head.weight"]}  # stored or not
     assert placed | tied == shapes
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import random
@@ -16,7 +15,7 @@ import torch
 from test_cli import has_gpt2_encoding
 
 from gpt2lite import CheckpointError, GPTConfig, UsageError
-from gpt2lite.cli import tokenize
+from gpt2lite.cli import main
 from gpt2lite.cli.terminal import EMBEDDED
 from gpt2lite.encoding import END_OF_TEXT, WORDS_AND_SPACES, Encoding
 from gpt2lite.finetuning import data
@@ -31,6 +30,7 @@ from gpt2lite.finetuning.data import (
     tokenize_file,
 )
 from gpt2lite.finetuning.examples import (
+    Record,
     classifier_examples,
     format_prompt,
     instruction_examples,
@@ -162,9 +162,7 @@ def test_a_vocabulary_beyond_uint16_is_refused(tmp_path: Path):
     large = tiktoken.Encoding(
         "large", pat_str=WORDS_AND_SPACES, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 2**16}
     )
-    with pytest.raises(
-        UsageError, match=r"text.bin: 65537 tokens are more than the 65536 that 16 bits can number; name"
-    ):
+    with pytest.raises(UsageError, match=r"text.bin: 16 bits cannot number 65537 tokens; name the file .npy"):
         tokenize_file(tmp_path / "text.txt", tmp_path / "text.bin", large)
 
 
@@ -185,8 +183,8 @@ def test_ids_above_32767_stay_positive(tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "text.bin: 0 bytes, wanted two a token"),
-        (b"\1\0\2", "text.bin: 3 bytes, wanted two a token"),
+        (b"", "text.bin: 0 bytes of tokens .no header., wanted 1 × 2"),
+        (b"\1\0\2", "text.bin: 3 bytes of tokens .no header., wanted 2 × 2"),
         (array("H", [1, 1024, 3]).tobytes(), "text.bin: holds the id 1024, the model's are below 1024"),
         (array("H", [0] * 9 + [50256]).tobytes(), "text.bin: holds the id 50256"),
     ],
@@ -237,16 +235,16 @@ def test_numpys_files_say_their_width(kind: str, tmp_path: Path):
     [
         (
             array("I", IDS).tobytes(),
-            "has no header, so it would be read as 16 bits a token, but every second",
+            "has no header and would be read as 16 bits a token, but every second",
         ),
-        (array("q", IDS).tobytes(), "every second id would be 0. Save it as .npy"),
+        (array("q", IDS).tobytes(), "every second id would be 0; save .npy"),
         (array("f", IDS).tobytes(), "holds the id"),
         (array("i", [-100, *IDS]).tobytes(), "holds the id 65535"),
         (b"Once there was a fox. " * 9, "looks like text, not tokens; give it another suffix than .bin"),
-        (llmc(torch.uint16)[:-2], "its header .llm.c. says 36 tokens of 2 bytes, the file has 70 bytes"),
+        (llmc(torch.uint16)[:-2], "70 bytes of tokens .llm.c., wanted 36 × 2; is it cut"),
         (llmc(torch.uint32, version=3), "llm.c's tokens of version 3, wanted 7"),
         (llmc(torch.uint16, [5, 2000]), "holds the id 2000, the model's are below 1024"),
-        ("cut", "its header ..npy. says 36 tokens of 8 bytes, the file has 280 bytes"),
+        ("cut", "280 bytes of tokens ..npy., wanted 36 × 8"),
         (numpy.array(IDS, ">u2"), "wanted one row of little-endian integers in a .npy"),
         (numpy.array(IDS, "f4"), "wanted one row of little-endian integers"),
         (numpy.array([IDS], "u2"), "wanted one row of little-endian integers"),
@@ -286,9 +284,7 @@ def test_a_large_vocabulary_gets_32_bits_and_needs_them(tmp_path: Path):
 
 
 def tokenize_command(*words: object) -> int:
-    parser = argparse.ArgumentParser()
-    tokenize.add_arguments(parser)
-    return tokenize.run(parser.parse_args(list(map(str, words))))
+    return main(["tokenize", *map(str, words)])
 
 
 def test_the_command_writes_the_ids_of_the_models_tokenizer(
@@ -441,8 +437,8 @@ def test_every_kind_of_file_holds_the_same_records(name: str, content: str, tmp_
         ("a.json", b"[]", "a.json: holds no records"),
         ("a.jsonl", b"\n", "a.jsonl: holds no records"),
         ("a.jsonl", b'{"text": "\xff"}', "a.jsonl: not UTF-8 at byte 10"),
-        ("a.parquet", b"", "a.parquet: of unknown kind '.parquet'; the known are .json, .jsonl, .csv"),
-        ("a", b"", "a: of unknown kind ''"),
+        ("a.parquet", b"", "a.parquet: unknown kind of file '.parquet'; choose from .json, .jsonl, .csv"),
+        ("a", b"", "a: unknown kind of file ''"),
     ],
 )
 def test_what_holds_no_records_is_refused(name: str, content: bytes, message: str, tmp_path: Path):
@@ -469,9 +465,7 @@ def test_split_leaves_one_on_either_side():
 @pytest.mark.parametrize(
     ("count", "fraction", "message"),
     [
-        (1, 0.5, "1 records cannot be split"),
-        (5, 0.0, "must be between 0 and 1, got 0.0"),
-        (5, 1.0, "must be between 0 and 1, got 1.0"),
+        (1, 0.5, "found 1 record, wanted at least 2"),
     ],
 )
 def test_what_cannot_be_split_is_refused(count: int, fraction: float, message: str):
@@ -481,7 +475,7 @@ def test_what_cannot_be_split_is_refused(count: int, fraction: float, message: s
 
 # ---- examples ----------------------------------------------------------------------------------------------
 
-ASKED = {"instruction": "Name a colour.", "output": "Red."}
+ASKED = Record({"instruction": "Name a colour.", "output": "Red."})
 PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the "
     "request.\n\n### Instruction:\nName a colour.\n\n### Response:\n"
@@ -497,7 +491,7 @@ def test_the_prompt_is_the_books_byte_for_byte():
 
 
 def test_the_loss_is_taken_on_the_response_and_the_end_alone(encoding: Encoding):
-    [example] = instruction_examples([ASKED], encoding, 512)
+    [(_, example)] = instruction_examples([ASKED], encoding, 512)
     learned = [target for target in example.targets if target != IGNORED]
     assert encoding.decode(example.ids) == PROMPT + "Red."
     assert encoding.decode(learned) == "Red." + END_OF_TEXT
@@ -509,36 +503,36 @@ def test_the_loss_is_taken_on_the_response_and_the_end_alone(encoding: Encoding)
 
 def test_a_long_response_is_cut_and_a_long_prompt_left_out(encoding: Encoding):
     long = ASKED | {"output": "Red and blue. " * 100}
-    [example] = instruction_examples([long], encoding, 4096)
+    [(_, example)] = instruction_examples([long], encoding, 4096)
     room = len(encoding.encode_ordinary(PROMPT)) + 1
-    with pytest.warns(UserWarning, match=f"of 2 instructions 1 are left out, .* {room} tokens .* and 1 lose"):
-        [cut] = instruction_examples([long, ASKED | {"instruction": "Name. " * 100}], encoding, room)
+    with pytest.warns(UserWarning, match=f"of 2 instructions, 1 are left out .* {room} tokens, and 1 lose"):
+        [(_, cut)] = instruction_examples([long, ASKED | {"instruction": "Name. " * 100}], encoding, room)
     assert cut == Example(example.ids[:room], example.targets[:room])
     assert sum(target != IGNORED for target in cut.targets) == 2
 
 
 def test_prompts_that_leave_no_room_at_all_are_refused(encoding: Encoding):
     room = len(encoding.encode_ordinary(PROMPT))
-    with pytest.raises(UsageError, match=f"all 2 prompts are too long, {room} tokens or more"):
+    with pytest.raises(UsageError, match=f"2 of 2 prompts leave no room for a response in {room} tokens"):
         instruction_examples([ASKED, ASKED], encoding, room)
 
 
 def test_a_special_token_in_a_record_is_plain_text(encoding: Encoding):
-    [example] = instruction_examples([ASKED | {"output": END_OF_TEXT}], encoding, 512)
+    [(_, example)] = instruction_examples([ASKED | {"output": END_OF_TEXT}], encoding, 512)
     assert encoding.eot_token not in example.ids
     assert example.targets.count(encoding.eot_token) == 1
     [[ids, _], _], _ = classifier_examples(
-        [{"text": END_OF_TEXT, "label": "a"}, {"text": "", "label": "b"}], encoding, 64, None
+        [Record(text=END_OF_TEXT, label="a"), Record(text="", label="b")], encoding, 64
     )
     assert encoding.eot_token not in ids
 
 
-def labelled(*labels: str) -> list[dict[str, str]]:
-    return [{"text": f"Text number {number}", "label": label} for number, label in enumerate(labels)]
+def labelled(*labels: str) -> list[Record]:
+    return [Record({"text": f"Text number {number}", "label": label}) for number, label in enumerate(labels)]
 
 
 def test_the_class_is_the_target_of_the_last_token(encoding: Encoding):
-    examples, labels = classifier_examples(labelled("spam", "ham", "spam"), encoding, 512, None)
+    examples, labels = classifier_examples(labelled("spam", "ham", "spam"), encoding, 512)
     assert labels == ["ham", "spam"]
     assert [example.targets[-1] for example in examples] == [1, 0, 1]
     for number, (ids, targets) in enumerate(examples):
@@ -547,9 +541,9 @@ def test_the_class_is_the_target_of_the_last_token(encoding: Encoding):
 
 
 def test_a_long_text_keeps_its_beginning_and_an_empty_one_is_the_end_of_text(encoding: Encoding):
-    records = [{"text": "Once there was a fox", "label": "a"}, {"text": "", "label": "b"}]
+    records = [Record(text="Once there was a fox", label="a"), Record(text="", label="b")]
     with pytest.warns(UserWarning, match="1 of 2 texts are cut to 3 tokens"):
-        examples, _ = classifier_examples(records, encoding, 3, None)
+        examples, _ = classifier_examples(records, encoding, 3)
     assert examples[0] == Example(encoding.encode("Once there was a fox")[:3], [IGNORED, IGNORED, 0])
     assert examples[1] == Example([encoding.eot_token], [1])
 
@@ -563,26 +557,12 @@ def test_a_long_text_keeps_its_beginning_and_an_empty_one_is_the_end_of_text(enc
     ],
 )
 def test_labels_are_in_their_order(found: tuple[str, ...], wanted: list[str], encoding: Encoding):
-    assert classifier_examples(labelled(*found), encoding, 64, None)[1] == wanted
+    assert classifier_examples(labelled(*found), encoding, 64)[1] == wanted
 
 
-def test_given_labels_keep_their_order(encoding: Encoding):
-    examples, labels = classifier_examples(labelled("ham", "spam"), encoding, 64, ["spam", "ham", "other"])
-    assert labels == ["spam", "ham", "other"]
-    assert [example.targets[-1] for example in examples] == [1, 0]
-
-
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        (["spam", "eggs"], "entry 2: the label 'ham' is not of spam, eggs"),
-        (["spam"], "needs at least two labels, found spam"),
-        ([], "needs at least two labels, found none"),
-    ],
-)
-def test_labels_that_cannot_be_are_refused(labels: list[str], message: str, encoding: Encoding):
-    with pytest.raises(UsageError, match=message):
-        classifier_examples(labelled("spam", "ham"), encoding, 64, labels)
+def test_no_labels_are_refused(encoding: Encoding):
+    with pytest.raises(UsageError, match="needs at least two labels, found none"):
+        classifier_examples([], encoding, 64)
 
 
 ROWS = {
@@ -602,8 +582,11 @@ ROWS = {
         '{"text":"a","label":"\\uff11"}\n{"text":"b","label":"1"}',
         "line 2: the label '1' looks like '\uff11'",
     ),
-    "nan": ('{"text":"a","label":NaN}\n{"text":"b","label":1}', "line 1: the label is 'nan'; give it one"),
-    "blank": ('{"text":"a","label":1}\n{"text":"b","label":"  "}', "line 2: the label is '  '; give it one"),
+    "nan": ('{"text":"a","label":NaN}\n{"text":"b","label":1}', "line 1: the label is 'nan'; label the row"),
+    "blank": (
+        '{"text":"a","label":1}\n{"text":"b","label":"  "}',
+        "line 2: the label is '  '; label the row",
+    ),
 }
 
 
@@ -648,11 +631,11 @@ def test_a_few_long_instructions_are_left_out_whichever_part_they_fall_in(encodi
     long = ASKED | {"instruction": "Name. " * 300}
     path = lines(tmp_path / "a.jsonl", [ASKED] * 9 + [long])
     for seed in range(8):
-        with pytest.warns(UserWarning, match="of 10 instructions 1 are left out"):
+        with pytest.warns(UserWarning, match="of 10 instructions, 1 are left out"):
             task = instruction_task(path, encoding, SMALL, Recipe(seed=seed))
         assert sum(len(batch.ids) for batch in task.validation) == 1
     lines(path, [ASKED] * 3 + [long] * 7)
-    with pytest.raises(UsageError, match="7 of 10 prompts are too long, 256 tokens or more"):
+    with pytest.raises(UsageError, match="7 of 10 prompts leave no room for a response in 256 tokens"):
         instruction_task(path, encoding, SMALL, Recipe())
 
 
@@ -684,4 +667,4 @@ def test_tasks_of_other_data_have_other_digests(encoding: Encoding, tmp_path: Pa
 
 def test_one_class_is_none(encoding: Encoding):
     with pytest.raises(UsageError, match="needs at least two labels, found spam"):
-        classifier_examples(labelled("spam", "spam"), encoding, 64, None)
+        classifier_examples(labelled("spam", "spam"), encoding, 64)

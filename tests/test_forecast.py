@@ -36,6 +36,7 @@ from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, contiguous_stride
 from gpt2lite.cli import main
 from gpt2lite.dialects import read_dialect, read_names
 from gpt2lite.loading import LoadPlan, choice, choose, forecasts, make_plan
+from gpt2lite.loading.forecast import CachingPool
 from gpt2lite.memory import Budget, Limit, host_memory
 
 MIB = 1 << 20
@@ -206,7 +207,7 @@ def source(pth: Path, strategy: str) -> Path:
 def test_a_cap_of_the_forecast_is_enough(strategy: str, pth: Path):
     path = source(pth, strategy)
     peak = forecast(path, config=HEADS)[strategy].peak_host_anonymous
-    cap = max(peak, 1)
+    cap = f"{max(peak, 1)}B"
     model = GPTModel.from_checkpoint(path, strategy=strategy, config=HEADS, max_host_memory=cap)
     assert not model.training
 
@@ -217,7 +218,7 @@ def test_a_named_strategy_above_its_cap_is_refused_before_it_begins(strategy: st
     path = source(pth, strategy)
     peak = forecast(path, config=HEADS)[strategy].peak_host_anonymous
     with pytest.raises(InsufficientMemoryError) as caught:
-        GPTModel.from_checkpoint(path, strategy=strategy, config=HEADS, max_host_memory=peak - 1)
+        GPTModel.from_checkpoint(path, strategy=strategy, config=HEADS, max_host_memory=f"{peak - 1}B")
     lines = str(caught.value).splitlines()
     assert lines[0].endswith(
         f'will not fit in memory on cpu with strategy="{strategy}"; nothing was allocated'
@@ -232,7 +233,7 @@ def test_auto_says_what_would_fit_where_nothing_does(pth: Path):
     wide = {"config": HEADS, "dtype": torch.float64}
     needed = forecast(pth, **wide)["mmap"].peak_host_anonymous
     with pytest.raises(InsufficientMemoryError) as caught:
-        GPTModel.from_checkpoint(pth, **wide, max_host_memory=needed // 2)
+        GPTModel.from_checkpoint(pth, **wide, max_host_memory=f"{needed // 2}B")
     text = str(caught.value)
     assert "stream would take" in text
     assert "mmap would take" in text
@@ -248,7 +249,7 @@ def test_auto_copies_where_that_fits_and_maps_where_it_does_not(pth: Path):
     copied = GPTModel.from_checkpoint(pth, config=HEADS)
     assert str(pth) not in mapped_files()
     size = forecast(pth, config=HEADS)["stream"].peak_host_anonymous
-    mapped = GPTModel.from_checkpoint(pth, config=HEADS, max_host_memory=size - 1)
+    mapped = GPTModel.from_checkpoint(pth, config=HEADS, max_host_memory=f"{size - 1}B")
     assert str(pth) in mapped_files()
     assert all(torch.equal(a, b) for a, b in zip(copied.parameters(), mapped.parameters(), strict=True))
 
@@ -312,7 +313,7 @@ def test_a_named_strategy_may_count_on_swap_and_auto_does_not(pth: Path):
 
 @pytest.mark.parametrize("cap", ["lots", "-1", 0, -5, 1.5, True, "", "2 XB", "0GiB"])
 def test_a_cap_that_is_no_size_is_a_usage_error(cap: object, pth: Path):
-    with pytest.raises(UsageError, match="is no amount of memory"):
+    with pytest.raises(UsageError, match="is not a memory size"):
         GPTModel.from_checkpoint(pth, config=HEADS, max_host_memory=cap)  # type: ignore[arg-type]
 
 
@@ -380,7 +381,7 @@ def test_plan_as_json_is_the_forecast(pth: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--max-host-memory", "much"], "'much' is no amount of memory"),
+        (["--max-host-memory", "much"], "'much' is not a memory size"),
         (["--device", "gpu"], "unknown device 'gpu'"),
         (["--device", "meta"], "holds no weights"),
     ],
@@ -512,3 +513,48 @@ def test_advice_can_be_followed(pth: Path):
     capped = {"config": HEADS, "tuning": Tuning(keep_cached=False), "max_host_memory": "4KiB"}
     with pytest.raises(InsufficientMemoryError, match=r"would fit: strategy=\"mmap\", tuning=Tuning\(\)"):
         GPTModel.from_checkpoint(pth, strategy="stream", **capped)
+
+
+def test_a_program_can_act_on_a_refusal_without_parsing_it(pth: Path):
+    wide = {"config": HEADS, "dtype": torch.float64}
+    with pytest.raises(InsufficientMemoryError) as caught:
+        GPTModel.from_checkpoint(pth, **wide, max_host_memory="4KiB")
+    error = caught.value
+    assert error.available == {"host": 4096}
+    assert error.needed.keys() == {"host"}
+    assert 'dtype=None, strategy="mmap"' in error.fits
+    granted = GPTModel.from_checkpoint(pth, **wide, max_host_memory=f"{error.needed['host']}B")
+    assert granted.tok_emb.weight.dtype == torch.float64
+
+
+@pytest.mark.usefixtures("nothing_loads")
+def test_the_figures_of_a_refusal_are_those_of_the_strategy_that_is_nearest_to_fitting():
+    plan = plan_of_xl("cuda")
+    with pytest.raises(InsufficientMemoryError) as caught:
+        choose(plan, "auto", Budget(Limit(32 << 30, ""), Limit(4 << 30, "")))
+    least = min(forecasts(plan)[name].peak_device for name in ("stream", "mmap"))
+    assert caught.value.needed["device"] <= least
+    assert caught.value.available == {"device": 4 << 30}
+
+
+def test_auto_takes_a_strategy_that_can_do_what_tuning_asks_for(pth: Path):
+    budget = Budget(Limit(None, ""), Limit(None, ""))
+    opened = open_model(pth, config=HEADS)
+    for tuning, taken in ((Tuning(prefetch=True), "mmap"), (Tuning(keep_cached=False), "stream")):
+        assert choose(opened.plan(tuning=tuning), "auto", budget)[0] == taken
+    neither = opened.plan(tuning=Tuning(prefetch=True, keep_cached=False))
+    with pytest.raises(
+        UsageError, match=r"model.pth: prefetch=True goes with .*; keep_cached=False goes with"
+    ):
+        choose(neither, "auto", budget)
+
+
+def test_freed_neighbours_on_a_device_become_one_block():
+    pool = CachingPool()
+    blocks = [pool.take(4 * MIB) for _ in range(5)]  # a segment of 20 MiB, all of it
+    for at in (1, 3, 2):
+        pool.give(blocks[at])
+    assert pool.take(12 * MIB) == blocks[1]
+    assert (pool.used, pool.peak) == (20 * MIB, 20 * MIB)
+    pool.give(blocks[0])
+    assert pool.take(5 * MIB) not in blocks  # what is free lies in two places

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import pickle
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -36,8 +37,9 @@ from test_checkpoint import (
     tensors_in,
 )
 
-from gpt2lite.checkpoint import FOLDER_FILES, open_checkpoint
+from gpt2lite.checkpoint import FOLDER_FILES, OPENERS, open_checkpoint
 from gpt2lite.checkpoint.reading import map_tensors, read_span, sizes_read
+from gpt2lite.checkpoint.source import FileState, LocalFile
 from gpt2lite.checkpoint.torch_legacy import MAGIC_NUMBER
 from gpt2lite.errors import CheckpointError
 
@@ -168,18 +170,18 @@ LEGACY_DAMAGES = {
     "another number": (parts(magic=MAGIC_NUMBER << 80), "its magic number is <int>, wanted"),
     "another version": (parts(version=1002), "its version is 1002, wanted 1001"),
     "version True": (parts(version=True), "its version is True, wanted 1001"),
-    "big-endian": (parts(system={"little_endian": False}), "a machine of other byte order.*save the weights"),
-    "no machine": (parts(system={}), "a machine that it does not describe"),
-    "machine is a list": (parts(system=[]), "a machine that it does not describe"),
+    "big-endian": (parts(system={"little_endian": False}), "does not call little-endian.*save the weights"),
+    "no machine": (parts(system={}), "does not call little-endian"),
+    "machine is a list": (parts(system=[]), "does not call little-endian"),
     "keys of another type": (parts(keys=(0,)), r"its list of storages is \[0\]"),
     "keys are a dict": (parts(keys={"0": 0}), "its list of storages is <dict>"),
-    "a key too few": (parts(keys=()), r"0 storages does not fit.*describes 1; missing: \['0'\]"),
-    "a key too many": (parts(keys=("0", "1")), r"unknown: \['1'\]"),
+    "a key too few": (parts(keys=()), r"0 storages does not fit.*describes 1; they differ in \['0'\]"),
+    "a key too many": (parts(keys=("0", "1")), r"they differ in \['1'\]"),
     "a key twice": (parts(keys=("0", "0")), "2 storages does not fit its pickle, which describes 1"),
     "count too small": (parts(data=b"\x05" + SIX[1:]), "storage 0 has 5 elements of torch.float32, 24 bytes"),
     "negative count": (parts(data=b"\xff" * 8 + SIX[8:]), "storage 0 has -1 elements"),
-    "no data": (parts(data=b""), "storage 0 lies in bytes .* It is truncated"),
-    "last byte missing": (parts()[:-1], "storage 0 lies in bytes .* It is truncated"),
+    "no data": (parts(data=b""), "storage 0 lies in bytes .* truncated"),
+    "last byte missing": (parts()[:-1], "storage 0 lies in bytes .* truncated"),
     "past its storage": (
         parts({"w": a_tensor(OldStorage(), 1)}),
         "w reaches past the end of its storage 0",
@@ -217,7 +219,7 @@ LEGACY_DAMAGES = {
     ),
     "negative size": (parts({"w": OldStorage(numel=-6)}), "which is not a storage"),
     "uncountable": (parts({"w": OldStorage(numel=2**62)}), "which is not a storage"),
-    "huge": (parts({"w": OldStorage(numel=2**60)}), "storage 0 lies in bytes .* It is truncated"),
+    "huge": (parts({"w": OldStorage(numel=2**60)}), "storage 0 lies in bytes .* truncated"),
     "a long string announced": (
         parts(b"\x80\x02X\xff\xff\xff\x7f."),
         "its pickles are damaged, or larger than 64 MiB",
@@ -338,7 +340,7 @@ def test_a_shard_may_lie_in_a_subfolder_and_is_not_looked_for_above(name, tmp_pa
     index = save_shards(tmp_path, MAP | {"a": name})
     (tmp_path / "sub" / "1.safetensors").write_bytes((tmp_path / "1.safetensors").read_bytes())
     if ".." in name:
-        assert_refused(index, "which is no file in this folder")
+        assert_refused(index, "which is not a file in this folder")
     else:
         assert_holds(open_checkpoint(index), {"a": A, "b": B})
 
@@ -383,27 +385,27 @@ BAD_SHARDS = {
     "no map": ({"weight_map": b'{"architectures": ["GPT2LMHeadModel"]}'}, "no weight_map that names tensors"),
     "map is a list": ({"weight_map": ["a"]}, "no weight_map that names tensors"),
     "empty map": ({"weight_map": {}}, "no weight_map that names tensors"),
-    "absolute": (placed_in("/etc/1.safetensors"), "is said to be in '/etc/1.safetensors', which is no file"),
-    "climbs": (placed_in("../1.safetensors"), "a: is said to be in '../1.safetensors', which is no file"),
-    "drive": (placed_in("C:1.safetensors"), "a: is said to be in 'C:1.safetensors', which is no file"),
-    "backslash": (placed_in("..\\1.safetensors"), "which is no file in this folder"),
-    "number": (placed_in(1), "a: is said to be in '1', which is no file in this folder"),
-    "nothing": (placed_in(""), "a: is said to be in '', which is no file in this folder"),
-    "missing": (placed_in("3.safetensors"), "'3.safetensors': no such file"),
-    "a folder": (placed_in("."), "is said to be in '.', which is no file"),
-    "zero byte": (placed_in("1.safe\0tensors"), r"'1.safe\\x00tensors': no such file"),
-    "half a character": (placed_in("\ud800"), r"'\\ud800': no such file"),
-    "long name": (placed_in("x" * 300), "no such file"),
-    "itself": (placed_in("model.safetensors.index.json"), "an index, where a shard is wanted"),
+    "absolute": (placed_in("/etc/1.safetensors"), "said to be in '/etc/1.safetensors', which is not a file"),
+    "climbs": (placed_in("../1.safetensors"), "a: is said to be in '../1.safetensors', which is not a file"),
+    "drive": (placed_in("C:1.safetensors"), "a: is said to be in 'C:1.safetensors', which is not a file"),
+    "backslash": (placed_in("..\\1.safetensors"), "which is not a file in this folder"),
+    "number": (placed_in(1), "a: is said to be in '1', which is not a file in this folder"),
+    "nothing": (placed_in(""), "a: is said to be in '', which is not a file in this folder"),
+    "missing": (placed_in("3.safetensors"), "3.safetensors: no such file"),
+    "a folder": (placed_in("."), "is said to be in '.', which is not a file"),
+    "zero byte": (placed_in("1.safe\0tensors"), r"'1.safe\\x00tensors': cannot be opened"),
+    "half a character": (placed_in("\ud800"), r"'\\ud800': cannot be opened"),
+    "long name": (placed_in("x" * 300), "cannot be opened"),
+    "itself": (placed_in("model.safetensors.index.json"), "expected a shard, found an index"),
     "not in its shard": (
         {"weight_map": MAP | {"c": "2.safetensors"}},
         "c: is not in 2.safetensors, where the index looks for it",
     ),
     "not named": ({"weight_map": {"a": "1.safetensors"}, "shards": {"1.safetensors": {"a": A, "b": B}}},
-        "b: is in 1.safetensors, the index does not name it"),
+        "b: is in 1.safetensors; the index says nothing"),
     "in two shards": (
         {"shards": {"1.safetensors": {"a": A}, "2.safetensors": {"a": A, "b": B}}},
-        "a: is in 2.safetensors, the index looks for it in 1.safetensors",
+        "a: is in 2.safetensors; the index says 1.safetensors",
     ),
     "two formats": (
         {"weight_map": {"a": "1.bin", "b": "2.safetensors"}, "shards": SHARDS | {"1.bin": {"a": A}}},
@@ -428,10 +430,10 @@ def test_all_that_is_wrong_with_shards_is_said_at_once(tmp_path):
     with pytest.raises(CheckpointError, match=r"does not fit its shards in 4 place\(s\)") as caught:
         open_checkpoint(save_shards(tmp_path, weight_map))
     assert str(caught.value).splitlines()[1:] == [
-        "  d: is said to be in '/4.safetensors', which is no file in this folder",
-        "  '3.safetensors': no such file",
+        "  d: is said to be in '/4.safetensors', which is not a file in this folder",
+        f"  {tmp_path}/3.safetensors: no such file or folder",
         "  a: is not in 2.safetensors, where the index looks for it",
-        "  b: is in 2.safetensors, the index does not name it",
+        "  b: is in 2.safetensors; the index says nothing",
     ]
 
 
@@ -530,15 +532,15 @@ LLMC_DAMAGES = {
     "negative layers": (whole(L=-3), "n_layer is -3, wanted at least 1"),
     "many layers": (whole(L=10_001), "n_layer is 10001, wanted at most 10000"),
     "no heads": (whole(heads=0), "n_head is 0, wanted at least 1"),
-    "heads do not divide": (whole(heads=3), "n_embd 4 is no multiple of n_head 3"),
-    "more heads than channels": (whole(heads=8), "n_embd 4 is no multiple of n_head 8"),
+    "heads do not divide": (whole(heads=3), "n_embd 4 is not a multiple of n_head 3"),
+    "more heads than channels": (whole(heads=8), "n_embd 4 is not a multiple of n_head 8"),
     "padding takes away": (whole(Vp=10), "padded_vocab_size is 10, wanted at least vocab_size 11"),
-    "all at once": (whole(L=0, heads=3, Vp=1), "n_layer is 0.*; padded_vocab_size is 1.*; n_embd 4 is no"),
+    "all at once": (whole(L=0, heads=3, Vp=1), "n_layer is 0.*; padded_vocab_size is 1.*; n_embd 4 is not"),
     "a ninth number": (whole(rest=1), "goes on after eight numbers"),
     "huge": (whole(T=2**31 - 1, V=2**31 - 1, Vp=2**31 - 1, L=10_000), "describes .* bytes, the file has"),
     "one row more": (whole(T=9), f"describes {SIZE + 16} bytes, the file has {SIZE}"),
     "the other dtype": (whole(version=5), f"the file has {SIZE}"),
-    "last byte missing": (whole()[:-1], f"describes {SIZE} bytes, the file has {SIZE - 1}. It is truncated"),
+    "last byte missing": (whole()[:-1], f"describes {SIZE} bytes, the file has {SIZE - 1}: truncated"),
     "a byte more": (whole() + b"0", f"describes {SIZE} bytes, the file has {SIZE + 1}"),
     "header alone": (llmc_header(), "the file has 1024"),
     "header cut": (llmc_header()[:1000], "ends within its llm.c header, at byte 1000 of 1024"),
@@ -561,6 +563,65 @@ def test_a_damaged_llm_c_header_is_a_checkpoint_error_or_harmless(tmp_path):
         (tmp_path / "gpt2.bin").write_bytes(damaged)
         outcomes[opens_soundly_or_not_at_all(tmp_path / "gpt2.bin")] += 1
     assert outcomes[False] > 20 * outcomes[True] > 0
+
+
+# ---- bytes that lie elsewhere ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """A source that only it can open."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return f"elsewhere:{self.path.name}"
+
+    def state(self) -> FileState:
+        return LocalFile(self.path).state()
+
+    def open(self) -> BinaryIO:
+        return io.open(self.path, "rb")  # noqa: UP020 - the builtin is taken away
+
+    def sibling(self, name: str) -> Elsewhere:
+        return Elsewhere(self.path.parent / name)
+
+
+def save_zip(folder: Path) -> Path:
+    torch.save({"a": A}, folder / "m.pth")
+    return folder / "m.pth"
+
+
+def save_old(folder: Path) -> Path:
+    save_legacy({"a": A}, folder / "m.pth")
+    return folder / "m.pth"
+
+
+def save_llmc(folder: Path) -> Path:
+    (folder / "m.bin").write_bytes(llmc_header() + llmc_data())
+    return folder / "m.bin"
+
+
+BUNDLE = Path(__file__).resolve().parent / "data" / "openai_tf_tiny" / "model.ckpt.index"
+ELSEWHERE = {
+    "zip": save_zip,
+    "legacy": save_old,
+    "safetensors": lambda folder: save_shards(folder).with_name("1.safetensors"),
+    "sharded": save_shards,
+    "llmc": save_llmc,
+    "tf bundle": lambda folder: BUNDLE,
+}
+
+
+@pytest.mark.parametrize("kind", OPENERS)
+def test_openers_read_the_source_that_they_are_given_and_open_no_path(kind, tmp_path, monkeypatch):
+    source = Elsewhere(ELSEWHERE[kind](tmp_path))
+    monkeypatch.setattr("builtins.open", None)
+    manifest = OPENERS[kind](source)
+    monkeypatch.undo()
+    assert {type(file) for file in manifest.files} == {Elsewhere}
+    assert {span.source for span in manifest.tensors.values()} <= manifest.files.keys()
+    assert manifest.tensors.keys() == open_checkpoint(source.path).tensors.keys()
 
 
 # ---- what opening costs ------------------------------------------------------------------------------------

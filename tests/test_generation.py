@@ -3,17 +3,19 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import randomise
+from conftest import in_threads, randomise, where_positions_decide
 from test_loading import HEADS, huggingface
 
 from gpt2lite import GPTConfig, GPTModel, InsufficientMemoryError, UsageError, convert, generate
 from gpt2lite.cli.terminal import EMBEDDED
-from gpt2lite.generation import KVCache, cache_bytes
-from gpt2lite.generation.cache import CursorCache
+from gpt2lite.generation import ENGINES, KVCache
+from gpt2lite.generation.cache import CursorCache, cache_bytes
 from gpt2lite.generation.engines import last_logits
 from gpt2lite.generation.prompts import usable_vocabulary
 from gpt2lite.generation.sampling import (
@@ -30,20 +32,10 @@ from gpt2lite.tokenizer import tokenizer_for
 LONG = GPTConfig(vocab_size=101, context_length=256, emb_dim=48, n_heads=4, n_layers=3)
 
 
-@pytest.fixture(params=["torch", "numba"])
-def engine(request: pytest.FixtureRequest) -> str:
-    if request.param == "numba":
-        pytest.importorskip("numba", reason="the extra [cpu] is not installed")
-    return request.param
-
-
 @pytest.fixture
 def long_model() -> GPTModel:
     """One that does not run into a short cycle: position decides."""
-    generator, model = torch.Generator().manual_seed(0), GPTModel(LONG).eval()
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 2:
-            parameter.data.normal_(0, 2.0 if name == "pos_emb.weight" else 0.3, generator=generator)
+    model = where_positions_decide(GPTModel(LONG))
     assert len(set(model.generate([[1]], 100, engine="torch")[0].tolist())) > 20
     return model
 
@@ -104,12 +96,10 @@ def test_numba_computes_torchs_logits(activation: str, bias: bool, tied: bool):
 
 def steps(model: GPTModel, ids: torch.Tensor, engine: str) -> torch.Tensor:
     """Logits (B, 4, V) of four tokens behind a prompt."""
-    from gpt2lite.generation.engines import make_step
-
     with torch.inference_mode():
         cache = KVCache(model.config, len(ids), ids.shape[1], model.pos_emb.weight)
         last_logits(model, ids[:, :-4], cache)
-        step = make_step(model, cache, engine)
+        step = ENGINES[engine][1](model, cache)
         return torch.stack([step(column).float().clone() for column in ids[:, -4:].split(1, dim=1)], 1)
 
 
@@ -126,8 +116,6 @@ def test_numba_takes_any_number_of_tokens_at_a_time(
     long_model: GPTModel, sizes: tuple[int, ...], pads: tuple[int, ...] | None, dtype: torch.dtype
 ):
     pytest.importorskip("numba", reason="the extra [cpu] is not installed")
-    from gpt2lite.generation.engines import make_step
-
     ids = torch.randint(101, (3, 13), generator=torch.Generator().manual_seed(0))
     model = long_model.to(dtype)
     found = {}
@@ -135,7 +123,7 @@ def test_numba_takes_any_number_of_tokens_at_a_time(
         for engine in ("torch", "numba"):
             starts = None if pads is None else torch.tensor(pads)
             cache = KVCache(LONG, 3, 13, model.pos_emb.weight, starts)
-            step = make_step(model, cache, engine)
+            step = ENGINES[engine][1](model, cache)
             logits = [step(some) for some in ids.split(sizes, 1)]
             found[engine] = logits[-1].float()
     tolerance = (1e-5 if dtype == torch.float32 else 3e-2) * float(found["torch"].abs().max())
@@ -179,16 +167,7 @@ def test_a_whole_context_can_be_filled(model: GPTModel, engine: str):
 def test_generation_from_several_threads_at_once(long_model: GPTModel, engine: str):
     ids = torch.zeros(1, 3, dtype=torch.long)
     alone = long_model.generate(ids, 60, engine=engine)
-    found = []
-    threads = [
-        threading.Thread(target=lambda: found.append(long_model.generate(ids, 60, engine=engine)))
-        for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 4
+    found = in_threads(4, lambda: long_model.generate(ids, 60, engine=engine))
     assert all(torch.equal(each, alone) for each in found)
 
 
@@ -442,8 +421,87 @@ def test_a_cursor_on_the_device_computes_the_same(model: GPTModel, ids: torch.Te
         moving.memory = plain.memory.clone()
         for token in range(5):
             column = torch.full((2, 1), token)
+            moving.cursor.fill_(plain.length)
             expected, found = last_logits(model, column, plain), last_logits(model, column, moving)
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """Graphs emulated by running the same work on the same tensors again; the devices that recorded them."""
+    devices: list[torch.device] = []
+
+    def record(device: torch.device, work: Callable[[], torch.Tensor]) -> tuple[Callable, torch.Tensor]:
+        devices.append(device)
+        for _ in range(2):
+            work()
+        result = work().clone()
+        return lambda: result.copy_(work()), result
+
+    monkeypatch.setattr("gpt2lite.generation.engines.record", record)
+    monkeypatch.setattr("gpt2lite.generation.engines.has_graphs", lambda device: True)
+    return devices
+
+
+@pytest.mark.parametrize(
+    ("prompts", "count", "options", "graphs"),
+    [
+        ([[1]], 255, {}, 1),
+        ([[1] * 253], 3, {}, 1),  # recorded where the context ends
+        ([[1], [5, 6, 7, 8], [9] * 40], 200, {}, 1),
+        ([[1]], 400, {"window": 1}, 1),
+        ([[1], [5, 6, 7, 8]], 400, {"window": 1}, 2),  # the pads end with the first window
+        ([[1], [5, 6, 7, 8]], 800, {"window": 3}, 2),
+        ([[1, 2], [3]], 60, {"temperature": 1.5, "seed": 3, "repetition_penalty": 1.3}, 1),
+    ],
+)
+def test_replayed_graphs_write_torchs_tokens(
+    long_model: GPTModel, recorded: list, prompts: list[list[int]], count: int, options: dict, graphs: int
+):
+    wanted = long_model.generate(prompts, count, engine="torch", **options)
+    found = long_model.generate(prompts, count, engine="cuda_graph", **options)
+    assert [row.tolist() for row in found] == [row.tolist() for row in wanted]
+    assert len(recorded) == graphs
+
+
+def test_a_graph_is_recorded_on_its_own_device_and_not_on_the_current(monkeypatch: pytest.MonkeyPatch):
+    from gpt2lite import devices
+
+    said: list[str] = []
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def wait_stream(self, other: Stream) -> None:
+            assert other.device == self.device
+
+        def __enter__(self) -> None:
+            said.append(f"stream of {self.device}")
+
+        def __exit__(self, *_: object) -> None: ...
+
+    @contextmanager
+    def current(index: int) -> Iterator[None]:
+        said.append(f"device {index}")
+        yield
+        said.append("back")
+
+    monkeypatch.setattr(devices, "is_here", lambda device: True)
+    monkeypatch.setattr(torch.accelerator, "device_index", current)
+    monkeypatch.setattr(torch.accelerator, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay="replays"))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: stream)
+
+    def work() -> torch.Tensor:
+        said.append("work")
+        return torch.ones(2)
+
+    replay, result = devices.record(torch.device("cuda", 1), work)
+    assert (replay, result.tolist()) == ("replays", [1, 1])
+    own = "stream of cuda:1"
+    assert said == ["device 1", own, "work", "work", own, "work", "back"]
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------
@@ -455,7 +513,7 @@ def test_a_cursor_on_the_device_computes_the_same(model: GPTModel, ids: torch.Te
         (
             [[1] * 30],
             {"max_new_tokens": 5},
-            r"30 tokens and 5 new ones are more than the context of 32.* 2 at most.*window=16",
+            r"30 tokens and 5 new ones exceed the context of 32.* 2 at most.*window=16",
         ),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ([[101]], {}, r"ids must be in 0 … 100, got 101 … 101"),
@@ -471,11 +529,11 @@ def test_a_cursor_on_the_device_computes_the_same(model: GPTModel, ids: torch.Te
         ([[1]], {"min_p": 2.0}, "min_p must be in 0 … 1, got 2"),
         ([[1]], {"repetition_penalty": 0.0}, "repetition_penalty must be a positive number"),
         ([[1]], {"window": 32}, "window must be an int in 1 … 31, got 32"),
-        ([[1]], {"stop": [1.5]}, "stop must be token ids and strings"),
-        ([[1]], {"stop": [""]}, "stop must be token ids and strings that are not empty"),
+        ([[1]], {"stop": [1.5]}, "stop must be token ids and non-empty strings"),
+        ([[1]], {"stop": [""]}, "stop must be token ids and non-empty strings"),
         ([[1]], {"stop": ["."]}, "stop strings need the encoding"),
-        ([[1]], {"engine": "warp"}, "no engine is called 'warp'; there are auto, numba, cuda_graph, torch"),
-        ([[1]], {"engine": "cuda_graph"}, "cannot run this model: the model is not on a CUDA device"),
+        ([[1]], {"engine": "warp"}, "unknown engine 'warp'; choose from auto, numba, cuda_graph, torch"),
+        ([[1]], {"engine": "cuda_graph"}, "cannot run this model: the model is not on a GPU"),
     ],
 )
 def test_what_cannot_be_generated_is_one_clear_error(model: GPTModel, ids: list, options: dict, message: str):
@@ -529,5 +587,5 @@ def test_a_stopped_row_is_filled_with_what_the_model_knows():
 
 @pytest.mark.parametrize("stop", [[None, 1], [True], [1.5], [b"x"], [""]])
 def test_what_is_no_stop_is_refused(model: GPTModel, stop: list[object]):
-    with pytest.raises(UsageError, match="stop must be token ids and strings that are not empty"):
+    with pytest.raises(UsageError, match="stop must be token ids and non-empty strings"):
         model.generate([[1]], 2, stop=stop, encoding=tokenizer_for(EMBEDDED, 1024))

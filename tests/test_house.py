@@ -16,8 +16,9 @@ PACKAGE = Path(gpt2lite.__file__).parent
 FLOORS = [
     {"errors", "_version", "_torch", "sampler", "collector"},
     {"devices"},
-    {"config", "checkpoint", "memory", "hub", "quantization", "encoding", "reading_text"},
-    {"dialects", "byte_pairs", "tracking"},
+    {"config", "checkpoint", "memory", "quantization", "encoding", "reading_text"},
+    {"dialects", "tracking"},
+    {"hub"},
     {"tokenizer"},
     {"loading"},
     {"opening"},
@@ -76,10 +77,21 @@ def test_a_wrong_import_is_found(source: str):
     assert wrong_imports("loading", source)
 
 
-def test_the_public_names_are_sorted_exist_and_are_all_that_is_documented():
-    names = gpt2lite.__all__
-    assert names == sorted(names, key=lambda name: (not name.isupper(), not name[0].isupper(), name))
-    assert all(hasattr(gpt2lite, name) for name in names)
+def test_the_public_names_exist_and_are_those_that_a_type_checker_sees():
+    assert all(hasattr(gpt2lite, name) for name in gpt2lite.__all__)
+    assert set(gpt2lite.__all__) <= set(dir(gpt2lite))
+    imports = [
+        node
+        for node in ast.walk(ast.parse((PACKAGE / "__init__.py").read_text()))
+        if isinstance(node, ast.ImportFrom)
+    ]
+    seen = {alias.name: node.module for node in imports if node.module != "typing" for alias in node.names}
+    assert seen == {"__version__": "gpt2lite._version"} | gpt2lite._MODULES
+
+
+def test_a_name_that_is_not_public_is_no_attribute():
+    with pytest.raises(AttributeError, match="module 'gpt2lite' has no attribute 'GPTMode'"):
+        _ = gpt2lite.GPTMode
 
 
 def calls(path: Path) -> list[ast.Call]:

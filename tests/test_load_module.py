@@ -436,7 +436,7 @@ def test_what_a_modules_own_loading_refuses_is_a_checkpoint_error(tmp_path: Path
 def test_a_module_that_loads_itself_is_refused_where_baseline_does_not_fit(tmp_path: Path):
     torch.save(PreHook().state_dict(), tmp_path / "model.pth")
     with pytest.raises(InsufficientMemoryError, match="baseline would take"):
-        load_module(PreHook, tmp_path / "model.pth", max_host_memory=50)
+        load_module(PreHook, tmp_path / "model.pth", max_host_memory="50B")
 
 
 def test_batch_norm_needs_no_loading_of_its_own(tmp_path: Path):

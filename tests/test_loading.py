@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import io
 import json
 import math
 import os
@@ -31,7 +30,7 @@ from gpt2lite import (
     load_module,
     save_per_tensor,
 )
-from gpt2lite.checkpoint import reading
+from gpt2lite.checkpoint.source import FileReader
 from gpt2lite.loading import stream as stream_engine
 
 ONE_FILE = [name for name in STRATEGIES if name != "per_tensor"]
@@ -493,19 +492,18 @@ def test_strided_scalar_empty_and_integer_tensors_load_into_any_module(
 
 
 def test_an_error_of_a_reader_is_raised_and_stops_the_others(pth: Path, monkeypatch: pytest.MonkeyPatch):
-    real, calls = reading.read_file_into, []
+    real, calls = FileReader.read_into, []
     fails_at = math.inf
 
-    def failing(memories: Iterable[memoryview], file: io.FileIO, offset: int) -> None:
+    def failing(file: FileReader, memories: Iterable[memoryview], offset: int) -> None:
         calls.append(offset)
         if len(calls) == fails_at:
             raise OSError(5, "the disk is gone")
         if len(calls) > fails_at:
             time.sleep(0.05)  # a busy machine may take its time to tell the others
-        real(memories, file, offset)
+        real(file, memories, offset)
 
-    for module in (stream_engine, reading):
-        monkeypatch.setattr(module, "read_file_into", failing)
+    monkeypatch.setattr(FileReader, "read_into", failing)
     for dtype in (None, torch.bfloat16):  # read in place, and through the ring
         load = partial(GPTModel.from_checkpoint, pth, config=HEADS, dtype=dtype)
         fails_at, tuning = math.inf, Tuning(chunk_bytes=4096, ring_bytes=4096)
@@ -519,13 +517,13 @@ def test_an_error_of_a_reader_is_raised_and_stops_the_others(pth: Path, monkeypa
 
 
 def test_a_file_that_changes_during_the_load_is_an_error(pth: Path, monkeypatch: pytest.MonkeyPatch):
-    real = stream_engine.read_file_into
+    real = FileReader.read_into
 
-    def touching(memories: Iterable[memoryview], file: io.FileIO, offset: int) -> None:
+    def touching(file: FileReader, memories: Iterable[memoryview], offset: int) -> None:
         os.utime(pth, ns=(1, 1))
-        real(memories, file, offset)
+        real(file, memories, offset)
 
-    monkeypatch.setattr(stream_engine, "read_file_into", touching)
+    monkeypatch.setattr(FileReader, "read_into", touching)
     with pytest.raises(CheckpointError, match=r"model.pth: changed while it was being read"):
         GPTModel.from_checkpoint(pth, config=HEADS)
 
@@ -765,7 +763,7 @@ def test_a_tied_config_for_an_untied_file_is_refused(pth: Path):
 
 
 def test_a_head_count_that_cannot_be_known_says_what_to_pass(pth: Path):
-    with pytest.raises(CheckpointError, match=r'Pass config=\{"n_heads": …\} .* into model.json beside it'):
+    with pytest.raises(CheckpointError, match=r'Pass config=\{"n_heads": …\} .* into model.json'):
         GPTModel.from_checkpoint(pth)
 
 
@@ -793,7 +791,7 @@ def test_the_head_count_is_found_in_a_side_file_a_wrapper_or_a_config_json(model
 
 def test_a_side_file_that_is_no_json_is_named(pth: Path):
     pth.with_suffix(".json").write_text("not json")
-    with pytest.raises(CheckpointError, match=r"model.json: not sound JSON"):
+    with pytest.raises(CheckpointError, match=r"model.json: not valid JSON"):
         GPTModel.from_checkpoint(pth)
 
 
@@ -826,7 +824,7 @@ def test_a_wrong_head_count_that_cannot_divide_is_refused(pth: Path):
 
 def test_weights_of_something_else_name_what_was_found(tmp_path: Path):
     path = save_pth(nn.Linear(2, 2).state_dict(), tmp_path)
-    with pytest.raises(CheckpointError, match=r"not a GPT-2 that is known here; it holds weight, bias"):
+    with pytest.raises(CheckpointError, match=r"not a GPT-2 with known names; it holds weight, bias"):
         GPTModel.from_checkpoint(path)
 
 

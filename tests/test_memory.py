@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 from gpt2lite import GPTConfig, GPTModel, UsageError, clean_up, track_memory
+from gpt2lite.collector import collector_paused
 from gpt2lite.memory import cgroup_grants, find_budget, host_memory, human, parse_size, process_grants
 
 MIB = 1 << 20
@@ -84,7 +87,7 @@ with track_memory() as memory:
     assert 19 * MIB <= found["anonymous"] <= 32 * MIB
 
 
-def test_the_report_speaks_in_gb():
+def test_the_report_speaks_in_the_articles_gb():
     with track_memory("cpu") as memory:
         pass
     assert memory.report().startswith("Maximum CPU memory allocated: 0.00 GB (+ 0.0")
@@ -164,14 +167,14 @@ def make_cgroup() -> Path:
 
 
 @needs_proc
-def test_a_containers_limit_is_what_can_be_had():
+def test_a_containers_limit_is_what_is_available():
     folder = make_cgroup()
     try:
         (folder / "memory.limit_in_bytes").write_text(str(600 * MIB))
         script = f"""
 import os
 open({str(folder / "cgroup.procs")!r}, "w").write(str(os.getpid()))
-from gpt2lite.memory import cgroup_grants, find_budget, host_memory, human, parse_size, process_grants
+from gpt2lite.memory import host_memory
 found = host_memory()
 print(found.available, found.limited_by)
 """
@@ -376,9 +379,28 @@ def test_what_no_forecast_counts_is_left_alone():
     assert budget <= free * 0.98 + (64 << 20)
 
 
-@pytest.mark.parametrize("size", ["9" * 400, 10**5000, 1 << 80], ids=["text", "huge", "large"])
-def test_numbers_beyond_counting_are_refused(size: int | str):
-    with pytest.raises(UsageError, match="is no amount of memory"):
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ("9" * 400, "is not a memory size; write 512MiB, 2.5GiB, 8GB or a number of bytes"),
+        (10**5000, "so large a number is not a memory size"),
+        (1 << 80, "so large a number is not a memory size"),
+        ("much", "'much' is not a memory size"),
+        ("8 iB", "'8 iB' is not a memory size"),
+        ("-8G", "'-8G' is not a memory size"),
+        (True, "True is not a memory size"),
+        (1.5e9, "1500000000.0 is not a memory size"),
+        (0, "0 is not a memory size"),
+        ("0G", "'0G' is not a memory size"),
+        ("0.0001KiB", "is not a memory size"),
+        (8, "memory size 8 has no unit; write 8GiB, 8MiB or 8B"),
+        ("512", "memory size 512 has no unit; write 512GiB"),
+        (MIB - 1, "memory size 1048575 has no unit"),
+    ],
+    ids=lambda value: str(value)[:12] if isinstance(value, str) or abs(value) < 1 << 80 else "huge",
+)
+def test_what_is_no_size_or_lacks_its_unit_is_refused(size: int | str, message: str):
+    with pytest.raises(UsageError, match=re.escape(message)):
         parse_size(size)
 
 
@@ -388,14 +410,74 @@ def test_no_cgroups_at_all_grant_everything(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("size", "nbytes"),
-    [(1, 1), ("123", 123), ("512MiB", 512 << 20), ("2.5 GiB", 5 << 29), ("8GB", 8 * 10**9), (" 1KB ", 1000)],
+    [
+        (MIB, MIB),
+        ("1048576", MIB),
+        ("1 B", 1),
+        ("512MiB", 512 << 20),
+        ("2.5 GiB", 5 << 29),
+        ("8gib", 8 << 30),
+        ("8Gi", 8 << 30),
+        ("8G", 8 << 30),
+        ("512m", 512 << 20),
+        ("8GB", 8 * 10**9),
+        ("8gb", 8 * 10**9),
+        ("0.65 GB", 65 * 10**7),
+        (" 1KB ", 1000),
+        ("1t", 1 << 40),
+    ],
 )
 def test_sizes(size: int | str, nbytes: int):
     assert parse_size(size) == nbytes
 
 
-def test_sizes_for_people_come_back():
-    assert parse_size(human(3 << 30)) == 3 << 30
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (622 << 20, "622.0 MiB"), (3 << 30, "3.00 GiB")],
+)
+def test_sizes_for_people_come_back(nbytes: int, text: str):
+    assert human(nbytes) == text
+    assert not nbytes or parse_size(text) == nbytes
+
+
+@pytest.mark.parametrize("was_enabled", [True, False])
+def test_the_collector_is_as_it_was_after_overlapping_pauses_in_two_threads(was_enabled: bool):
+    found, first_left, second_in = [], threading.Event(), threading.Event()
+
+    def second() -> None:
+        with collector_paused():
+            second_in.set()
+            first_left.wait()
+            found.append(gc.isenabled())
+
+    before = gc.isenabled()
+    (gc.enable if was_enabled else gc.disable)()
+    try:
+        with collector_paused():
+            thread = threading.Thread(target=second)
+            thread.start()
+            second_in.wait()
+        first_left.set()
+        thread.join()
+        assert (found, gc.isenabled()) == ([False], was_enabled)
+    finally:
+        (gc.enable if before else gc.disable)()
+
+
+def test_without_proc_a_thread_samples_the_resident_set():
+    body = """
+from gpt2lite import tracking
+tracking._status = dict  # as on a system without /proc
+with track_memory() as memory:
+    held = torch.ones(80 << 18)
+    time.sleep(0.1)
+    del held
+assert memory.method.startswith("resident set"), memory.method
+"""
+    found = in_fresh_process(body + REPORT)
+    assert 70 * MIB <= found["anonymous"] <= 100 * MIB
+    assert found["total"] is None
+    assert found["points"] >= 2
 
 
 def test_a_cap_lowers_a_budget_and_never_raises_it():

@@ -16,8 +16,7 @@ from test_loading import assert_equal_bits
 from gpt2lite import CheckpointError, GPTConfig, GPTModel, Tuning, forecast, track_memory
 from gpt2lite.benchmarking import write_random_checkpoint
 from gpt2lite.checkpoint import open_checkpoint
-from gpt2lite.checkpoint.page_cache import PastCache, forget_cached, is_best_past_cache, read_each
-from gpt2lite.checkpoint.reading import read_file_into
+from gpt2lite.checkpoint.source import BUFFER_BYTES, LocalFile, PastCache, read_each
 
 CONFIG = GPTConfig(8000, 512, 512, 8, 8)
 
@@ -43,7 +42,7 @@ def pages_cached(path: Path) -> int:
 
 
 def forget(path: Path) -> None:
-    forget_cached(path)
+    LocalFile(path).forget()
     if pages_cached(path) > path.stat().st_size // 4:
         pytest.skip("this file system does not give cached pages back")
 
@@ -99,19 +98,19 @@ def test_what_was_read_can_leave_the_page_cache(dtype: torch.dtype | None, large
 @pytest.fixture
 def past_cache_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The bytes that each read past the page cache brings."""
-    reads, real = [], PastCache.read_into
+    reads, real = [], PastCache.read_once
 
     def counting(file: PastCache, memories: list[memoryview], offset: int) -> int:
         reads.append(real(file, memories, offset))
         return reads[-1]
 
-    monkeypatch.setattr(PastCache, "read_into", counting)
+    monkeypatch.setattr(PastCache, "read_once", counting)
     return reads
 
 
 def forget_for_past_cache(path: Path) -> None:
     forget(path)
-    if not is_best_past_cache(path):
+    if not LocalFile(path).is_best_past_cache():
         pytest.skip("this system does not read this file past the page cache, or not fast")
     forget(path)  # the pages that told
 
@@ -126,11 +125,11 @@ def test_reads_past_the_page_cache_fill_memories_in_order(large: Path):
             memory = memoryview(bytearray(chance.choice([1, most, chance.randrange(1, most)])))
             cuts = sorted(chance.randrange(len(memory) + 1) for _ in range(6))
             parts = [memory[a:b] for a, b in zip([0, *cuts], [*cuts, len(memory)], strict=True)]
-            read_file_into(parts, file, offset)
+            file.read_into(parts, offset)
             assert memory == whole[offset : offset + len(memory)], offset
         for offset, nbytes in ((len(whole) - 10, 11), (len(whole), 1), (len(whole) + 5000, 1)):
             with pytest.raises(CheckpointError, match=r"model.pth: ends at byte"):
-                read_file_into([memoryview(bytearray(nbytes))], file, offset)
+                file.read_into([memoryview(bytearray(nbytes))], offset)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -172,7 +171,7 @@ def test_buffers_of_reads_past_the_page_cache_are_foretold(large: Path):
     with track_memory() as memory:
         loaded = GPTModel.from_checkpoint(large, strategy="stream", **options)
     assert loaded.config.n_layers == 8
-    assert foretold.peak_host_anonymous - foretold.stays_host == 8 * PastCache.nbytes
+    assert foretold.peak_host_anonymous - foretold.stays_host == 8 * BUFFER_BYTES
     assert foretold.stays_host - (1 << 20) < memory.peak_host_anonymous
     assert memory.peak_host_anonymous < foretold.peak_host_anonymous + (1 << 20)
 

@@ -214,7 +214,7 @@ def test_a_base_that_is_not_there_is_named(name: object, adapter: Path):
     edited(adapter, base_model_name_or_path=name)
     torch.save({}, adapter / "optimizer.pt")
     with pytest.raises(
-        CheckpointError, match=r"without its base, which base_model_name_or_path in adapter_conf"
+        CheckpointError, match=r"without its base: base_model_name_or_path=.* in adapter_conf"
     ):
         GPTModel.from_checkpoint(adapter)
 
@@ -248,7 +248,9 @@ def test_half_an_adapter_beside_a_base_is_refused(absent: str, folder: Path):
 
 
 def test_what_an_adapter_does_not_go_with_is_an_error(adapter: Path, tmp_path: Path):
-    with pytest.raises(CheckpointError, match=r"holds no LoRA layers that lack it, but lora_alpha=2\.0"):
+    with pytest.raises(
+        CheckpointError, match=r"holds no LoRA layers without an alpha; leave out lora_alpha=2\.0"
+    ):
         GPTModel.from_checkpoint(adapter, lora_alpha=2.0)
     with pytest.raises(UsageError, match="LoRA layers are merged into weights that are not int8"):
         GPTModel.from_checkpoint(adapter, quantize="int8")
@@ -292,7 +294,9 @@ OTHER_METHODS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("said", OTHER_METHODS)
 def test_another_method_is_refused_by_name(said: str, folder: Path):
     saved(tuned(folder, OTHER_METHODS[said]()), folder)
-    with pytest.raises(CheckpointError, match=f"adapter_config.json: not a LoRA that is read here.*{said}"):
+    with pytest.raises(
+        CheckpointError, match=f"adapter_config.json: gpt2lite does not read a LoRA with .*{said}"
+    ):
         GPTModel.from_checkpoint(folder)
 
 
@@ -312,7 +316,7 @@ REFUSED: dict[str, Any] = {
 
 @pytest.mark.parametrize("field", REFUSED)
 def test_a_field_that_asks_for_another_computation_is_refused_by_name(field: str, adapter: Path):
-    with pytest.raises(CheckpointError, match=f"not a LoRA that is read here, by {field}="):
+    with pytest.raises(CheckpointError, match=f"gpt2lite does not read a LoRA with {field}="):
         GPTModel.from_checkpoint(edited(adapter, **{field: REFUSED[field]}))
 
 
@@ -378,7 +382,7 @@ DAMAGES: dict[str, Callable[[dict[str, Tensor]], object]] = {
         {"base_model.model.score.weight": torch.ones(2)}
     ),
     "0 LoRA layers fit": lambda state: state.clear(),
-    r"lora_A.weight has shape \(5, 48\), .* says that its rank is 4": lambda state: state.update(
+    r"lora_A.weight has shape \(5, 48\), .* gives it rank 4": lambda state: state.update(
         {f"{KEY}.lora_A.weight": torch.ones(5, 48)}
     ),
     r"do not fit trf_blocks.0.att.W_query.weight, which is \(48, 48\)": lambda state: state.update(
@@ -407,3 +411,14 @@ def test_a_saved_module_that_the_file_lacks_is_refused(adapter: Path):
 def test_planning_knows_the_adapter(adapter: Path, folder: Path):
     more = forecast(adapter)["stream"].peak_host_anonymous - forecast(folder)["stream"].peak_host_anonymous
     assert more > 0
+
+
+def test_an_adapters_tensor_of_a_dtype_that_torch_lacks_is_refused(tmp_path: Path):
+    folder = saved(tuned(base(tmp_path / "base"), **CONV1D), tmp_path / "adapter")
+    path = folder / "adapter_model.safetensors"
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = raw[8 : 8 + length].replace(b'"F32"', b'"F33"', 1)
+    path.write_bytes(raw[:8] + header + raw[8 + length :])
+    with pytest.raises(CheckpointError, match=r"cannot read these tensors:\n.*lora_A"):
+        GPTModel.from_pretrained(folder)

@@ -13,11 +13,20 @@ import torch
 from conftest import TINY
 from test_loading import HEADS, KINDS, save_pth
 
-from gpt2lite import STRATEGIES, GPTConfig, GPTModel, InsufficientMemoryError, Tuning, UsageError, forecast
+from gpt2lite import (
+    STRATEGIES,
+    CheckpointError,
+    GPTConfig,
+    GPTModel,
+    InsufficientMemoryError,
+    Tuning,
+    UsageError,
+    forecast,
+)
 from gpt2lite.benchmarking import write_random_checkpoint
 from gpt2lite.cli import main
 from gpt2lite.generation.cache import KVCache
-from gpt2lite.generation.engines import make_step
+from gpt2lite.generation.engines import ENGINES
 from gpt2lite.quantization import Int8Embedding, Int8Linear
 
 MIB = 1 << 20
@@ -100,7 +109,7 @@ def test_numba_gives_torchs_logits_of_int8(pth: Path, dtype: torch.dtype, ids: t
     with torch.inference_mode():
         wanted = found(ids)[:, -1].float()
         cache = KVCache(found.config, len(ids), ids.shape[1], found.pos_emb.weight)
-        step = make_step(found, cache, "numba")
+        step = ENGINES["numba"][1](found, cache)
         step(ids[:, :-3])
         logits = [step(column) for column in ids[:, -3:].split(1, 1)][-1]
     tolerance = (1e-5 if dtype == torch.float32 else 2e-2) * float(wanted.abs().max())
@@ -182,3 +191,28 @@ def test_the_commands_take_it(pth: Path, capsys: pytest.CaptureFixture[str]):
     assert shown.splitlines()[-1].split() == ["auto", "stream"]
     assert main(["generate", "--quantize", "int8", "--max-new-tokens", "8"]) == 0
     assert capsys.readouterr().out.startswith("Once upon a time")
+
+
+KEPT_MIXTURES = {
+    "tok_emb.weight": True,
+    "out_head.weight": True,
+    "final_norm.scale": False,
+    "pos_emb.weight": False,
+}
+
+
+@pytest.mark.parametrize(("name", "loads"), KEPT_MIXTURES.items())
+@pytest.mark.parametrize("dtypes", [(torch.float16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+def test_a_file_of_several_dtypes_computes_or_is_refused_when_it_is_loaded(
+    model: GPTModel, tmp_path: Path, ids: torch.Tensor, name: str, loads: bool, dtypes: tuple
+):
+    most, other = dtypes
+    state = {each: tensor.to(other if each == name else most) for each, tensor in model.state_dict().items()}
+    path = save_pth(state, tmp_path)
+    if loads:
+        found = GPTModel.from_checkpoint(path, config=HEADS, quantize="int8")
+        assert found(ids).dtype == most
+        assert found.generate(ids, 3).shape == (2, 20)
+        return
+    with pytest.raises(CheckpointError, match=rf"holds .*{name} …\); GPTModel computes in one of"):
+        GPTModel.from_checkpoint(path, config=HEADS, quantize="int8")

@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,16 @@ import pytest
 import torch
 from test_loading import HEADS, KINDS, assert_equal_bits, expected_parameters
 
-from gpt2lite import GPTConfig, GPTModel, Tuning, UsageError, forecast, load_module
+from gpt2lite import STRATEGIES, GPTConfig, GPTModel, Tuning, UsageError, forecast, load_module
 from gpt2lite.benchmarking import write_random_checkpoint
-from gpt2lite.checkpoint import reading
+from gpt2lite.checkpoint import open_checkpoint
+from gpt2lite.checkpoint.source import FileReader
 from gpt2lite.collector import collector_paused
+from gpt2lite.dialects import Placement, read_names
+from gpt2lite.dialects.tables import Drop, Narrow, Transpose
+from gpt2lite.loading import LoadPlan, make_plan, schedule
 from gpt2lite.loading import stream as stream_engine
+from gpt2lite.loading.schedule import Schedule
 
 MIB = 1 << 20
 SMALL = Tuning(readers=4, chunk_bytes=4096, ring_bytes=1 << 15)
@@ -40,9 +46,9 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, dict[str
 
 def troubled(chance: random.Random) -> Any:
     """Reads that come late, now and then, and are as short as a system's may be."""
-    real = reading.read_once
+    real = FileReader.read_once
 
-    def read_once(file: Any, memories: list[memoryview], offset: int) -> int:
+    def read_once(file: FileReader, memories: list[memoryview], offset: int) -> int:
         if chance.random() < 0.05:
             time.sleep(chance.random() / 200)
         some = memories[: chance.randint(1, len(memories))]
@@ -65,7 +71,7 @@ def test_late_and_short_reads_change_no_bit(
     if not has_preadv:
         for name in ("preadv", "RWF_NOWAIT"):
             monkeypatch.delattr(os, name, raising=False)
-    monkeypatch.setattr(reading, "read_once", troubled(random.Random(7)))
+    monkeypatch.setattr(FileReader, "read_once", troubled(random.Random(7)))
     loaded = GPTModel.from_checkpoint(path, strategy="stream", config=HEADS, dtype=dtype, tuning=SMALL)
     assert_equal_bits(loaded, expected, dtype)
     assert_equal_bits(loaded, plain.state_dict())
@@ -75,14 +81,14 @@ def test_late_and_short_reads_change_no_bit(
 def test_one_read_fills_neighbours_and_leaves_what_lies_between_them(pth: Path):
     """The chunk is as large as the file, so only what is too far apart takes a read of its own."""
     tuning, calls = Tuning(readers=1), []
-    real = reading.read_once
+    real = FileReader.read_once
 
-    def counting(file: Any, memories: list[memoryview], offset: int) -> int:
+    def counting(file: FileReader, memories: list[memoryview], offset: int) -> int:
         calls.append(len(memories))
         return real(file, memories, offset)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading, "read_once", counting)
+        patch.setattr(FileReader, "read_once", counting)
         loaded = GPTModel.from_checkpoint(pth, strategy="stream", config=HEADS, tuning=tuning)
     assert_equal_bits(loaded, torch.load(pth, weights_only=True))
     assert len(calls) < sum(calls) / 4
@@ -121,12 +127,12 @@ def test_a_ring_of_one_slot_fills_every_bit(
     monkeypatch: pytest.MonkeyPatch,
 ):
     path, expected = case
-    monkeypatch.setattr(stream_engine, "FEWEST_SLOTS", 1)
+    monkeypatch.setattr(schedule, "FEWEST_SLOTS", 1)
     real, counts = stream_engine.Ring.__init__, []
 
-    def counting(self: stream_engine.Ring, count: int, *args: Any) -> None:
-        counts.append(count)
-        real(self, count, *args)
+    def counting(self: stream_engine.Ring, plan: schedule.Schedule, *args: Any) -> None:
+        counts.append(plan.slots)
+        real(self, plan, *args)
 
     monkeypatch.setattr(stream_engine.Ring, "__init__", counting)
     tuning = Tuning(readers=readers, chunk_bytes=4096, ring_bytes=4096)
@@ -142,8 +148,8 @@ def readers_left() -> list[str]:
 
 @pytest.mark.parametrize("count", [1, 3, 4, 64])
 def test_shares_are_runs_in_order_of_about_as_many_bytes(count: int):
-    chunks = [stream_engine.Chunk(Path(), i, nbytes, (), True) for i, nbytes in enumerate([7, 1, 9, 3] * 5)]
-    found = stream_engine.shares(chunks, count)
+    chunks = [schedule.Chunk(Path(), i, nbytes, (), True) for i, nbytes in enumerate([7, 1, 9, 3] * 5)]
+    found = schedule.shares(chunks, count)
     assert [chunk for share in found for chunk in share] == chunks
     assert len(found) <= count
     assert max(sum(chunk.nbytes for chunk in share) for share in found) <= 100 / count + 9
@@ -159,9 +165,10 @@ def test_an_error_leaves_no_thread_and_no_open_file(
     def failing(*_: object, **__: object) -> None:
         raise ZeroDivisionError(f"{where} broke")
 
-    broken = "landings" if where == "a copy" else "read_file_into"
-    if where != "a progress":
-        monkeypatch.setattr(stream_engine, broken, failing)
+    if where == "a copy":
+        monkeypatch.setattr(stream_engine, "landings", failing)
+    elif where != "a progress":
+        monkeypatch.setattr(FileReader, "read_into", failing)
     folder = Path("/proc/self/fd")
     before = len(list(folder.iterdir())) if folder.exists() else 0
     with pytest.raises(ZeroDivisionError, match=f"{where} broke"):
@@ -181,16 +188,15 @@ def test_an_error_leaves_no_thread_and_no_open_file(
 def test_an_error_of_the_callers_progress_stops_the_readers(
     dtype: torch.dtype | None, case: tuple[Path, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
 ):
-    real, calls = reading.read_file_into, []
+    real, calls = FileReader.read_into, []
     whole = 0
 
-    def slow(memories: Any, file: Any, offset: int) -> None:
+    def slow(file: FileReader, memories: Any, offset: int) -> None:
         calls.append(offset)
         time.sleep(0.02 if whole else 0)
-        real(memories, file, offset)
+        real(file, memories, offset)
 
-    for module in (stream_engine, reading):
-        monkeypatch.setattr(module, "read_file_into", slow)
+    monkeypatch.setattr(FileReader, "read_into", slow)
 
     def failing(done: int, total: int) -> None:
         raise ZeroDivisionError("enough")
@@ -211,11 +217,11 @@ def test_an_error_that_is_kept_does_not_hold_the_model_once_it_is_gone(
     """Without the garbage collector's help."""
     held = []
 
-    def failing(memories: Iterator[memoryview], *_: object) -> None:
+    def failing(file: FileReader, memories: Iterator[memoryview], *_: object) -> None:
         held.extend(weakref.ref(memory.obj) for memory in memories if not isinstance(memory.obj, bytearray))
         raise ZeroDivisionError("broke")
 
-    monkeypatch.setattr(stream_engine, "read_file_into", failing)
+    monkeypatch.setattr(FileReader, "read_into", failing)
     gc.collect()
     gc.disable()
     try:
@@ -271,6 +277,140 @@ except InsufficientMemoryError as error:
     write_random_checkpoint(GPTConfig(8000, 512, 512, 8, 8), path)
     result = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True)
     assert "ulimit -v" in result.stdout, result.stderr
+
+
+@pytest.mark.usefixtures("unwritten_memory_is_nan")
+@pytest.mark.parametrize("granted", [0, 1])
+@pytest.mark.parametrize("dtype", CASTS)
+def test_fewer_threads_than_wanted_fill_every_bit(
+    case: tuple[Path, dict[str, torch.Tensor]],
+    dtype: torch.dtype | None,
+    granted: int,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    real, started = threading.Thread.start, []
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name.startswith("gpt2lite-reader"):
+            if len(started) == granted:
+                raise RuntimeError("can't start new thread")
+            started.append(thread.name)
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    path, expected = case
+    loaded = GPTModel.from_checkpoint(path, strategy="stream", config=HEADS, dtype=dtype, tuning=SMALL)
+    assert_equal_bits(loaded, expected, dtype)
+    assert len(started) == granted
+
+
+# ---- only what is wanted -----------------------------------------------------------------------------------
+
+ROWS, COLUMNS = 300, 2500  # 3 MB
+STORED = torch.arange(ROWS * COLUMNS, dtype=torch.float32)
+TENTH = Narrow(0, 10, 40)
+VIEWS: dict[str, tuple[torch.Tensor, tuple[Any, ...], torch.Tensor]] = {
+    "rows": (STORED.view(ROWS, COLUMNS), (TENTH,), STORED.view(ROWS, COLUMNS)[10:40]),
+    "rows of rows": (
+        STORED.view(ROWS, COLUMNS),
+        (Narrow(0, 100, 200), Narrow(0, 0, 3, 10)),
+        STORED.view(ROWS, COLUMNS)[100:130],
+    ),
+    "rows of the second third": (
+        STORED.view(3 * 100, COLUMNS),
+        (Narrow(0, 1, 2, 3), Narrow(0, 70, 100)),
+        STORED.view(3 * 100, COLUMNS)[170:200],
+    ),
+    "columns that are rows on disk": (
+        STORED.view(ROWS, COLUMNS),
+        (Transpose(), Narrow(1, 5, 35)),
+        STORED.view(ROWS, COLUMNS).t()[:, 5:35],
+    ),
+    "of a tensor that was saved transposed": (
+        STORED.view(ROWS, COLUMNS).t(),
+        (Transpose(), TENTH),
+        STORED.view(ROWS, COLUMNS)[10:40],
+    ),
+    "without its first axis": (
+        STORED.view(1, ROWS, COLUMNS),
+        (Drop(0), TENTH),
+        STORED.view(ROWS, COLUMNS)[10:40],
+    ),
+}
+
+
+def plan_of_a_part(stored: torch.Tensor, views: tuple[Any, ...], folder: Path, **options: Any) -> LoadPlan:
+    """A module whose one parameter is a view of what lies in a file."""
+    torch.save({"weight": stored}, folder / "model.pth")
+    placed = Placement("weight", views)
+    shape = placed.shape_of(tuple(stored.shape))
+    reading = read_names(open_checkpoint(folder / "model.pth"), ["weight"])
+    return make_plan(
+        replace(reading, placements={"weight": placed}),
+        lambda: torch.nn.ParameterDict({"weight": torch.empty(shape)}),
+        torch.device("cpu"),
+        options,
+    )
+
+
+@pytest.mark.usefixtures("unwritten_memory_is_nan")
+@pytest.mark.parametrize("views", VIEWS)
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "per_tensor"])
+@pytest.mark.parametrize("dtype", CASTS)
+def test_views_compose_for_every_strategy(
+    views: str, strategy: str, dtype: torch.dtype | None, tmp_path: Path
+):
+    stored, taken, expected = VIEWS[views]
+    plan = plan_of_a_part(stored, taken, tmp_path, dtype=dtype, tuning=Tuning(ring_bytes=1 << 15))
+    loaded = STRATEGIES[strategy].load(plan).weight
+    assert torch.equal(loaded, expected.to(dtype or torch.float32))
+    span = plan.targets[0].span
+    assert torch.equal(Placement("weight", taken).read(span), expected)
+
+
+def rchar() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+@pytest.mark.skipif(not os.access("/proc/self/io", os.R_OK), reason="needs /proc/self/io to count bytes read")
+@pytest.mark.parametrize("views", VIEWS)
+@pytest.mark.parametrize("dtype", CASTS)
+def test_a_tenth_of_the_rows_reads_a_tenth_of_the_bytes(
+    views: str, dtype: torch.dtype | None, tmp_path: Path
+):
+    stored, taken, _ = VIEWS[views]
+    plan = plan_of_a_part(stored, taken, tmp_path, dtype=dtype)
+    for read in (
+        lambda: STRATEGIES["stream"].load(plan),
+        lambda: plan.targets[0].placement.read(plan.targets[0].span),
+    ):
+        before = rchar()
+        read()
+        assert stored.nbytes / 10 <= rchar() - before <= stored.nbytes / 10 + 4096
+
+
+def test_forecast_and_run_follow_one_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    plan = plan_of_a_part(*VIEWS["rows"][:2], tmp_path, dtype=torch.bfloat16)
+    foretold = STRATEGIES["stream"].forecast(plan)
+    planned, real, followed = plan.schedule, stream_engine.Ring.__init__, []
+
+    def noting(self: stream_engine.Ring, schedule: Schedule, *args: Any) -> None:
+        followed.append(schedule)
+        real(self, schedule, *args)
+
+    monkeypatch.setattr(stream_engine.Ring, "__init__", noting)
+    STRATEGIES["stream"].load(plan)
+    assert [each is planned for each in followed] == [True]
+    ring = planned.slots * planned.slot_bytes
+    assert foretold.peak_host_anonymous == plan.model_bytes + ring
+
+
+def test_int8_of_tensorflows_weights_is_the_weights_to_half_a_step():
+    bundle = Path(__file__).parent / "data" / "openai_tf_tiny"
+    whole, int8 = (GPTModel.from_checkpoint(bundle, quantize=quantize) for quantize in (None, "int8"))
+    for block, quantized in zip(whole.trf_blocks, int8.trf_blocks, strict=True):
+        weight, found = block.att.W_key.weight, quantized.att.W_key
+        assert ((weight - found.weight * found.scale[:, None]).abs() <= found.scale[:, None] * 0.51).all()
 
 
 # ---- the memory that is filled -----------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -20,34 +19,19 @@ from test_checkpoint import assert_holds, assert_refused, bytes_of
 
 from gpt2lite import GPTConfig, GPTModel
 from gpt2lite.checkpoint import Manifest, open_checkpoint, side_file, tf_bundle
-from gpt2lite.checkpoint.crc32c import MAX_CHUNK, crc32c
 from gpt2lite.checkpoint.reading import read_span
-from gpt2lite.checkpoint.tf_bundle import MAGIC, MAX_INDEX_BYTES, check_crc32c
-from gpt2lite.cli import main
+from gpt2lite.checkpoint.tf_bundle import MAGIC, MAX_INDEX_BYTES
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError
 
 # GPT-2's names and shapes, 2 layers of 64, written by TensorFlow 2.21; expected.json is of its values.
 WRITTEN = Path(__file__).resolve().parent / "data" / "openai_tf_tiny"
 SHARD = "model.ckpt.data-00000-of-00001"
-FLOAT, STRING = 1, 7
+FLOAT, STRING, RESOURCE = 1, 7, 20
 INTO_SIGN = 1 << 63
+SUM = b"\xff" * 4  # a CRC-32C, which is not read
 
 
 # ---- a writer ----------------------------------------------------------------------------------------------
-
-
-def plain_crc32c(data: bytes) -> int:
-    """By the definition, bit after bit."""
-    register = 0xFFFFFFFF
-    for byte in data:
-        register ^= byte
-        for _ in range(8):
-            register = (register >> 1) ^ (register & 1) * 0x82F63B78
-    return register ^ 0xFFFFFFFF
-
-
-def mask(crc: int) -> int:
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def varint(number: int) -> bytes:
@@ -67,10 +51,10 @@ def shape_of(*sizes: int) -> bytes:
 
 def entry(
     shape: bytes = shape_of(2, 3), nbytes: int = 24, *, dtype: int = FLOAT, shard: int = 0, offset: int = 0,
-    crc: int = 0, more: bytes = b"",
+    more: bytes = b"",
 ) -> bytes:  # fmt: skip
     numbers = field(1, dtype) + field(2, shape) + field(3, shard) + field(4, offset) + field(5, nbytes)
-    return numbers + varint(6 << 3 | 5) + crc.to_bytes(4, "little") + more
+    return numbers + varint(6 << 3 | 5) + SUM + more
 
 
 def pair(key: bytes, value: bytes, shared: int = 0) -> bytes:
@@ -78,8 +62,7 @@ def pair(key: bytes, value: bytes, shared: int = 0) -> bytes:
 
 
 def block(*pairs: bytes, restarts: int = 1, kind: int = 0) -> bytes:
-    content = b"".join(pairs) + bytes(4) + restarts.to_bytes(4, "little") + bytes([kind])
-    return content + mask(plain_crc32c(content)).to_bytes(4, "little")
+    return b"".join(pairs) + bytes(4) + restarts.to_bytes(4, "little") + bytes([kind]) + SUM
 
 
 def table(*blocks: bytes, handles: list[bytes] | None = None) -> bytes:
@@ -116,7 +99,7 @@ def write_state(folder: Path, state: dict[str, torch.Tensor]) -> Path:
     data, pairs = b"", []
     for name, tensor in sorted(state.items()):
         raw = bytes(bytes_of(tensor))
-        content = entry(shape_of(*tensor.shape), len(raw), offset=len(data), crc=mask(plain_crc32c(raw)))
+        content = entry(shape_of(*tensor.shape), len(raw), offset=len(data))
         pairs.append(block(pair(name.encode(), content)))
         data += raw
     return write(folder, table(block(pair(b"", HEADER)), *pairs), data)
@@ -184,7 +167,6 @@ def test_scalars_empty_tensors_and_several_blocks_are_read(tmp_path: Path):
     state = {"scalar": torch.tensor(3.5), "none": torch.empty(0, 5), "w": torch.arange(6.0).reshape(2, 3)}
     manifest = open_checkpoint(write_state(tmp_path, state))
     assert_holds(manifest, state)
-    assert check_crc32c(manifest) == 3
 
 
 def test_tensors_of_several_data_files_are_read(tmp_path: Path):
@@ -198,9 +180,11 @@ def test_tensors_of_several_data_files_are_read(tmp_path: Path):
     assert len(manifest.files) == 3
 
 
-def test_strings_are_left_out(tmp_path: Path):
-    manifest = open_checkpoint(write(tmp_path, bundle(entry(), entry(dtype=STRING, offset=24))))
+@pytest.mark.parametrize("dtype", [STRING, RESOURCE, 0])
+def test_what_torch_has_no_dtype_for_is_listed_and_the_rest_is_read(dtype: int, tmp_path: Path):
+    manifest = open_checkpoint(write(tmp_path, bundle(entry(), entry(dtype=dtype, offset=24))))
     assert list(manifest.tensors) == ["w"]
+    assert manifest.unreadable == {"x": f"has TensorFlow's dtype {dtype}, which is not read"}
 
 
 WRITER = """
@@ -237,7 +221,6 @@ def test_every_dtype_that_tensorflow_writes_is_read_and_its_slices_are_refused(t
     expected |= {f"model/h{i}/attn/c_attn/w": torch.full((3,), float(i)) for i in range(20)}
     manifest = open_checkpoint(tmp_path / "model.ckpt")
     assert_holds(manifest, expected)
-    assert check_crc32c(manifest) == len(expected)
     assert_refused(tmp_path / "sliced.ckpt.index", "b'w' is partitioned: stored in slices")
 
 
@@ -272,17 +255,17 @@ DAMAGES = {
     "empty": (b"", "its 0 bytes do not end"),
     "too large": (bytes(MAX_INDEX_BYTES) + MAGIC, "larger than 1024 KiB"),
     "footer without an end": (bytes(60) + b"\xff" * 40 + MAGIC, "a number in it has no end"),
-    "footer of zeros": (bytes(100) + MAGIC, "does not agree with its sum"),
+    "footer of zeros": (bytes(100) + MAGIC, "a block of 0 bytes announces 0 restarts"),
     "footer past the file": (varint(2**63) * 4 + MAGIC, "lies in bytes 9223372036854775808"),
     "block past the footer": (handles_to(0, 1 << 40), "a block lies in bytes 0 to 1099511627776"),
-    "block elsewhere": (handles_to(3, 5), "does not agree with its sum"),
+    "block elsewhere": (handles_to(1, 5), "is compressed|announces .* restarts"),
     "one block twice": (one_block_twice(), "a block begins at byte 0, the one before ends at"),
     "a thousand empty blocks": (table(*[block()] * 1001), "has more than 1000 blocks"),
     "handle cut": (
         table(block(pair(b"", HEADER)), handles=[b"\x80"]),
         "a number in it has no end",
     ),
-    "snappy": (table(block(pair(b"", HEADER), kind=1)), "is compressed .type 1.*Save it again"),
+    "snappy": (table(block(pair(b"", HEADER), kind=1)), "is compressed.*Save it again"),
     "restarts past the block": (pairs(restarts=1 << 31), "announces 2147483648 restarts"),
     "shares more than there is": (pairs(pair(b"w", entry(), shared=1)), "shares 1 bytes with one of 0"),
     "value past the block": (
@@ -296,7 +279,7 @@ DAMAGES = {
     "name that is not UTF-8": (pairs(pair(b"\xff", entry())), r"the name b'\\xff' is not UTF-8"),
     "no header": (table(block(pair(b"w", entry()))), "begins with the entry b'w', not with the header"),
     "nothing": (table(),  "begins with the entry None"),
-    "big-endian": (bundle(entry(), header=HEADER + field(2, 1)), "other byte order, big-endian"),
+    "big-endian": (bundle(entry(), header=HEADER + field(2, 1)), "written on a big-endian machine"),
     "of the future": (bundle(entry(), header=field(1, 1) + field(3, field(2, 2))), "readers of version 2"),
     "no data files": (bundle(entry(), header=b""), "announces 0 data files"),
     "too many data files": (bundle(header=field(1, 1 << 40)), "announces 1099511627776 data files"),
@@ -315,9 +298,6 @@ DAMAGES = {
     "negative bytes": (bundle(entry(nbytes=INTO_SIGN)), "9223372036854775808 bytes, as no tensor"),
     "sizes that overflow": (bundle(entry(shape_of(2**40, 2**40))), "more bytes than can be counted"),
     "empty, sizes that overflow": (bundle(entry(shape_of(0, 2**62, 2**62), 0)), "more bytes than can be"),
-    "no dtype": (bundle(field(2, shape_of(2, 3))), "w has TensorFlow's dtype 0, which is not read"),
-    "resource": (bundle(entry(dtype=20)), "w has TensorFlow's dtype 20"),
-    "dtype that is a message": (bundle(field(1, b"\1")), "w has TensorFlow's dtype 0"),
     "data file that is not": (bundle(entry(shard=1)), "w lies in data file 1, counted from 0, of 1"),
     "too few bytes for its shape": (bundle(entry(nbytes=20)), "takes 20 bytes, .* needs 24"),
     "past the end": (bundle(entry(offset=4)), "w lies in bytes 4 to 28, the file ends at 24"),
@@ -349,7 +329,7 @@ def test_a_missing_data_file_is_named(copied: Path):
 def test_a_short_data_file_is_truncated(copied: Path):
     with open(copied / SHARD, "r+b") as file:
         file.truncate(474_000)
-    assert_refused(copied, "model/wte lies in bytes .*the file ends at 474000. It is truncated")
+    assert_refused(copied, "model/wte lies in bytes .*the file ends at 474000.*truncated")
 
 
 @pytest.mark.parametrize("name", [SHARD, "checkpoint"])
@@ -369,19 +349,6 @@ def test_an_index_cut_anywhere_is_a_checkpoint_error(copied: Path):
         path.write_bytes(data[:size])
         with pytest.raises(CheckpointError, match="do not end as a TensorFlow index does"):
             open_checkpoint(copied)
-
-
-def test_a_flipped_byte_in_any_block_is_noticed(copied: Path):
-    path = copied / "model.ckpt.index"
-    data, sound = path.read_bytes(), open_checkpoint(copied).tensors
-    for at in (*range(0, 880, 11), *range(880, len(data) - 48)):
-        path.write_bytes(data[:at] + bytes([data[at] ^ 0x04]) + data[at + 1 :])
-        with pytest.raises(CheckpointError, match="does not agree with its sum"):
-            open_checkpoint(copied)
-    for at in range(len(data) - 48, len(data)):
-        path.write_bytes(data[:at] + bytes([data[at] ^ 0x04]) + data[at + 1 :])
-        opened = opened_soundly(copied)
-        assert opened is None or opened.tensors == sound
 
 
 def opened_soundly(path: Path) -> Manifest | None:
@@ -408,12 +375,7 @@ def mangled(data: bytes, seed: int) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("small", [True, False], ids=["a small index", "TensorFlow's index"])
-def test_whatever_an_index_says_it_opens_soundly_or_not_at_all(
-    small: bool, copied: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Without sums, so that the damage reaches the parsers."""
-    monkeypatch.setattr(tf_bundle, "crc32c", lambda chunks: 0)
-    monkeypatch.setattr(tf_bundle, "masked", lambda crc: mock.ANY)
+def test_whatever_an_index_says_it_opens_soundly_or_not_at_all(small: bool, copied: Path):
     path = copied / "model.ckpt.index"
     data = bundle(entry(), entry(offset=24)) if small else path.read_bytes()
     outcomes = set()
@@ -423,47 +385,7 @@ def test_whatever_an_index_says_it_opens_soundly_or_not_at_all(
     assert outcomes == {True, False}
 
 
-# ---- sums --------------------------------------------------------------------------------------------------
-
-
-def test_crc32c_of_the_standard_examples():
-    """RFC 3720, appendix B.4."""
-    assert crc32c([b"123456789"]) == 0xE3069283
-    assert crc32c([bytes(32)]) == 0x8A9136AA
-    assert crc32c([b"\xff" * 32]) == 0x62A8AB43
-    assert crc32c([bytes(range(32))]) == 0x46DD794E
-    assert crc32c([]) == crc32c([b""]) == 0
-
-
-@pytest.mark.parametrize(
-    "size", [*range(1, 20), 255, 256, 257, 4099, MAX_CHUNK - 1, MAX_CHUNK, MAX_CHUNK + 5]
-)
-def test_crc32c_is_as_defined_however_the_bytes_are_cut(size: int):
-    data = random.Random(size).randbytes(size)
-    assert crc32c([data]) == crc32c([data[: size // 3], data[size // 3 :]]) == plain_crc32c(data)
-
-
-def test_the_sums_that_tensorflow_wrote_agree_and_progress_is_told():
-    manifest = open_checkpoint(WRITTEN)
-    told: list[tuple[int, int]] = []
-    assert check_crc32c(manifest, lambda done, total: told.append((done, total))) == 28
-    assert (len(told), told[-1]) == (28, (474_368, 474_368))
-
-
-@pytest.mark.parametrize(("at", "name"), [(0, "model/h0/attn/c_attn/b"), (474_367, "model/wte")])
-def test_a_flipped_byte_of_data_is_found_and_its_tensor_named(at: int, name: str, copied: Path):
-    data = bytearray((copied / SHARD).read_bytes())
-    data[at] ^= 1
-    (copied / SHARD).write_bytes(data)
-    with pytest.raises(CheckpointError, match=f"{SHARD}: {name}, bytes .* has the sum .*the index says"):
-        check_crc32c(open_checkpoint(copied))
-
-
-def test_a_checkpoint_replaced_since_it_was_opened_is_not_checked(copied: Path):
-    manifest = open_checkpoint(copied)
-    write(copied, bundle(entry()))
-    with pytest.raises(CheckpointError, match="changed while it was being read"):
-        check_crc32c(manifest)
+# ---- loading -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -478,27 +400,3 @@ def test_a_bundle_in_our_names_loads_with_the_heads_that_lie_beside_it(in_our_na
     assert model.config.n_heads == 2
     for name, tensor in randomise(GPTModel(GPTConfig(10, 8, 8, 2, 1))).state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
-
-
-def test_inspect_check_says_that_the_sums_agree_or_fails(
-    in_our_names: Path, capsys: pytest.CaptureFixture[str]
-):
-    assert main(["inspect", str(in_our_names), "--check"]) == 0
-    tensors = len(open_checkpoint(in_our_names).tensors)
-    assert f"sums        those of {tensors} tensors agree" in capsys.readouterr().out
-    assert main(["inspect", str(in_our_names), "--check", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["sums"] == f"those of {tensors} tensors agree"
-    shard = in_our_names.with_name(SHARD)
-    shard.write_bytes(bytes(4) + shard.read_bytes()[4:])
-    assert main(["inspect", str(in_our_names)]) == 0
-    capsys.readouterr()
-    assert main(["inspect", str(in_our_names), "--check"]) == 1
-    assert "final_norm.scale, bytes 0 to 32, has the sum" in capsys.readouterr().err
-
-
-def test_inspect_check_says_where_there_is_nothing_to_check(pth: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["inspect", str(pth), "--check", "--n-heads", "4"]) == 0
-    assert (
-        "sums        not checked: only tf_bundle has sums that are read, this is torch_zip"
-        in capsys.readouterr().out
-    )

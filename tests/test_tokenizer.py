@@ -18,11 +18,10 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 
 from gpt2lite import CheckpointError, GPTConfig, GPTModel, UsageError, convert
-from gpt2lite.byte_pairs import as_encoding
 from gpt2lite.cli import main
 from gpt2lite.cli.terminal import EMBEDDED
-from gpt2lite.encoding import Tokenizer
-from gpt2lite.tokenizer import is_gpt2_size, tokenizer_for, write_beside
+from gpt2lite.encoding import Tokenizer, as_encoding
+from gpt2lite.tokenizer import GPT2_SIZES, tokenizer_for, write_beside
 
 TRAINED_ON = "мама мыла раму, и папа читал газету вечером. The cat sat on the mat; it's 12 345!\n\n  eeee"
 AWKWARD = (
@@ -226,7 +225,7 @@ def test_a_text_with_bytes_that_have_no_token_is_refused_and_not_shortened(folde
     as_tree(byte_level(alphabet=[]), folder)
     found = tokenizer_for(folder, 500)
     assert found.decode(found.encode_ordinary("мама мыла")) == "мама мыла"
-    with pytest.raises(UsageError, match="has no tokens for all of this text"):
+    with pytest.raises(UsageError, match="lacks tokens for some of this text"):
         found.encode_ordinary("мама Z")
 
 
@@ -238,11 +237,24 @@ def test_what_is_called_after_the_checkpoint_is_nearer_than_what_lies_in_its_fol
     assert tokenizer_for(tmp_path / "other.pth", 500).n_vocab == shared.get_vocab_size()
 
 
+def test_an_adapter_without_a_tokenizer_has_its_bases(folder: Path, tmp_path: Path):
+    peer, adapter = byte_level(), tmp_path / "adapter"
+    as_tree(peer, folder)
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "base_model_name_or_path": "../model"}'
+    )
+    (adapter / "adapter_model.bin").write_bytes(b"")
+    assert_reads_as(tokenizer_for(adapter, 50257), fast(peer))
+    as_tree(byte_level(size=300), adapter)
+    assert tokenizer_for(adapter, 50257).n_vocab < peer.get_vocab_size()
+
+
 def test_special_tokens_put_around_a_text_are_a_warning(folder: Path):
     as_tree(byte_level(), folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": True}))
-    with pytest.warns(UserWarning, match="puts special tokens around a text"):
+    with pytest.warns(UserWarning, match="adds special tokens around a text"):
         tokenizer_for(folder, 500)
 
 
@@ -286,10 +298,10 @@ class Canary:
     ("meta", "message"),
     [
         ({"stoi": {"a": 0}, "itos": {0: "b"}}, "stoi and its itos disagree"),
-        ({"stoi": {"ab": 0}, "itos": {0: "ab"}}, "an id and a character each"),
-        ({"stoi": {}, "itos": {}}, "not a sound tokenizer"),
-        ({"stoi": {"a": 0}}, "not a sound tokenizer"),
-        ([1], "not a sound tokenizer"),
+        ({"stoi": {"ab": 0}, "itos": {0: "ab"}}, "table of ids, each with one character"),
+        ({"stoi": {}, "itos": {}}, "not a valid tokenizer"),
+        ({"stoi": {"a": 0}}, "not a valid tokenizer"),
+        ([1], "not a valid tokenizer"),
         (Canary(), "meta.pkl"),
     ],
 )
@@ -319,7 +331,7 @@ CONTRADICTIONS = {
         lambda folder: write_meta(folder / "meta.pkl", "abc"),
         "holds two tokenizers",
     ),
-    "stale vocab.json": (stale_vocabulary, "Remove the file that is stale"),
+    "stale vocab.json": (stale_vocabulary, "remove the stale file"),
     "prefix space": (
         lambda folder: changed(folder, "tokenizer_config.json", add_prefix_space=True),
         "says add_prefix_space=True, tokenizer.json says False",
@@ -328,10 +340,10 @@ CONTRADICTIONS = {
         lambda folder: changed(folder, "tokenizer_config.json", eos_token="</s>"),
         "lacks '</s>'",
     ),
-    "damaged": (lambda folder: (folder / "tokenizer.json").write_text("<html>"), "not a sound tokenizer"),
+    "damaged": (lambda folder: (folder / "tokenizer.json").write_text("<html>"), "not a valid tokenizer"),
     "not an object": (
         lambda folder: (folder / "tokenizer.json").write_text("[]"),
-        "not a sound|wanted tokenizer.json",
+        "not a valid|expected vocab.json",
     ),
 }
 
@@ -358,7 +370,9 @@ def test_files_that_disagree_or_are_damaged_are_refused(case: str, folder: Path)
 )
 def test_part_of_a_tokenizer_is_refused_with_what_would_help(name: str, content: str, folder: Path):
     (folder / name).write_text(content)
-    with pytest.raises(CheckpointError, match=r"cannot be read .* wanted tokenizer\.json, .*AutoTokenizer"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot be read .* expected .*tokenizer\.json; .*AutoTokenizer"
+    ):
         tokenizer_for(folder, 50257)
 
 
@@ -383,9 +397,9 @@ def test_a_vocabulary_that_is_not_gpt2s_needs_its_tokenizer(vocab_size: int, tmp
         tokenizer_for(tmp_path / "model.pth", vocab_size)
 
 
-@pytest.mark.parametrize("vocab_size", [50257, 50304, 50432])
-def test_gpt2s_vocabulary_may_be_padded(vocab_size: int):
-    assert is_gpt2_size(vocab_size)
+@pytest.mark.parametrize("multiple", [1, 64, 128, 256])
+def test_gpt2s_vocabulary_may_be_padded(multiple: int):
+    assert -(-50257 // multiple) * multiple in GPT2_SIZES
 
 
 # ---- the whole way -----------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from gpt2lite import Batch, GPTConfig, GPTModel, Recipe, Rhythm, Task, finetune
+from gpt2lite import Batch, GPTConfig, GPTModel, Recipe, Task, finetune
 from gpt2lite.cli.terminal import EMBEDDED
 from gpt2lite.finetuning.data import IGNORED
 from gpt2lite.finetuning.loop import read_metrics
@@ -140,7 +140,8 @@ def test_a_random_recipe_trains_as_plain_fp64(seed: int, tmp_path: Path):
 def test_a_random_recipe_cut_at_a_random_step_ends_with_the_same_bits(seed: int, tmp_path: Path):
     rng = random.Random(seed)
     model, recipe = fresh(rng, rng.choice([0.0, 0.2])), recipe_of(rng)
-    rhythm, cut, base = Rhythm(save_every=rng.randrange(1, 5)), rng.randrange(STEPS), copy.deepcopy(model)
+    recipe = replace(recipe, save_every=rng.randrange(1, 5))
+    cut, base = rng.randrange(STEPS), copy.deepcopy(model)
     whole = finetune(model, TASK, tmp_path / "whole", recipe)
 
     def stop(metrics: Any) -> None:
@@ -148,8 +149,8 @@ def test_a_random_recipe_cut_at_a_random_step_ends_with_the_same_bits(seed: int,
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        finetune(copy.deepcopy(base), TASK, tmp_path / "cut", recipe, rhythm=rhythm, report=stop)
-    found = finetune(base, TASK, tmp_path / "cut", recipe, rhythm=rhythm, resume=True)
+        finetune(copy.deepcopy(base), TASK, tmp_path / "cut", recipe, report=stop)
+    found = finetune(base, TASK, tmp_path / "cut", recipe, resume=True)
     assert found.read_bytes() == whole.read_bytes()
     logged = [[(each["step"], each["loss"]) for each in read_metrics(p.parent)] for p in (whole, found)]
     assert logged[0] == logged[1]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, where_positions_decide
 from test_loading import HEADS, huggingface, save_hub, save_pth
 
 from gpt2lite import GPTConfig, GPTModel, UsageError, open_model
@@ -26,11 +27,7 @@ def against(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def pth(tmp_path: Path) -> Path:
     """A model in which every position and every weight decides what is written."""
-    generator, model = torch.Generator().manual_seed(0), GPTModel(TINY)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 2:
-            parameter.data.normal_(0, 2.0 if name == "pos_emb.weight" else 0.3, generator=generator)
-    return save_pth(model.state_dict(), tmp_path)
+    return save_pth(where_positions_decide(GPTModel(TINY)).state_dict(), tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -154,3 +151,24 @@ def test_a_file_in_the_official_layout_is_converted_for_transformers(tmp_path: P
     load = lambda: GPTModel.from_checkpoint(path, config=HEADS)  # noqa: E731
     assert verify(load, open_model(path, config=HEADS), against="transformers", folder=tmp_path).passed
     assert [each.name for each in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # between transformers and peft
+def test_an_adapter_is_compared_with_transformers_in_its_bases_folder_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """transformers loads the adapter that lies beside the base, and would silently leave out any other."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    huggingface().save_pretrained(tmp_path / "base")
+    lora = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+    peer = peft.get_peft_model(huggingface(), lora)
+    peer.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    peer.save_pretrained(tmp_path / "adapter")
+    words = ["verify", str(tmp_path / "adapter")]
+    assert main(words) == 0
+    assert main([*words, "--against", "transformers"]) == 1
+    assert "Compare with plain torch, or copy the adapter's two files" in capsys.readouterr().err
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(tmp_path / "adapter" / name, tmp_path / "base")
+    assert main(["verify", str(tmp_path / "base"), "--against", "transformers"]) == 0
+    assert "PASS" in capsys.readouterr().out

@@ -17,17 +17,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from gpt2lite.checkpoint import open_checkpoint
+from gpt2lite.checkpoint import open_checkpoint, tensor_folder
 from gpt2lite.checkpoint.reading import memory_of, read_span
-from gpt2lite.checkpoint.writing import (
-    ALIGNMENT,
-    TensorToWrite,
-    replacing,
-    require_space,
-    save_per_tensor,
-    write_torch_zip,
-)
-from gpt2lite.converting import convert
+from gpt2lite.checkpoint.torch_zip import ALIGNMENT, fill_torch_zip
+from gpt2lite.checkpoint.writing import TensorToWrite, replacing, require_space, write_whole
+from gpt2lite.converting import convert, save_per_tensor
 from gpt2lite.errors import CheckpointNotFoundError, UsageError
 from gpt2lite.model import GPTModel
 
@@ -76,11 +70,11 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
-    write_torch_zip(tmp_path / "model.pth", to_write(STATE), ignore)
+    write_whole(fill_torch_zip, tmp_path / "model.pth", to_write(STATE), ignore)
     return tmp_path / "model.pth"
 
 
-# ---- write_torch_zip ---------------------------------------------------------------------------------------
+# ---- fill_torch_zip ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mmap", [False, True])
@@ -106,21 +100,22 @@ def test_the_checksums_are_right(written):
 
 
 def test_an_empty_state_dict_is_written(tmp_path):
-    write_torch_zip(tmp_path / "empty.pth", [], ignore)
+    write_whole(fill_torch_zip, tmp_path / "empty.pth", [], ignore)
     assert torch.load(tmp_path / "empty.pth", weights_only=True) == {}
     assert open_checkpoint(tmp_path / "empty.pth").tensors == {}
 
 
 def test_progress_counts_every_byte_once(tmp_path):
     seen: list[tuple[int, int]] = []
-    write_torch_zip(tmp_path / "m.pth", to_write(STATE), lambda done, total: seen.append((done, total)))
+    written = tmp_path / "m.pth"
+    write_whole(fill_torch_zip, written, to_write(STATE), lambda done, total: seen.append((done, total)))
     total = sum(tensor.nbytes for tensor in STATE.values())
     assert seen[-1] == (total, total)
     assert seen == sorted(set(seen))
 
 
 def test_the_old_file_is_replaced(written):
-    write_torch_zip(written, to_write({"w": torch.ones(2)}), ignore)
+    write_whole(fill_torch_zip, written, to_write({"w": torch.ones(2)}), ignore)
     assert list(torch.load(written, weights_only=True)) == ["w"]
     assert list(written.parent.iterdir()) == [written]
 
@@ -134,7 +129,7 @@ def test_a_failure_half_way_leaves_the_old_file_and_nothing_else(written):
     before = written.read_bytes()
     broken = TensorToWrite("broken", torch.float32, (100,), lambda: failing(200))
     with pytest.raises(RuntimeError, match="the source broke"):
-        write_torch_zip(written, [*to_write(STATE), broken], ignore)
+        write_whole(fill_torch_zip, written, [*to_write(STATE), broken], ignore)
     assert written.read_bytes() == before
     assert list(written.parent.iterdir()) == [written]
 
@@ -142,13 +137,13 @@ def test_a_failure_half_way_leaves_the_old_file_and_nothing_else(written):
 def test_a_failure_half_way_leaves_no_new_file(tmp_path):
     broken = TensorToWrite("broken", torch.float32, (100,), lambda: failing(200))
     with pytest.raises(RuntimeError, match="the source broke"):
-        write_torch_zip(tmp_path / "m.pth", [broken], ignore)
+        write_whole(fill_torch_zip, tmp_path / "m.pth", [broken], ignore)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"the folder .*nowhere does not exist"):
-        write_torch_zip(tmp_path / "nowhere" / "m.pth", [], ignore)
+        write_whole(fill_torch_zip, tmp_path / "nowhere" / "m.pth", [], ignore)
 
 
 # ---- save_per_tensor ---------------------------------------------------------------------------------------
@@ -219,9 +214,9 @@ def test_an_existing_folder_is_refused_and_kept(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../../escaped", "a/b", ".hidden", "a\0b", ""], ids=repr)
-def test_a_name_that_is_no_file_name_is_refused_and_nothing_is_left(name, tmp_path):
+def test_a_name_that_no_file_can_have_is_refused_and_nothing_is_left(name, tmp_path):
     torch.save({"first": torch.ones(1), "nested": torch.ones(1), name: torch.ones(2)}, tmp_path / "model.pth")
-    with pytest.raises(UsageError, match="which is no file name"):
+    with pytest.raises(UsageError, match="which cannot be a file's name"):
         save_per_tensor(tmp_path / "model.pth", tmp_path / "parts")
     assert [file.name for file in tmp_path.iterdir()] == ["model.pth"]
 
@@ -233,15 +228,15 @@ def test_a_missing_source_leaves_no_folder(tmp_path):
 
 
 def test_a_disk_that_fills_half_way_leaves_no_folder(tmp_path, monkeypatch):
-    saved, save = [], torch.save
+    saved, fill = [], tensor_folder.fill_torch_zip
 
-    def save_until_full(tensor: torch.Tensor, path: Path) -> None:
+    def fill_until_full(path: Path, *rest: object, **more: object) -> None:
         if len(saved) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
         saved.append(path)
-        save(tensor, path)
+        fill(path, *rest, **more)
 
-    monkeypatch.setattr(torch, "save", save_until_full)
+    monkeypatch.setattr(tensor_folder, "fill_torch_zip", fill_until_full)
     with pytest.raises(OSError, match="No space left"):
         save_per_tensor(Tied(), tmp_path / "parts")
     assert len(saved) == 2
@@ -430,10 +425,10 @@ def test_the_format_is_the_one_that_was_asked_for(
         ("x.PTH", "safetensors", "its suffix says pth, format says safetensors"),
         ("x.safetensors", "pth", "its suffix says safetensors, format says pth"),
         ("x.bin", "per-tensor", "its suffix says pth, format says per-tensor"),
-        ("x.ckpt", None, r"\.ckpt is the suffix of a file that is not written here; take \.pth"),
-        ("x.gguf", None, r"\.gguf is the suffix of a file that is not written here"),
-        ("x.H5", "safetensors", r"\.h5 is the suffix of a file that is not written here"),
-        ("x.npz", "per-tensor", r"\.npz is the suffix of a file that is not written here"),
+        ("x.ckpt", None, r"\.ckpt belongs to a file that is not written here; take \.pth"),
+        ("x.gguf", None, r"\.gguf belongs to a file that is not written here"),
+        ("x.H5", "safetensors", r"\.h5 belongs to a file that is not written here"),
+        ("x.npz", "per-tensor", r"\.npz belongs to a file that is not written here"),
     ],
 )
 def test_a_suffix_that_says_another_format_is_refused(name: str, format: str | None, message: str, pth: Path):

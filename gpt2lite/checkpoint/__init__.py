@@ -3,41 +3,36 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from gpt2lite.checkpoint import llmc_bin, tf_bundle, torch_legacy
 from gpt2lite.checkpoint.folders import FOLDER_FILES, candidates, refuse_divided, without_weights
-from gpt2lite.checkpoint.foreign import READABLE, is_optimizer_state, shortened, what_is, what_is_zip
-from gpt2lite.checkpoint.manifest import Manifest, TensorSpan
-from gpt2lite.checkpoint.safetensors_file import open_safetensors
+from gpt2lite.checkpoint.foreign import READABLE, shortened, what_is
+from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, joined, validate
+from gpt2lite.checkpoint.safetensors import open_safetensors
 from gpt2lite.checkpoint.sharded import INDEX_SUFFIX, open_sharded
-from gpt2lite.checkpoint.tensor_folder import join_tensors, open_tensors
+from gpt2lite.checkpoint.source import ByteSource, LocalFile
+from gpt2lite.checkpoint.tensor_folder import open_tensors
 from gpt2lite.checkpoint.torch_zip import open_torch_zip
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError
+
+OPTIMIZER = re.compile(r"(.*\.)?(state\.\d+|param_groups|optim\w*)\..*")  # names of an optimizer's tensors
 
 __all__ = ["FOLDER_FILES", "Manifest", "TensorSpan", "open_checkpoint", "side_file"]
 
 
-def _open_shard(path: Path) -> Manifest:
-    kind = _kind_of_file(path)
-    if kind == "sharded":
-        raise CheckpointError(path, "an index, where a shard is wanted")
-    return OPENERS[kind](path)
+def _open_shard(source: ByteSource) -> Manifest:
+    opener = _opener_of(source)
+    if opener is OPENERS["sharded"]:
+        raise CheckpointError(source, "expected a shard, found an index")
+    return opener(source)
 
 
-def _open_zip(path: Path) -> Manifest:
-    try:
-        return open_torch_zip(path)
-    except CheckpointError as error:
-        if said := what_is_zip(path):
-            raise CheckpointError(path, f"{said}") from error
-        raise
-
-
-OPENERS: dict[str, Callable[[Path], Manifest]] = {
-    "zip": _open_zip,
+OPENERS: dict[str, Callable[[ByteSource], Manifest]] = {
+    "zip": open_torch_zip,
     "legacy": torch_legacy.open_torch_legacy,
     "safetensors": open_safetensors,
     "sharded": partial(open_sharded, open_shard=_open_shard),
@@ -46,29 +41,33 @@ OPENERS: dict[str, Callable[[Path], Manifest]] = {
 }
 
 
-def _kind_of_file(path: Path) -> str:
-    with open(path, "rb") as file:
+def _opener_of(source: ByteSource) -> Callable[[ByteSource], Manifest]:
+    """What opens a file, by its first and last bytes. Raises CheckpointError for one of no known kind."""
+    size = source.state().size
+    with source.open() as file:
         head = file.read(512)
-        file.seek(max(os.path.getsize(path) - len(tf_bundle.MAGIC), 0))
+        file.seek(max(size - len(tf_bundle.MAGIC), 0))
         tail = file.read(len(tf_bundle.MAGIC))
-    if head.startswith(b"PK\x03\x04"):
-        return "zip"
-    if head.startswith(llmc_bin.MAGIC) and head[4:8] != bytes(4):
-        return "llmc"
-    if head.lstrip()[:1] == b"{" and b"\0" not in head[:8]:  # not the length of a safetensors header
-        return "sharded"
-    if tail == tf_bundle.MAGIC:
-        return "tf bundle"
-    said = what_is(head)
-    if head[8:9] == b"{" and not (any(head[4:8]) and said):
-        return "safetensors"
-    if torch_legacy.MAGIC in head[:32] or head.startswith(torch_legacy.MAGIC_TEXT):
-        return "legacy"
-    raise CheckpointError(f"{path}: is {said}" if said else f"{path}: begins with {head[:8]!r}, {READABLE}")
+    rows = {
+        "zip": head.startswith(b"PK\x03\x04"),
+        "llmc": head.startswith(llmc_bin.MAGIC) and head[4:8] != bytes(4),
+        # a brace that is not within the length of a safetensors header
+        "sharded": head.lstrip()[:1] == b"{" and b"\0" not in head[:8],
+        "tf bundle": tail == tf_bundle.MAGIC,
+        "safetensors": head[8:9] == b"{" and not (any(head[4:8]) and what_is(head)),
+        "legacy": torch_legacy.MAGIC in head[:32] or head.startswith(torch_legacy.MAGIC_TEXT),
+    }
+    kind = next((kind for kind, is_it in rows.items() if is_it), None)
+    if kind is None:
+        said = what_is(head)
+        what = f"is {said}" if said else f"begins with {head[:8]!r}, {READABLE}"
+        raise CheckpointError(source, what)
+    return OPENERS[kind]
 
 
 def _open_file(path: Path) -> Manifest:
-    return OPENERS[_kind_of_file(path)](path)
+    source = LocalFile(path)
+    return _opener_of(source)(source)
 
 
 def _open_folder(path: Path) -> Manifest:
@@ -78,17 +77,16 @@ def _open_folder(path: Path) -> Manifest:
     refuse_divided(path)
     tensors = open_tensors(path)
     files = candidates(path, tensors)
-    if tensors and not files:
-        return join_tensors(path, tensors)
-    are_many = len(tensors) > len(files)
-    if len(files) == 1 and not are_many:
+    if len(files) == 1 and len(tensors) < 2:
         return _open_file(files[0])
     if files:
-        found = f"{len(tensors)} files of exactly one tensor each and " if are_many else ""
+        found = f"{len(tensors)} files of exactly one tensor each and " if len(tensors) > len(files) else ""
         names = shortened(file.name for file in files)
         raise CheckpointError(path, f"holds {found}{names}; pass the one that is the checkpoint")
+    if tensors:
+        return joined(list(tensors.values()))
     if indices := sorted(path.glob("*.index")):
-        return tf_bundle.open_tf_bundle(tf_bundle.current_index(path, indices))
+        return tf_bundle.open_tf_bundle(LocalFile(tf_bundle.current_index(path, indices)))
     raise without_weights(path)
 
 
@@ -115,9 +113,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Manifest:
     if os.path.exists(path):
         manifest = _open_folder(path) if path.is_dir() else _open_file(path)
     elif os.path.isfile(index := tf_bundle.index_of(path)):
-        manifest = tf_bundle.open_tf_bundle(index)
+        manifest = tf_bundle.open_tf_bundle(LocalFile(index))
     else:
         raise CheckpointNotFoundError(path, "no such file or folder")
-    if is_optimizer_state(manifest.tensors):
+    if manifest.tensors and all(map(OPTIMIZER.fullmatch, manifest.tensors)):
         raise CheckpointError(manifest.path, "an optimizer's state alone; pass the file of the weights")
-    return manifest
+    return validate(manifest)

@@ -38,7 +38,7 @@ def refuse_divided(folder: Path) -> None:
     """Raise CheckpointError for a checkpoint in parts that only the program that wrote it can join."""
     for (pattern, least), said in DIVIDED.items():
         if len(list(folder.glob(pattern))) >= least:
-            raise CheckpointError(folder, f"{said}")
+            raise CheckpointError(folder, said)
 
 
 def candidates(folder: Path, tensors: Container[Path]) -> list[Path]:
@@ -53,12 +53,9 @@ def without_weights(folder: Path) -> CheckpointError:
     names = [child.name for child in folder.iterdir()]
     inner = sorted((child for child in folder.iterdir() if child.is_dir()), key=_number)
     likely = f". Did you mean {inner[-1]}?" if inner and (_number(inner[-1]) >= 0 or not inner[1:]) else ""
-    return CheckpointError(
-        folder,
-        f"a folder without weights; wanted {', '.join(FOLDER_FILES)}, one file ending in "
-        f"{', '.join(SUFFIXES)}, one .pt file a tensor or a .index of TensorFlow, "
-        f"found {shortened(names)}{likely}",
-    )
+    wanted = f"{', '.join(FOLDER_FILES)}, one file ending in {', '.join(SUFFIXES)}"
+    more = f"one .pt file per tensor, or a .index of TensorFlow; found {shortened(names)}{likely}"
+    return CheckpointError(folder, f"a folder without weights; wanted {wanted}, {more}")
 
 
 def _number(folder: Path) -> int:

@@ -7,13 +7,11 @@ name and 7 the graph; msgpack's spec, of which Flax's files begin with a map and
 from __future__ import annotations
 
 import re
-import zipfile
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Collection, Iterable, Mapping
 
 from gpt2lite.checkpoint.inert_pickle import RESAVE
-from gpt2lite.checkpoint.torch_zip import DAMAGED_ZIP
 
+DAMAGED = "truncated or damaged; copy or download it again"
 MAX_SHOWN = 5  # names in a message
 UNPACK = "unpack it first, and pass what is in it"
 ORIGINAL = "pass the checkpoint that it was converted from (model.safetensors or pytorch_model.bin)"
@@ -41,7 +39,6 @@ READABLE = (
     "checkpoint (not its data), or llm.c's .bin"
 )
 FROM_SCRIPT = "torch.save({n.replace('|', '.'): t for n, t in torch.jit.load(path).state_dict().items()}, …)"
-OPTIMIZER = re.compile(r"(.*\.)?(state\.\d+|param_groups|optim\w*)\..*")
 
 
 def what_is(head: bytes) -> str | None:
@@ -59,27 +56,13 @@ def what_is_json(tree: Mapping[str, object]) -> str:
     return "JSON, not weights; pass the file of the weights"
 
 
-def what_is_zip(path: Path) -> str:
-    """What a zip is that torch.save did not write, and what to do; "" where it did, or is damaged."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except DAMAGED_ZIP:
-        return ""
-    inside = {name.partition("/")[2] for name in names}
-    if "constants.pkl" in inside:
+def what_is_zip(names: Collection[str]) -> str:
+    """What a zip is that torch.save did not write, by the names of its entries, and what to do."""
+    if any(name.endswith("/constants.pkl") for name in names):
         return f"a TorchScript program, or Rust's .ot; make it a state dict: {FROM_SCRIPT}"
-    if "data.pkl" in inside:
-        return ""
     if names and all(name.endswith(".npy") for name in names):
         return "NumPy's .npz; torch.save({n: torch.from_numpy(a) for n, a in numpy.load(path).items()}, …)"
     return f"a zip without data.pkl, so torch.save did not write it; it holds {shortened(names)}: {UNPACK}"
-
-
-def is_optimizer_state(names: Iterable[str]) -> bool:
-    """Whether tensors of these names are those of an optimizer, all of them."""
-    found = [OPTIMIZER.fullmatch(name) is not None for name in names]
-    return bool(found) and all(found)
 
 
 def shortened(names: Iterable[str]) -> str:

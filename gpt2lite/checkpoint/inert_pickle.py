@@ -8,13 +8,11 @@ Format: the opcodes of Lib/pickletools.py, and torch/_utils.py for what rebuilds
 from __future__ import annotations
 
 import pickle
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from pathlib import Path
 from types import NoneType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -27,26 +25,8 @@ RESAVE = "Where it came from, save the weights alone: torch.save(model.state_dic
 # Opcodes that look objects up in this process: a registry of extensions, and buffers handed to the unpickler.
 NOT_DATA = (pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.EXT1, pickle.EXT2, pickle.EXT4)
 
-STORAGE_DTYPES = {
-    "UntypedStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "ByteStorage": torch.uint8,
-    "CharStorage": torch.int8,
-    "ShortStorage": torch.int16,
-    "IntStorage": torch.int32,
-    "LongStorage": torch.int64,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "ComplexFloatStorage": torch.complex64,
-    "ComplexDoubleStorage": torch.complex128,
-    "QInt8Storage": torch.qint8,
-    "QUInt8Storage": torch.quint8,
-    "QInt32Storage": torch.qint32,
-    "QUInt4x2Storage": torch.quint4x2,
-    "QUInt2x4Storage": torch.quint2x4,
-}
+STORAGE_DTYPES = {name: dtype for dtype, name in torch.storage._dtype_to_storage_type_map().items()}
+STORAGE_DTYPES["UntypedStorage"] = torch.uint8
 QUANTIZED = tuple(dtype for name, dtype in STORAGE_DTYPES.items() if name.startswith("Q"))
 # How protocols 0 to 2 say "an object of the class that is my first argument".
 RECONSTRUCTORS = tuple(
@@ -100,13 +80,13 @@ class Inert:
     wraps_tensor: bool = False
     state: object = None
     items: dict[Any, Any] = field(default_factory=dict)
-    members: Any = ()
+    members: list[object] = field(default_factory=list)
 
     def __repr__(self) -> str:
         return f"<{self.name[:200]}>"
 
-    def made(self, args: tuple[object, ...]) -> Inert | Unreadable:
-        """What a call would return, described; looks at few arguments, since a pickle can repeat many."""
+    def __call__(self, *args: object) -> Inert | Unreadable:
+        """Describe what a call would return; looks at few arguments, since a pickle can repeat many."""
         if self.name in RECONSTRUCTORS and args and isinstance(args[0], Inert):
             return Inert(args[0].name)
         if self.name.startswith("torch.") and "._rebuild_" in self.name:
@@ -141,6 +121,12 @@ class Inert:
         return next((state[name] for state in self._named_states() if name in state), None)
 
     @property
+    def holds_tensor(self) -> bool:
+        """Whether it was made of a tensor, or has one among its first attributes."""
+        attributes = islice(self.attributes(), FEW)
+        return self.wraps_tensor or any(isinstance(value, TENSORS) for _, value in attributes)
+
+    @property
     def is_module(self) -> bool:
         """Whether it has the registries of a `torch.nn.Module`."""
         return all(isinstance(self.attribute(registry), dict) for registry in REGISTRIES)
@@ -148,11 +134,9 @@ class Inert:
     def registered(self) -> Iterator[tuple[object, object]]:
         """What `state_dict` would list of a module, by key; () for what it would leave out."""
         unsaved = self.attribute("_non_persistent_buffers_set")
-        members = unsaved.members[:FEW] if isinstance(unsaved, Inert) else ()
-        for key, tensor in self.attribute("_parameters").items():
-            yield key, _as_tensor(tensor)
-        for key, tensor in self.attribute("_buffers").items():
-            yield key, () if key in members else _as_tensor(tensor)
+        left_out = unsaved.members[:FEW] if isinstance(unsaved, Inert) else ()
+        for key, tensor in chain(self.attribute("_parameters").items(), self.attribute("_buffers").items()):
+            yield key, () if key in left_out else as_tensor(tensor)
         for key, module in self.attribute("_modules").items():
             yield key, module if isinstance(module, Inert) and module.is_module else ()
 
@@ -160,26 +144,11 @@ class Inert:
 TENSORS = (TensorRecord, Unreadable, Storage)
 
 
-def _as_tensor(node: object) -> object:
+def as_tensor(node: object) -> object:
     """What is registered as a tensor: a record, or why there is none; () for None."""
-    if node is None:
-        return ()
-    return (
-        node
-        if isinstance(node, (TensorRecord, Unreadable))
-        else Unreadable(f"is made by {shown(node)}, which was not run")
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Builder:
-    """A stand-in for one callable that pickles name."""
-
-    build: Callable[..., object]
-
-    def __call__(self, *args: object) -> object:
-        """Build the description."""
-        return self.build(*args)
+    if isinstance(node, (TensorRecord, Unreadable)):
+        return node
+    return () if node is None else Unreadable(f"is made by {shown(node)}, which was not run")
 
 
 def _is_plain(value: object) -> bool:
@@ -195,52 +164,40 @@ def shown(value: object) -> str:
     return repr(value)[:200] if is_short else f"<{type(value).__name__}>"
 
 
+# ---- what stands for the few names that are known ----------------------------------------------------------
+
+
 def _tensor(
-    storage: object,
-    offset: object,
-    shape: object,
-    stride: object,
-    dtype: object = None,
-    metadata: object = None,
+    storage: Any, offset: Any, shape: Any, stride: Any, *rest: object, dtype: Any = None
 ) -> TensorRecord | Unreadable:
+    """`rest` is requires_grad, hooks and, where a tensor is lazily conjugated or negated, what says so."""
     if not isinstance(storage, Storage):
         return Unreadable(f"is built on {shown(storage)}, not on a storage")
     dtype = storage.dtype if dtype is None else dtype
     if not isinstance(dtype, torch.dtype) or dtype in QUANTIZED:
         return Unreadable(f"has dtype {shown(dtype)}, which is not read")
-    if metadata:
-        return Unreadable(f"carries {shown(metadata)} (conjugated or negated lazily), which is not read")
-    if (
-        not are_sizes(shape)
-        or not are_sizes(stride)
-        or not isinstance(offset, int)
-        or not are_sizes((offset,))
-        or len(shape) != len(stride)
-        or not is_countable(shape, dtype)
-    ):
-        raise CheckpointError(
-            f"a tensor has shape {shown(shape)}, strides {shown(stride)}, offset {shown(offset)}, "
-            "which no tensor can have"
-        )
+    if any(rest[2:]):
+        return Unreadable(f"carries {shown(rest[2])} (conjugated or negated lazily), which is not read")
+    are_sound = are_sizes(shape) and are_sizes(stride) and are_sizes((offset,)) and len(shape) == len(stride)
+    if not are_sound or not is_countable(shape, dtype):
+        said = f"shape {shown(shape)}, strides {shown(stride)}, offset {shown(offset)}"
+        raise CheckpointError(f"a tensor has {said}, which no tensor can have")
     return TensorRecord(storage, dtype, offset, shape, stride)
 
 
-def _tensor_v2(storage, offset, shape, stride, grad, hooks, metadata=None):  # type: ignore[no-untyped-def]
-    return _tensor(storage, offset, shape, stride, metadata=metadata)
+def _tensor_v3(*args: Any) -> TensorRecord | Unreadable:
+    """The same, with the dtype in the seventh place."""
+    return _tensor(*args[:6], *args[7:], dtype=args[6])
 
 
-def _tensor_v3(storage, offset, shape, stride, grad, hooks, dtype, metadata=None):  # type: ignore[no-untyped-def]
-    return _tensor(storage, offset, shape, stride, dtype, metadata)
-
-
-def _parameter(data, grad, hooks, state=None):  # type: ignore[no-untyped-def]
-    return _as_tensor(data)
+def _parameter(data: object, *rest: object) -> object:
+    return as_tensor(data)
 
 
 def _from_type(build: object, kind: object, args: Iterable[object], state: object = None) -> object:
     """A tensor with attributes, or of a subclass, which may mean anything by its numbers."""
-    if isinstance(build, Builder) and isinstance(kind, Inert) and kind.name in TENSOR_TYPES:
-        return _as_tensor(build(*args))
+    if callable(build) and isinstance(kind, Inert) and kind.name in TENSOR_TYPES:
+        return as_tensor(build(*args))
     return Unreadable(f"is a {shown(kind)}, a kind of tensor that is not read")
 
 
@@ -248,71 +205,67 @@ def _device(kind: object, index: object = None) -> str:
     return shown(kind).strip("'") + (f":{shown(index)}" if index is not None else "")
 
 
-def _set_items(target: dict[Any, Any], keys: list[Any], values: list[Any]) -> bool:
-    """Set what has a name, and say whether all had: plain keys and flat tuples of them.
+def _named(pairs: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    """The pairs whose keys are names: plain keys and flat tuples of them.
 
     No other key is hashed: to hash a nest of tuples can take for ever, or end the process.
     """
-    named = [all(map(_is_plain, key if isinstance(key, tuple) else (key,))) for key in keys]
-    target.update(
-        pair for pair, has_name in zip(zip(keys, values, strict=True), named, strict=True) if has_name
-    )
-    return all(named)
+    return [
+        (key, value) for key, value in pairs if all(map(_is_plain, key if isinstance(key, tuple) else (key,)))
+    ]
 
 
-def _ordered_dict(pairs: object = ()) -> OrderedDict[Any, Any]:
-    if not isinstance(pairs, (list, tuple)):
-        raise CheckpointError(f"its pickle makes an OrderedDict of {shown(pairs)}")
-    made: OrderedDict[Any, Any] = OrderedDict()
-    if pairs:  # a tensor's hooks are none
-        _set_items(made, [key for key, _ in pairs], [value for _, value in pairs])
-    return made
+class _State(dict[Any, Any]):
+    """An OrderedDict, whose attributes (a state dict's `_metadata`) are forgotten."""
+
+
+def _ordered_dict(pairs: Any = ()) -> _State:
+    return _State(_named(pairs))
 
 
 def _set(values: object = ()) -> Inert:
     """A set by the order in which it was written: nothing is hashed."""
-    return Inert("builtins.set", members=values if isinstance(values, (list, tuple)) else ())
+    return Inert("builtins.set", members=list(values) if isinstance(values, (list, tuple)) else [])
 
 
-ALLOWED: dict[tuple[str, str], object] = {
-    ("collections", "OrderedDict"): Builder(_ordered_dict),
-    ("torch", "Size"): Builder(tuple),
-    ("torch", "device"): Builder(_device),
-    ("torch._utils", "_rebuild_tensor"): Builder(_tensor),
-    ("torch._utils", "_rebuild_tensor_v2"): Builder(_tensor_v2),
-    ("torch._utils", "_rebuild_tensor_v3"): Builder(_tensor_v3),
-    ("torch._utils", "_rebuild_parameter"): Builder(_parameter),
-    ("torch._utils", "_rebuild_parameter_with_state"): Builder(_parameter),
-    ("torch._tensor", "_rebuild_from_type_v2"): Builder(_from_type),
+SETS = {(module, name): _set for module in ("builtins", "__builtin__") for name in ("set", "frozenset")}
+# Everything that a pickle can call: these describe, and so does an Inert.
+KNOWN: dict[tuple[str, str], object] = {
+    ("collections", "OrderedDict"): _ordered_dict,
+    ("torch", "Size"): tuple,
+    ("torch", "device"): _device,
+    ("torch._utils", "_rebuild_tensor"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _tensor_v3,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
+    ("torch._tensor", "_rebuild_from_type_v2"): _from_type,
+    **{("torch", name): dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)},
+    **{(at, name): dtype for at in ("torch", "torch.storage") for name, dtype in STORAGE_DTYPES.items()},
 }
-SETS = (("builtins", "set"), ("__builtin__", "set"))
-
-
-def _known(module: str, name: str) -> object:
-    """What a global stands for; None for a name that we do not know."""
-    if module in ("torch", "torch.storage") and name in STORAGE_DTYPES:
-        return STORAGE_DTYPES[name]
-    found = vars(torch).get(name)  # getattr would import what torch imports lazily
-    if module == "torch" and isinstance(found, torch.dtype):
-        return found
-    return ALLOWED.get((module, name))
 
 
 def stored(pid: object) -> Storage:
     """('storage', class, key, location, number of elements) → Storage."""
     match pid:
-        case ("storage", torch.dtype() as dtype, str(key), _, int(numel)) if are_sizes(
-            (numel,)
-        ) and is_countable((numel,), dtype):
-            return Storage(key, dtype, numel * dtype.itemsize)
+        case ("storage", torch.dtype() as dtype, str(key), _, int(numel)):
+            if are_sizes((numel,)) and is_countable((numel,), dtype):
+                return Storage(key, dtype, numel * dtype.itemsize)
     raise CheckpointError(f"its pickle refers to {shown(pid)}, which is not a storage")
+
+
+class _Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+    def readline(self) -> bytes: ...
 
 
 class DescribingUnpickler(pickle._Unpickler):
     """An unpickler that can build nothing but containers, plain values and the descriptions of this module.
 
-    Python's own, since the one in C takes memory by the largest memo index that a pickle names.
-    `is_plain` says whether `torch.load(weights_only=True)` reads the same: no inert name, protocol 2.
+    Python's own, since the one in C takes memory by the largest memo index that a pickle names. What its
+    opcodes call is what `find_class` gives, so nothing but the functions of this module. `storages` are those
+    that the pickle names, by key. `is_plain` says whether `torch.load(weights_only=True)` reads the same: no
+    inert name, protocol 2.
     """
 
     stack: list[Any]
@@ -324,61 +277,61 @@ class DescribingUnpickler(pickle._Unpickler):
         code: load for code, load in pickle._Unpickler.dispatch.items() if code not in b"".join(NOT_DATA)
     }
 
+    def __init__(self, file: _Readable) -> None:
+        super().__init__(file, encoding="utf-8")
+        self.storages: dict[str, Storage] = {}
+
     def load_build(self) -> None:
-        """Keep the state of what is inert, forget a state dict's (`_metadata`); alter nothing else."""
+        """Keep the state of what is inert, forget a state dict's; alter nothing else."""
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, Inert):
             target.state = state
-        elif not isinstance(target, OrderedDict):
+        elif not isinstance(target, _State):
             raise CheckpointError(f"its pickle wants to alter {shown(target)}, which was not done")
 
     def load_setitem(self) -> None:
         """One key and value into a dict."""
         value, key = self.stack.pop(), self.stack.pop()
-        self._set_items([key], [value])
+        self._set_items([key, value])
 
     def load_setitems(self) -> None:
         """Keys and values into a dict."""
-        items = self.pop_mark()
-        self._set_items(items[::2], items[1::2])
+        items = self.pop_mark()  # which changes the stack
+        self._set_items(items)
 
     def load_dict(self) -> None:
         """A dict of what lies above the mark."""
         items = self.pop_mark()
         self.append({})
-        self._set_items(items[::2], items[1::2])
+        self._set_items(items)
 
-    def _set_items(self, keys: list[object], values: list[object]) -> None:
-        target = self.stack[-1]
-        items = target.items if isinstance(target, Inert) else target
-        if not isinstance(items, dict):
+    def _set_items(self, items: list[object]) -> None:
+        target = self.stack[-1].items if isinstance(self.stack[-1], Inert) else self.stack[-1]
+        if not isinstance(target, dict):
             raise CheckpointError(f"its pickle wants to alter {shown(target)}, which was not done")
-        self.is_plain &= _set_items(items, keys, values)
+        named = _named(zip(items[::2], items[1::2], strict=True))
+        self.is_plain &= 2 * len(named) == len(items)
+        target.update(named)
 
     def load_set(self) -> None:
         """An empty set."""
         self.is_plain = False
-        self.append(_set([]))
+        self.append(_set())
 
     def load_frozenset(self) -> None:
         """A set of what lies above the mark."""
-        self.is_plain = False
-        values = self.pop_mark()  # which changes what `append` appends to
-        self.append(_set(values))
-
-    def load_reduce(self) -> None:
-        """Describe the result of a call, or of making an object."""
-        args, kind = self.stack.pop(), self.stack.pop()
-        self.append(kind.made(args) if isinstance(kind, Inert) else kind(*args))
+        values = self.pop_mark()
+        self.load_set()
+        self.stack[-1].members = values
 
     def load_newobj_ex(self) -> None:
         """Describe an object that is made with keywords."""
         named, args, kind = self.stack.pop(), self.stack.pop(), self.stack.pop()
-        self.append(Inert.made(kind, (args, tuple(islice(named.values(), FEW)))))
+        self.append(kind(*args, *islice(named.values(), FEW)))
 
-    def _instantiate(self, kind: Inert, args: list[object]) -> None:
+    def _instantiate(self, kind: Callable[..., object], args: list[object]) -> None:
         """What protocols 0 and 1 call an instance."""
-        self.append(Inert.made(kind, tuple(args)))
+        self.append(kind(*args))
 
     dispatch |= {
         pickle.BUILD[0]: load_build,
@@ -387,31 +340,30 @@ class DescribingUnpickler(pickle._Unpickler):
         pickle.DICT[0]: load_dict,
         pickle.EMPTY_SET[0]: load_set,
         pickle.FROZENSET[0]: load_frozenset,
-        pickle.REDUCE[0]: load_reduce,
-        pickle.NEWOBJ[0]: load_reduce,
+        pickle.NEWOBJ[0]: dispatch[pickle.REDUCE[0]],
         pickle.NEWOBJ_EX[0]: load_newobj_ex,
         # The one that it has allocates as many bytes as the pickle says.
-        pickle.BYTEARRAY8[0]: pickle._Unpickler.dispatch[pickle.BINBYTES8[0]],
+        pickle.BYTEARRAY8[0]: dispatch[pickle.BINBYTES8[0]],
     }
 
     def find_class(self, module: str, name: str) -> object:
         """What stands for a global; nothing is imported."""
-        known = _known(module, name)
+        known = KNOWN.get((module, name))
         self.is_plain &= known is not None
-        if (module, name) in SETS:
-            return Builder(_set)
-        return Inert(f"{module}.{name}") if known is None else known
+        return known or SETS.get((module, name)) or Inert(f"{module}.{name}")
 
     def persistent_load(self, pid: object) -> object:
         """The storage that a persistent id names."""
-        return stored(pid)
+        storage = stored(pid)
+        self.storages.setdefault(storage.key, storage)
+        return storage
 
 
-def describe(path: Path, unpickler: DescribingUnpickler) -> object:
-    """The next object of a pickle of `path`; reads no further than its end. Raises CheckpointError alone."""
+def describe(source: object, unpickler: DescribingUnpickler) -> object:
+    """The next object of a pickle; reads no further than its end. Raises only CheckpointError."""
     try:
         return unpickler.load()
     except CheckpointError as error:
-        raise CheckpointError(path, f"{error}") from None
+        raise CheckpointError(source, error) from None
     except Exception as error:  # a damaged pickle can raise anything; none of it is ours
-        raise CheckpointError(path, f"its pickle is damaged ({type(error).__name__}: {error})") from None
+        raise CheckpointError(source, f"its pickle is damaged ({type(error).__name__}: {error})") from None

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 
-from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, contiguous_stride, validate
-from gpt2lite.checkpoint.source import LocalFile
+from gpt2lite.checkpoint.foreign import DAMAGED
+from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, contiguous_stride
+from gpt2lite.checkpoint.source import ByteSource
 from gpt2lite.errors import CheckpointError
 
 HEADER = struct.Struct("<256i")
@@ -43,112 +42,62 @@ BLOCKS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
-    """What the header says, in its order; `padded_vocab_size` rows are stored, `vocab_size` of them used."""
-
-    version: int
-    block_size: int
-    vocab_size: int
-    n_layer: int
-    n_head: int
-    n_embd: int
-    padded_vocab_size: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of all tensors."""
-        return DTYPES[self.version]
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """What the words in BLOCKS stand for."""
-        C = self.n_embd
-        return {"Vp": self.padded_vocab_size, "T": self.block_size, "C": C, "3C": 3 * C, "4C": 4 * C}
+# The header after magic and version; the padded vocabulary's rows are stored, those of the other are used.
+FIELDS = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "padded_vocab_size")
 
 
-def _check(path: Path, header: Header) -> None:
-    """Refuse numbers that no model can have, all at once."""
-    lines = [
-        f"{name} is {value}, wanted at least 1"
-        for name in Header.__slots__
-        if (value := getattr(header, name)) < 1
-    ]
-    if header.n_layer > MAX_LAYERS:
-        lines.append(f"n_layer is {header.n_layer}, wanted at most {MAX_LAYERS}")
-    if header.padded_vocab_size < header.vocab_size:
-        lines.append(
-            f"padded_vocab_size is {header.padded_vocab_size}, wanted at least vocab_size {header.vocab_size}"
-        )
-    if header.n_head > 0 and header.n_embd % header.n_head:
-        lines.append(f"n_embd {header.n_embd} is no multiple of n_head {header.n_head}")
-    if lines:
-        raise CheckpointError(path, f"its llm.c header is damaged: {'; '.join(lines)}")
-
-
-def _read_header(path: Path) -> Header:
-    with open(path, "rb") as file:
+def _read_header(source: ByteSource) -> tuple[torch.dtype, dict[str, int]]:
+    """The dtype of all tensors, and the model's numbers. Refuses what no model can have, all at once."""
+    with source.open() as file:
         data = file.read(HEADER.size)
     if len(data) < HEADER.size:
-        raise CheckpointError(
-            path,
-            f"ends within its llm.c header, at byte {len(data)} of {HEADER.size}. "
-            "It is truncated: copy or download it again.",
-        )
+        what = f"ends within its llm.c header, at byte {len(data)} of {HEADER.size}"
+        raise CheckpointError(source, f"{what}: {DAMAGED}")
     _, version, *numbers = HEADER.unpack(data)
     if version not in DTYPES:
-        raise CheckpointError(
-            path,
-            f"an llm.c file of version {version}; wanted version 3 (float32) "
-            "or 5 (bfloat16). Write it again with a newer llm.c.",
-        )
-    header = Header(version, *numbers[:6])
-    _check(path, header)
-    if any(numbers[6:]):
-        raise CheckpointError(path, "its llm.c header goes on after eight numbers: it is damaged")
-    return header
+        what = f"an llm.c file of version {version}; wanted version 3 (float32) or 5 (bfloat16)"
+        raise CheckpointError(source, f"{what}. Write it again with a newer llm.c.")
+    said = dict(zip(FIELDS, numbers, strict=False))
+    wrong = [f"{name} is {value}, wanted at least 1" for name, value in said.items() if value < 1]
+    if said["n_layer"] > MAX_LAYERS:
+        wrong.append(f"n_layer is {said['n_layer']}, wanted at most {MAX_LAYERS}")
+    if said["padded_vocab_size"] < said["vocab_size"]:
+        padded = said["padded_vocab_size"]
+        wrong.append(f"padded_vocab_size is {padded}, wanted at least vocab_size {said['vocab_size']}")
+    if said["n_head"] > 0 and said["n_embd"] % said["n_head"]:
+        wrong.append(f"n_embd {said['n_embd']} is not a multiple of n_head {said['n_head']}")
+    if any(numbers[len(FIELDS) :]):
+        wrong.append("it goes on after eight numbers")
+    if wrong:
+        raise CheckpointError(source, f"its llm.c header is damaged: {'; '.join(wrong)}")
+    return DTYPES[version], said
 
 
-def _blocks(header: Header) -> Iterator[tuple[str, tuple[int, ...], int]]:
-    """Name, shape and how often for every block, in the order of the file."""
-    for name, words in BLOCKS:
-        shape = tuple(header.sizes[word] for word in words)
-        yield name, shape, header.n_layer if "{i}" in name else 1
-
-
-def _spans(path: Path, header: Header) -> Iterator[TensorSpan]:
-    """Every layer's part of every block, one after the other as they lie in the file."""
-    offset = HEADER.size
-    for name, shape, count in _blocks(header):
-        for i in range(count):
-            stride = contiguous_stride(shape)
-            span = TensorSpan(name.format(i=i), header.dtype, shape, stride, LocalFile(path), offset)
-            yield span
-            offset += span.nbytes
-
-
-def open_llmc(path: Path) -> Manifest:
+def open_llmc(source: ByteSource) -> Manifest:
     """The manifest of an llm.c checkpoint, version 3 or 5, under nanoGPT's names, (out, in).
 
     `wte.weight` has the vocabulary's rows alone, without the padding after them. Raises CheckpointError for
     another version, a header that no model can have, and a file that is not exactly as long as it says.
     """
-    state = LocalFile(path).state()
-    header = _read_header(path)
-    numel = sum(math.prod(shape) * count for _, shape, count in _blocks(header))
-    end = HEADER.size + numel * header.dtype.itemsize
+    state = source.state()
+    dtype, said = _read_header(source)
+    C = said["n_embd"]
+    sizes = {"Vp": said["padded_vocab_size"], "T": said["block_size"], "C": C, "3C": 3 * C, "4C": 4 * C}
+    blocks = [
+        (name, tuple(sizes[word] for word in words), said["n_layer"] if "{i}" in name else 1)
+        for name, words in BLOCKS
+    ]
+    end = HEADER.size + sum(math.prod(shape) * count for _, shape, count in blocks) * dtype.itemsize
     if end != state.size:
-        raise CheckpointError(
-            path,
-            f"its llm.c header describes {end} bytes, the file has {state.size}. "
-            "It is truncated or damaged: copy or download it again.",
-        )
-    spans = {span.name: span for span in _spans(path, header)}
-    spans["wte.weight"] = replace(spans["wte.weight"], shape=(header.vocab_size, header.n_embd))
-    values: dict[str, object] = {
-        "n_head": header.n_head,
-        "format": "llm.c",
-        "vocab_size": header.vocab_size,
-        "block_size": header.block_size,
-    }
-    return validate(Manifest(path, "llmc", spans, values, {LocalFile(path): state}))
+        what = f"its llm.c header describes {end} bytes, the file has {state.size}"
+        raise CheckpointError(source, f"{what}: {DAMAGED}")
+    spans, offset = {}, HEADER.size
+    for name, shape, count in blocks:  # each with all its layers in a row
+        for i in range(count):
+            own = name.format(i=i)
+            spans[own] = TensorSpan(own, dtype, shape, contiguous_stride(shape), source, offset)
+            offset += spans[own].nbytes
+    spans["wte.weight"] = replace(spans["wte.weight"], shape=(said["vocab_size"], C))
+    values: dict[str, object] = {name: said[name] for name in ("n_head", "vocab_size", "block_size")}
+    values["format"] = "llm.c"
+    return Manifest(source.path, "llmc", spans, values, {source: state})

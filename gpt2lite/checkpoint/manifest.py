@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 
 from gpt2lite.checkpoint.source import ByteSource, FileState
 from gpt2lite.errors import CheckpointError
 
-BOUND_CONFIG = (
-    "gpt2lite"  # of a manifest's values: the model's config as JSON, written into the weights' own file
-)
+BOUND_CONFIG = "gpt2lite"  # the value that is the model's config as JSON, in the weights' own file
 MAX_ENTRIES = 1_000_000
 MAX_DEPTH = 32
 MAX_NAME = 1000  # characters
@@ -61,14 +59,14 @@ class TensorSpan:
     @property
     def address(self) -> tuple[object, ...]:
         """Equal for two spans exactly when they are the same memory seen the same way: a tie."""
-        return (
-            self.source,
-            self.offset,
-            self.dtype,
-            self.shape,
-            self.stride,
-            self.name if not self.numel else "",
-        )
+        place = (self.source, self.offset, self.dtype, self.shape, self.stride)
+        return place if self.numel else (*place, self.name)
+
+    def part(self, box: Sequence[range]) -> TensorSpan:
+        """The part that a range of each axis leaves; its extent reaches no further than its own elements."""
+        skipped = sum(rows.start * step for rows, step in zip(box, self.stride, strict=True))
+        offset = self.offset + skipped * self.dtype.itemsize
+        return replace(self, shape=tuple(map(len, box)), offset=offset)
 
 
 def contiguous_stride(shape: Iterable[int]) -> tuple[int, ...]:
@@ -129,15 +127,35 @@ class Manifest:
                 raise CheckpointError(source, "changed while it was being read. Load it again.")
 
 
+def contiguous_span(
+    name: str, dtype: torch.dtype, shape: tuple[int, ...], source: ByteSource, offset: int, nbytes: int
+) -> TensorSpan:
+    """A row-major tensor that is said to have `nbytes`. Raises CheckpointError where it cannot."""
+    if not is_countable(shape, dtype):
+        what = f"{name} has shape {shape[:8]}, more bytes than can be counted"
+        raise CheckpointError(source, what, name=name)
+    span = TensorSpan(name, dtype, shape, contiguous_stride(shape), source, offset)
+    if nbytes != span.nbytes:
+        what = f"{name} takes {nbytes} bytes, {dtype} {shape[:8]} needs {span.nbytes}"
+        raise CheckpointError(source, what, name=name)
+    return span
+
+
+def joined(parts: Sequence[Manifest]) -> Manifest:
+    """The manifests of several files as one, of the first one's path and format."""
+    names = ("tensors", "values", "files", "storages", "modules", "unreadable", "containers")
+    merged: dict[str, Any] = {
+        name: {key: value for part in parts for key, value in getattr(part, name).items()} for name in names
+    }
+    return replace(parts[0], is_plain=all(part.is_plain for part in parts), **merged)
+
+
 def validate(manifest: Manifest) -> Manifest:
     """Check every tensor's name and place in its file; one CheckpointError names the first that is wrong."""
     for span in manifest.tensors.values():
         if len(span.name) > MAX_NAME:
-            raise CheckpointError(
-                span.source,
-                f"a tensor's name has {len(span.name)} characters: {span.name[:40]}… "
-                f"Names end at {MAX_NAME}.",
-            )
+            said = f"a tensor's name has {len(span.name)} characters: {span.name[:40]}…"
+            raise CheckpointError(span.source, f"{said} Names end at {MAX_NAME}.")
         end, size = span.offset + span.extent, manifest.files[span.source].size
         if span.offset < 0 or end > size:
             raise CheckpointError(
@@ -155,12 +173,11 @@ def contents_of(node: object) -> Iterable[tuple[object, object]] | None:
     return enumerate(node) if isinstance(node, (list, tuple)) else None
 
 
+Contents = Callable[[object], Iterable[tuple[object, object]] | None]
+
+
 def walk(
-    node: object,
-    visited: Iterator[int],
-    contents: Callable[[object], Iterable[tuple[object, object]] | None],
-    name: str = "",
-    depth: int = 0,
+    node: object, visited: Iterator[int], contents: Contents, name: str = "", depth: int = 0
 ) -> Iterator[tuple[str, object]]:
     """(dotted name, node) for all in `node`, itself and containers too: they are what has `contents`."""
     if depth > MAX_DEPTH or next(visited) > MAX_ENTRIES or len(name) > MAX_NAME:

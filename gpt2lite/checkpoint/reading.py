@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import ctypes
-import errno
-import io
 import mmap
-import os
 import sys
 import zipfile
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, flatten
-from gpt2lite.checkpoint.page_cache import PastCache
-from gpt2lite.checkpoint.source import ByteSource
-from gpt2lite.errors import CheckpointError, InsufficientMemoryError, first_line, is_out_of_memory
+from gpt2lite.checkpoint.source import STEP, ByteSource
+from gpt2lite.errors import CheckpointError, first_line, is_out_of_memory
 
-STEP = 1 << 20
-MOST_MEMORIES = 512  # of one read; Linux takes 1024
-# Python names them from 3.13 on, and later.
-MADV_WILLNEED, MADV_POPULATE_READ = 3, 22
-LINUX_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
+MADV_WILLNEED, MADV_POPULATE_READ = 3, 22  # Python does not name the latter yet
 
 
 def memory_of(tensor: Tensor) -> memoryview:
@@ -39,49 +29,9 @@ def memory_of(tensor: Tensor) -> memoryview:
 
 
 def read_bytes_into(memory: memoryview, source: ByteSource, offset: int) -> None:
-    """Fill `memory` from byte `offset` of a file. Raises CheckpointError where the file ends first."""
-    with open(source.path, "rb", buffering=0) as file:
-        read_file_into([memory], file, offset)
-
-
-def read_file_into(memories: Iterable[memoryview], file: io.FileIO, offset: int) -> None:
-    """Fill one memory after the other from byte `offset` of an open file, STEP at a time across them.
-
-    Small steps in order, on even places of the file, let the system read ahead: reads of 16 MiB by turns made
-    a cold disk a third slower.
-    """
-    empty = deque(memory for memory in memories if memory)
-    while empty:
-        count = read_once(file, _first(empty, STEP - offset % STEP), offset)
-        if not count:
-            raise CheckpointError(file.name, f"ends at byte {offset}; it was truncated while being read")
-        offset += count
-        while count:
-            memory = empty.popleft()
-            if count < len(memory):
-                empty.appendleft(memory[count:])
-            count = max(count - len(memory), 0)
-
-
-def _first(memories: Iterable[memoryview], nbytes: int) -> list[memoryview]:
-    """The first `nbytes` of some memories, as they lie."""
-    found: list[memoryview] = []
-    for memory in islice(memories, MOST_MEMORIES):
-        found.append(memory[:nbytes])
-        nbytes -= len(found[-1])
-        if not nbytes:
-            break
-    return found
-
-
-def read_once(file: io.FileIO, memories: list[memoryview], offset: int) -> int:
-    """One read that fills memories in order, or the first of them where the system has no such call."""
-    if isinstance(file, PastCache):
-        return file.read_into(memories, offset)
-    if hasattr(os, "preadv"):
-        return os.preadv(file.fileno(), memories, offset)
-    file.seek(offset)
-    return file.readinto(memories[0])
+    """Fill `memory` from byte `offset` of a source. Raises CheckpointError where it ends first."""
+    with source.reader() as reader:
+        reader.read_into([memory], offset)
 
 
 def as_strided(flat: Tensor, span: TensorSpan) -> Tensor:
@@ -107,40 +57,17 @@ def _torch_load(path: Path, device: torch.device, *, mmap: bool = False) -> obje
         ) from None
 
 
-def _read_zip(manifest: Manifest, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
-    """All tensors of all files: a state dict keeps its masks to the end."""
-    state: dict[str, Tensor] = {}
-    for source in manifest.storages:
-        state |= flatten(_torch_load(source.path, device), Tensor)  # type: ignore[arg-type]
-    return state
+def _planned(manifest: Manifest, names: Iterable[str]) -> tuple[list[tuple[ByteSource, str]], list[str]]:
+    """The files that torch.load reads, with a name where the file is one tensor; and the names of all else.
 
-
-def _read_folder(manifest: Manifest, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
-    return {name: _torch_load(manifest.tensors[name].source.path, device) for name in names}  # type: ignore[misc]
-
-
-def _read_spans(manifest: Manifest, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
-    return {name: read_span(manifest.tensors[name]).to(device) for name in names}
-
-
-def _zip_sizes(manifest: Manifest, names: Iterable[str]) -> Sequence[int]:
-    return [size for sizes in manifest.storages.values() for size in sizes]
-
-
-def _folder_sizes(manifest: Manifest, names: Iterable[str]) -> Sequence[int]:
-    return [size for name in names for size in manifest.storages[manifest.tensors[name].source]]
-
-
-def _span_sizes(manifest: Manifest, names: Iterable[str]) -> Sequence[int]:
-    return [manifest.tensors[name].extent for name in names]
-
-
-SPAN_BY_SPAN = (_read_spans, _span_sizes)
-READERS = {"torch_zip": (_read_zip, _zip_sizes), "tensor_folder": (_read_folder, _folder_sizes)}
-
-
-def _reader(manifest: Manifest) -> tuple[Callable[..., dict[str, Tensor]], Callable[..., Sequence[int]]]:
-    return READERS.get(manifest.format, SPAN_BY_SPAN) if manifest.is_plain else SPAN_BY_SPAN
+    The others lie in a format of its own, in an adapter's file, or in a pickle that torch.load may refuse. A
+    state dict is read whole: it keeps its masks to the end.
+    """
+    stored = manifest.storages if manifest.is_plain else {}
+    sources = [(manifest.tensors[name].source, name) for name in names]
+    own = [(source, name) for source, name in sources if source in stored]
+    beside = [name for source, name in sources if source not in stored]
+    return (own if manifest.format == "tensor_folder" else [(source, "") for source in stored]), beside
 
 
 def read_tensors(manifest: Manifest, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
@@ -149,9 +76,19 @@ def read_tensors(manifest: Manifest, names: Iterable[str], device: torch.device)
     Costs what torch.load costs: every byte of the file on the device, passengers included, and on the way
     there one tensor of host memory. A pickle that torch.load may refuse is read tensor by tensor.
     """
-    read, _ = _reader(manifest)
-    own, beside = _apart(manifest, names)
-    return read(manifest, own, device) | _read_spans(manifest, beside, device)
+    files, beside = _planned(manifest, names)
+    found: dict[str, Tensor] = {}
+    for source, name in files:
+        tree = _torch_load(source.path, device)
+        found |= flatten({name: tree} if name else tree, Tensor)  # type: ignore[arg-type]
+    return found | {name: read_span(manifest.tensors[name]).to(device) for name in beside}
+
+
+def sizes_read(manifest: Manifest, names: Iterable[str]) -> Sequence[int]:
+    """Bytes of every allocation that `read_tensors` makes, in its order."""
+    files, beside = _planned(manifest, names)
+    sizes = [size for source, _ in files for size in manifest.storages[source]]
+    return sizes + [manifest.tensors[name].extent for name in beside]
 
 
 def stored_versions(manifest: Manifest, prefix: str) -> dict[str, object]:
@@ -169,44 +106,6 @@ def stored_versions(manifest: Manifest, prefix: str) -> dict[str, object]:
     return {f"{name}.".removeprefix(prefix).removesuffix("."): version for name, version in stored}
 
 
-def sizes_read(manifest: Manifest, names: Iterable[str]) -> Sequence[int]:
-    """Bytes of every allocation that `read_tensors` makes, in its order."""
-    _, sizes = _reader(manifest)
-    own, beside = _apart(manifest, names)
-    return [*sizes(manifest, own), *_span_sizes(manifest, beside)]
-
-
-def _apart(manifest: Manifest, names: Iterable[str]) -> tuple[list[str], list[str]]:
-    """What torch.load reads, and what lies in other files: all of some formats, an adapter's tensors."""
-    own: list[str] = []
-    beside: list[str] = []
-    for name in names:
-        (own if manifest.tensors[name].source in manifest.storages else beside).append(name)
-    return own, beside
-
-
-def _map_file(path: Path) -> torch.UntypedStorage:
-    """A private mapping of a whole file, which may be larger than memory and swap (MAP_NORESERVE).
-
-    Raises InsufficientMemoryError where the address space is too small for it.
-    """
-    access: dict[str, int] = {"access": mmap.ACCESS_COPY}
-    if hasattr(mmap, "MAP_PRIVATE"):
-        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", LINUX_MAP_NORESERVE)
-        access = {"flags": flags, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
-    with open(path, "rb") as file:
-        try:
-            mapped = mmap.mmap(file.fileno(), 0, **access)
-        except OSError as error:
-            if error.errno != errno.ENOMEM:
-                raise
-            raise InsufficientMemoryError(
-                f"{path}: its {os.path.getsize(path)} bytes cannot be mapped ({error.strerror}). Raise the "
-                'limit of the address space (`ulimit -v`), or load with strategy="stream", which maps no file'
-            ) from None
-    return torch.frombuffer(mapped, dtype=torch.uint8).untyped_storage()
-
-
 def prefetch(tensors: Iterable[Tensor], readers: int, chunk_bytes: int) -> None:
     """Read what mapped tensors stand on and enter it into the page tables, where the system can be told so.
 
@@ -221,16 +120,12 @@ def prefetch(tensors: Iterable[Tensor], readers: int, chunk_bytes: int) -> None:
         for advice in (MADV_WILLNEED, MADV_POPULATE_READ):
             advise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)
 
-    pool = ThreadPoolExecutor(readers)
-    try:
+    with ThreadPoolExecutor(readers) as pool:
         for tensor in tensors:
             begin = tensor.data_ptr() // page * page
             end = tensor.data_ptr() + tensor.untyped_storage().nbytes()
             for at in range(begin, end, step):
                 pool.submit(touch, at, min(at + step, end))
-        pool.shutdown(wait=True)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def map_tensors(spans: Iterable[TensorSpan]) -> dict[str, Tensor]:
@@ -245,11 +140,10 @@ def map_tensors(spans: Iterable[TensorSpan]) -> dict[str, Tensor]:
     tensors = {}
     for span in spans:
         if span.source not in mapped:
-            mapped[span.source] = _map_file(span.source.path)
+            mapped[span.source] = span.source.map()
         storage = mapped[span.source][span.offset : span.offset + span.extent]
         if storage.nbytes() < span.extent:
             raise CheckpointError(span.source, f"ends before {span.name}; it was truncated while being read")
-        tensors[span.name] = torch.empty(0, dtype=span.dtype, device="cpu").set_(
-            storage, 0, span.shape, span.stride
-        )
+        empty = torch.empty(0, dtype=span.dtype, device="cpu")
+        tensors[span.name] = empty.set_(storage, 0, span.shape, span.stride)
     return tensors

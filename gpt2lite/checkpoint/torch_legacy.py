@@ -7,12 +7,11 @@ Format: torch/serialization.py, `_legacy_save` and `_legacy_load`.
 
 from __future__ import annotations
 
-import os
 import struct
-from pathlib import Path
 from typing import BinaryIO
 
 from gpt2lite.checkpoint.described import described
+from gpt2lite.checkpoint.foreign import DAMAGED
 from gpt2lite.checkpoint.inert_pickle import (
     MAX_SMALL_BYTES,
     RESAVE,
@@ -23,9 +22,9 @@ from gpt2lite.checkpoint.inert_pickle import (
     shown,
     stored,
 )
-from gpt2lite.checkpoint.manifest import Manifest, are_sizes, validate
-from gpt2lite.checkpoint.source import LocalFile
-from gpt2lite.checkpoint.torch_zip import place
+from gpt2lite.checkpoint.manifest import Manifest, are_sizes
+from gpt2lite.checkpoint.source import ByteSource
+from gpt2lite.checkpoint.torch_zip import manifest_of
 from gpt2lite.errors import CheckpointError
 
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
@@ -57,16 +56,7 @@ class _Pickles:
 
 
 class LegacyUnpickler(DescribingUnpickler):
-    """Reads the object of a legacy file; `named` are its storages and views, each by its own key."""
-
-    def __init__(self, pickles: _Pickles) -> None:
-        super().__init__(pickles, encoding="utf-8")
-        self.named: dict[str, Storage] = {}
-
-    @property
-    def storages(self) -> dict[str, Storage]:
-        """All that lie in the file by themselves, by key, in the order in which torch.load allocates them."""
-        return {key: storage for key, storage in self.named.items() if key == storage.key}
+    """Reads the object of a legacy file; a view, too, is a storage, by a key of its own."""
 
     def persistent_load(self, pid: object) -> object:
         """('storage', class, key, location, number of elements, view or None) → Storage.
@@ -82,9 +72,9 @@ class LegacyUnpickler(DescribingUnpickler):
             raise CheckpointError(f"its pickle refers to {shown(pid)}, which is not a storage. {RESAVE}")
         root, view = stored(pid[:5]), pid[5]
         root = self._known(root.key, root)
-        if view is None:
-            return root
         match view:
+            case None:
+                return root
             case (str(key), int(first), int(numel)) if are_sizes((first, numel)):
                 size = root.dtype.itemsize
                 if (first + numel) * size <= root.nbytes:
@@ -93,87 +83,62 @@ class LegacyUnpickler(DescribingUnpickler):
 
     def _known(self, name: str, storage: Storage) -> Storage:
         """The storage, unless the name already stands for another one; empty ones may change their dtype."""
-        known = self.named.setdefault(name, storage)
+        known = self.storages.setdefault(name, storage)
         if known != storage and (known.nbytes or storage.nbytes):
             raise CheckpointError(f"its pickle describes storage {name} in two ways")
         return storage
 
 
-def _check_head(path: Path, pickles: _Pickles) -> None:
+def _check_head(source: ByteSource, pickles: _Pickles) -> None:
     """The three pickles before the object."""
-
-    def read() -> object:
-        return describe(path, DescribingUnpickler(pickles, encoding="utf-8"))
-
-    for what, wanted in (("magic number", MAGIC_NUMBER), ("version", VERSION)):
-        found = read()
+    magic, version, machine = (describe(source, DescribingUnpickler(pickles)) for _ in range(3))
+    for what, found, wanted in (("magic number", magic, MAGIC_NUMBER), ("version", version, VERSION)):
         if type(found) is not int or found != wanted:
-            raise CheckpointError(path, f"its {what} is {shown(found)}, wanted {wanted}: it is damaged")
-    machine = read()
-    order = machine.get("little_endian") if isinstance(machine, dict) else None
-    if order is not True:
-        found_order = "of other byte order" if order is False else "that it does not describe"
-        raise CheckpointError(path, f"written on a machine {found_order}. {RESAVE}")
-
-
-def _check_keys(path: Path, keys: object, storages: dict[str, Storage]) -> list[str]:
-    """The keys in the order of the file, which must be those of all storages, each once."""
-    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-        raise CheckpointError(path, f"its list of storages is {shown(keys)}, wanted their keys")
-    if len(set(keys)) < len(keys) or set(keys) != storages.keys():
-        lacking, unknown = sorted(storages.keys() - set(keys)), sorted(set(keys) - storages.keys())
-        raise CheckpointError(
-            path,
-            f"its list of {len(keys)} storages does not fit its pickle, which describes "
-            f"{len(storages)}; missing: {shown(lacking[:3])}, unknown: {shown(unknown[:3])}",
-        )
-    return keys
+            raise CheckpointError(source, f"its {what} is {shown(found)}, wanted {wanted}: {DAMAGED}")
+    if not isinstance(machine, dict) or machine.get("little_endian") is not True:
+        raise CheckpointError(source, f"written on a machine that it does not call little-endian. {RESAVE}")
 
 
 def _find_storages(
-    path: Path, file: BinaryIO, keys: list[str], storages: dict[str, Storage]
-) -> dict[str, int]:
-    """The byte where each storage begins. Reads the eight bytes before it alone."""
-    size = os.fstat(file.fileno()).st_size
-    begins = {}
+    source: ByteSource, file: BinaryIO, keys: object, storages: dict[str, Storage]
+) -> dict[str, tuple[int, int]]:
+    """Where each storage lies, by its key: one after the other, all of them, a count before each."""
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise CheckpointError(source, f"its list of storages is {shown(keys)}, wanted their keys")
+    if sorted(keys) != sorted(storages):
+        differ = shown(sorted(set(keys) ^ storages.keys())[:3])
+        what = f"its list of {len(keys)} storages does not fit its pickle, which describes {len(storages)}"
+        raise CheckpointError(source, f"{what}; they differ in {differ}")
+    size, found = source.state().size, {}
     for key in keys:
-        begin = file.tell() + COUNT.size
-        end = begin + storages[key].nbytes
+        storage, begin = storages[key], file.tell() + COUNT.size
+        end = begin + storage.nbytes
         if end > size:
-            raise CheckpointError(
-                path,
-                f"its storage {key} lies in bytes {begin} to {end}, the file ends at {size}. "
-                "It is truncated: copy or download it again.",
-            )
+            what = f"its storage {key} lies in bytes {begin} to {end}, the file ends at {size}"
+            raise CheckpointError(source, f"{what}: {DAMAGED}")
         (numel,) = COUNT.unpack(file.read(COUNT.size))
-        if numel * storages[key].dtype.itemsize != storages[key].nbytes:
-            raise CheckpointError(
-                path,
-                f"its storage {key} has {numel} elements of {storages[key].dtype}, "
-                f"{storages[key].nbytes} bytes are described: it is damaged",
-            )
-        begins[key] = begin
+        if numel * storage.dtype.itemsize != storage.nbytes:
+            what = f"its storage {key} has {numel} elements of {storage.dtype}"
+            raise CheckpointError(source, f"{what}, {storage.nbytes} bytes are described: {DAMAGED}")
+        found[key] = begin, storage.nbytes
         file.seek(end)
-    return begins
+    return found
 
 
-def open_torch_legacy(path: Path) -> Manifest:
+def open_torch_legacy(source: ByteSource) -> Manifest:
     """The manifest of a `.pth` that is no zip. Raises CheckpointError for a file that is damaged.
 
     Its format is "torch_zip", since torch.load reads both alike. Bytes after the last storage are left alone,
     as torch leaves them.
     """
-    state = LocalFile(path).state()
-    with open(path, "rb") as file:
+    state = source.state()
+    with source.open() as file:
         pickles = _Pickles(file)
-        _check_head(path, pickles)
+        _check_head(source, pickles)
         unpickler = LegacyUnpickler(pickles)
-        found = described(path, unpickler)
-        storages = unpickler.storages
-        keys = _check_keys(path, describe(path, DescribingUnpickler(pickles, encoding="utf-8")), storages)
-        begins = _find_storages(path, file, keys, storages)
-    spans = {
-        name: place(path, name, record, begins[record.storage.key]) for name, record in found.tensors.items()
-    }
-    sizes = tuple(storage.nbytes for storage in storages.values())
-    return validate(found.manifest(path, spans, {LocalFile(path): state}, {LocalFile(path): sizes}))
+        found = described(source, unpickler)
+        keys = describe(source, DescribingUnpickler(pickles))
+        whole = {key: storage for key, storage in unpickler.storages.items() if key == storage.key}
+        kept = _find_storages(source, file, keys, whole)
+    sizes = tuple(storage.nbytes for storage in whole.values())
+    return manifest_of(found, source, state, kept, sizes)

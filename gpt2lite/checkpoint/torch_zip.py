@@ -1,24 +1,30 @@
-"""What `torch.save` writes: a zip with a pickle that describes tensors and one stored entry a storage.
+"""What `torch.save` writes: a zip with a pickle that describes tensors and one stored entry per storage.
 
-The pickle is read by an unpickler that can only build descriptions: every name that it asks for is looked up
-in a table here, nothing is imported and nothing runs. Format: torch/serialization.py, caffe2/serialize.
+The pickle is read by an unpickler that can only build descriptions: nothing is imported and nothing runs.
+Format: torch/serialization.py, caffe2/serialize.
 """
 
 from __future__ import annotations
 
 import io
+import json
+import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
 
 from gpt2lite.checkpoint.described import Described, described
-from gpt2lite.checkpoint.inert_pickle import MAX_SMALL_BYTES, RESAVE, DescribingUnpickler, TensorRecord
-from gpt2lite.checkpoint.manifest import BOUND_CONFIG, Manifest, TensorSpan, validate
-from gpt2lite.checkpoint.page_cache import read_each
-from gpt2lite.checkpoint.source import ByteSource, LocalFile
+from gpt2lite.checkpoint.foreign import DAMAGED, what_is_zip
+from gpt2lite.checkpoint.inert_pickle import MAX_SMALL_BYTES, RESAVE, DescribingUnpickler, Storage
+from gpt2lite.checkpoint.manifest import BOUND_CONFIG, Manifest, TensorSpan, contiguous_stride
+from gpt2lite.checkpoint.source import ByteSource, FileState, read_each
+from gpt2lite.checkpoint.writing import Config, TensorToWrite, Wrote, made_ahead
 from gpt2lite.errors import CheckpointError
 
 ENCRYPTED, UTF8_NAME = 1, 0x800  # flag bits
@@ -27,131 +33,190 @@ NO_CRC = 0  # what torch writes after set_crc32_options(False)
 # zipfile itself raises any of these on flipped bytes.
 DAMAGED_ZIP = (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, OverflowError, struct.error)
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature … name length, extra length
+ZIP64_EXTRA_BYTES = 20
+ALIGNMENT = 64  # torch.save's own, so that mapped tensors are aligned
+STORAGES = torch.storage._dtype_to_storage_type_map()  # newer dtypes than these have no class of their own
+
+Entries = dict[str, tuple[int, zipfile.ZipInfo]]  # where the data begin, by name
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A stored zip entry: `nbytes` of data at byte `offset` of the file."""
-
-    offset: int
-    nbytes: int
-    crc: int
+# ---- reading -----------------------------------------------------------------------------------------------
 
 
-def _encoded_name(info: zipfile.ZipInfo) -> bytes:
-    return info.orig_filename.encode("utf-8" if info.flag_bits & UTF8_NAME else "cp437")
-
-
-def _data_offsets(path: Path, file: io.BufferedIOBase, infos: Iterable[zipfile.ZipInfo]) -> dict[str, int]:
-    """Where each entry's data begin, by the entry's own header."""
-    names = {info: _encoded_name(info) for info in infos}
-    last = path.stat().st_size - LOCAL_HEADER.size
-    begins = [min(max(info.header_offset, 0), last) for info in names]
-    heads = [
-        (begin, LOCAL_HEADER.size + len(name)) for begin, name in zip(begins, names.values(), strict=True)
-    ]
-    offsets = {}
-    read = read_each(file.fileno(), heads)
-    for (info, name), begin, head in zip(names.items(), begins, read, strict=True):
-        signature, name_length, extra_length = LOCAL_HEADER.unpack(head[: LOCAL_HEADER.size])
-        is_its_own = signature == b"PK\x03\x04" and name_length == len(name) and head.endswith(name)
-        if begin != info.header_offset or not is_its_own:
-            raise CheckpointError(path, f"{info.filename} does not begin where the zip directory says")
-        offsets[info.filename] = begin + LOCAL_HEADER.size + name_length + extra_length
-    return offsets
-
-
-def _read_directory(path: Path, file: io.BufferedIOBase, archive: zipfile.ZipFile) -> dict[str, Entry]:
-    """The archive's entries by name, with the archive's own leading folder taken off."""
-    infos = {info.filename: info for info in archive.infolist()}
-    if len(infos) < len(archive.infolist()):
-        raise CheckpointError(path, "the zip holds two entries of one name")
-    if any(name.partition("/")[2] == "constants.pkl" for name in infos):
-        raise CheckpointError(path, f"a TorchScript program, not a state dict. {RESAVE}")
-    for name, info in infos.items():
+def _entries(source: ByteSource, file: BinaryIO, archive: zipfile.ZipFile) -> Entries:
+    """The archive's entries, without its own leading folder; their own headers say where their data begin."""
+    infos = archive.infolist()
+    names = {info.filename for info in infos}
+    inside = {name.partition("/")[2] for name in names}
+    if "constants.pkl" in inside or "data.pkl" not in inside:
+        raise CheckpointError(source, what_is_zip(names))
+    if len(names) < len(infos):
+        raise CheckpointError(source, "the zip holds two entries of one name")
+    for info in infos:
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & ENCRYPTED:
+            again = "torch.save(torch.load(path, weights_only=True), path)"
             raise CheckpointError(
-                path,
-                f"{name} is compressed or encrypted, so it has no byte range. "
-                "Re-save it: torch.save(torch.load(path, weights_only=True), path)",
+                source, f"{info.filename} is compressed or encrypted; save it again: {again}"
             )
-    offsets = _data_offsets(path, file, infos.values())
-    return {
-        name.partition("/")[2]: Entry(offsets[name], info.file_size, info.CRC) for name, info in infos.items()
-    }
+    last = source.state().size - LOCAL_HEADER.size
+    encoded = [i.orig_filename.encode("utf-8" if i.flag_bits & UTF8_NAME else "cp437") for i in infos]
+    begins = [min(max(info.header_offset, 0), last) for info in infos]
+    ranges = [(at, LOCAL_HEADER.size + len(name)) for at, name in zip(begins, encoded, strict=True)]
+    found = {}
+    heads = read_each(file.fileno(), ranges)
+    for info, name, begin, head in zip(infos, encoded, begins, heads, strict=True):
+        signature, name_length, extra_length = LOCAL_HEADER.unpack(head[: LOCAL_HEADER.size])
+        is_its_own = (signature, head[LOCAL_HEADER.size :], name_length) == (b"PK\x03\x04", name, len(name))
+        if begin != info.header_offset or not is_its_own:
+            raise CheckpointError(source, f"{info.filename} does not begin where the zip directory says")
+        found[info.filename.partition("/")[2]] = begin + len(head) + extra_length, info
+    return found
 
 
-def _read_archive(path: Path) -> tuple[Described, dict[str, Entry]]:
-    """What the pickle describes, our own config if it is there, and where each zip entry lies."""
-    try:
-        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-            entries = _read_directory(path, file, archive)
-            if "data.pkl" not in entries:
-                raise CheckpointError(path, "a zip without data.pkl, so torch.save did not write it")
-            pickled = _read_small(path, file, entries, "data.pkl")
-            order = _read_small(path, file, entries, "byteorder") if "byteorder" in entries else b"little"
-            config = _read_small(path, file, entries, CONFIG_ENTRY) if CONFIG_ENTRY in entries else b""
-            config = _read_small(path, file, entries, CONFIG_ENTRY) if CONFIG_ENTRY in entries else b""
-    except DAMAGED_ZIP as error:
-        raise CheckpointError(
-            path,
-            f"has no sound zip directory at its end ({type(error).__name__}: {error}). "
-            "It is truncated or damaged: copy or download it again.",
-        ) from None
-    if order != b"little":
-        raise CheckpointError(path, f"written on a machine of other byte order, {order[:20]!r}. {RESAVE}")
-    found = described(path, DescribingUnpickler(io.BytesIO(pickled), encoding="utf-8"))
-    if config:
-        found.values[BOUND_CONFIG] = config.decode("utf-8", "replace")
-    return found, entries
-
-
-def _read_small(path: Path, file: io.BufferedIOBase, entries: dict[str, Entry], name: str) -> bytes:
-    """One entry as a whole, checked against its sum."""
-    entry = entries[name]
-    if entry.nbytes > MAX_SMALL_BYTES:
-        raise CheckpointError(path, f"its {name} is larger than {MAX_SMALL_BYTES >> 20} MiB")
-    file.seek(entry.offset)
-    data = file.read(entry.nbytes)
-    if len(data) < entry.nbytes or entry.crc not in (NO_CRC, zlib.crc32(data)):
-        raise CheckpointError(path, f"its {name} is damaged: copy or download it again")
+def _read_small(source: ByteSource, file: BinaryIO, entries: Entries, name: str) -> bytes:
+    """One entry as a whole, checked against its sum; b"" where there is none."""
+    if name not in entries:
+        return b""
+    offset, info = entries[name]
+    if info.file_size > MAX_SMALL_BYTES:
+        raise CheckpointError(source, f"its {name} is larger than {MAX_SMALL_BYTES >> 20} MiB")
+    file.seek(offset)
+    data = file.read(info.file_size)
+    if len(data) < info.file_size or info.CRC not in (NO_CRC, zlib.crc32(data)):
+        raise CheckpointError(source, f"its {name} is {DAMAGED}")
     return data
 
 
-def place(path: Path, name: str, record: TensorRecord, begin: int) -> TensorSpan:
-    """The span of a tensor, what is kept under its storage's key beginning at byte `begin` of the file."""
-    storage, start = record.storage, record.offset * record.dtype.itemsize
-    offset = begin + storage.start + start
-    span = TensorSpan(name, record.dtype, record.shape, record.stride, LocalFile(path), offset)
-    if start + span.extent > storage.nbytes:
-        raise CheckpointError(path, f"{name} reaches past the end of its storage {storage.key}")
-    return span
+def manifest_of(
+    found: Described,
+    source: ByteSource,
+    state: FileState,
+    kept: Mapping[str, tuple[int, int]],
+    sizes: tuple[int, ...],
+) -> Manifest:
+    """The manifest of a file of torch.save, which allocates storages of these `sizes` to load it.
+
+    `kept` says where in the file a storage lies, by its key: its first byte, and how many there are. A tensor
+    whose storage is not there is unreadable. Raises CheckpointError for one that reaches past it.
+    """
+    spans, unreadable = {}, dict(found.unreadable)
+    for name, record in found.tensors.items():
+        storage, start = record.storage, record.offset * record.dtype.itemsize
+        begin, nbytes = kept.get(storage.key, (0, -1))
+        if nbytes < storage.start + storage.nbytes:
+            said = f"has {nbytes} bytes" if storage.key in kept else "is missing"
+            unreadable[name] = f"needs data/{storage.key} of {storage.nbytes} bytes, which {said}"
+            continue
+        offset = begin + storage.start + start
+        spans[name] = TensorSpan(name, record.dtype, record.shape, record.stride, source, offset)
+        if start + spans[name].extent > storage.nbytes:
+            what = f"{name} reaches past the end of its storage {storage.key}"
+            raise CheckpointError(source, what, name=name)
+    rest = (found.modules, unreadable, found.is_plain and not unreadable, found.containers())
+    files, storages = {source: state}, {source: sizes}
+    return Manifest(source.path, "torch_zip", spans, found.values, files, storages, *rest)
 
 
-def _lacking(record: TensorRecord, entries: dict[str, Entry]) -> str | None:
-    """What is wrong with the entry that holds a tensor's storage."""
-    storage, entry = record.storage, entries.get(f"data/{record.storage.key}")
-    if entry is not None and entry.nbytes >= storage.nbytes:
-        return None
-    found = "is missing" if entry is None else f"has {entry.nbytes} bytes"
-    return f"needs data/{storage.key} of {storage.nbytes} bytes, which {found}"
-
-
-def open_torch_zip(path: Path) -> Manifest:
+def open_torch_zip(source: ByteSource) -> Manifest:
     """The manifest of a zip `.pth`. Raises CheckpointError for a file that is damaged.
 
     What the pickle names and we do not know is neither imported nor called.
     """
-    state = LocalFile(path).state()
-    found, entries = _read_archive(path)
-    for name, record in list(found.tensors.items()):
-        if lacking := _lacking(record, entries):
-            found.unreadable[name] = lacking
-            del found.tensors[name]
-    spans = {
-        name: place(path, name, record, entries[f"data/{record.storage.key}"].offset)
-        for name, record in found.tensors.items()
+    state = source.state()
+    try:
+        with source.open() as file, zipfile.ZipFile(file) as archive:
+            entries = _entries(source, file, archive)
+            names = ("data.pkl", "byteorder", CONFIG_ENTRY)
+            pickled, order, config = (_read_small(source, file, entries, name) for name in names)
+    except DAMAGED_ZIP as error:
+        what = f"no sound zip directory at its end ({type(error).__name__}: {error})"
+        raise CheckpointError(source, f"{what}: {DAMAGED}") from None
+    if order not in (b"little", b""):
+        raise CheckpointError(source, f"written on a machine of other byte order, {order[:20]!r}. {RESAVE}")
+    unpickler = DescribingUnpickler(io.BytesIO(pickled))
+    found = described(source, unpickler)
+    if config:
+        found.values[BOUND_CONFIG] = config.decode("utf-8", "replace")
+    kept = {
+        name.removeprefix("data/"): (offset, info.file_size)
+        for name, (offset, info) in entries.items()
+        if name.startswith("data/")
     }
-    storages = {record.storage.key: record.storage.nbytes for record in found.tensors.values()}
-    sizes: dict[ByteSource, tuple[int, ...]] = {LocalFile(path): tuple(storages.values())}
-    return validate(found.manifest(path, spans, {LocalFile(path): state}, sizes))
+    sizes = tuple(storage.nbytes for storage in unpickler.storages.values())
+    return manifest_of(found, source, state, kept, sizes)
+
+
+# ---- writing -----------------------------------------------------------------------------------------------
+
+
+class _DescribingPickler(pickle.Pickler):
+    """Writes the pickle that torch.save would write of tensors that are not there yet.
+
+    `keys` say in which entry `data/<key>` the bytes of a tensor will be, by its name.
+    """
+
+    def __init__(self, file: Any, keys: dict[str, str]) -> None:
+        super().__init__(file, protocol=2)
+        self.keys = keys
+
+    def persistent_id(self, obj: object) -> Any:
+        if not isinstance(obj, Storage):
+            return None
+        name = STORAGES.get(obj.dtype, "UntypedStorage")  # which counts bytes
+        numel = obj.nbytes // obj.dtype.itemsize if obj.dtype in STORAGES else obj.nbytes
+        return ("storage", getattr(torch, name), obj.key, "cpu", numel)
+
+    def reducer_override(self, obj: object) -> Any:
+        if not isinstance(obj, TensorToWrite):
+            return NotImplemented
+        storage = Storage(self.keys[obj.shares or obj.name], obj.dtype, obj.nbytes)
+        hooks: OrderedDict[str, object] = OrderedDict()
+        described = (storage, 0, obj.shape, contiguous_stride(obj.shape), False, hooks)
+        if obj.dtype in STORAGES:
+            return torch._utils._rebuild_tensor_v2, described
+        return torch._utils._rebuild_tensor_v3, (*described, obj.dtype)
+
+
+def _entry(archive: zipfile.ZipFile, name: str, nbytes: int) -> zipfile.ZipInfo:
+    """A stored entry whose data begin at a multiple of ALIGNMENT, padded as torch does: by an extra field."""
+    info = zipfile.ZipInfo(name)
+    info.file_size = nbytes
+    is_zip64 = nbytes * 1.05 > zipfile.ZIP64_LIMIT  # zipfile's own rule
+    assert archive.fp is not None
+    begin = archive.fp.tell() + LOCAL_HEADER.size + len(name) + (ZIP64_EXTRA_BYTES if is_zip64 else 0)
+    padding = -(begin + 4) % ALIGNMENT
+    info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+    return info
+
+
+Arrange = Callable[[dict[str, Any]], object]  # a state dict → what the pickle holds
+
+
+def fill_torch_zip(
+    path: Path,
+    tensors: Sequence[TensorToWrite],
+    wrote: Wrote,
+    config: Config | None = None,
+    arrange: Arrange = OrderedDict,
+) -> None:
+    """Write a new file as `torch.save` does; `arrange` puts the state dict into what surrounds it.
+
+    The model's config goes into an entry of its own, which torch.load passes over: in the weights' own file
+    it cannot become another model's. Tensors that share another's bytes are stored with it. No date is in it:
+    equal tensors, equal bytes. Holds two chunks in memory.
+    """
+    keys = {tensor.name: str(i) for i, tensor in enumerate(t for t in tensors if not t.shares)}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open(zipfile.ZipInfo("archive/data.pkl"), "w") as entry:
+            state = OrderedDict((tensor.name, tensor) for tensor in tensors)
+            _DescribingPickler(entry, keys).dump(arrange(state))
+        archive.writestr(zipfile.ZipInfo("archive/byteorder"), "little")
+        if config is not None:
+            archive.writestr(zipfile.ZipInfo(f"archive/{CONFIG_ENTRY}"), json.dumps(config, indent=2))
+        for tensor in (t for t in tensors if not t.shares):
+            name = f"archive/data/{keys[tensor.name]}"
+            with archive.open(_entry(archive, name, tensor.nbytes), "w") as entry:
+                for chunk in made_ahead(tensor.chunks()):
+                    entry.write(chunk)
+                    wrote(len(chunk))
+        archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")

@@ -1,4 +1,4 @@
-"""Writers: tensor by tensor, so that a file larger than memory can be written, and never half a file.
+"""What all writers share: a tensor's bytes a few MiB at a time, and a file that appears whole or not at all.
 
 Everything is written under a temporary name beside its destination and renamed at the end: `fill_…` functions
 write where they are told, `replacing` gives them the place.
@@ -7,55 +7,154 @@ write where they are told, `replacing` gives them the place.
 from __future__ import annotations
 
 import errno
-import json
 import os
-import pickle
 import shutil
 import stat
-import struct
 import tempfile
-import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gpt2lite.checkpoint import open_checkpoint
-from gpt2lite.checkpoint.chunks import TensorToWrite, made_ahead
-from gpt2lite.checkpoint.manifest import TensorSpan, contiguous_stride
-from gpt2lite.checkpoint.page_cache import forget_cached
-from gpt2lite.checkpoint.reading import read_span
-from gpt2lite.checkpoint.torch_zip import CONFIG_ENTRY
+from gpt2lite.checkpoint.reading import memory_of
+from gpt2lite.devices import caller_stream, on_stream
 from gpt2lite.errors import UsageError
 
-__all__ = [
-    "ALIGNMENT",
-    "Progress",
-    "TensorToWrite",
-    "destination_of",
-    "fill_tensor_folder",
-    "fill_torch_zip",
-    "replacing",
-    "require_new_folder",
-    "require_space",
-    "save_per_tensor",
-    "spans_on_disk",
-    "write_torch_zip",
-]
-
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+Wrote = Callable[[int], None]  # bytes that were just written
 Config = Mapping[str, Any]  # the fields of a model's config
-ALIGNMENT = 64  # torch.save's own, so that mapped tensors are aligned
 MAX_PREFIX = 20  # characters of a temporary name that are the file's own: it must fit wherever the file does
 NO_PLACE = {errno.ELOOP: "links lead in a circle", errno.ENAMETOOLONG: "longer than the file system allows"}
-LOCAL_HEADER_BYTES = 30
-ZIP64_EXTRA_BYTES = 20
-STORAGES = torch.storage._dtype_to_storage_type_map()  # newer dtypes than these have no class of their own
+CHUNK_BYTES = 8 << 20
+TILE = (256, 112)  # of a transpose: fits the cache, and one thread does it (torch divides 32768 elements)
+
+
+# ---- a tensor's bytes --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TensorToWrite:
+    """A tensor that will be written: `chunks()` yields its bytes in order, row-major.
+
+    `shares` names a tensor of the same bytes that comes before it: a format that can tie stores them once.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterable[memoryview]]
+    shares: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def _is_turned(tensor: Tensor) -> bool:
+    return tensor.dim() == 2 and tensor.stride(0) == 1 and tensor.stride(1) > 1
+
+
+def _turn(piece: Tensor, out: Tensor) -> None:
+    """Copy a transposed view tile by tile, so that what is read across its memory stays in the cache."""
+    tall, wide = TILE
+    for row in range(0, piece.shape[0], tall):
+        for column in range(0, piece.shape[1], wide):
+            tile = slice(row, row + tall), slice(column, column + wide)
+            out[tile].copy_(piece[tile])
+
+
+def _joined(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Pieces side by side, cast, contiguous, on the host; a single one that is all that is not copied."""
+    if len(pieces) == 1 and not _is_turned(pieces[0]):
+        return pieces[0].to("cpu", dtype).contiguous()
+    rows, widths = pieces[0].shape[0], [piece.shape[1] for piece in pieces]
+    joined = torch.empty((rows, sum(widths)), dtype=dtype, device="cpu")
+    for piece, place in zip(pieces, joined.split(widths, 1), strict=True):
+        _turn(piece, place) if _is_turned(piece) and piece.device.type == "cpu" else place.copy_(piece)
+    return joined
+
+
+def _row_chunks(parts: Sequence[Tensor], dtype: torch.dtype) -> Iterator[memoryview]:
+    row_bytes = sum(part[:1].numel() for part in parts) * dtype.itemsize
+    step = max(1, CHUNK_BYTES // max(1, row_bytes))
+    for begin in range(0, parts[0].shape[0], step):
+        yield memory_of(_joined([part[begin : begin + step] for part in parts], dtype))
+
+
+def chunks_of(parts: Sequence[Tensor], axis: int, dtype: torch.dtype) -> Iterator[memoryview]:
+    """The bytes of `parts` joined along `axis` and cast, CHUNK_BYTES or a row at a time.
+
+    Allocates one chunk at a time, none for what lies ready in host memory.
+    """
+    for sheet in [[part] for part in parts] if axis == 0 else [parts]:
+        yield from _row_chunks(sheet, dtype)
+
+
+def made_ahead(chunks: Iterable[memoryview]) -> Iterator[memoryview]:
+    """The same chunks in the same order, the next made in a thread while one is written: two at a time."""
+    coming, stream = iter(chunks), caller_stream()
+
+    def make() -> memoryview | None:
+        with on_stream(stream):  # the caller's: a thread has another one, which waits for nothing
+            return next(coming, None)
+
+    with ThreadPoolExecutor(1) as maker:
+        following = maker.submit(make)
+        while (chunk := following.result()) is not None:
+            following = maker.submit(make)
+            yield chunk
+
+
+def join(
+    name: str, parts: Sequence[Tensor], *, axis: int = 0, dtype: torch.dtype | None = None
+) -> TensorToWrite:
+    """Tensors along `axis` as one to write; by default in the dtype that holds them all."""
+    parts = [part.detach().reshape(1) if part.dim() == 0 else part.detach() for part in parts]
+    dtype = dtype or reduce(torch.promote_types, (part.dtype for part in parts))
+    shape = list(parts[0].shape)
+    shape[axis] = sum(part.shape[axis] for part in parts)
+    return TensorToWrite(name, dtype, tuple(shape), partial(chunks_of, parts, axis, dtype))
+
+
+def tensors_of(state: Mapping[str, Tensor]) -> list[TensorToWrite]:
+    """A state dict to write; tied tensors share the bytes of the first. Raises UsageError on meta."""
+    first: dict[tuple[object, ...], str] = {}
+    found = []
+    for name, tensor in state.items():
+        if tensor.is_meta:
+            raise UsageError(f"{name} is on the meta device and has no values to write")
+        address = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        shared = first.setdefault(address if tensor.numel() else (name,), name)
+        written = join(name, [tensor])
+        shares = shared if shared != name else ""
+        found.append(TensorToWrite(name, written.dtype, tuple(tensor.shape), written.chunks, shares))
+    return found
+
+
+# ---- a file ------------------------------------------------------------------------------------------------
+
+
+# Writes a new file: where, what, what to tell of each chunk, and the config to put into it.
+Fill = Callable[[Path, Sequence[TensorToWrite], Wrote, Config | None], None]
+
+
+def counting(progress: Progress, tensors: Iterable[TensorToWrite]) -> Wrote:
+    """What adds up the bytes written of some tensors and says so to `progress`."""
+    total, done = sum(tensor.nbytes for tensor in tensors if not tensor.shares), 0
+
+    def wrote(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress(done, total)
+
+    return wrote
 
 
 def _flush(path: Path) -> None:
@@ -65,13 +164,7 @@ def _flush(path: Path) -> None:
             os.fsync(opened.fileno())
 
 
-def _require_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        wrong = "is a file, not a folder" if folder.exists() else "does not exist; make it first"
-        raise UsageError(f"the folder {folder} {wrong}")
-
-
-def _state_of(path: Path) -> os.stat_result | None:
+def state_of(path: Path) -> os.stat_result | None:
     """What lies at `path`, links followed; None if nothing does. UsageError for a path that never can."""
     try:
         return os.stat(path)
@@ -89,7 +182,7 @@ def destination_of(path: Path) -> Path:
     Raises UsageError where no file can be put: its folder does not exist, the name is too long, links lead in
     a circle, or a folder, FIFO, socket or device lies there.
     """
-    found = _state_of(path)
+    found = state_of(path)
     if found is not None and not stat.S_ISREG(found.st_mode):
         kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a FIFO, socket or device"
         raise UsageError(f"{path}: is {kind}, and a file is to be written there; choose another name")
@@ -98,7 +191,9 @@ def destination_of(path: Path) -> Path:
         raise UsageError(
             f"{path}: is a link to {followed}, whose folder does not exist; make it, or mend the link"
         )
-    _require_folder(followed.parent)
+    if not followed.parent.is_dir():
+        wrong = "is a file, not a folder" if followed.parent.exists() else "does not exist; make it first"
+        raise UsageError(f"the folder {followed.parent} {wrong}")
     return followed
 
 
@@ -111,194 +206,32 @@ def replacing(path: Path) -> Iterator[Path]:
     it. Raises UsageError as `destination_of`.
     """
     target = destination_of(path)
-    temporary = Path(
-        tempfile.mkdtemp(prefix=f".{target.name[:MAX_PREFIX]}.", suffix=".part", dir=target.parent)
-    )
+    prefix = f".{target.name[:MAX_PREFIX]}."
+    folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=".part", dir=target.parent))
+    temporary = folder / target.name
     try:
-        yield temporary / target.name
-        _flush(temporary / target.name)
-        if (replaced := _state_of(target)) is not None:
-            os.chmod(temporary / target.name, stat.S_IMODE(replaced.st_mode))
-        os.replace(temporary / target.name, target)
+        yield temporary
+        _flush(temporary)
+        if (replaced := state_of(target)) is not None:
+            os.chmod(temporary, stat.S_IMODE(replaced.st_mode))
+        os.replace(temporary, target)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-@dataclass(frozen=True, slots=True)
-class _StoredAs:
-    """Stands for a storage in the pickle; torch.load finds its bytes in the zip entry `data/<key>`."""
-
-    key: str
-    dtype: torch.dtype
-    numel: int
-
-
-class _DescribingPickler(pickle.Pickler):
-    """Writes the pickle that torch.save would write, of tensors that are not there."""
-
-    def persistent_id(self, obj: object) -> Any:
-        if not isinstance(obj, _StoredAs):
-            return None
-        storage = STORAGES.get(obj.dtype)
-        if storage is None:
-            return ("storage", torch.UntypedStorage, obj.key, "cpu", obj.numel * obj.dtype.itemsize)
-        return ("storage", getattr(torch, storage), obj.key, "cpu", obj.numel)
-
-
-class _Described:
-    """Pickles as the call that rebuilds one contiguous tensor."""
-
-    def __init__(self, key: str, tensor: TensorToWrite) -> None:
-        self.key, self.tensor = key, tensor
-
-    def __reduce__(self) -> Any:
-        shape, dtype = self.tensor.shape, self.tensor.dtype
-        stored = _StoredAs(self.key, dtype, torch.Size(shape).numel())
-        described: tuple[object, ...] = (stored, 0, shape, contiguous_stride(shape), False, OrderedDict())
-        if dtype in STORAGES:
-            return torch._utils._rebuild_tensor_v2, described
-        return torch._utils._rebuild_tensor_v3, (*described, dtype)
-
-
-def _entry(archive: zipfile.ZipFile, name: str, nbytes: int) -> zipfile.ZipInfo:
-    """A stored entry whose data begin at a multiple of ALIGNMENT, padded as torch does: by an extra field."""
-    info = zipfile.ZipInfo(name)
-    info.file_size = nbytes
-    is_zip64 = nbytes * 1.05 > zipfile.ZIP64_LIMIT  # zipfile's own rule
-    assert archive.fp is not None
-    begin = archive.fp.tell() + LOCAL_HEADER_BYTES + len(name) + (ZIP64_EXTRA_BYTES if is_zip64 else 0)
-    padding = -(begin + 4) % ALIGNMENT
-    info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
-    return info
-
-
-Arrange = Callable[[dict[str, Any]], object]  # a state dict → what the pickle holds
-
-
-def _stored_once(tensors: Sequence[TensorToWrite]) -> list[TensorToWrite]:
-    return [tensor for tensor in tensors if not tensor.shares]
-
-
-def fill_torch_zip(
-    path: Path,
-    tensors: Sequence[TensorToWrite],
-    progress: Progress,
-    config: Config | None,
-    arrange: Arrange = OrderedDict,
+def write_whole(
+    fill: Fill, path: Path, tensors: Sequence[TensorToWrite], progress: Progress, config: Config | None = None
 ) -> None:
-    """Write a new file as `torch.save` does; `arrange` puts the state dict into what surrounds it.
-
-    The model's config goes into an entry of its own, which torch.load passes over: in the weights' own file
-    it cannot become another model's. Tensors that share another's bytes are stored with it. No date is in it:
-    equal tensors, equal bytes. Holds two chunks in memory.
-    """
-    stored = _stored_once(tensors)
-    keys = {tensor.name: str(i) for i, tensor in enumerate(stored)}
-    described = OrderedDict((t.name, _Described(keys[t.shares or t.name], t)) for t in tensors)
-    total, done = sum(tensor.nbytes for tensor in stored), 0
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        with archive.open(zipfile.ZipInfo("archive/data.pkl"), "w") as entry:
-            _DescribingPickler(entry, protocol=2).dump(arrange(described))
-        archive.writestr(zipfile.ZipInfo("archive/byteorder"), "little")
-        if config is not None:
-            archive.writestr(zipfile.ZipInfo(f"archive/{CONFIG_ENTRY}"), json.dumps(config, indent=2))
-        for i, tensor in enumerate(stored):
-            with archive.open(_entry(archive, f"archive/data/{i}", tensor.nbytes), "w") as entry:
-                for chunk in made_ahead(tensor.chunks()):
-                    entry.write(chunk)
-                    done += len(chunk)
-                    progress(done, total)
-        archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
-
-
-def write_torch_zip(
-    path: Path, tensors: Sequence[TensorToWrite], progress: Progress, config: Config | None = None
-) -> None:
-    """Write a state dict as `torch.save` does, two chunks in memory at a time.
-
-    torch.load, also with mmap, and every reader of `.pth` opens it. The file appears whole or not at all.
-    """
+    """Write a file that appears whole or not at all."""
     with replacing(path) as temporary:
-        fill_torch_zip(temporary, tensors, progress, config)
-
-
-def _require_file_name(folder: Path, name: str) -> None:
-    """Raise UsageError for a tensor whose name cannot be a file's in `folder`."""
-    if not name or name.startswith(".") or set(name) & {os.sep, "\0"}:
-        raise UsageError(f"{folder}: a tensor is called {name!r}, which is no file name")
-    _state_of(folder.parent / f"{name}.pt")
-
-
-def fill_tensor_folder(
-    folder: Path, tensors: Sequence[TensorToWrite], progress: Progress, config: Config
-) -> None:
-    """Write `<name>.pt` for every tensor, those that share another's bytes left out, and the config, to a
-    folder.
-
-    Raises UsageError for a name that is no file name.
-    """
-    stored = _stored_once(tensors)
-    total, done = sum(tensor.nbytes for tensor in stored), 0
-    for tensor in stored:
-        _require_file_name(folder, tensor.name)
-    folder.mkdir()
-    for tensor in stored:
-        fill_torch_zip(
-            folder / f"{tensor.name}.pt",
-            [tensor],
-            lambda *_: None,
-            None,
-            lambda state: next(iter(state.values())),
-        )
-        done += tensor.nbytes
-        progress(done, total)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tied tensors once, under their first name: apart, in a file each, the tie would be lost."""
-    seen: dict[tuple[object, ...], str] = {}
-    for name, tensor in state.items():
-        address = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        seen.setdefault(address if tensor.numel() else (name,), name)
-    return {name: state[name] for name in seen.values()}
-
-
-def _tensors_of(source: nn.Module | str | os.PathLike[str]) -> dict[str, Callable[[], Tensor]]:
-    """Names, and what makes the host tensor of each."""
-    if isinstance(source, nn.Module):
-        state = _distinct(source.state_dict())
-        return {name: tensor.detach().cpu().clone for name, tensor in state.items()}
-    spans = open_checkpoint(source).tensors
-    distinct = {span.address: span for span in reversed(list(spans.values()))}.values()
-    return {span.name: lambda span=span: read_span(span).contiguous() for span in distinct}  # type: ignore[misc]
+        fill(temporary, tensors, counting(progress, tensors), config)
 
 
 def require_new_folder(folder: Path) -> None:
     """Raise UsageError where a folder is to be made and something lies already."""
-    if _state_of(folder) is not None:
+    if state_of(folder) is not None:
         kind = "already exists" if folder.is_dir() else "is a file, and a folder is to be made there"
         raise UsageError(f"{folder}: {kind}; choose a new folder")
-
-
-def save_per_tensor(
-    model_or_path: nn.Module | str | os.PathLike[str], folder: str | os.PathLike[str]
-) -> Path:
-    """Write `<name>.pt` for every tensor of a model or checkpoint, for strategy="per_tensor".
-
-    Holds one tensor in memory at a time. The folder must not exist, and appears whole or not at all. Tied
-    tensors are written once. Raises UsageError, CheckpointError.
-    """
-    folder = Path(folder)
-    require_new_folder(folder)
-    tensors = _tensors_of(model_or_path)
-    for name in tensors:
-        _require_file_name(folder, name)
-    with replacing(folder) as temporary:
-        temporary.mkdir()
-        for name, make in tensors.items():
-            torch.save(make(), temporary / f"{name}.pt")
-    return folder
 
 
 def require_space(path: Path, nbytes: int) -> None:
@@ -309,17 +242,5 @@ def require_space(path: Path, nbytes: int) -> None:
     folder = path if os.path.isdir(path) else destination_of(path).parent
     free = shutil.disk_usage(folder).free
     if free < nbytes:
-        raise OSError(
-            errno.ENOSPC,
-            f"{nbytes / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free",
-            str(folder),
-        )
-
-
-def spans_on_disk(files: Iterable[Path]) -> dict[str, TensorSpan]:
-    """Every tensor of some files that were just written; what the system cached of them is dropped."""
-    manifests = [open_checkpoint(file) for file in files]
-    for manifest in manifests:
-        for file in manifest.files:
-            forget_cached(file.path)
-    return {name: span for manifest in manifests for name, span in manifest.tensors.items()}
+        said = f"{nbytes / 2**30:.1f} GiB are to be written, {free / 2**30:.1f} GiB are free"
+        raise OSError(errno.ENOSPC, said, str(folder))

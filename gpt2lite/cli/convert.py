@@ -3,41 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from gpt2lite.cli.terminal import (
-    add_config_arguments,
-    add_dtype_argument,
-    add_revision_argument,
-    bytes_bar,
-    config_of,
-    dtype_of,
-    facts,
-    local_path,
-)
-from gpt2lite.converting import WRITERS, plan_conversion, run_conversion
+from gpt2lite.cli.arguments import DIALECTS
+from gpt2lite.cli.loading import config_of, dtype_of, local_path
+from gpt2lite.cli.terminal import bytes_bar, facts
+from gpt2lite.converting import plan_conversion, run_conversion
 from gpt2lite.memory import human
-
-NAMES = {"book": "book", "hf": "huggingface", "nanogpt": "nanogpt"}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument("source", help="a checkpoint of any kind, or a model on the Hub: gpt2 …, owner/name")
-    parser.add_argument(
-        "destination", type=Path, help="a .pth, a .safetensors, or a folder that is not there yet"
-    )
-    parser.add_argument("--to", choices=NAMES, default="book", help="whose names (default: %(default)s)")
-    parser.add_argument(
-        "--format", choices=WRITERS, help="default: as the destination's suffix; safetensors for a folder"
-    )
-    parser.add_argument(
-        "--max-shard-size", metavar="SIZE", help="divide a folder's safetensors, as 2GiB or 5GB"
-    )
-    parser.add_argument("--no-verify", action="store_true", help="do not read the result back")
-    add_revision_argument(parser)
-    add_config_arguments(parser)
-    add_dtype_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,7 +16,7 @@ def run(args: argparse.Namespace) -> int:
     job = plan_conversion(
         local_path(args.source, args.revision),
         args.destination,
-        to=NAMES[args.to],
+        to=DIALECTS[args.to],
         format=args.format,
         dtype=dtype_of(args),
         max_shard_size=args.max_shard_size,

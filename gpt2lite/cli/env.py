@@ -1,4 +1,4 @@
-"""`gpt2lite env`: what this machine is and what of it can really be had."""
+"""`gpt2lite env`: versions, processors, and how much memory this process can really take."""
 
 from __future__ import annotations
 
@@ -20,11 +20,6 @@ from gpt2lite.memory import host_memory, human
 PACKAGES = ("psutil", "tiktoken", "huggingface_hub", "transformers", "safetensors", "matplotlib")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument("--json", action="store_true", help="as JSON")
-
-
 def _version(package: str) -> str:
     try:
         return version(package)
@@ -41,13 +36,6 @@ def _cpu() -> str:
     return next(names, platform.machine())
 
 
-def _gpus() -> list[dict[str, Any]]:
-    return [
-        {"name": name_of(device), "free": free_memory(device), "total": total_memory(device)}
-        for device in accelerators()
-    ]
-
-
 def environment() -> dict[str, Any]:
     """Versions, processors and memory, in bytes."""
     return {
@@ -59,7 +47,10 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "host_memory": asdict(host_memory()),
-        "gpus": _gpus(),
+        "gpus": [
+            {"name": name_of(device), "free": free_memory(device), "total": total_memory(device)}
+            for device in accelerators()
+        ],
     }
 
 
@@ -70,15 +61,15 @@ def run(args: argparse.Namespace) -> int:
         print(as_json(found))
         return 0
     memory = found["host_memory"]
+    free, total = human(memory["available"]), human(memory["total"])
     gpus = [f"{gpu['name']}, {human(gpu['free'])} free of {human(gpu['total'])}" for gpu in found["gpus"]]
-    limit = memory["limited_by"]
     print(facts([
         *((name, found[name]) for name in ("gpt2lite", "python", "torch")),
         *found["packages"].items(),
         ("system", found["system"]),
         ("cpu", f"{found['cpu']}, {found['cores']} cores for this process"),
-        ("memory", f"{human(memory['available'])} of {human(memory['total'])} available, limited by {limit}"),
-        ("swap", f"{human(memory['swap'])} free, which auto does not count"),
+        ("memory", f"{free} of {total} available, limited by {memory['limited_by']}"),
+        ("swap", f"{human(memory['swap'])} free, which auto does not count on"),
         ("gpu", "; ".join(gpus) or "none that torch can use"),
     ]))  # fmt: skip
     return 0

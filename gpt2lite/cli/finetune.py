@@ -9,81 +9,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gpt2lite.cli.loading import config_of, load_options, local_path
 from gpt2lite.cli.plot import plot_losses
-from gpt2lite.cli.terminal import (
-    EMBEDDED,
-    add_cap_arguments,
-    add_config_arguments,
-    add_dtype_argument,
-    add_revision_argument,
-    bytes_bar,
-    config_of,
-    dtype_of,
-    local_path,
-    steps_bar,
-)
-from gpt2lite.cli.training import add_recipe_arguments, recipe_of
+from gpt2lite.cli.terminal import bytes_bar, steps_bar
+from gpt2lite.cli.training import recipe_of
 from gpt2lite.devices import resolve_device
 from gpt2lite.errors import UsageError
-from gpt2lite.finetuning import Metrics, Rhythm, Task, as_classifier, finetune
-from gpt2lite.finetuning.loop import read_labels, read_metrics, relabel
+from gpt2lite.finetuning.heads import as_classifier, read_labels, relabel
+from gpt2lite.finetuning.loop import Metrics, finetune, read_metrics
 from gpt2lite.finetuning.recipe import Recipe
-from gpt2lite.finetuning.states import saved_recipe
+from gpt2lite.finetuning.states import Task, saved_recipe
 from gpt2lite.finetuning.tasks import classifier_task, instruction_task, open_text, text_task
-from gpt2lite.loading import STRATEGIES
 from gpt2lite.memory import human
 from gpt2lite.model import GPTModel
 from gpt2lite.tokenizer import tokenizer_files, tokenizer_for, write_beside
-
-DATA = {
-    "text": "UTF-8 text, or a token file: .npy, or .bin as gpt2lite, nanoGPT and llm.c write it",
-    "instructions": "records with instruction, output, perhaps input: .json, .jsonl, .csv",
-    "classify": "records with text and label: .json, .jsonl, .csv; makes a classifier",
-}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument(
-        "path",
-        nargs="?",
-        default=EMBEDDED,
-        help="a checkpoint, or a model on the Hub: gpt2 … gpt2-xl, owner/name (default: the embedded model)",
-    )
-    data = parser.add_mutually_exclusive_group(required=True)
-    for name, text in DATA.items():
-        data.add_argument(f"--{name}", type=Path, metavar="FILE", help=text)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on where the run in --out was cut, with its recipe but for the flags that are given",
-    )
-    parser.add_argument("--validate-every", type=int, default=50, metavar="N", help="steps (default: 50)")
-    parser.add_argument("--save-every", type=int, default=100, metavar="N", help="steps (default: 100)")
-    parser.add_argument("--keep", type=int, default=2, metavar="N", help="saved states (default: 2)")
-    parser.add_argument("--strategy", choices=("auto", *STRATEGIES), default="auto", help="of loading")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default: cpu)")
-    add_revision_argument(parser)
-    add_config_arguments(parser)
-    add_dtype_argument(parser)
-    add_cap_arguments(parser)
-    add_recipe_arguments(parser)
 
 
 def _load(path: Path, args: argparse.Namespace) -> GPTModel:
     """In the file's dtype unless told otherwise: it is saved as it came, whatever it trains in."""
     with bytes_bar("loading") as progress:
-        return GPTModel.from_checkpoint(
-            path,
-            resolve_device(args.device),
-            args.strategy,
-            config=config_of(args),
-            dtype=dtype_of(args),
-            max_host_memory=args.max_host_memory,
-            max_device_memory=args.max_device_memory,
-            progress=progress,
-        )
+        options, device = load_options(args, progress), resolve_device(args.device)
+        return GPTModel.from_checkpoint(path, device, args.strategy, config=config_of(args), **options)
 
 
 def _task(path: Path, model: GPTModel, args: argparse.Namespace, recipe: Recipe, tokens: Path) -> Task:
@@ -114,10 +60,8 @@ def _put_head(path: Path, model: GPTModel, labels: tuple[str, ...], recipe: Reci
     if known != labels:
         kept = relabel(model, known, labels, recipe.seed)
         parts = {"kept": kept, "new": set(labels) - set(kept), "dropped": set(known) - set(kept)}
-        print(
-            "labels "
-            + "; ".join(f"{what}: {', '.join(sorted(names)) or 'none'}" for what, names in parts.items())
-        )
+        said = (f"{what}: {', '.join(sorted(names)) or 'none'}" for what, names in parts.items())
+        print("labels " + "; ".join(said))
 
 
 @contextmanager
@@ -144,15 +88,12 @@ def _reports(steps: int) -> Iterator[Callable[[Metrics], None]]:
 def run(args: argparse.Namespace) -> int:
     """Train, and print where the model is."""
     recipe = recipe_of(args, saved_recipe(args.out) if args.resume else {})
-    rhythm = Rhythm(args.validate_every, args.save_every, args.keep)
     path = local_path(args.path, args.revision)
     with tempfile.TemporaryDirectory(prefix="gpt2lite-") as folder:
         model = _load(path, args)
         task = _task(path, model, args, recipe, Path(folder) / "tokens.npy")
         with _reports(recipe.steps) as report:
-            model_path = finetune(
-                model, task, args.out, recipe, rhythm=rhythm, resume=args.resume, report=report
-            )
+            model_path = finetune(model, task, args.out, recipe, resume=args.resume, report=report)
     write_beside(model_path, tokenizer_files(path))
     try:
         plot_losses(read_metrics(args.out), args.out / "loss.png")

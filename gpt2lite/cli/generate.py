@@ -7,81 +7,31 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from gpt2lite.cli.loading import add_load_arguments, load_to_read
-from gpt2lite.cli.terminal import EMBEDDED, add_quantize_argument, local_path, read_text, steps_bar
+from gpt2lite.cli.arguments import DEFAULT_NEW_TOKENS, DEFAULT_PROMPT, EMBEDDED_PROMPT
+from gpt2lite.cli.loading import load_to_read, local_path
+from gpt2lite.cli.terminal import EMBEDDED, read_text, steps_bar
 from gpt2lite.config import GPTConfig
 from gpt2lite.encoding import Encoding, end_of_text
 from gpt2lite.errors import UsageError
-from gpt2lite.generation import ENGINES, require_language_head
-from gpt2lite.generation.decoding import require_fit
+from gpt2lite.generation.decoding import require_fit, require_language_head
 from gpt2lite.generation.text import stream_text
 from gpt2lite.model import GPTModel
 from gpt2lite.reading_text import filled_lines, typed_text
 from gpt2lite.tokenizer import tokenizer_for
 
-EMBEDDED_PROMPT = "Once upon a time"
-DEFAULT_PROMPT = "Hello, I am"
-DEFAULT_NEW_TOKENS = 240
 ROWS_AT_ONCE = 8
 RULE = "─" * 40 + "\n"
-PATIENCE = 2.0  # seconds without a second token before it is said what takes so long
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument(
-        "--model",
-        default=EMBEDDED,
-        metavar="PATH|NAME",
-        help="a checkpoint, or a model on the Hub: gpt2 … gpt2-xl, owner/name (default: the embedded model)",
-    )
-    parser.add_argument("--prompt", help=f"default: {EMBEDDED_PROMPT!r}, {DEFAULT_PROMPT!r} for other models")
-    parser.add_argument("--prompts", metavar="FILE", help="a prompt a line; - reads standard input")
-    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts for each prompt")
-    parser.add_argument(
-        "--max-new-tokens",
-        type=int,
-        metavar="N",
-        help=f"default: {DEFAULT_NEW_TOKENS}, or what the context leaves",
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0 is greedy (default), 1 as the model has it"
-    )
-    parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens")
-    parser.add_argument("--top-p", type=float, metavar="P", help="among the likeliest that have P together")
-    parser.add_argument("--min-p", type=float, metavar="P", help="among those with P times the likeliest's")
-    parser.add_argument(
-        "--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: less of what was there"
-    )
-    parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before it; can be given again"
-    )
-    parser.add_argument(
-        "--seed", type=int, help="the same seed, the same text; the next text has the next seed"
-    )
-    parser.add_argument(
-        "--window",
-        type=int,
-        metavar="N",
-        help="go on past the context: when it is full, read the last N tokens again",
-    )
-    parser.add_argument(
-        "--engine",
-        choices=("auto", *ENGINES),
-        default="auto",
-        help="what runs a token (default: the fastest)",
-    )
-    add_load_arguments(parser)
-    add_quantize_argument(parser)
+PATIENCE = 2.0  # seconds to wait for the second token before saying what takes so long
+COMPILING = "[the first run compiles its loops for this processor, which takes half a minute]"
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "window", "engine")
 
 
 def _prompts(args: argparse.Namespace, default: str) -> list[str]:
-    """What to write on from, each as often as it is asked for."""
+    """The prompts, each repeated --num-samples times."""
     if args.prompts is not None and args.prompt is not None:
         raise UsageError("--prompt and --prompts exclude each other")
     if args.num_samples < 1:
@@ -96,10 +46,6 @@ def _prompts(args: argparse.Namespace, default: str) -> list[str]:
     return [prompt for prompt in prompts for _ in range(args.num_samples)]
 
 
-def _ids(prompt: str, encoding: Encoding) -> list[int]:
-    return encoding.encode(prompt, allowed_special="all") or [end_of_text(encoding)]
-
-
 def _room(ids: Sequence[Sequence[int]], config: GPTConfig, args: argparse.Namespace) -> int:
     """How many tokens to write. Raises UsageError, before any is written, where a prompt does not fit."""
     longest, room = max(map(len, ids)), args.max_new_tokens
@@ -110,76 +56,51 @@ def _room(ids: Sequence[Sequence[int]], config: GPTConfig, args: argparse.Namesp
     return int(room)
 
 
-@contextmanager
-def _said_if_slow() -> Iterator[threading.Timer]:
-    """On a terminal says, where nothing comes, what the first run does; yields the timer to cancel."""
-    note = "[the first run compiles its loops for this processor, which takes half a minute]"
-    timer = threading.Timer(PATIENCE, lambda: print(note, file=sys.stderr, flush=True))
-    if sys.stderr.isatty():
-        timer.start()
-    try:
-        yield timer
-    finally:
-        timer.cancel()
-
-
 def _write_one(prompt: str, tokens: Iterator[torch.Tensor], encoding: Encoding, stops: list[str]) -> int:
-    """Print a text as it comes; returns the number of its tokens."""
-    count = 0
-    with _said_if_slow() as slow:
+    """Print a text as it comes; returns the number of its tokens. A slow start is explained on a terminal."""
+    count, slow = 0, threading.Timer(PATIENCE, print, [COMPILING], {"file": sys.stderr, "flush": True})
 
-        def counted() -> Iterator[int]:
-            nonlocal count
-            for token in tokens:
-                count += 1
-                if count == 2:
-                    slow.cancel()
-                yield int(token)
+    def counted() -> Iterator[int]:
+        nonlocal count
+        for token in tokens:
+            count += 1
+            if count == 2:
+                slow.cancel()
+            yield int(token)
 
+    if sys.stderr.isatty():
+        slow.start()
+    try:
         print(prompt, end="", flush=True)
         for piece in stream_text(counted(), encoding, stops):
             print(piece, end="", flush=True)
         print()
+    finally:
+        slow.cancel()
     return count
 
 
-def _write_all(
-    model: GPTModel,
-    prompts: list[str],
-    ids: list[list[int]],
-    room: int,
-    seed: int | None,
-    encoding: Encoding,
-    stops: list[str],
-    options: dict[str, Any],
-) -> int:
-    """Print texts, a few rows at a time, a rule between them; returns the number of their tokens."""
-    count, places = 0, range(len(prompts))
-    with steps_bar(prompts, "writing") as bar:
-        for start in places[::ROWS_AT_ONCE]:
-            own_seed = None if seed is None else seed + start
-            rows = model.generate(ids[start : start + ROWS_AT_ONCE], room, seed=own_seed, **options)
-            for place, row in zip(places[start:], rows, strict=False):
-                new = row[len(ids[place]) :].tolist()
-                count += len(new)
-                print(RULE * bool(place) + prompts[place] + "".join(stream_text(new, encoding, stops)))
-                bar.update()
-    return count
+def _batches(
+    model: GPTModel, ids: list[list[int]], room: int, seed: int | None, options: dict[str, Any]
+) -> Iterator[list[int]]:
+    """The new tokens of each text, computed a few texts at a time; each has the seed it would have alone."""
+    for start in range(0, len(ids), ROWS_AT_ONCE):
+        batch, own_seed = ids[start : start + ROWS_AT_ONCE], None if seed is None else seed + start
+        rows = model.generate(batch, room, seed=own_seed, **options)
+        yield from (row[len(prompt) :].tolist() for prompt, row in zip(batch, rows, strict=True))
 
 
 def run(args: argparse.Namespace) -> int:
     """Print prompts and continuations: one as it comes, more of them in batches."""
     path = local_path(args.model, args.revision)
-    model = load_to_read(path, args, args.quantize)
+    model = load_to_read(path, args)
     require_language_head(model.config)
     encoding = tokenizer_for(path, model.config.vocab_size)
     prompts = _prompts(args, EMBEDDED_PROMPT if path == EMBEDDED else DEFAULT_PROMPT)
-    ids = [_ids(prompt, encoding) for prompt in prompts]
+    ids = [encoding.encode(text, allowed_special="all") or [end_of_text(encoding)] for text in prompts]
     room = _room(ids, model.config, args)
     stops = [typed_text("--stop", text) for text in args.stop]
-    options: dict[str, Any] = {
-        **{name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p")},
-        **{name: getattr(args, name) for name in ("repetition_penalty", "window", "engine")},
+    options: dict[str, Any] = {name: getattr(args, name) for name in SAMPLING} | {
         "stop": [*([] if encoding.eot_token is None else [encoding.eot_token]), *stops],
         "encoding": encoding,
     }
@@ -188,7 +109,11 @@ def run(args: argparse.Namespace) -> int:
         tokens = model.generate_tokens(ids, room, seed=args.seed, **options)
         count = _write_one(prompts[0], tokens, encoding, stops)
     else:
-        count = _write_all(model, prompts, ids, room, args.seed, encoding, stops, options)
+        with steps_bar(prompts, "writing") as bar:
+            for place, new in enumerate(_batches(model, ids, room, args.seed, options)):
+                count += len(new)
+                print(RULE * bool(place) + prompts[place] + "".join(stream_text(new, encoding, stops)))
+                bar.update()
     if sys.stderr.isatty():
         seconds = time.perf_counter() - began
         print(f"\n{count} tokens, {count / seconds:.1f} tokens/s", file=sys.stderr)

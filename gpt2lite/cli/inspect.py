@@ -7,15 +7,8 @@ from collections import Counter, defaultdict
 from typing import Any
 
 from gpt2lite.checkpoint import Manifest
-from gpt2lite.checkpoint.tf_bundle import check_crc32c
-from gpt2lite.cli.terminal import (
-    add_config_arguments,
-    add_revision_argument,
-    as_json,
-    bytes_bar,
-    config_of,
-    facts,
-)
+from gpt2lite.cli.loading import config_of
+from gpt2lite.cli.terminal import as_json, facts
 from gpt2lite.dialects import UNSAYABLE, Reading
 from gpt2lite.errors import CheckpointError
 from gpt2lite.memory import human
@@ -23,19 +16,6 @@ from gpt2lite.model import GPTModel, open_model
 from gpt2lite.opening import Opened
 
 MAX_NAMED = 3
-CHECKS = {"tf_bundle": check_crc32c}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument(
-        "path",
-        help="a .pth, a .safetensors, a TensorFlow model.ckpt, a folder, or a Hub model: gpt2 …",
-    )
-    parser.add_argument("--json", action="store_true", help="as JSON")
-    parser.add_argument("--check", action="store_true", help="read all data, compare it with the file's sums")
-    add_revision_argument(parser)
-    add_config_arguments(parser)
 
 
 def _ties(manifest: Manifest) -> list[list[str]]:
@@ -46,24 +26,23 @@ def _ties(manifest: Manifest) -> list[list[str]]:
 
 
 def _oddities(reading: Reading) -> list[str]:
-    """What a user may not expect of this file."""
     spans = list(reading.manifest.tensors.values())
     misaligned = sum(span.offset % span.dtype.itemsize != 0 for span in spans)
     strided = sum(span.extent != span.nbytes for span in spans)
-    said = [
+    counted = [
         (len(reading.masks), "stored attention masks, which loading skips"),
         (len(reading.passengers), "tensors beside the model (an optimizer?), which loading never reads"),
-        (len(reading.adapters), "LoRA layers, merged on load with the alpha that you give"),
+        (len(reading.adapters), "LoRA layers, merged while loading, with the alpha you give"),
         (len(reading.unexpected), f"unknown tensors: {', '.join(reading.unexpected[:MAX_NAMED])}"),
         (len(reading.manifest.unreadable), f"unreadable: {', '.join(reading.manifest.unreadable)[:200]}"),
-        (misaligned, "tensors that do not begin at a multiple of their item size"),
-        (strided, "tensors that are no contiguous run of bytes"),
+        (misaligned, "tensors not aligned to their item size"),
+        (strided, "tensors whose bytes are not contiguous"),
     ]
-    return [f"{count} {what}" for count, what in said if count]
+    return [f"{count} {what}" for count, what in counted if count]
 
 
 def _config(opened: Opened[GPTModel]) -> tuple[dict[str, Any], str]:
-    """The config, None for what cannot be known, and then the reason."""
+    """The config; what cannot be known is None, and the reason is the second value."""
     try:
         return opened.config.as_dict(), ""
     except CheckpointError as error:
@@ -71,26 +50,12 @@ def _config(opened: Opened[GPTModel]) -> tuple[dict[str, Any], str]:
         return opened.sizes.as_dict() | unsaid, str(error)
 
 
-def _checked(manifest: Manifest) -> str:
-    """What --check found. Raises CheckpointError for the first tensor that does not agree with its sum."""
-    check = CHECKS.get(manifest.format)
-    if check is None:
-        return f"not checked: only {', '.join(CHECKS)} has sums that are read, this is {manifest.format}"
-    with bytes_bar("check") as progress:
-        return f"those of {check(manifest, progress)} tensors agree"
-
-
-def describe(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that the command says, as a dict."""
+def _describe(args: argparse.Namespace) -> dict[str, Any]:
     opened = open_model(args.path, revision=args.revision, config=config_of(args))
     reading, manifest = opened.reading, opened.reading.manifest
-    sums = {"sums": _checked(manifest)} if args.check else {}
     config, problem = _config(opened)
-    used = {
-        manifest.tensors[placement.source].address: placement.source
-        for placement in reading.placements.values()
-    }
-    spans = [manifest.tensors[name] for name in used.values()]
+    sources = (manifest.tensors[placement.source] for placement in reading.placements.values())
+    spans = list({span.address: span for span in sources}.values())
     dtypes = Counter(str(span.dtype).removeprefix("torch.") for span in spans)
     return {
         "path": str(manifest.path),
@@ -104,13 +69,12 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         "dtypes": dict(dtypes),
         "ties": _ties(manifest),
         "oddities": [*_oddities(reading), *opened.found.notes, *([problem] if problem else [])],
-        **sums,
     }
 
 
 def run(args: argparse.Namespace) -> int:
     """Print what the checkpoint is."""
-    found = describe(args)
+    found = _describe(args)
     if args.json:
         print(as_json(found))
         return 0
@@ -125,6 +89,5 @@ def run(args: argparse.Namespace) -> int:
         ("dtypes", ", ".join(f"{name} × {count}" for name, count in found["dtypes"].items())),
         ("ties", "; ".join(" = ".join(names) for names in found["ties"]) or "none"),
         ("oddities", "\n          ".join(found["oddities"]) or "none"),
-        *([("sums", found["sums"])] if args.check else []),
     ]))  # fmt: skip
     return 0

@@ -1,63 +1,60 @@
-"""Loading for the commands that only read a model: their arguments, and the load."""
+"""What the arguments mean to the library: the options of opening and of loading, and the load itself."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from gpt2lite.cli.terminal import (
-    EMBEDDED,
-    add_cap_arguments,
-    add_config_arguments,
-    add_dtype_argument,
-    add_revision_argument,
-    bytes_bar,
-    config_of,
-    dtype_of,
-)
+from gpt2lite.cli.terminal import EMBEDDED, bytes_bar
 from gpt2lite.devices import resolve_device
-from gpt2lite.loading import STRATEGIES
+from gpt2lite.loading import LoadOptions, Progress
 from gpt2lite.model import GPTModel
+from gpt2lite.opening import locate
 
 
-def add_load_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where to, how, and what the file cannot say."""
-    parser.add_argument(
-        "--strategy",
-        choices=("auto", *STRATEGIES),
-        default="auto",
-        help="auto maps the file on CPU, else streams",
-    )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default: cpu)")
-    add_revision_argument(parser)
-    add_config_arguments(parser)
-    parser.add_argument(
-        "--lora-alpha", type=float, metavar="A", help="of the book's LoRA layers, if there are any"
-    )
-    add_dtype_argument(parser)
-    add_cap_arguments(parser)
+def local_path(name: str | Path, revision: str | None) -> Path:
+    """A path as it is, or where the Hub's model of this name lies once it is fetched."""
+    return locate(name, {"revision": revision})
 
 
-def strategy_of(args: argparse.Namespace, quantize: str | None = None) -> str:
-    """On the CPU auto maps, since nothing here writes to the file."""
-    maps = args.strategy == "auto" and resolve_device(args.device).type == "cpu" and not quantize
-    return "mmap" if maps else str(args.strategy)
+def config_of(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The part of the config that the arguments give."""
+    given = {"n_heads": args.n_heads, "activation": args.activation}
+    return {key: value for key, value in given.items() if value is not None} or None
 
 
-def load_to_read(path: Path, args: argparse.Namespace, quantize: str | None = None) -> GPTModel:
+def dtype_of(args: argparse.Namespace) -> torch.dtype | None:
+    """--dtype as torch's own."""
+    return getattr(torch, args.dtype) if args.dtype else None
+
+
+def load_options(args: argparse.Namespace, progress: Progress) -> LoadOptions:
+    """What the weights become, and what loading them may take."""
+    return {
+        "dtype": dtype_of(args),
+        "quantize": getattr(args, "quantize", None),
+        "max_host_memory": args.max_host_memory,
+        "max_device_memory": args.max_device_memory,
+        "progress": progress,
+    }
+
+
+def strategy_of(args: argparse.Namespace) -> str:
+    """--strategy; on the CPU auto maps the file, since a command that only reads never writes to it."""
+    on_cpu = resolve_device(args.device).type == "cpu"
+    reads_as_it_is = args.strategy == "auto" and on_cpu and not getattr(args, "quantize", None)
+    return "mmap" if reads_as_it_is else str(args.strategy)
+
+
+def load_to_read(path: Path, args: argparse.Namespace) -> GPTModel:
     """The model, behind a progress bar; the embedded one, which is stored in fp16, computes in fp32."""
+    device, strategy = resolve_device(args.device), strategy_of(args)
     with bytes_bar("loading") as progress:
-        return GPTModel.from_checkpoint(
-            path,
-            resolve_device(args.device),
-            strategy_of(args, quantize),
-            config=config_of(args),
-            dtype=dtype_of(args) or (torch.float32 if path == EMBEDDED else None),
-            quantize=quantize,
-            lora_alpha=args.lora_alpha,
-            max_host_memory=args.max_host_memory,
-            max_device_memory=args.max_device_memory,
-            progress=progress,
-        )
+        options = load_options(args, progress)
+        if path == EMBEDDED and not args.dtype:
+            options["dtype"] = torch.float32
+        given = {"config": config_of(args), "lora_alpha": args.lora_alpha}
+        return GPTModel.from_checkpoint(path, device, strategy, **given, **options)

@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
-from gpt2lite.cli.terminal import (
-    EMBEDDED,
-    add_cap_arguments,
-    add_config_arguments,
-    add_dtype_argument,
-    add_quantize_argument,
-    add_revision_argument,
-    as_json,
-    config_of,
-    dtype_of,
-    facts,
-    table,
-)
-from gpt2lite.cli.training import add_recipe_arguments, recipe_of
+from gpt2lite.cli.loading import config_of, dtype_of
+from gpt2lite.cli.terminal import as_json, facts, table
+from gpt2lite.cli.training import recipe_of
 from gpt2lite.devices import name_device
 from gpt2lite.errors import InsufficientMemoryError, UsageError
-from gpt2lite.finetuning import Recipe, TrainingForecast, forecast_training
-from gpt2lite.finetuning.forecast import find_levers
+from gpt2lite.finetuning.forecast import TrainingForecast, find_levers, forecast_training
+from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.loading import STRATEGIES, LoadPlan, Verdict, choose, helps, judge
 from gpt2lite.memory import Budget, find_budget, human, parse_size
 from gpt2lite.model import GPTModel, open_model
@@ -33,34 +23,9 @@ from gpt2lite.model import GPTModel, open_model
 HEADER = ("strategy", "device", "host anon", "host file", "stays", "mapped", "fits")
 LEGEND = """\
 Bytes that loading adds. device, host anon, host file: at the peak; anon cannot be
-reclaimed, file is what is read through a mapping. stays: once it is loaded. mapped:
-of the file, which the model then stands on and the system can take back. fits: into
-what can be had, or a cap."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument(
-        "path",
-        nargs="?",
-        default=EMBEDDED,
-        help="a checkpoint, or a model on the Hub: gpt2 … gpt2-xl, owner/name (default: the embedded model)",
-    )
-    parser.add_argument(
-        "--device", default="cpu", help="cpu, cuda, cuda:1 …; need not be there (default: cpu)"
-    )
-    parser.add_argument("--json", action="store_true", help="as JSON")
-    parser.add_argument("--train", action="store_true", help="what training by the recipe will take instead")
-    parser.add_argument("--fit", metavar="SIZE", help="with --train: the cheapest levers that fit into 8GiB")
-    parser.add_argument(
-        "--classes", type=int, metavar="N", help="with --train: of a classifier, in the head's place"
-    )
-    add_revision_argument(parser)
-    add_config_arguments(parser)
-    add_dtype_argument(parser)
-    add_quantize_argument(parser)
-    add_cap_arguments(parser)
-    add_recipe_arguments(parser)
+reclaimed, file is what is read through a mapping. stays: after loading. mapped: pages
+of the file that the model then uses and the system can reclaim. fits: in available
+memory, and under the caps."""
 
 
 def _judge_all(plan: LoadPlan, budget: Budget) -> dict[str, Verdict | str]:
@@ -108,14 +73,6 @@ def _print(plan: LoadPlan, budget: Budget, verdicts: dict[str, Verdict | str], a
     )
 
 
-def _auto(plan: LoadPlan, budget: Budget) -> str:
-    """What auto takes, "" where nothing fits."""
-    try:
-        return choose(plan, "auto", budget)[0]
-    except InsufficientMemoryError:
-        return ""
-
-
 def _plan_training(args: argparse.Namespace) -> int:
     """Print what training takes; with --fit what brings it there: 1 if nothing does."""
     config = open_model(args.path, revision=args.revision, config=config_of(args)).sizes
@@ -143,7 +100,7 @@ def _plan_training(args: argparse.Namespace) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print forecasts, what there is, what fits; 1 if auto would take nothing."""
+    """Print forecasts, available memory, and what fits; 1 if nothing does."""
     if (args.fit or args.classes) and not args.train:
         raise UsageError("--fit and --classes are about training: add --train")
     if args.train:
@@ -152,8 +109,9 @@ def run(args: argparse.Namespace) -> int:
     budget = find_budget(device, args.max_host_memory, args.max_device_memory)
     opened = open_model(args.path, revision=args.revision, config=config_of(args))
     plan = opened.plan(device, dtype=dtype_of(args), quantize=args.quantize)
-    verdicts = _judge_all(plan, budget)
-    auto = _auto(plan, budget)
+    verdicts, auto = _judge_all(plan, budget), ""
+    with suppress(InsufficientMemoryError):
+        auto = choose(plan, "auto", budget)[0]
     if args.json:
         rows = [_as_dict(name, verdict) for name, verdict in verdicts.items()]
         content = {"path": str(plan.manifest.path), "device": str(device), "budget": asdict(budget)}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from gpt2lite.benchmarking import Measurement
 from gpt2lite.errors import UsageError
-from gpt2lite.memory import GB
+from gpt2lite.memory import GIB
 
 
 def require_matplotlib() -> None:
@@ -19,46 +20,37 @@ def require_matplotlib() -> None:
         raise UsageError("plots need matplotlib: pip install 'gpt2lite[plot]'") from None
 
 
-def plot_timelines(measured: Sequence[Measurement], path: Path, title: str) -> None:
-    """Draw anonymous host memory (solid) and mapped files (dotted) until the first logits."""
-    import matplotlib
+@contextmanager
+def _axes(path: Path, **labels: str) -> Iterator[Any]:
+    """Axes to draw on, written to `path` at the end."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
-    for result in measured:
-        seconds, anonymous, mapped = zip(*result.timeline, strict=True)
-        (line,) = axes.plot(seconds, [n / GB for n in anonymous], label=result.strategy)
-        axes.plot(seconds, [n / GB for n in mapped], ":", color=line.get_color())
-    axes.set(
-        xlabel="seconds from the start of the load", ylabel="GB (1024³ bytes) above the imports", title=title
-    )
-    axes.legend(title="solid: anonymous\ndotted: mapped file")
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    yield axes
+    axes.set(**labels)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+
+
+def plot_timelines(measured: Sequence[Measurement], path: Path, title: str) -> None:
+    """Draw anonymous host memory (solid) and mapped files (dotted) until the first logits."""
+    labels = {"xlabel": "seconds from the start of the load", "ylabel": "GiB above the imports"}
+    with _axes(path, title=title, **labels) as axes:
+        for result in measured:
+            seconds, anonymous, mapped = zip(*result.timeline, strict=True)
+            (line,) = axes.plot(seconds, [n / GIB for n in anonymous], label=result.strategy)
+            axes.plot(seconds, [n / GIB for n in mapped], ":", color=line.get_color())
+        axes.legend(title="solid: anonymous\ndotted: mapped file")
 
 
 def plot_losses(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw the loss of every step and of every validation. Raises UsageError without matplotlib."""
     require_matplotlib()
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    validated = [each for each in metrics if "validation_loss" in each]
-    axes.plot([each["step"] + 1 for each in metrics], [each["loss"] for each in metrics], lw=1, label="step")
-    axes.plot(
-        [each["step"] + 1 for each in validated],
-        [each["validation_loss"] for each in validated],
-        "o-",
-        label="validation",
-    )
-    axes.set(xlabel="step", ylabel="loss (nats a target)")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with _axes(path, xlabel="step", ylabel="loss (nats per target)") as axes:
+        for key, label, style in (("loss", "step", "-"), ("validation_loss", "validation", "o-")):
+            found = [each for each in metrics if key in each]
+            axes.plot([each["step"] + 1 for each in found], [each[key] for each in found], style, label=label)
+        axes.legend()

@@ -8,8 +8,7 @@ from dataclasses import fields
 from types import MappingProxyType
 from typing import Any
 
-from gpt2lite.finetuning import Recipe
-from gpt2lite.finetuning.recipe import LORA_TARGETS
+from gpt2lite.finetuning.recipe import LORA_TARGETS, Recipe
 
 HELP = {
     "steps": "optimisation steps",
@@ -17,20 +16,23 @@ HELP = {
     "seq_len": "tokens a row (default: the context)",
     "accumulate": "batches a step",
     "learning_rate": "at its highest",
-    "warmup_steps": "until it is there",
+    "warmup_steps": "steps until the learning rate is at its highest",
     "weight_decay": "of matrices",
-    "clip": "largest norm of the gradient, 0 for any",
+    "clip": "largest norm of the gradient, 0 for no clipping",
     "seed": "of the data's order, adapters and dropout",
     "autocast": "bf16 (or fp16) in matrix products",
-    "recompute": "keep blocks' inputs alone, run blocks again in backward",
+    "recompute": "keep only blocks' inputs, run blocks again in backward",
     "chunked_loss": "logits for a few rows at a time",
     "step_in_backward": "step each weight as soon as its gradient is there (with --clip 0)",
-    "lora_rank": "train adapters of this rank alone, 0 for none",
+    "lora_rank": "train only adapters of this rank, 0 for none",
     "lora_alpha": "what their product is multiplied by",
-    "lora_targets": f"layers that get one: {', '.join(LORA_TARGETS)}",
-    "last_blocks": "train so many blocks and the last norm alone",
+    "lora_targets": f"layers that get an adapter: {', '.join(LORA_TARGETS)}",
+    "last_blocks": "train only this many last blocks and the last norm",
     "eight_bit": "Adam's moments in 8 bits, by torchao",
     "compile": "torch.compile the step",
+    "validate_every": "steps between validations",
+    "save_every": "steps between saved states",
+    "keep": "saved states to keep",
 }
 PARSERS = {"seq_len": int, "last_blocks": int}
 

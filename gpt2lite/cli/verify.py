@@ -6,35 +6,15 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from gpt2lite.cli.loading import add_load_arguments, load_to_read, strategy_of
-from gpt2lite.cli.terminal import EMBEDDED, as_json, config_of, facts, local_path
+from gpt2lite.cli.loading import config_of, load_to_read, local_path, strategy_of
+from gpt2lite.cli.terminal import as_json, facts
 from gpt2lite.errors import CheckpointError, UsageError
 from gpt2lite.model import open_model
 from gpt2lite.tokenizer import tokenizer_for
-from gpt2lite.verification import REFERENCES, Verification, verify
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument(
-        "path",
-        nargs="?",
-        default=EMBEDDED,
-        help="a checkpoint, or a model on the Hub: gpt2 … gpt2-xl, owner/name (default: the embedded model)",
-    )
-    parser.add_argument(
-        "--against",
-        choices=REFERENCES,
-        default="torch",
-        help="what loads it the other way; transformers gets what it cannot read converted (default: torch)",
-    )
-    parser.add_argument("--folder", metavar="DIR", help="for what is converted (default: the temporary one)")
-    parser.add_argument("--json", action="store_true", help="as JSON")
-    add_load_arguments(parser)
+from gpt2lite.verification import Verification, verify
 
 
 def _text(path: Path, found: Verification) -> str:
-    """What was written, if there is a tokenizer."""
     try:
         return repr(tokenizer_for(path, found.config.vocab_size).decode(found.ids[found.prompt_tokens :]))
     except (CheckpointError, UsageError):
@@ -46,15 +26,15 @@ def run(args: argparse.Namespace) -> int:
     path = local_path(args.path, args.revision)
     opened = open_model(path, config=config_of(args), lora_alpha=args.lora_alpha)
     found = verify(lambda: load_to_read(path, args), opened, against=args.against, folder=args.folder)
-    said = {
-        "loaded by": f"gpt2lite, strategy {strategy_of(args)}; and {found.reference}",
-        "logits": f"largest difference {found.difference:.3g}, allowed {found.tolerance:.3g}",
-        "greedy tokens": f"{found.agreed_tokens} of {found.new_tokens} agree",
-        "written": _text(path, found),
-        "not checked": found.unchecked or "nothing is shared but the weights' bytes",
-    }
     if args.json:
         print(as_json({"path": str(path), **asdict(found), "passed": found.passed}))
     else:
-        print(facts(list(said.items())) + ("\nPASS" if found.passed else "\nFAIL"))
+        print(facts([
+            ("loaded by", f"gpt2lite, strategy {strategy_of(args)}; and {found.reference}"),
+            ("logits", f"largest difference {found.difference:.3g}, allowed {found.tolerance:.3g}"),
+            ("greedy tokens", f"{found.agreed_tokens} of {found.new_tokens} agree"),
+            ("written", _text(path, found)),
+            ("not checked", found.unchecked or "nothing is shared but the weights' bytes"),
+        ]))  # fmt: skip
+        print("PASS" if found.passed else "FAIL")
     return 0 if found.passed else 1

@@ -5,6 +5,7 @@ A word that is in none of these tables is not known here, so nobody can say that
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
@@ -14,52 +15,56 @@ from gpt2lite.config import GPTConfig
 
 # Their words for our fields: config.json, hparams.json, nanoGPT's model_args, Lightning's hyper_parameters.
 OURS = {
-    "n_head": "n_heads",
-    "num_heads": "n_heads",
-    "num_attention_heads": "n_heads",
-    "n_layer": "n_layers",
-    "num_hidden_layers": "n_layers",
-    "n_embd": "emb_dim",
-    "hidden_size": "emb_dim",
-    "n_positions": "context_length",
-    "block_size": "context_length",
-    "max_position_embeddings": "context_length",
-    "n_vocab": "vocab_size",
-    "resid_pdrop": "drop_rate",
-    "dropout": "drop_rate",
-    "activation_function": "activation",
-    "tie_word_embeddings": "tied_head",
+    **dict.fromkeys(("n_head", "num_heads", "num_attention_heads"), "n_heads"),
+    **dict.fromkeys(("n_layer", "num_hidden_layers"), "n_layers"),
+    **dict.fromkeys(("n_embd", "hidden_size"), "emb_dim"),
+    **dict.fromkeys(("n_positions", "block_size", "max_position_embeddings"), "context_length"),
+    **dict.fromkeys(("resid_pdrop", "dropout"), "drop_rate"),
+    **{"n_vocab": "vocab_size", "activation_function": "activation", "tie_word_embeddings": "tied_head"},
 }
-# transformers' names of the same two functions, up to rounding. gelu_10 clips, quick_gelu is another one.
-ACTIVATIONS = {
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_python_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_accurate": "gelu_tanh",
-    "gelu_python": "gelu",
+# Their names of the same two functions, up to rounding, and the classes that compute them. gelu_10 clips,
+# quick_gelu is another function.
+_TANH = """
+gelu_new gelu_pytorch_tanh gelu_python_tanh gelu_fast gelu_accurate
+NewGELUActivation NewGELU PytorchGELUTanh GELUTanh FastGELUActivation AccurateGELUActivation
+"""
+ACTIVATIONS = dict.fromkeys(_TANH.split(), "gelu_tanh") | {"gelu_python": "gelu", "GELUActivation": "gelu"}
+APPROXIMATE = {approximate: ours for ours, approximate in OURS_ARE.items()}
+# Said by a pickled module alone: of its attention, which must be 1/sqrt(head_dim), and of any part of it.
+SCALE, CLASS = "the scale of its attention", "its class"
+_SAID_BY_ATTENTION = """
+n_head n_heads num_heads is_causal scale_attn_weights scale_attn_by_inverse_layer_idx sliding_window
+sliding_window_size
+"""
+# Parts of a pickled module, by their places: the classes that compute as we do (all others are refused), and
+# what their attributes are as words of a config. Every block must say the same.
+ACTIVATION = r"trf_blocks\.\d+\.ff\.layers\.1|h\.\d+\.mlp\.(act|gelu)"
+PARTS: dict[str, tuple[str, dict[str, str]]] = {
+    r"(trf_blocks|h)\.\d+\.attn?": (
+        r"(PyTorch)?MultiHeadAttention(CombinedQKV)?|MHA\w+|CausalSelfAttention|GPT2\w*Attention\w*",
+        {word: word for word in _SAID_BY_ATTENTION.split()} | {"scaling": SCALE, "scale": SCALE},
+    ),
+    r"trf_blocks\.\d+\.norm[12]|h\.\d+\.ln_[12]|final_norm|ln_f": (
+        r"\w*LayerNorm\w*",
+        {"eps": "layer_norm_epsilon"},
+    ),
+    r"(trf_blocks|h)\.\d+": ("TransformerBlock(Fast)?|GPT2Block|Block", {}),
+    ACTIVATION: ("GELU", {"approximate": "activation"}),
+    r"drop(_emb)?": (r"\w+", {"p": "drop_rate"}),
 }
 # What changes the computation, with the values that ours has.
 COMPUTED: dict[str, tuple[object, ...]] = {
     "model_type": (None, "gpt2"),
-    "layer_norm_epsilon": (None, 1e-5),
-    "layer_norm_eps": (None, 1e-5),
-    "norm_eps": (None, 1e-5),
-    "scale_attn_weights": (None, True),
-    "scale_attn_by_inverse_layer_idx": (None, False),
-    "add_cross_attention": (None, False),
-    "is_encoder_decoder": (None, False),
-    "is_causal": (None, True),
+    **dict.fromkeys(("layer_norm_epsilon", "layer_norm_eps", "norm_eps"), (None, 1e-5)),
+    **dict.fromkeys(("scale_attn_weights", "is_causal"), (None, True)),
+    **dict.fromkeys(("scale_attn_by_inverse_layer_idx", "add_cross_attention"), (None, False)),
+    **dict.fromkeys(("is_encoder_decoder", "use_bidirectional_attention"), (None, False)),
     "is_decoder": (None, False, True),  # GPT-2 is causal either way
-    "use_bidirectional_attention": (None, False),
     "pruned_heads": (None, {}),
-    "quantization_config": (None,),
-    "auto_map": (None,),  # code of its own
-    "rope_scaling": (None,),
-    "rope_parameters": (None,),
-    "sliding_window": (None,),
-    "sliding_window_size": (None,),
-    "multi_query": (None,),
+    **dict.fromkeys(("quantization_config", "auto_map", "multi_query"), (None,)),  # auto_map: code of its own
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), (None,)),
+    **dict.fromkeys(("sliding_window", "sliding_window_size"), (None,)),
+    CLASS: ("GPT-2's own; if it computes the same, save model.state_dict() instead",),
 }
 # What changes nothing between ids and logits in eval mode: names, training, generation, other heads, outputs.
 _DOES_NOT_MATTER = """
@@ -73,9 +78,27 @@ pad_token_id sep_token_id forced_bos_token_id forced_eos_token_id begin_suppress
 bad_words_ids max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
 temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
 encoder_no_repeat_ngram_size num_return_sequences remove_invalid_values exponential_decay_length_penalty
+learning_rate lr min_lr max_lr weight_decay beta1 beta2 betas eps optimizer scheduler decay_lr grad_clip
+batch_size gradient_accumulation_steps max_iters max_steps max_epochs num_epochs epochs warmup_iters
+warmup_steps lr_decay_iters seed device compile dataset out_dir eval_interval eval_iters log_interval
 predict_special_tokens _attn_implementation _attn_implementation_autoset _commit_hash attn_implementation
 """
 DOES_NOT_MATTER = frozenset(_DOES_NOT_MATTER.split())
+
+
+def said_by_part(
+    place: str, root: str, kind: str, values: Mapping[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What a part of a pickled module says by its class and its attributes: (where, words of a config)."""
+    for pattern, (classes, words) in PARTS.items():
+        if not re.fullmatch(pattern, place.removeprefix(root)):
+            continue
+        if not re.fullmatch(classes, name := kind.rpartition(".")[2]):
+            yield place, {"activation" if pattern == ACTIVATION else CLASS: name}
+        for where, word in ((f"{place}.{attribute}", word) for attribute, word in words.items()):
+            if where in values:
+                said: Any = values[where]
+                yield where, {word: APPROXIMATE.get(said, said) if word == "activation" else said}
 
 
 def refusals(words: Mapping[str, Any]) -> Iterator[str]:
@@ -87,7 +110,7 @@ def refusals(words: Mapping[str, Any]) -> Iterator[str]:
         if word in words and not _is_computed(words[word]):
             yield f"{word}={words[word]!r}, wanted gelu_new (tanh) or gelu (exact)"
     inner, width = words.get("n_inner"), words.get("n_embd")
-    if inner is not None and width is not None and inner != 4 * width:
+    if inner is not None and isinstance(width, int) and inner != 4 * width:
         yield f"n_inner={inner!r}, wanted 4 × n_embd"
 
 

@@ -10,16 +10,16 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from gpt2lite.checkpoint import FOLDER_FILES, Manifest, TensorSpan, open_checkpoint
-from gpt2lite.dialects.configs import _read_json, size_of
+from gpt2lite.checkpoint import FOLDER_FILES, Manifest, TensorSpan
+from gpt2lite.dialects.configs import read_json
 from gpt2lite.dialects.reading import Adapter, Reading, block_of, expand_rows
-from gpt2lite.dialects.tables import DIALECTS, Placement
+from gpt2lite.dialects.tables import DIALECTS, Placement, Transpose
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError, listed
 
-CONFIG = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # the first that exists counts, as in peft
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # the first that exists, as in peft
 BESIDE = "adapter:"  # put before the adapter's names, which may be the base's too
 TIED = ("tok_emb.weight", "out_head.weight")
 
@@ -35,9 +35,8 @@ def _is_number(value: object) -> bool:
 
 
 def _are_patterns(value: object) -> bool:
-    return value is None or (
-        isinstance(value, dict) and all(PATTERN.fullmatch(k) and _is_number(v) for k, v in value.items())
-    )
+    pairs = value.items() if isinstance(value, dict) else ((value, None),) if value else ()
+    return all(PATTERN.fullmatch(str(pattern)) and _is_number(number) for pattern, number in pairs)
 
 
 # LoraConfig's fields that are read here, and what they may say. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change
@@ -67,10 +66,30 @@ INERT = {
 OFF: tuple[object, ...] = (None, False, {}, [], "")
 
 
-def _folder_of(path: Path) -> Path | None:
-    """The folder of the adapter that `path` is, or is a file of."""
-    folder = path.parent if path.name in WEIGHTS and path.is_file() else path
-    return folder if any((folder / name).is_file() for name in (CONFIG, *WEIGHTS)) else None
+class Found(NamedTuple):
+    """An adapter's own config and weights, and the file or folder of its base."""
+
+    said: Mapping[str, Any]
+    weights: Path
+    base: Path
+
+
+def find_adapter(path: Path, locate: Callable[[str, str | None], Path]) -> Found | None:
+    """The adapter that a path is, or is a file of; None for other checkpoints. Reads its config.
+
+    The base lies in the adapter's folder where that holds weights, else where `base_model_name_or_path` says:
+    a path from here or from the folder, else `locate(name, revision)`. A path that names the base's own file
+    means the base alone, which a warning says. Raises CheckpointError for another method than LoRA, by name.
+    """
+    folder = path.parent if path.name in ADAPTER_WEIGHTS and path.is_file() else path
+    if not any((folder / name).is_file() for name in (ADAPTER_CONFIG, *ADAPTER_WEIGHTS)):
+        if path.is_file() and (path.parent / ADAPTER_CONFIG).is_file():
+            warnings.warn(f"{path}: loaded without the PEFT adapter beside it; open the folder", stacklevel=2)
+        return None
+    said = _config(_file(folder, ADAPTER_CONFIG))
+    weights = path if path.is_file() else _file(folder, *ADAPTER_WEIGHTS)
+    has_base = any((folder / name).is_file() for name in FOLDER_FILES)
+    return Found(said, weights, folder if has_base else _base_of(folder, said, locate))
 
 
 def _file(folder: Path, *names: str) -> Path:
@@ -80,86 +99,58 @@ def _file(folder: Path, *names: str) -> Path:
     return found
 
 
-def base_of(path: Path) -> Path | None:
-    """Where the base of the adapter at `path` lies, None if `path` is no adapter.
-
-    That is its own folder where that holds weights, else what `base_model_name_or_path` names: a path from
-    here or from the folder, or a name on the Hub, which is fetched. Raises CheckpointError.
-    """
-    folder = _folder_of(path)
-    if folder is None or any((folder / name).is_file() for name in FOLDER_FILES):
-        return folder
-    from gpt2lite.hub import fetch  # here, since the client takes half a second to import
-
-    said = _read_json(_file(folder, CONFIG))
+def _base_of(folder: Path, said: Mapping[str, Any], locate: Callable[[str, str | None], Path]) -> Path:
     name: Any = said.get("base_model_name_or_path") or None
     try:
         local = next((at for at in (Path(name), folder / name) if at.exists()), None)
-        base = local or fetch(name, revision=said.get("revision"))
+        base = local or locate(name, said.get("revision") or None)
     except (CheckpointError, OSError, TypeError, ValueError) as error:
-        raise CheckpointNotFoundError(
-            folder,
-            f"a PEFT adapter without its base, which base_model_name_or_path in {CONFIG} names: "
-            f"{name!r} ({error}). Correct it there, or put the base's weights into the folder.",
-        ) from error
-    for name in (CONFIG, *WEIGHTS):
-        own, other = folder / name, base / name
+        said_here = f"base_model_name_or_path={name!r} in {ADAPTER_CONFIG} is not found ({error})"
+        raise CheckpointNotFoundError(folder, f"a PEFT adapter without its base: {said_here}") from error
+    for file in (ADAPTER_CONFIG, *ADAPTER_WEIGHTS):
+        own, other = folder / file, base / file
         if other.is_file() and not (own.is_file() and filecmp.cmp(own, other, shallow=False)):
-            raise CheckpointError(
-                folder,
-                f"a PEFT adapter whose base, {base}, holds another adapter. If both count, merge "
-                "that one into the base first (peft's merge_and_unload); if only this one does, remove that.",
-            )
+            do = "merge that one first (peft's merge_and_unload), or remove it if it does not count"
+            raise CheckpointError(folder, f"a PEFT adapter whose base, {base}, holds another adapter; {do}")
     return base
 
 
-def with_peft(reading: Reading, path: Path) -> Reading:
-    """The reading of a base, with the adapter of the folder `path`: what it adds and what it replaces.
+def with_adapter(reading: Reading, said: Mapping[str, Any], manifest: Manifest) -> Reading:
+    """The reading of a base, with what an opened adapter adds to it and replaces in it.
 
-    Reads the adapter's headers. A path that names the base's own file means the base alone, which a warning
-    says. Raises CheckpointError for another method than LoRA, by name, and for an adapter that does not fit.
+    Raises CheckpointError for an adapter that does not fit the base.
     """
-    folder = _folder_of(path)
-    if folder is None:
-        if path.is_file() and (path.parent / CONFIG).is_file():
-            warnings.warn(f"{path}: loaded without the PEFT adapter beside it; open the folder", stacklevel=2)
-        return reading
-    said, base = _config(_file(folder, CONFIG)), reading.manifest
-    manifest = open_checkpoint(path if path.is_file() else _file(folder, *WEIGHTS))
+    base, path = reading.manifest, manifest.path
+    if manifest.unreadable:
+        raise CheckpointError(path, f"cannot read these tensors:{listed([*manifest.unreadable])}")
     spans = {BESIDE + name: replace(span, name=BESIDE + name) for name, span in manifest.tensors.items()}
     adapters = tuple(_adapters(reading, manifest, said))
     factors = {factor.source for adapter in adapters for factor in (adapter.a, adapter.b)}
-    names = [name for name in manifest.tensors if BESIDE + name not in factors]
+    names = {name for name in manifest.tensors if BESIDE + name not in factors}
     again = {name for name in names if WRAPPED.search(name) and WRAPPED.sub(".", name) in manifest.tensors}
-    placements, wrong = _replaced(reading, {*names} - again, [*map(str, said["modules_to_save"] or ())])
+    placements, wrong = _replaced(reading, names - again, [*map(str, said["modules_to_save"] or ())])
     if wrong or not adapters:
-        raise CheckpointError(
-            manifest.path,
-            f"{len(adapters)} LoRA layers fit the base {base.path}, and "
-            f"{len(wrong)} tensors do not:{listed(wrong)}",
-        )
+        fits = f"{len(adapters)} LoRA layers fit the base {base.path}, and {len(wrong)} tensors do not"
+        name = wrong[0].partition(":")[0] if wrong else None
+        raise CheckpointError(path, f"{fits}:{listed(wrong)}", name=name)
     both = replace(base, tensors={**base.tensors, **spans}, files={**base.files, **manifest.files})
     return replace(reading, manifest=both, placements=placements, adapters=(*reading.adapters, *adapters))
 
 
 def _config(path: Path) -> dict[str, Any]:
     """The adapter's config, in which no field is unknown or asks for what is not computed here."""
-    said = dict.fromkeys(READ) | {"r": 8, "lora_alpha": 8} | _read_json(path)
-    wrong = [key for key in said.keys() - INERT if not READ.get(key, OFF.__contains__)(said[key])]
-    if wrong:
+    said = dict.fromkeys(READ) | {"r": 8, "lora_alpha": 8} | read_json(path)
+    if wrong := [key for key in said.keys() - INERT if not READ.get(key, OFF.__contains__)(said[key])]:
         fields = ", ".join(f"{key}={said[key]!r}"[:80] for key in sorted(wrong))
-        raise CheckpointError(
-            path,
-            f"not a LoRA that is read here, by {fields}. Where peft can merge it, "
-            "model.merge_and_unload().save_pretrained(folder) writes a model that opens.",
-        )
+        do = "merge it with peft: model.merge_and_unload().save_pretrained(folder)"
+        raise CheckpointError(path, f"gpt2lite does not read a LoRA with {fields}; {do}")
     return said
 
 
 def _places(reading: Reading) -> dict[str, list[tuple[str, Placement]]]:
     """Their name → the parameters that the base has there."""
     places: dict[str, list[tuple[str, Placement]]] = {}
-    for theirs, ours, placement in expand_rows(DIALECTS[reading.dialect].rows, size_of(reading)[0]):
+    for theirs, ours, placement in expand_rows(DIALECTS[reading.dialect].rows, reading.size[0]):
         if ours in reading.placements:
             places.setdefault(theirs, []).append((ours, placement))
     return places
@@ -177,9 +168,9 @@ def _adapters(reading: Reading, manifest: Manifest, said: Mapping[str, Any]) -> 
         if not found or other not in manifest.tensors or not _is_targeted(said, found[1]):
             continue
         for ours, placement in places.get(BEFORE.sub("", found[1], count=1) + ".weight", ()):
-            a, b = Placement(BESIDE + name), Placement(BESIDE + other, placement.part, placement.parts)
+            a, b = Placement(BESIDE + name), Placement(BESIDE + other, placement.narrows)
             if found[2]:
-                a, b = replace(b, transposed=True), replace(a, transposed=True)
+                a, b = (Placement(each.source, (*each.views, Transpose())) for each in (b, a))
             if bool(found[2]) == ours.endswith("_emb.weight"):
                 module = found[1].removeprefix("base_model.model.")
                 yield Adapter(ours, a, b, _scale(said, module, manifest.tensors[name]))
@@ -200,7 +191,8 @@ def _scale(said: Mapping[str, Any], module: str, a: TensorSpan) -> float:
         for some, all_ in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
     )
     if a.shape[:1] != (r,):
-        raise CheckpointError(a.source, f"{a.name} has shape {a.shape}, {CONFIG} says that its rank is {r}")
+        said_here = f"{a.name} has shape {a.shape}, but {ADAPTER_CONFIG} gives it rank {r}"
+        raise CheckpointError(a.source, said_here, name=a.name)
     return float(alpha / math.sqrt(r) if said["use_rslora"] else alpha / r)
 
 
@@ -210,9 +202,7 @@ def _is_saved(name: str, saved: Collection[str]) -> bool:
     return any(parent.endswith(tuple(saved)) for parent in parents)
 
 
-def _replaced(
-    reading: Reading, names: Collection[str], saved: Collection[str]
-) -> tuple[dict[str, Placement], list[str]]:
+def _replaced(reading: Reading, names: set[str], saved: list[str]) -> tuple[dict[str, Placement], list[str]]:
     """The placements with what the adapter holds in full (biases, saved modules), and what does not fit.
 
     A head or an embedding that is not among the saved modules is the base's own; where the two are tied it
@@ -227,7 +217,8 @@ def _replaced(
         if tied and rows and rows[0][0] in TIED and not _is_saved(name, saved):
             rows = [(end, rows[0][1]) for end in TIED]
         placements |= {ours: replace(placement, source=BESIDE + name) for ours, placement in rows}
-        wrong += [] if rows else [f"{name}: not in the base, not targeted by {CONFIG}, or not of a LoRA"]
+        if not rows:
+            wrong.append(f"{name}: not in the base, not targeted by {ADAPTER_CONFIG}, or not of a LoRA")
     for theirs, rows in places.items():
         unchanged = placements[rows[0][0]] == reading.placements[rows[0][0]]
         if unchanged and _is_saved(f"transformer.{theirs}", saved):

@@ -6,147 +6,174 @@ foreign name, so another dialect is another table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
+
+from gpt2lite.checkpoint import TensorSpan
+from gpt2lite.checkpoint.reading import read_span
+
+
+@dataclass(frozen=True, slots=True)
+class Narrow:
+    """`start` to `stop` of an axis: of its elements, or of as many equal parts of it as `parts` says."""
+
+    axis: int
+    start: int
+    stop: int
+    parts: int = 0
+
+    def of(self, rows: range) -> range:
+        """What it leaves of an axis. Raises ValueError where that has not so many or cannot be so divided."""
+        size, rest = divmod(len(rows), self.parts) if self.parts else (1, 0)
+        start, stop = self.start * size, self.stop * size
+        if rest or not 0 <= start <= stop <= len(rows):
+            raise ValueError(f"{self} of {len(rows)} elements")
+        return rows[start:stop]
+
+
+@dataclass(frozen=True, slots=True)
+class Transpose:
+    """The axes of a matrix, exchanged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """An axis of size 1, left out."""
+
+    axis: int
+
+
+def inside(box: Sequence[range], outer: Sequence[range]) -> tuple[slice, ...]:
+    """The index that takes `box` out of a tensor that is `outer`. Raises ValueError if it is not in it."""
+    pairs = list(zip(box, outer, strict=True))
+    if any(r.start < o.start or r.stop > o.stop for r, o in pairs):
+        raise ValueError(f"{box} reaches beyond {outer}")
+    return tuple(slice(r.start - o.start, r.stop - o.start) for r, o in pairs)
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """One parameter as a view of one stored tensor: part `part` of `parts` along `axis`, then transposed.
-
-    `squeezed` drops a first axis of size 1 before; `axis` is counted without it.
-    """
+    """One parameter as a view of one stored tensor; each of `views` is taken of what the last one gave."""
 
     source: str
-    part: int = 0
-    parts: int = 1
-    axis: int = 0
-    transposed: bool = False
-    squeezed: bool = False
+    views: tuple[Narrow | Transpose | Drop, ...] = ()
+
+    def _placed(self, stored: Sequence[int]) -> tuple[list[range], list[int]]:
+        """The part of each stored axis, and which of these are the parameter's axes, in its order.
+
+        Raises ValueError or IndexError for a shape that the views do not fit.
+        """
+        box, axes = list(map(range, stored)), list(range(len(stored)))
+        for view in self.views:
+            if isinstance(view, Transpose):
+                axes.reverse()
+            elif isinstance(view, Narrow):
+                box[axes[view.axis]] = view.of(box[axes[view.axis]])
+            elif len(box[axes.pop(view.axis)]) != 1:
+                raise ValueError(f"{view} of {tuple(stored)}")
+        return box, axes
+
+    def box(self, stored: Sequence[int]) -> list[range]:
+        """The part of each axis of the stored tensor, by the latter's shape, that the parameter is."""
+        return self._placed(stored)[0]
+
+    def shape_of(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """The parameter's shape, from the stored tensor's; the latter itself where the views do not fit."""
+        try:
+            box, axes = self._placed(stored)
+        except (IndexError, ValueError):
+            return stored
+        return tuple(len(box[axis]) for axis in axes)
 
     def of(self, stored: Tensor) -> Tensor:
         """The parameter as a view of the stored tensor: no bytes move."""
-        if self.squeezed:
-            stored = stored[0]
-        if self.parts > 1:
-            stored = stored.chunk(self.parts, self.axis)[self.part]
-        return stored.t() if self.transposed else stored
+        box = self.box(stored.shape)
+        return self.turn(stored[tuple(slice(rows.start, rows.stop) for rows in box)])
 
-    def shape_of(self, stored: tuple[int, ...]) -> tuple[int, ...]:
-        """The parameter's shape, from the stored tensor's; the latter itself where the view cannot be."""
-        shape = list(stored)
-        if self.squeezed and shape[:1] == [1]:
-            del shape[0]
-        elif self.squeezed:
-            return stored
-        rank_needed = 2 if self.transposed else self.axis + 1 if self.parts > 1 else 0
-        if len(shape) < rank_needed or (self.parts > 1 and shape[self.axis] % self.parts):
-            return stored
-        if self.parts > 1:
-            shape[self.axis] //= self.parts
-        return tuple(reversed(shape)) if self.transposed else tuple(shape)
+    def read(self, span: TensorSpan) -> Tensor:
+        """The parameter in fresh host memory; no other row of the stored tensor is read."""
+        return self.turn(read_span(span.part(self.box(span.shape))))
 
-    def stored_shape(self, parameter: tuple[int, ...]) -> tuple[int, ...]:
-        """The stored tensor's shape, from the parameter's."""
-        shape = list(reversed(parameter) if self.transposed else parameter)
-        if self.parts > 1:
-            shape[self.axis] *= self.parts
-        return (1, *shape) if self.squeezed else tuple(shape)
+    def turn(self, part: Tensor) -> Tensor:
+        """What stands like a part of the stored tensor, turned to stand like the parameter, as a view."""
+        for view in self.views:
+            if isinstance(view, Transpose):
+                part = part.t()
+            elif isinstance(view, Drop):
+                part = part.squeeze(view.axis)
+        return part
+
+    def unplace(self, parameter: Tensor) -> Tensor:
+        """The parameter, turned to stand like its part of the stored tensor, as a view."""
+        for view in reversed(self.views):
+            if isinstance(view, Transpose):
+                parameter = parameter.t()
+            elif isinstance(view, Drop):
+                parameter = parameter.unsqueeze(view.axis)
+        return parameter
+
+    @property
+    def narrows(self) -> tuple[Narrow, ...]:
+        """Those of its views that leave something out; none where it is the whole tensor."""
+        return tuple(view for view in self.views if isinstance(view, Narrow))
+
+    @property
+    def rows_axis(self) -> int:
+        """The stored axis that the parameter's first one is: its thirds are joined along it."""
+        return -1 if Transpose() in self.views else 0
 
     @property
     def is_contiguous(self) -> bool:
         """Whether the view of a contiguous tensor is contiguous, too."""
-        return not self.transposed and (self.parts == 1 or self.axis == 0)
-
-    def unplace(self, parameter: Tensor) -> Tensor:
-        """The parameter turned to stand like its part of the stored tensor, as a view."""
-        turned = parameter.t() if self.transposed else parameter
-        return turned[None] if self.squeezed else turned
+        return Transpose() not in self.views and all(view.axis == 0 for view in self.narrows)
 
 
 Row = tuple[str, str, Placement]
-
-
-def _row(theirs: str, ours: str, transposed: bool = False) -> Row:
-    return theirs, ours, Placement(theirs, transposed=transposed)
-
-
-def _fused(theirs: str, ours: str, axis: int, transposed: bool = False) -> list[Row]:
-    """Query, key and value, stored as one tensor in this order along `axis`."""
-    names = ("W_query", "W_key", "W_value")
-    return [
-        (theirs, ours.format(name, i="{i}"), Placement(theirs, part, 3, axis, transposed))
-        for part, name in enumerate(names)
-    ]
-
-
-def _pairs(theirs: str, ours: str, leaves: Mapping[str, str]) -> list[Row]:
-    return [_row(f"{theirs}.{leaf}", f"{ours}.{own}") for leaf, own in leaves.items()]
-
-
 BLOCK = "trf_blocks.{i}"
-PLAIN = {"weight": "weight", "bias": "bias"}
-BOOK_NORM = {"scale": "scale", "shift": "shift"}
-TORCH_NORM = {"weight": "scale", "bias": "shift"}
+EMBEDDINGS = ("tok_emb", "pos_emb")
+QKV = (f"{BLOCK}.att.W_query", f"{BLOCK}.att.W_key", f"{BLOCK}.att.W_value")
+LAYERS = (f"{BLOCK}.att.out_proj", f"{BLOCK}.ff.layers.0", f"{BLOCK}.ff.layers.2")
+NORMS = (f"{BLOCK}.norm1", f"{BLOCK}.norm2", "final_norm")
+BOOK = {ours: ours for ours in (*EMBEDDINGS, *NORMS, *LAYERS[1:], "out_head", *QKV, LAYERS[0])}
+FAST = BOOK | dict.fromkeys(QKV, f"{BLOCK}.att.qkv") | {LAYERS[0]: f"{BLOCK}.att.proj"}
 
 
-def _same_as_ours(norm: Mapping[str, str]) -> list[Row]:
-    """What `GPTModel` and `GPTModelFast` of the book have in common with us."""
-    return [
-        _row("tok_emb.weight", "tok_emb.weight"),
-        _row("pos_emb.weight", "pos_emb.weight"),
-        *_pairs(f"{BLOCK}.norm1", f"{BLOCK}.norm1", norm),
-        *_pairs(f"{BLOCK}.norm2", f"{BLOCK}.norm2", norm),
-        *_pairs(f"{BLOCK}.ff.layers.0", f"{BLOCK}.ff.layers.0", PLAIN),
-        *_pairs(f"{BLOCK}.ff.layers.2", f"{BLOCK}.ff.layers.2", PLAIN),
-        *_pairs("final_norm", "final_norm", norm),
-        *_pairs("out_head", "out_head", PLAIN),
-    ]
+def _peers(embeddings: Sequence[str], block: str, final_norm: str, dot: str = ".") -> dict[str, str]:
+    """The names that OpenAI gave GPT-2 and that others took over; query, key and value are one layer."""
+    layers = ("ln_1", *["attn.c_attn"] * 3, "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+    theirs = [f"{block}.{layer}".replace(".", dot) for layer in layers]
+    ours = (*EMBEDDINGS, NORMS[0], *QKV, LAYERS[0], NORMS[1], *LAYERS[1:], NORMS[2])
+    return dict(zip(ours, (*embeddings, *theirs, final_norm), strict=True))
 
 
-def _conv1d(theirs: str, ours: str) -> list[Row]:
-    """A layer that Hugging Face stores (in, out)."""
-    return [_row(f"{theirs}.weight", f"{ours}.weight", True), _row(f"{theirs}.bias", f"{ours}.bias")]
+HUB = _peers(("wte", "wpe"), "h.{i}", "ln_f") | {"out_head": "lm_head"}
+OPENAI = _peers(("model/wte", "model/wpe"), "model/h{i}", "model/ln_f", "/")
+# How the names of norms, layers and embeddings end.
+BOOKS = ((".scale", ".shift"), (".weight", ".bias"), (".weight",))
+TORCH = ((".weight", ".bias"), (".weight", ".bias"), (".weight",))
 
 
-def _linear(theirs: str, ours: str) -> list[Row]:
-    """A layer that is stored (out, in)."""
-    return _pairs(theirs, ours, PLAIN)
+def _rows(
+    modules: Mapping[str, str], ends: Sequence[Sequence[str]], turned: Sequence[Transpose | Drop] = ()
+) -> list[Row]:
+    """The rows of our modules by the names of theirs; what several of ours share is theirs in equal parts.
 
-
-def _hub_names(layer: Callable[[str, str], list[Row]], fused_axis: int, transposed: bool) -> list[Row]:
-    """The names that Hugging Face gave GPT-2 and nanoGPT, minGPT took over with the weights turned."""
-    return [
-        _row("wte.weight", "tok_emb.weight"),
-        _row("wpe.weight", "pos_emb.weight"),
-        *_pairs("h.{i}.ln_1", f"{BLOCK}.norm1", TORCH_NORM),
-        *_fused("h.{i}.attn.c_attn.weight", "trf_blocks.{i}.att.{}.weight", fused_axis, transposed),
-        *_fused("h.{i}.attn.c_attn.bias", "trf_blocks.{i}.att.{}.bias", axis=0),
-        *layer("h.{i}.attn.c_proj", f"{BLOCK}.att.out_proj"),
-        *_pairs("h.{i}.ln_2", f"{BLOCK}.norm2", TORCH_NORM),
-        *layer("h.{i}.mlp.c_fc", f"{BLOCK}.ff.layers.0"),
-        *layer("h.{i}.mlp.c_proj", f"{BLOCK}.ff.layers.2"),
-        *_pairs("ln_f", "final_norm", TORCH_NORM),
-        *_pairs("lm_head", "out_head", PLAIN),
-    ]
-
-
-def _tf_layer(theirs: str, ours: str) -> list[Row]:
-    """A layer that TensorFlow stores as a convolution of width 1: (1, in, out)."""
-    weight = Placement(f"{theirs}/w", transposed=True, squeezed=True)
-    return [(f"{theirs}/w", f"{ours}.weight", weight), _row(f"{theirs}/b", f"{ours}.bias")]
-
-
-def _tf_norm(theirs: str, ours: str) -> list[Row]:
-    return [_row(f"{theirs}/g", f"{ours}.scale"), _row(f"{theirs}/b", f"{ours}.shift")]
-
-
-def _tf_fused(theirs: str, ours: str) -> list[Row]:
-    weights = _fused(f"{theirs}/w", ours + ".weight", axis=1, transposed=True)
-    squeezed = [(name, mine, replace(placement, squeezed=True)) for name, mine, placement in weights]
-    return [*squeezed, *_fused(f"{theirs}/b", ours + ".bias", axis=0)]
+    `turned` makes weights of a block (out, in).
+    """
+    norm, layer, embedding = ends
+    rows = []
+    for ours, theirs in modules.items():
+        own = (".scale", ".shift") if ours in NORMS else (".weight", ".bias")
+        theirs_end = norm if ours in NORMS else embedding if ours in EMBEDDINGS else layer
+        sharing = [other for other, name in modules.items() if name == theirs]
+        part = sharing.index(ours)
+        third = (Narrow(0, part, part + 1, len(sharing)),) if len(sharing) > 1 else ()
+        for end, leaf in zip(theirs_end, own, strict=False):  # an embedding has no bias
+            views = turned if ours in (*QKV, *LAYERS) and leaf == ".weight" else ()
+            rows.append((theirs + end, ours + leaf, Placement(theirs + end, (*views, *third))))
+    return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,48 +187,12 @@ class Dialect:
 
 HUB_MASKS = (".attn.bias", ".attn.masked_bias")
 DIALECTS = {
-    "book": Dialect(
-        rows=[
-            *_same_as_ours(BOOK_NORM),
-            *_pairs(f"{BLOCK}.att.W_query", f"{BLOCK}.att.W_query", PLAIN),
-            *_pairs(f"{BLOCK}.att.W_key", f"{BLOCK}.att.W_key", PLAIN),
-            *_pairs(f"{BLOCK}.att.W_value", f"{BLOCK}.att.W_value", PLAIN),
-            *_pairs(f"{BLOCK}.att.out_proj", f"{BLOCK}.att.out_proj", PLAIN),
-        ],
-        marker="trf_blocks.0.att.W_query.weight",
-        masks=(".att.mask",),
-    ),
-    "book-fast": Dialect(
-        rows=[
-            *_same_as_ours(TORCH_NORM),
-            *_fused(f"{BLOCK}.att.qkv.weight", "trf_blocks.{i}.att.{}.weight", axis=0),
-            *_fused(f"{BLOCK}.att.qkv.bias", "trf_blocks.{i}.att.{}.bias", axis=0),
-            *_pairs(f"{BLOCK}.att.proj", f"{BLOCK}.att.out_proj", PLAIN),
-        ],
-        marker="trf_blocks.0.att.qkv.weight",
-    ),
-    "huggingface": Dialect(
-        rows=_hub_names(_conv1d, fused_axis=1, transposed=True),
-        marker="h.0.attn.c_attn.weight",
-        masks=HUB_MASKS,
-    ),
-    "nanogpt": Dialect(
-        rows=_hub_names(_linear, fused_axis=0, transposed=False),
-        marker="h.0.attn.c_attn.weight",
-        masks=HUB_MASKS,
-    ),
+    "book": Dialect(_rows(BOOK, BOOKS), "trf_blocks.0.att.W_query.weight", (".att.mask",)),
+    "book-fast": Dialect(_rows(FAST, TORCH), "trf_blocks.0.att.qkv.weight"),
+    "huggingface": Dialect(_rows(HUB, TORCH, (Transpose(),)), "h.0.attn.c_attn.weight", HUB_MASKS),
+    "nanogpt": Dialect(_rows(HUB, TORCH), "h.0.attn.c_attn.weight", HUB_MASKS),
     "openai": Dialect(
-        rows=[
-            _row("model/wte", "tok_emb.weight"),
-            _row("model/wpe", "pos_emb.weight"),
-            *_tf_norm("model/h{i}/ln_1", f"{BLOCK}.norm1"),
-            *_tf_fused("model/h{i}/attn/c_attn", "trf_blocks.{i}.att.{}"),
-            *_tf_layer("model/h{i}/attn/c_proj", f"{BLOCK}.att.out_proj"),
-            *_tf_norm("model/h{i}/ln_2", f"{BLOCK}.norm2"),
-            *_tf_layer("model/h{i}/mlp/c_fc", f"{BLOCK}.ff.layers.0"),
-            *_tf_layer("model/h{i}/mlp/c_proj", f"{BLOCK}.ff.layers.2"),
-            *_tf_norm("model/ln_f", "final_norm"),
-        ],
+        _rows(OPENAI, (("/g", "/b"), ("/w", "/b"), ("",)), (Drop(0), Transpose())),
         marker="model/h0/attn/c_attn/w",
     ),
 }

@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import threading
 import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,17 +22,17 @@ PREAMBLE = (
     "Write a response that appropriately completes the request."
 )
 INPUT = "input"  # the one field that an instruction may lack
-
-MISSING = ("", "nan")  # labels as tables write them where there is none
+MISSING = ("", "nan")  # how tables write a label that is not there
+FIELD_LIMIT = threading.Lock()  # csv's limit is the process's
 
 T = TypeVar("T")
-Entries = Iterator[tuple[int, Any]]  # (its number, what stands there)
+Entries = Iterable[tuple[int, Any]]  # (line or number of an entry, its content)
 
 
 class Record(dict[str, str]):
-    """Texts by field, and where they stand: a file with a line or an entry."""
+    """Texts by field; `where` is a file with a line or an entry."""
 
-    where = ""
+    where = "a record"
 
 
 def _parsed(path: Path, content: str, line: int) -> Any:
@@ -46,28 +47,27 @@ def _json_entries(path: Path, text: str) -> Entries:
     content = _parsed(path, text, 1)
     if not isinstance(content, list):
         raise UsageError(f"{path}: holds a {type(content).__name__}, wanted a list of objects")
-    yield from enumerate(content, 1)
+    return enumerate(content, 1)
 
 
 def _jsonl_entries(path: Path, text: str) -> Entries:
-    yield from ((number, _parsed(path, line, number)) for number, line in filled_lines(text))
+    return ((number, _parsed(path, line, number)) for number, line in filled_lines(text))
 
 
 def _csv_entries(path: Path, text: str) -> Entries:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    before = csv.field_size_limit(max(len(text), 1))  # a field may be as long as the file
-    try:
-        names = reader.fieldnames or ()
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise csv.Error(f"two columns are called {', '.join(twice)}")
-        for row in reader:
-            if None in row:
-                raise csv.Error("more cells than the header; a text with a comma needs quotes")
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise UsageError(f"{path}, line {reader.reader.line_num}: not CSV ({error})") from None
-    finally:
-        csv.field_size_limit(before)
+    with FIELD_LIMIT:
+        before = csv.field_size_limit(max(len(text), 1))  # a field may be as long as the file
+        try:
+            names = reader.fieldnames or ()
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise csv.Error(f"two columns are called {', '.join(twice)}")
+            rows = [(reader.line_num, row) for row in reader]
+        except csv.Error as error:
+            raise UsageError(f"{path}, line {reader.reader.line_num}: not CSV ({error})") from None
+        finally:
+            csv.field_size_limit(before)
+    return rows
 
 
 READERS = {
@@ -81,6 +81,8 @@ def _record(where: str, entry: Any, fields: Sequence[str]) -> Record:
     """The entry's texts and numbers, as text."""
     if not isinstance(entry, dict):
         raise UsageError(f"{where}: is a {type(entry).__name__}, wanted an object with {', '.join(fields)}")
+    if None in entry:  # csv's key for what no column is left for
+        raise UsageError(f"{where}: not CSV (more cells than the header; a text with a comma needs quotes)")
     record = Record({k: str(value) for k, value in entry.items() if isinstance(value, str | int | float)})
     record.where = where
     wanted = fields if entry.get(INPUT) is None else (*fields, INPUT)
@@ -93,11 +95,11 @@ def _record(where: str, entry: Any, fields: Sequence[str]) -> Record:
 def read_records(path: Path, fields: Sequence[str]) -> list[Record]:
     """The objects of a .json list, the lines of a .jsonl, or the rows of a .csv under its header.
 
-    Values are text, numbers turned into it; what is neither is left out. Each has `fields`. Costs the whole
-    file in memory. Raises UsageError, with the line or entry, for what is no such record.
+    Values are text, numbers turned into it; others are left out. Each record has `fields`. Costs the whole
+    file in memory. Raises UsageError, with the line or entry, for what is not such a record.
     """
     if path.suffix.lower() not in READERS:
-        raise UsageError(f"{path}: of unknown kind {path.suffix!r}; the known are {', '.join(READERS)}")
+        raise UsageError(f"{path}: unknown kind of file {path.suffix!r}; choose from {', '.join(READERS)}")
     text = decode_text(path.read_bytes(), path)
     kind, entries = READERS[path.suffix.lower()]
     records = [_record(f"{path}, {kind} {number}", entry, fields) for number, entry in entries(path, text)]
@@ -115,10 +117,15 @@ def format_prompt(record: dict[str, str]) -> str:
     return f"{PREAMBLE}\n\n### Instruction:\n{record['instruction']}{given}\n\n### Response:\n"
 
 
-def instruction_pairs(
-    records: Sequence[dict[str, str]], encoding: Encoding, seq_len: int
-) -> list[tuple[dict[str, str], Example]]:
-    """(record, its example) for `instruction_examples`."""
+def instruction_examples(
+    records: Sequence[Record], encoding: Encoding, seq_len: int
+) -> list[tuple[Record, Example]]:
+    """(record, its prompt, output and <|endoftext|>), targets one ahead; loss on output and end only.
+
+    Longer ones are cut to seq_len, without the end; those whose prompt leaves no room are left out; a warning
+    says how many. Special tokens in a record are plain text. Raises UsageError where more than half are left
+    out.
+    """
     pairs, cut = [], 0
     for record in records:
         prompt = encoding.encode_ordinary(format_prompt(record))
@@ -130,39 +137,20 @@ def instruction_pairs(
     dropped = len(records) - len(pairs)
     if 2 * dropped > len(records):
         raise UsageError(
-            f"{dropped if pairs else 'all'} {'of ' if pairs else ''}{len(records)} prompts are too long, "
-            f"{seq_len} tokens or more, so that no response fits; use a larger --seq-len"
+            f"{dropped} of {len(records)} prompts leave no room for a response in {seq_len} tokens; "
+            "use a larger --seq-len"
         )
     if dropped or cut:
         warnings.warn(
-            f"of {len(records)} instructions {dropped} are left out, whose prompts have {seq_len} tokens or "
-            f"more, and {cut} lose the end of their response; a larger --seq-len keeps them",
+            f"of {len(records)} instructions, {dropped} are left out because their prompts fill {seq_len} "
+            f"tokens, and {cut} lose the end of their response; use a larger --seq-len to keep them",
             stacklevel=2,
         )
     return pairs
 
 
-def instruction_examples(
-    records: Sequence[dict[str, str]], encoding: Encoding, seq_len: int
-) -> list[Example]:
-    """Prompt, output and <|endoftext|>, the targets one ahead; loss on the output and the end alone.
-
-    Longer ones are cut to seq_len, without the end, which is not there; those whose prompt leaves no room are
-    left out; a warning says how many. Special tokens in a record are plain text. Raises UsageError where
-    more than half are left out.
-    """
-    return [example for _, example in instruction_pairs(records, encoding, seq_len)]
-
-
-def _in_order(labels: set[str]) -> list[str]:
-    try:
-        return sorted(sorted(labels), key=float)
-    except ValueError:
-        return sorted(labels)
-
-
 def _look(label: str) -> str | float:
-    """The same for labels that a reader would take for the same: 1 and 1.0, true and 1, Spam and spam."""
+    """Equal for labels that a reader would take for the same: 1 and 1.0, true and 1, Spam and spam."""
     text = unicodedata.normalize("NFKC", label).casefold()
     try:
         return float({"true": "1", "false": "0"}.get(text, text))
@@ -170,45 +158,42 @@ def _look(label: str) -> str | float:
         return text
 
 
-def _labels_of(records: Sequence[dict[str, str]]) -> list[str]:
-    """Each record's label without spaces around it. Raises UsageError for none, and two that look alike."""
+def _labels_of(records: Sequence[Record]) -> list[str]:
+    """Each record's label without the spaces around it. Refuses missing labels, and two that look alike."""
     labels, first = [], dict[str | float, tuple[str, str]]()
-    for number, record in enumerate(records, 1):
-        where, label = getattr(record, "where", "") or f"entry {number}", record["label"].strip()
+    for record in records:
+        label = record["label"].strip()
         if label.casefold() in MISSING:
-            raise UsageError(f"{where}: the label is {record['label']!r}; give it one, or take the row away")
-        known, place = first.setdefault(_look(label), (label, where))
+            raise UsageError(f"{record.where}: the label is {record['label']!r}; label the row or remove it")
+        known, place = first.setdefault(_look(label), (label, record.where))
         if known != label:
             raise UsageError(
-                f"{where}: the label {label!r} looks like {known!r} at {place}; write both alike"
+                f"{record.where}: the label {label!r} looks like {known!r} at {place}; spell them the same"
             )
         labels.append(label)
     return labels
 
 
 def classifier_examples(
-    records: Sequence[dict[str, str]],
-    encoding: Encoding,
-    seq_len: int,
-    labels: Sequence[str] | None = None,
+    records: Sequence[Record], encoding: Encoding, seq_len: int
 ) -> tuple[list[Example], list[str]]:
     """(the first seq_len tokens of each text, its class the target of the last; the classes' labels).
 
-    Without `labels` they are those found, sorted, by value where all are numbers. An empty text is
-    <|endoftext|>; a warning says how many are cut. Raises UsageError for a label that is not among `labels`,
-    is empty or looks like another, and fewer than two classes.
+    The labels are sorted, by value where all are numbers. An empty text is <|endoftext|>; a warning says how
+    many texts are cut. Raises UsageError for a label that is empty or looks like another, and for fewer than
+    two classes.
     """
     found = _labels_of(records)
-    names = _in_order(set(found)) if labels is None else list(labels)
+    names = sorted(set(found))
+    if all(isinstance(_look(name), float) for name in names):
+        names.sort(key=lambda name: float(_look(name)))
     if len(names) < 2:
         raise UsageError(f"a classifier needs at least two labels, found {', '.join(names) or 'none'}")
-    classes, examples, cut = {name: i for i, name in enumerate(names)}, [], 0
-    for number, (record, label) in enumerate(zip(records, found, strict=True), 1):
-        if label not in classes:
-            raise UsageError(f"entry {number}: the label {label!r} is not of {', '.join(names)}")
+    examples, cut = [], 0
+    for record, label in zip(records, found, strict=True):
         text = encoding.encode_ordinary(record["text"])
         ids, cut = text[:seq_len] or [end_of_text(encoding)], cut + (len(text) > seq_len)
-        examples.append(Example(ids, [IGNORED] * (len(ids) - 1) + [classes[label]]))
+        examples.append(Example(ids, [IGNORED] * (len(ids) - 1) + [names.index(label)]))
     if cut:
         warnings.warn(f"{cut} of {len(records)} texts are cut to {seq_len} tokens (--seq-len)", stacklevel=2)
     return examples, names
@@ -217,12 +202,10 @@ def classifier_examples(
 def split(records: Sequence[T], fraction: float, seed: int) -> tuple[list[T], list[T]]:
     """(training, validation): shuffled by the seed, `fraction` of them for validation; one in each at least.
 
-    Raises UsageError where that cannot be.
+    Raises UsageError for fewer than two records.
     """
-    if not 0 < fraction < 1:
-        raise UsageError(f"the fraction for validation must be between 0 and 1, got {fraction}")
     if len(records) < 2:
-        raise UsageError(f"{len(records)} records cannot be split in two; wanted at least 2")
+        raise UsageError(f"found {len(records)} record, wanted at least 2: one is held out for validation")
     order = shuffled(len(records), seed, 0)
     held = min(max(round(len(records) * fraction), 1), len(records) - 1)
     return [records[i] for i in order[held:]], [records[i] for i in order[:held]]

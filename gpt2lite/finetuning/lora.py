@@ -6,16 +6,12 @@ Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models"; th
 from __future__ import annotations
 
 import math
-import pickle
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from gpt2lite.checkpoint.writing import replacing
-from gpt2lite.errors import CheckpointError, UsageError
+from gpt2lite.errors import UsageError
 
 
 class LoRA(nn.Module):
@@ -23,10 +19,9 @@ class LoRA(nn.Module):
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
         super().__init__()
-        self.A = nn.Parameter(linear.weight.new_empty(linear.in_features, rank))
+        self.A = nn.Parameter(linear.weight.new_zeros(linear.in_features, rank))
         self.B = nn.Parameter(linear.weight.new_zeros(rank, linear.out_features))
         self.alpha = alpha
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) → (..., out)."""
@@ -34,7 +29,7 @@ class LoRA(nn.Module):
 
 
 class LinearWithLoRA(nn.Module):
-    """A frozen linear layer and its addition."""
+    """A frozen linear layer, whose weight and bias it shows as its own, plus an adapter."""
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
         super().__init__()
@@ -55,35 +50,35 @@ class LinearWithLoRA(nn.Module):
         return self.linear(x) + self.lora(x)
 
 
-def _replace(model: nn.Module, path: str, layer: nn.Module) -> None:
+def put_layer(model: nn.Module, path: str, layer: nn.Module) -> None:
+    """Replace the layer at a path."""
     parent, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(parent), leaf, layer)
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LinearWithLoRA]]:
-    """(path, layer) of each."""
-    found = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, LinearWithLoRA)]
-    yield from found
+def lora_layers(model: nn.Module) -> dict[str, LinearWithLoRA]:
+    """The adapted layers by path."""
+    return {path: layer for path, layer in model.named_modules() if isinstance(layer, LinearWithLoRA)}
 
 
-def _targets(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
-    """The linear layers of the blocks whose names end in one of these, adapted or not, by path."""
-    ends = tuple(f".{name}" for name in names)
-    return {
+@torch.inference_mode(False)
+def add_lora(
+    model: nn.Module, rank: int, alpha: float, targets: Sequence[str], seed: int = 0
+) -> list[nn.Parameter]:
+    """Freeze the model and put an adapter around each linear layer of its blocks whose name ends in a target.
+
+    Returns the adapters' parameters; what they start from depends on the seed alone. Costs rank × (in + out)
+    numbers for each. Adapters that are there already and are as asked for stay, to be trained further. Raises
+    UsageError where they are others.
+    """
+    ends = tuple(f".{name}" for name in targets)
+    wanted = {
         path: layer
         for path, layer in model.named_modules()
         if path.startswith("trf_blocks.") and path.endswith(ends)
         if isinstance(layer, nn.Linear | LinearWithLoRA)
     }
-
-
-def add_lora(model: nn.Module, rank: int, alpha: float, targets: Sequence[str]) -> list[nn.Parameter]:
-    """Freeze the model and put an adapter around each linear layer of its blocks whose name ends in a target.
-
-    Returns the adapters' parameters. Costs rank × (in + out) numbers for each. Adapters that are there and
-    are as asked for stay, to be trained further. Raises UsageError where they are others.
-    """
-    wanted, found = _targets(model, targets), dict(lora_layers(model))
+    found = lora_layers(model)
     others = {(layer.lora.A.shape[1], layer.lora.alpha) for layer in found.values()} - {(rank, alpha)}
     if found and (others or found.keys() != wanted.keys()):
         said = " and ".join(f"rank {rank} and alpha {alpha:g}" for rank, alpha in sorted(others))
@@ -92,91 +87,32 @@ def add_lora(model: nn.Module, rank: int, alpha: float, targets: Sequence[str]) 
             "lora_rank, lora_alpha and lora_targets, or merge them first (gpt2lite.merge_lora)"
         )
     model.requires_grad_(False)
-    for path, layer in {} if found else wanted.items():
-        _replace(model, path, LinearWithLoRA(layer, rank, alpha))
-    adapters = [p for _, layer in lora_layers(model) for p in layer.lora.parameters()]
+    generator = torch.Generator("cpu").manual_seed(seed)
+    for path, linear in wanted.items():
+        if isinstance(linear, nn.Linear):
+            layer = LinearWithLoRA(linear, rank, alpha)
+            drawn = torch.empty(layer.lora.A.shape, dtype=linear.weight.dtype, device="cpu")
+            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+            layer.lora.A.data.copy_(drawn)
+            put_layer(model, path, layer)
+    adapters = [p for layer in lora_layers(model).values() for p in layer.lora.parameters()]
     for parameter in adapters:
         parameter.requires_grad_(True)
     return adapters
 
 
 def drop_lora(model: nn.Module, kept: Collection[str]) -> None:
-    """Take the adapters away, unmerged, but for those of the paths in `kept`."""
-    for path, layer in lora_layers(model):
+    """Take the adapters away, unmerged, except those at the paths in `kept`."""
+    for path, layer in lora_layers(model).items():
         if path not in kept:
-            _replace(model, path, layer.linear)
+            put_layer(model, path, layer.linear)
 
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
     """Add every adapter to the weight below, and take the adapter away. Costs one weight at a time."""
-    for path, layer in lora_layers(model):
+    for path, layer in lora_layers(model).items():
         dtype = torch.promote_types(layer.weight.dtype, torch.float32)
         added = layer.lora.alpha * (layer.lora.A.to(dtype) @ layer.lora.B.to(dtype)).t()
         layer.linear.weight.copy_(layer.weight.to(dtype) + added)
-        _replace(model, path, layer.linear)
-
-
-def save_lora(trained: Mapping[str, Tensor], alpha: float, path: Path) -> None:
-    """Write what was trained, by its names: adapters with the alpha that no weight holds, and a head.
-
-    The file appears whole or not at all.
-    """
-    tensors = {name: tensor.detach() for name, tensor in trained.items()}
-    with replacing(path) as temporary:
-        torch.save({"lora_alpha": alpha, "lora": tensors}, temporary)
-
-
-def _require_place(model: nn.Module, path: Path, name: str, tensor: Tensor) -> None:
-    """For what is no adapter: a parameter of the same name and shape."""
-    own = dict(model.named_parameters()).get(name)
-    if own is None or own.shape != tensor.shape:
-        found = "no such weight" if own is None else f"one of {tuple(own.shape)}"
-        raise CheckpointError(
-            path,
-            f"{name} is {tuple(tensor.shape)}, the model has {found}. "
-            "If it is a classifier's head, call gpt2lite.as_classifier first",
-        )
-
-
-@torch.no_grad()
-def load_lora(model: nn.Module, path: Path) -> None:
-    """Put the adapters of a file around a model's layers; `merge_lora` makes it plain again.
-
-    The head of a classifier, which was trained with them, takes the place of the model's. Raises
-    CheckpointError, before anything is changed, for a file that is none, or whose layers are not the model's.
-    """
-    try:
-        saved: Any = torch.load(path, map_location="cpu", weights_only=True)
-        alpha, tensors = float(saved["lora_alpha"]), dict(saved["lora"])
-    except (
-        OSError,
-        RuntimeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        EOFError,
-        pickle.UnpicklingError,
-    ) as error:
-        raise CheckpointError(path, f"not a file of LoRA adapters ({error})") from None
-    whole = {name: tensor for name, tensor in tensors.items() if ".lora." not in name}
-    for name, tensor in whole.items():
-        _require_place(model, path, name, tensor)
-    modules, adapted = dict(model.named_modules()), {}
-    for name in sorted({name.rsplit(".lora.", 1)[0] for name in tensors.keys() - whole.keys()}):
-        layer, a, b = modules.get(name), tensors.get(f"{name}.lora.A"), tensors.get(f"{name}.lora.B")
-        if not isinstance(layer, nn.Linear) or a is None or b is None:
-            raise CheckpointError(path, f"holds an adapter for {name}, which is no linear layer of the model")
-        if (a.shape[0], b.shape[1]) != (layer.in_features, layer.out_features) or a.shape[1:] != b.shape[:1]:
-            raise CheckpointError(
-                path,
-                f"the adapter of {name} is {tuple(a.shape)} × {tuple(b.shape)}, "
-                f"the layer {layer.in_features} → {layer.out_features}",
-            )
-        adapted[name] = LinearWithLoRA(layer, a.shape[1], alpha)
-        adapted[name].lora.A.copy_(a)
-        adapted[name].lora.B.copy_(b)
-    for name, new in adapted.items():
-        _replace(model, name, new)
-    for name, tensor in whole.items():
-        model.get_parameter(name).copy_(tensor)
+        put_layer(model, path, layer.linear)

@@ -1,31 +1,32 @@
-"""What a run keeps in its folder, and how it is taken up again: saved states, and the log of its steps."""
+"""What a run keeps in its folder: saved states, from which it is resumed, and the adapters it trained."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from gpt2lite.checkpoint.chunks import tensors_of
-from gpt2lite.checkpoint.writing import replacing
+from gpt2lite.checkpoint.writing import replacing, tensors_of
 from gpt2lite.errors import CheckpointError, UsageError, first_line
 from gpt2lite.finetuning.data import Batch, Batches, digest_of, tensor_parts
+from gpt2lite.finetuning.lora import LinearWithLoRA, put_layer
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.finetuning.training import Trainer
+from gpt2lite.model import GPTModel
 
+METRICS, LABELS = "metrics.jsonl", "labels.json"
 STATE_NAME = re.compile(r"step-(\d+)\.pth")
-MAY_CHANGE = ("steps", "learning_rate")  # when a run is resumed; steps may only grow
+STATE = ("step", "model", "optimizer", "made_from", "last_batch", "metrics")
+UNSAID = {"validate_every", "save_every", "keep"}  # of a recipe: may change when a run is resumed
+MAY_CHANGE = UNSAID | {"steps", "learning_rate"}  # with a warning; steps may only grow
 OTHERS = {"base": "another model (give it as it was before the run)", "data": "other data"}
-UNREADABLE = (OSError, RuntimeError, EOFError, pickle.UnpicklingError)  # what torch.load raises
 
 
 @dataclass(frozen=True)
@@ -39,90 +40,74 @@ class Task:
     train: Batches
     validation: Sequence[Batch]
     labels: tuple[str, ...] = ()
-    sample: Callable[[Any], str] | None = None
+    sample: Callable[[GPTModel], str] | None = None
     digest: str = ""
 
 
 @dataclass(frozen=True)
-class Metrics:
-    """One step: loss in nats a target, norm of the gradient (0 where it is not known), bytes in use.
-
-    memory: of the process on the CPU, on CUDA the most that torch has allocated there.
-    """
-
-    step: int
-    loss: float
-    learning_rate: float
-    gradient_norm: float
-    tokens_per_second: float
-    memory: int
-    validation_loss: float | None = None
-    accuracy: float | None = None
-    sample: str | None = None
-
-
-@dataclass(frozen=True)
-class Rhythm:
-    """Every how many steps to validate and to save, and how many saved states to keep."""
-
-    validate_every: int = 50
-    save_every: int = 100
-    keep: int = 2
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if type(value) is not int or value < 1:
-                raise UsageError(f"{name} must be an int of at least 1, got {value!r}")
-
-
-@dataclass(frozen=True)
 class Run:
-    """A run as it goes: what it trains and from what, where to, how often it saves."""
+    """A run in progress: what it trains and from what, and its folder."""
 
     trainer: Trainer
     task: Task
     out: Path
-    rhythm: Rhythm
     identity: dict[str, Any]
 
 
-def identity_of(model: Any, task: Task, recipe: Recipe) -> dict[str, Any]:
+def identity_of(model: GPTModel, task: Task, recipe: Recipe) -> dict[str, Any]:
     """What a run was made from, which it must be resumed with: digests of the whole model and of the data.
 
-    All of a model's bytes are read (a second for each GB or two), since one that differs in a single row
+    All of a model's bytes are read (a second for each GB or two), because one that differs in a single row
     would end as another.
     """
     tensors = tensors_of(model.state_dict())
-    base = [f"{model.config} " + "".join(f"{t.name} {t.dtype} {t.shape} {t.shares};" for t in tensors)]
+    described = "".join(f"{t.name} {t.dtype} {t.shape} {t.shares};" for t in tensors)
     weights = (chunk for tensor in tensors if not tensor.shares for chunk in tensor.chunks())
+    batches = tensor_parts(*task.train(0), *sum(task.validation, ()))
     return {
-        "base": digest_of([base[0].encode()], weights),
-        "data": digest_of(
-            [f"{task.digest} {task.labels}".encode()], tensor_parts(*task.train(0), *sum(task.validation, ()))
-        ),
+        "base": digest_of([f"{model.config} {described}".encode()], weights),
+        "data": digest_of([f"{task.digest} {task.labels}".encode()], batches),
         "recipe": asdict(recipe),
         "labels": list(task.labels),
     }
 
 
-def _number(path: Path) -> int:
-    """The step of a state's name, -1 where it is none."""
-    found = STATE_NAME.fullmatch(path.name)
-    return int(found[1]) if found else -1
+def _save(content: Mapping[str, Any], path: Path) -> None:
+    """Whole or not at all."""
+    with replacing(path) as temporary:
+        torch.save(content, temporary)
 
 
-def state_files(out: Path) -> list[Path]:
-    """The saved states of a folder, in the order of their steps."""
-    return sorted((path for path in out.glob("step-*.pth") if _number(path) >= 0), key=_number)
+def _read(path: Path, keys: Collection[str], what: str) -> dict[str, Any]:
+    """What `_save` wrote, mapped. Raises CheckpointError for a file that is damaged or lacks a key."""
+    try:
+        saved: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return {key: saved[key] for key in keys}
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(path, f"not {what} ({first_line(error)})") from None
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise CheckpointError(path, f"not {what} of this version ({first_line(error)})") from None
+
+
+# ---- states ------------------------------------------------------------------------------------------------
+
+
+def state_files(out: Path) -> dict[int, Path]:
+    """The saved states of a folder by their steps, ascending."""
+    named = ((STATE_NAME.fullmatch(path.name), path) for path in out.glob("step-*.pth"))
+    return dict(sorted((int(found[1]), path) for found, path in named if found))
 
 
 def _last_batch(task: Task, recipe: Recipe, step: int) -> str:
     return digest_of(tensor_parts(*task.train(step * recipe.accumulate - 1)))
 
 
-def save_state(run: Run, log: Log, step: int) -> None:
-    """Everything that the next step depends on, whole or not at all; the oldest are taken away."""
-    path, trainer = run.out / f"step-{step:06}.pth", run.trainer
+def save_state(run: Run, step: int) -> None:
+    """Everything that the next step depends on, and the log so far; the oldest states are deleted.
+
+    The log takes about 200 bytes a step.
+    """
+    trainer = run.trainer
     content = {
         "model": {name: p.detach() for name, p in trainer.trained.items()},
         "optimizer": trainer.state(),
@@ -130,39 +115,22 @@ def save_state(run: Run, log: Log, step: int) -> None:
         "config": trainer.model.config.as_dict(),
         "made_from": run.identity,
         "last_batch": _last_batch(run.task, trainer.recipe, step),
-        "log": log.known(),
+        "metrics": (run.out / METRICS).read_text(encoding="utf-8"),
     }
-    with replacing(path) as temporary:
-        torch.save(content, temporary)
-    older = [file for file in state_files(run.out) if _number(file) <= step]
-    for old in older[: -run.rhythm.keep]:
-        old.unlink()
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    """A saved state, mapped. Raises CheckpointError for one that is not whole, or not what its name says."""
-    try:
-        saved: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        step, _ = saved["step"], (saved["model"], saved["optimizer"])
-    except (*UNREADABLE, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(path, f"not a whole saved state ({first_line(error)})") from None
-    if "made_from" not in saved:
-        raise CheckpointError(
-            path,
-            "saved by an older gpt2lite, which did not keep what a run was made from; "
-            "start the run again in another folder",
-        )
-    if step != _number(path):
-        raise CheckpointError(path, f"holds the state of step {step}; has it been renamed?")
-    return dict(saved)
+    _save(content, run.out / f"step-{step:06}.pth")
+    older = [path for number, path in state_files(run.out).items() if number <= step]
+    for path in older[: -trainer.recipe.keep]:
+        path.unlink()
 
 
 def newest_state(out: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest whole one, with a warning where a newer one is damaged; None where there are none at all."""
     damaged: CheckpointError | None = None
-    for path in reversed(state_files(out)):
+    for step, path in reversed(state_files(out).items()):
         try:
-            saved = _read_state(path)
+            saved = _read(path, STATE, "a whole saved state")
+            if saved["step"] != step:
+                raise CheckpointError(path, f"holds the state of step {saved['step']}; has it been renamed?")
         except CheckpointError as error:
             damaged = damaged or error
             continue
@@ -182,30 +150,31 @@ def saved_recipe(out: Path) -> dict[str, Any]:
 
 def _require_same(path: Path, saved: dict[str, Any], run: Run) -> None:
     """Refuse to go on with another model, data or recipe than a state's; say what differs and may."""
-    was, now = saved["made_from"], run.identity
-    last_batch = _last_batch(run.task, run.trainer.recipe, saved["step"])
-    others = {key for key in OTHERS if was[key] != now[key]}
-    others |= {"data"} if last_batch != saved["last_batch"] else set()
-    changed = {key: value for key, value in was["recipe"].items() if now["recipe"].get(key) != value}
-    fewer = now["recipe"]["steps"] < was["recipe"]["steps"]
-    said = [f"{key}={value!r}" for key, value in changed.items()]
-    if others or fewer or set(changed) - set(MAY_CHANGE):
-        said += [OTHERS[key] for key in sorted(others)]
-        raise UsageError(f"{path}: was made with {', '.join(said)}; resume with the same")
+    was, now, step = saved["made_from"], run.identity, saved["step"]
+    same_batch = saved["last_batch"] == _last_batch(run.task, run.trainer.recipe, step)
+    others = {key for key in OTHERS if was[key] != now[key]} | (set() if same_batch else {"data"})
+    before, after = was["recipe"], now["recipe"]
+    changed = [key for key in before if after.get(key) != before[key] and key not in UNSAID]
+    said = ", ".join(
+        [*(f"{key}={before[key]!r}" for key in changed), *(OTHERS[key] for key in sorted(others))]
+    )
+    if others or after["steps"] < before["steps"] or set(changed) - MAY_CHANGE:
+        raise UsageError(f"{path}: was made with {said}; resume with the same")
     if said:
-        new = ", ".join(f"{key}={now['recipe'][key]!r}" for key in changed)
+        new = ", ".join(f"{key}={after[key]!r}" for key in changed)
         warnings.warn(
-            f"{path}: was made with {', '.join(said)}; from step {saved['step']} on it is {new}, and the "
-            "learning rate falls along the new curve",
+            f"{path}: was made with {said}; from step {step} on it is {new}, and the learning rate follows "
+            "the new curve",
             stacklevel=2,
         )
 
 
-def restore(run: Run) -> tuple[int, tuple[int, str]]:
-    """Go on from the newest state: (the next step, how much of the log it knew), zeros if there is none."""
+def restore(run: Run) -> int:
+    """Go back to the newest state, and metrics.jsonl with it; returns the next step, or 0."""
     found = newest_state(run.out)
     if found is None:
-        return 0, (0, digest_of())
+        (run.out / METRICS).write_bytes(b"")
+        return 0
     path, saved = found
     _require_same(path, saved, run)
     shapes = {name: tensor.shape for name, tensor in saved["model"].items()}
@@ -215,33 +184,48 @@ def restore(run: Run) -> tuple[int, tuple[int, str]]:
         for name, parameter in run.trainer.trained.items():
             parameter.copy_(saved["model"][name])
     run.trainer.restore(saved["optimizer"])
-    return int(saved["step"]), saved["log"]
+    (run.out / METRICS).write_bytes(saved["metrics"].encode())
+    return int(saved["step"])
 
 
-class Log:
-    """metrics.jsonl, from what a state knew of it on: the lines of steps that are made again are cut off."""
+# ---- adapters ----------------------------------------------------------------------------------------------
 
-    def __init__(self, file: BinaryIO, known: tuple[int, str]) -> None:
-        nbytes, digest = known
-        content = file.read()
-        if content and digest != digest_of([content[:nbytes]]):
+
+def save_lora(trained: Mapping[str, Tensor], alpha: float, path: Path) -> None:
+    """Write what was trained, by name: adapters, the alpha that no weight holds, and a classifier's head."""
+    _save({"lora_alpha": alpha, "lora": {name: tensor.detach() for name, tensor in trained.items()}}, path)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def load_lora(model: nn.Module, path: Path) -> None:
+    """Put the adapters of a file around a model's layers; `merge_lora` makes it plain again.
+
+    The head of a classifier, which was trained with them, replaces the model's. Raises CheckpointError,
+    before anything is changed, for a damaged file, or one whose layers are not the model's.
+    """
+    saved = _read(path, ("lora_alpha", "lora"), "a file of LoRA adapters")
+    tensors, modules, adapted = saved["lora"], dict(model.named_modules()), dict[str, LinearWithLoRA]()
+    for name in sorted({name.rpartition(".lora.")[0] for name in tensors if ".lora." in name}):
+        layer, a = modules.get(name), tensors.get(f"{name}.lora.A")
+        if not isinstance(layer, nn.Linear) or a is None or f"{name}.lora.B" not in tensors:
             raise CheckpointError(
-                file.name,
-                "is not what this run had written until its last saved state; "
-                "move it away to resume without it",
+                path, f"holds an adapter for {name}, which is not a linear layer of the model"
             )
-        file.truncate(nbytes if content else 0)
-        file.seek(0, os.SEEK_END)
-        self.file, self.digest = file, hashlib.sha256(content[:nbytes])
-
-    def write(self, metrics: Metrics) -> None:
-        """Add a line."""
-        line = json.dumps({k: v for k, v in asdict(metrics).items() if v is not None}) + "\n"
-        self.file.write(line.encode())
-        self.file.flush()
-        self.digest.update(line.encode())
-
-    def known(self) -> tuple[int, str]:
-        """(bytes, digest) of what was written until now, on the disk."""
-        os.fsync(self.file.fileno())
-        return self.file.tell(), self.digest.hexdigest()
+        adapted[name] = LinearWithLoRA(layer, a.shape[-1], float(saved["lora_alpha"]))
+    own = dict(model.named_parameters())
+    for path_of_layer, added in adapted.items():
+        own |= {f"{path_of_layer}.lora.{part}": p for part, p in added.lora.named_parameters()}
+    for name, tensor in tensors.items():
+        if name not in own or own[name].shape != tensor.shape:
+            found = f"one of {tuple(own[name].shape)}" if name in own else "no such weight"
+            raise CheckpointError(
+                path,
+                f"{name} is {tuple(tensor.shape)}, the model has {found}. "
+                "If it is a classifier's head, call gpt2lite.as_classifier first",
+                name=name,
+            )
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
+    for name, added in adapted.items():
+        put_layer(model, name, added)

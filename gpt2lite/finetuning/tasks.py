@@ -26,26 +26,20 @@ from gpt2lite.finetuning.data import (
 from gpt2lite.finetuning.examples import (
     classifier_examples,
     format_prompt,
-    instruction_pairs,
+    instruction_examples,
     read_records,
     split,
 )
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.finetuning.states import Task
+from gpt2lite.model import GPTModel
 
 HELD_OUT = 0.1  # of the data, for validation
 MOST_WINDOWS = 64
 SAMPLE_TOKENS = 60
 
 
-def _seq_len(config: GPTConfig, recipe: Recipe) -> int:
-    wanted = recipe.seq_len or config.context_length
-    if wanted > config.context_length:
-        raise UsageError(f"seq_len={wanted} is more than the context of {config.context_length}")
-    return wanted
-
-
-def _written(model: Any, prompt: list[int], encoding: Encoding, **options: Any) -> str:
+def _written(model: GPTModel, prompt: list[int], encoding: Encoding, **options: Any) -> str:
     """What the model writes after a prompt, until it ends the text."""
     prompt = prompt[-(model.config.context_length - 1) :]
     room = min(SAMPLE_TOKENS, model.config.context_length - len(prompt))
@@ -55,13 +49,18 @@ def _written(model: Any, prompt: list[int], encoding: Encoding, **options: Any) 
 
 
 def text_task(tokens: Tensor, encoding: Encoding, config: GPTConfig, recipe: Recipe) -> Task:
-    """Go on with a text, ids (N,), which may be a mapped file's: its last tenth is for validation.
+    """Continue a text, ids (N,), which may be a mapped file's; its last tenth is for validation.
 
     Raises UsageError for one that is too short for a window in each part.
     """
-    seq_len = _seq_len(config, recipe)
+    seq_len = recipe.row_length(config.context_length)
     held = max(int(len(tokens) * HELD_OUT), seq_len + 1)
-    training = tokens[: max(len(tokens) - held, 0)]
+    if len(tokens) - held <= seq_len:
+        raise UsageError(
+            f"the text has {len(tokens)} tokens; training and validation need a window of {seq_len + 1} "
+            "tokens each; use a smaller --seq-len"
+        )
+    training = tokens[:-held]
     first = int(tokens[0]) if encoding.eot_token is None else encoding.eot_token
     return Task(
         digest=digest_of(tensor_parts(tokens)),
@@ -76,9 +75,9 @@ def instruction_task(path: Path, encoding: Encoding, config: GPTConfig, recipe: 
 
     The loss is of the response alone. A tenth is for validation. Raises UsageError for bad records.
     """
-    seq_len = _seq_len(config, recipe)
+    seq_len = recipe.row_length(config.context_length)
     records = read_records(path, ("instruction", "output"))
-    training, held = split(instruction_pairs(records, encoding, seq_len), HELD_OUT, recipe.seed)
+    training, held = split(instruction_examples(records, encoding, seq_len), HELD_OUT, recipe.seed)
     shown = held[0][0]
     prompt = encoding.encode_ordinary(format_prompt(shown))
     task = _example_task([e for _, e in training], [e for _, e in held], recipe, encoding)
@@ -99,10 +98,13 @@ def classifier_task(path: Path, encoding: Encoding, config: GPTConfig, recipe: R
 
     A tenth is for validation. Raises UsageError for bad records, or fewer than two labels.
     """
-    seq_len = _seq_len(config, recipe)
+    seq_len = recipe.row_length(config.context_length)
     examples, labels = classifier_examples(read_records(path, ("text", "label")), encoding, seq_len)
     training, held = split(examples, HELD_OUT, recipe.seed)
-    for part, what in ((training, "to learn from"), (held, "to validate with, so accuracy does not tell")):
+    for part, what in (
+        (training, "to learn from"),
+        (held, "to validate with, so accuracy does not cover them"),
+    ):
         seen = {example.targets[-1] for example in part}
         if lacking := [label for number, label in enumerate(labels) if number not in seen]:
             warnings.warn(f"{path}: no rows of {', '.join(lacking)} {what}; give more rows", stacklevel=2)

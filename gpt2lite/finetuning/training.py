@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gpt2lite.devices import generator_devices, has_bfloat16
+from gpt2lite.devices import has_bfloat16, seeded
 from gpt2lite.errors import TrainingDivergedError, UsageError
 from gpt2lite.finetuning.data import IGNORED, Batch, check_batch
 from gpt2lite.finetuning.lora import add_lora, drop_lora, lora_layers
 from gpt2lite.finetuning.losses import cross_entropy
 from gpt2lite.finetuning.recipe import Recipe
+from gpt2lite.model import GPTModel
 
 BETAS = (0.9, 0.95)
 M_MMAP_THRESHOLD, OWN_MAPPING, GLIBCS_MOST = -3, 1 << 20, 32 << 20
@@ -42,19 +43,18 @@ def map_from(nbytes: int) -> None:
         mallopt(M_MMAP_THRESHOLD, nbytes)
 
 
-def choose_trained(model: Any, recipe: Recipe) -> None:
+def choose_trained(model: GPTModel, recipe: Recipe) -> None:
     """Say by `requires_grad` what is trained, and add the adapters that the recipe asks for.
 
     What the caller froze stays frozen. Raises UsageError where nothing is left to train, or where the model
     has adapters that the recipe does not describe.
     """
-    learning = [p for p in model.parameters() if p.requires_grad]
-    wanted = list(model.out_head.parameters()) if model.config.n_classes else []
+    learning = {p for p in model.parameters() if p.requires_grad}
+    parts: list[nn.Module] = [model.out_head] if model.config.n_classes else []
+    adapters: list[nn.Parameter] = []
     if recipe.lora_rank:
-        with torch.random.fork_rng([]):
-            torch.manual_seed(recipe.seed)
-            wanted += add_lora(model, recipe.lora_rank, recipe.lora_alpha, recipe.lora_targets)
-    elif any(True for _ in lora_layers(model)):
+        adapters = add_lora(model, recipe.lora_rank, recipe.lora_alpha, recipe.lora_targets, seed=recipe.seed)
+    elif lora_layers(model):
         raise UsageError(
             "the model has LoRA adapters; give their lora_rank, lora_alpha and lora_targets to train them "
             "further, or merge them first (gpt2lite.merge_lora)"
@@ -62,12 +62,10 @@ def choose_trained(model: Any, recipe: Recipe) -> None:
     elif recipe.last_blocks:
         if recipe.last_blocks > len(model.trf_blocks):
             raise UsageError(f"last_blocks={recipe.last_blocks}: the model has {len(model.trf_blocks)}")
-        for part in (*model.trf_blocks[-recipe.last_blocks :], model.final_norm):
-            wanted += part.parameters()
+        parts += [*list(model.trf_blocks)[-recipe.last_blocks :], model.final_norm]
     else:
-        wanted = learning
-    adapters = {p for _, layer in lora_layers(model) for p in layer.lora.parameters()}
-    trained = set(wanted) & (set(learning) | adapters)
+        parts = [model]
+    trained = {p for part in parts for p in part.parameters()} & learning | set(adapters)
     if not trained:
         raise UsageError("nothing to train: every weight that the recipe trains has requires_grad=False")
     for parameter in model.parameters():
@@ -75,7 +73,7 @@ def choose_trained(model: Any, recipe: Recipe) -> None:
 
 
 @contextmanager
-def prepared(model: Any) -> Iterator[None]:
+def prepared(model: GPTModel) -> Iterator[None]:
     """A model for the time of a run; afterwards, also after an error, it is as it was, but for its values.
 
     Inside, parameters of 16 bits are fp32, at 4 bytes each instead of 2: in fp16 Adam's second moments
@@ -84,7 +82,7 @@ def prepared(model: Any) -> Iterator[None]:
     """
     modes = [(module, module.training) for module in model.modules()]
     found = [(p, p.dtype, p.requires_grad) for p in model.parameters()]
-    own = {path for path, _ in lora_layers(model)}
+    own = lora_layers(model).keys()
     try:
         for parameter, dtype, _ in found:
             parameter.grad = None
@@ -126,13 +124,13 @@ def precision_of(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16(device) else torch.float16
 
 
-def rows_of(model: Any, ids: Tensor, places: Tensor | None) -> Tensor:
+def rows_of(model: GPTModel, ids: Tensor, places: Tensor | None) -> Tensor:
     """What the head reads, (N, C): of all tokens, or of those at `places` of the flattened batch."""
     hidden = model.hidden(ids).flatten(0, 1)
     return hidden if places is None else hidden[places]
 
 
-def loss_sum(model: Any, ids: Tensor, places: Tensor | None, targets: Tensor, recipe: Recipe) -> Tensor:
+def loss_sum(model: GPTModel, ids: Tensor, places: Tensor | None, targets: Tensor, recipe: Recipe) -> Tensor:
     """The loss of ids (B, T) at N places, in nats, summed: ()."""
     device = ids.device
     with torch.autocast(device.type, precision_of(device), enabled=recipe.autocast):
@@ -141,7 +139,7 @@ def loss_sum(model: Any, ids: Tensor, places: Tensor | None, targets: Tensor, re
         )
 
 
-def placed(batch: Batch, model: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+def placed(batch: Batch, model: GPTModel) -> tuple[Tensor, Tensor | None, Tensor]:
     """(ids, places, targets (N,)) on the model's device; no places where every token has a target.
 
     Raises UsageError for a batch that the model cannot learn from (`check_batch`).
@@ -161,7 +159,7 @@ class Trainer:
     AdamW's two moments cost twice the trained weights, from the first step on. Vectors do not decay.
     """
 
-    def __init__(self, model: Any, recipe: Recipe) -> None:
+    def __init__(self, model: GPTModel, recipe: Recipe) -> None:
         self.model, self.recipe = model, recipe
         self.device = model.pos_emb.weight.device
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -211,9 +209,11 @@ class Trainer:
         if not count:
             raise UsageError(f"step {number}: every target of its batches is {IGNORED}, so none counts")
         total, dropout = 0.0, bool(self.model.config.drop_rate)
-        blocks = self.model.trf_blocks if self.recipe.recompute else ()
+        blocks = list(self.model.trf_blocks) if self.recipe.recompute else ()
         self.model.train()
-        with recomputed(blocks, dropout), _seeded(self.recipe.seed, number, self.device, dropout):
+        # what dropout draws depends on seed and step alone
+        draws = seeded(self.device, (self.recipe.seed << 32) + number) if dropout else nullcontext()
+        with recomputed(blocks, dropout), draws:
             for ids, places, targets in there:
                 loss = self.loss_sum(self.model, ids, places, targets, self.recipe) / count
                 total += float(loss.detach())
@@ -267,14 +267,3 @@ def _require_finite(step: int, value: float, recipe: Recipe) -> None:
             f"step {step}: the loss or its gradient is {value}; that step changed nothing. Try a learning "
             f"rate below {recipe.learning_rate:g}, more warmup_steps than {recipe.warmup_steps}, or clip=1"
         )
-
-
-@contextmanager
-def _seeded(seed: int, step: int, device: torch.device, dropout: bool) -> Iterator[None]:
-    """What dropout draws depends on seed and step alone, and leaves the program's own generators be."""
-    if not dropout:
-        yield
-        return
-    with torch.random.fork_rng(generator_devices(device), device_type=device.type):
-        torch.manual_seed((seed << 32) + step)
-        yield

@@ -16,22 +16,24 @@ def cache_bytes(config: GPTConfig, batch: int, capacity: int, dtype: torch.dtype
 
 
 def require_room(config: GPTConfig, batch: int, capacity: int, like: Tensor) -> None:
-    """Raise InsufficientMemoryError where a `KVCache` would not fit into what this process can have."""
+    """Raise InsufficientMemoryError if a `KVCache` would not fit into the available memory."""
     needed = cache_bytes(config, batch, capacity, like.dtype)
-    budget = find_budget(like.device)
-    limit = budget.host if like.device.type == "cpu" else budget.device
+    place = "host" if like.device.type == "cpu" else "device"
+    limit = find_budget(like.device).of(place)
     if not limit.admits(needed):
         raise InsufficientMemoryError(
             f"keys and values of {batch} × {capacity} tokens take {human(needed)} on {like.device}; "
-            f"memory that can be had: {limit.said}. Nothing was allocated; ask for fewer tokens or prompts"
+            f"available: {limit.said}. Nothing was allocated; ask for fewer tokens or prompts",
+            needed={place: needed},
+            available={place: limit.nbytes or 0},
         )
 
 
 class KVCache:
-    """Keys and values of at most `capacity` tokens of each row, in the dtype and on the device of `like`.
+    """Keys and values of at most `capacity` tokens per row, in the dtype and on the device of `like`.
 
-    `length` counts the tokens that it holds. Row b begins with `pads[b]` that are none: shorter prompts are
-    padded on the left. Memory: `cache_bytes`, (n_layers, 2, B, H, capacity, D).
+    `length` counts the tokens in it. Row b begins with `pads[b]` padding tokens: shorter prompts are padded
+    on the left. Memory: `cache_bytes`, (n_layers, 2, B, H, capacity, D).
     """
 
     def __init__(
@@ -41,18 +43,12 @@ class KVCache:
         self.memory = torch.empty(shape, dtype=like.dtype, device=like.device)
         self.length, self.pads = 0, pads
 
-    @property
-    def capacity(self) -> int:
-        """Tokens that it can hold."""
-        return self.memory.shape[4]
-
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, H, T, D) behind `length` and return all S = length + T; `length` itself stays."""
         end = self.length + k.shape[2]
-        keys, values = self.memory[layer, 0], self.memory[layer, 1]
-        keys[:, :, self.length : end] = k
-        values[:, :, self.length : end] = v
-        return keys[:, :, :end], values[:, :, :end]
+        keys, values = self.memory[layer, :, :, :, :end]
+        keys[:, :, self.length :], values[:, :, self.length :] = k, v
+        return keys, values
 
     def positions(self, T: int) -> Tensor:
         """Of the next T tokens in their texts, (T,) or (B, T)."""
@@ -62,12 +58,11 @@ class KVCache:
     def mask(self, T: int) -> Tensor | None:
         """Which of S = length + T tokens the next T may see, (T, S) or (B, 1, T, S); None: all before each.
 
-        What stands for nothing sees itself, since a softmax over nothing is NaN and would spread.
+        Padding attends only to itself, since a softmax over nothing is NaN and would spread.
         """
-        S = self.length + T
         if self.pads is None and (T == 1 or not self.length):
             return None
-        columns = torch.arange(S, device=self.memory.device)
+        columns = torch.arange(self.length + T, device=self.memory.device)
         causal = columns <= columns[self.length :, None]
         if self.pads is None:
             return causal
@@ -75,18 +70,15 @@ class KVCache:
         return (causal & is_text) | (columns == columns[self.length :, None])
 
     def advance(self, T: int) -> None:
-        """T more tokens are there in every layer."""
+        """Count T more tokens, which every layer has appended."""
         self.length += T
-
-    def restart(self, pads: Tensor | None) -> None:
-        """Forget every token."""
-        self.length, self.pads = 0, pads
 
 
 class CursorCache(KVCache):
     """The memory of a `KVCache`, its length kept on the device: every step of one token is the same work.
 
-    That is what a CUDA graph needs; attention reads the whole capacity each time.
+    That is what a recorded graph needs; attention reads the whole capacity each time. Whoever runs a step
+    first moves the `cursor`, (1,) int64, to the number of tokens before it.
     """
 
     def __init__(self, cache: KVCache) -> None:
@@ -96,21 +88,18 @@ class CursorCache(KVCache):
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, H, 1, D) at the cursor and return the whole capacity."""
-        keys, values = self.memory[layer, 0], self.memory[layer, 1]
-        keys.index_copy_(2, self.cursor, k)
-        values.index_copy_(2, self.cursor, v)
-        return keys, values
+        keys, values = self.memory[layer]
+        return keys.index_copy_(2, self.cursor, k), values.index_copy_(2, self.cursor, v)
 
     def positions(self, T: int) -> Tensor:
         """Of the next token, (1,) or (B, 1)."""
         return self.cursor if self.pads is None else self.cursor - self.pads[:, None]
 
     def mask(self, T: int) -> Tensor:
-        """What stands before the cursor, or at it, and is text: (B or 1, 1, 1, capacity)."""
-        columns = torch.arange(self.capacity, device=self.memory.device)
+        """Which tokens are text, at the cursor or before it: (B or 1, 1, 1, capacity)."""
+        columns = torch.arange(self.memory.shape[4], device=self.memory.device)
         begin = torch.zeros_like(self.cursor) if self.pads is None else self.pads
         return (columns <= self.cursor) & (columns >= begin[:, None, None, None])
 
     def advance(self, T: int) -> None:
-        """Move the cursor, on the device."""
-        self.cursor += T
+        """Do nothing: a replay would not count."""

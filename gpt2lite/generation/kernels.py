@@ -1,9 +1,9 @@
 """A few new tokens on the CPU, at the speed of memory: torch's many calls as loops over the weights.
 
 numba compiles these functions when they are first called and keeps the result beside this file. x is (R, C)
-in fp32, a row for each of T new tokens of each of B texts; a weight is fp32, bf16 (its bits, as uint16) or
-int8, in (out, in) or, as the official files have it, (in, out) order, and is read where it lies, for one row
-once.
+in fp32, one row per new token (T of them) of each of B texts; a weight is fp32, bf16 (its bits, as uint16) or
+int8, in (out, in) or, as the official files have it, (in, out) order. It is read in place, and for a single
+row once.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numba import njit, prange, types
 from numba.extending import overload
+from torch import Tensor
 
 if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
     raise RuntimeError("NUMBA_DISABLE_JIT is set")
@@ -41,19 +42,30 @@ class Matrix(NamedTuple):
     bias: Array
 
 
-class Block(NamedTuple):
-    """The weights of a transformer block, in the order in which they are used."""
+Norm = tuple[Array, Array]  # scale, shift
+Block = tuple[Norm, Norm, Matrix, Matrix, Matrix, Matrix, Matrix, Matrix]  # as `run_block` unpacks it
 
-    scale1: Array
-    shift1: Array
-    query: Matrix
-    key: Matrix
-    value: Matrix
-    out_proj: Matrix
-    scale2: Array
-    shift2: Array
-    expand: Matrix
-    contract: Matrix
+
+def _vector(tensor: Tensor | None, size: int, default: float) -> Array:
+    made = torch.full((size,), default, dtype=torch.float32, device="cpu")
+    return (made if tensor is None else made.copy_(tensor.detach())).numpy()
+
+
+def norm_of(layer: Any) -> Norm:
+    """A layer norm's scale and shift, in fp32."""
+    return _vector(layer.scale, len(layer.scale), 1.0), _vector(layer.shift, len(layer.scale), 0.0)
+
+
+def matrix_of(linear: Any) -> Matrix:
+    """A linear layer, its weight's own memory as one row of numbers."""
+    weight = linear.weight.detach()
+    transposed = weight.stride(1) != 1
+    n_outer, n_inner = (weight.T if transposed else weight).shape
+    step, size = weight.stride(1 if transposed else 0), len(weight)
+    flat = weight.as_strided(((n_outer - 1) * step + n_inner,), (1,))
+    flat = flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat
+    scale = _vector(getattr(linear, "scale", None), size, 1.0)
+    return Matrix(flat.numpy(), step, transposed, scale, _vector(linear.bias, size, 0.0))
 
 
 @contextmanager
@@ -67,43 +79,40 @@ def threads_of_torch() -> Iterator[int]:
         before = numba.get_num_threads()
         parts = min(count, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
         numba.set_num_threads(parts)
-        yield parts
-        numba.set_num_threads(before)
+        try:
+            yield parts
+        finally:
+            numba.set_num_threads(before)
     finally:
         torch.set_num_threads(count)
 
 
-def _number(weight: Any) -> Any:
-    """A stored weight as fp32."""
+def _number(stored: Any) -> Any:
+    """A stored weight, key or value as fp32."""
 
 
 @overload(_number, inline="always")
-def _number_of(weight):  # type: ignore[no-untyped-def]  # numba compares the signatures
-    if weight == types.uint16:  # the upper half of a float's bits
-        return lambda weight: np.uint32(np.uint32(weight) << np.uint32(16)).view(np.float32)
-    return lambda weight: np.float32(weight)
+def _number_of(stored):  # type: ignore[no-untyped-def]  # numba compares the signatures
+    if stored == types.uint16:  # the upper half of a float's bits
+        return lambda stored: np.uint32(np.uint32(stored) << np.uint32(16)).view(np.float32)
+    return lambda stored: np.float32(stored)
 
 
-def _store(values: Array, into: Array) -> None:
-    """fp32 numbers into the cache, in its dtype."""
+def _store(number: Any, into: Array, d: int) -> None:
+    """An fp32 number into the cache, in its dtype."""
 
 
-@overload(_store)
-def _store_of(values, into):  # type: ignore[no-untyped-def]
-    if into.dtype == types.uint16:
+@overload(_store, inline="always")
+def _store_of(number, into, d):  # type: ignore[no-untyped-def]
+    def nearest(number, into, d):  # type: ignore[no-untyped-def]
+        bits = np.float32(number).view(np.uint32)
+        ties_to_even = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+        into[d] = np.uint16((bits + ties_to_even) >> np.uint32(16))
 
-        def store(values, into):  # type: ignore[no-untyped-def]
-            for i in range(values.size):
-                bits = np.float32(values[i]).view(np.uint32)
-                nearest = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))  # ties to even
-                into[i] = np.uint16(nearest >> np.uint32(16))
+    def same(number, into, d):  # type: ignore[no-untyped-def]
+        into[d] = number
 
-        return store
-
-    def copy(values, into):  # type: ignore[no-untyped-def]
-        into[:] = values
-
-    return copy
+    return nearest if into.dtype == types.uint16 else same
 
 
 @njit(**FAST)
@@ -183,36 +192,28 @@ def _linear(matrix: Matrix, x: Array, y: Array, activation: int, parts: int) -> 
 
 
 @njit(**FAST)
-def _norm(x: Array, scale: Array, shift: Array, y: Array) -> None:
+def _norm(x: Array, norm: Norm, y: Array) -> None:
     """Layer normalisation of each row."""
-    batch, n = x.shape
-    for b in range(batch):
-        row, mean, square = x[b], np.float32(0), np.float32(0)
-        for i in range(n):
-            mean += row[i]
-        mean /= n
-        for i in range(n):
-            square += (row[i] - mean) ** 2
-        factor = np.float32(1) / math.sqrt(square / n + EPSILON)
-        for i in range(n):
-            y[b, i] = (row[i] - mean) * factor * scale[i] + shift[i]
+    scale, shift = norm
+    size = np.float32(scale.size)
+    for b in range(len(x)):
+        centred = x[b] - x[b].sum() / size
+        y[b] = centred / math.sqrt((centred * centred).sum() / size + EPSILON) * scale + shift
 
 
 @njit(**FAST)
 def _attend(query: Array, keys: Array, values: Array, scores: Array, y: Array) -> None:
     """One head of one token: softmax(query keys / √D) values, into y (D,); 0 where there are no keys."""
     n, width = keys.shape
-    factor, largest = np.float32(1) / math.sqrt(np.float32(width)), np.float32(-np.inf)
+    factor = np.float32(1) / math.sqrt(np.float32(width))
     for s in range(n):
         key, total = keys[s], np.float32(0)
         for d in range(width):
             total += query[d] * _number(key[d])
         scores[s] = total * factor
-        largest = max(largest, scores[s])
-    whole = np.float32(0)
-    for s in range(n):
-        scores[s] = math.exp(scores[s] - largest)
-        whole += scores[s]
+    if n:
+        scores[:] = np.exp(scores - scores.max())
+    whole = scores.sum()
     y[:] = 0
     for s in range(n):
         share, value = scores[s] / whole, values[s]
@@ -233,8 +234,11 @@ def _attention(
             b, h = item // n_heads, item % n_heads
             head = slice(h * width, (h + 1) * width)
             for t in range(T):
-                _store(key[b * T + t, head], cache[0, b, h, length + t])
-                _store(value[b * T + t, head], cache[1, b, h, length + t])
+                own_key, own_value = key[b * T + t, head], value[b * T + t, head]
+                into_keys, into_values = cache[0, b, h, length + t], cache[1, b, h, length + t]
+                for d in range(width):
+                    _store(own_key[d], into_keys, d)
+                    _store(own_value[d], into_values, d)
             for t in range(T):
                 row, seen = b * T + t, slice(pads[b], max(length + t + 1, pads[b]))
                 own = scores[part, : seen.stop - seen.start]
@@ -249,22 +253,23 @@ def run_block(
 
     cache is (2, B, H, capacity, D), in fp32 or bf16's bits; text b sees what stands from `pads[b]` on.
     """
+    norm1, norm2, W_query, W_key, W_value, out_proj, expand, contract = block
     normed, query, key, value = np.empty_like(x), np.empty_like(x), np.empty_like(x), np.empty_like(x)
-    wide = np.empty((len(x), block.expand.bias.size), np.float32)
-    _norm(x, block.scale1, block.shift1, normed)
-    _linear(block.query, normed, query, NONE, parts)
-    _linear(block.key, normed, key, NONE, parts)
-    _linear(block.value, normed, value, NONE, parts)
+    wide = np.empty((len(x), expand.bias.size), np.float32)
+    _norm(x, norm1, normed)
+    _linear(W_query, normed, query, NONE, parts)
+    _linear(W_key, normed, key, NONE, parts)
+    _linear(W_value, normed, value, NONE, parts)
     _attention(query, key, value, cache, length, pads, normed, parts)
-    _linear(block.out_proj, normed, x, ADD, parts)
-    _norm(x, block.scale2, block.shift2, normed)
-    _linear(block.expand, normed, wide, activation, parts)
-    _linear(block.contract, wide, x, ADD, parts)
+    _linear(out_proj, normed, x, ADD, parts)
+    _norm(x, norm2, normed)
+    _linear(expand, normed, wide, activation, parts)
+    _linear(contract, wide, x, ADD, parts)
 
 
 @njit(**FAST)
-def run_head(scale: Array, shift: Array, head: Matrix, x: Array, logits: Array, parts: int) -> None:
+def run_head(norm: Norm, head: Matrix, x: Array, logits: Array, parts: int) -> None:
     """x (B, C) → logits (B, V), through the last norm."""
     normed = np.empty_like(x)
-    _norm(x, scale, shift, normed)
+    _norm(x, norm, normed)
     _linear(head, normed, logits, NONE, parts)

@@ -12,46 +12,35 @@ from gpt2lite.config import GPTConfig
 from gpt2lite.encoding import Encoding
 from gpt2lite.errors import UsageError
 
+Rows = Sequence[Tensor | Sequence[int]]
+Ids = Tensor | Rows
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.uint16, torch.uint32)
-CHECKED = 2**20  # ids looked at together
+CHECKED_AT_ONCE = 2**20  # ids
 WANTED = "ids must be a tensor of integers of shape (batch, tokens ≥ 1), or a list of such rows"
 GPT2_VOCABULARY, ROWS_PADDED_TO = 50257, 64
 
 
 def require_ids(ids: Tensor, vocab_size: int) -> None:
-    """Raise UsageError where ids of any shape, at least one, are not all in 0 … vocab_size - 1."""
-    ends = [part.long().aminmax() for part in ids.split(CHECKED)]
-    low, high = (int(min(low for low, _ in ends)), int(max(high for _, high in ends)))
+    """Raise UsageError unless all ids (of any shape, at least one) are in 0 … vocab_size - 1."""
+    ends = [part.long().aminmax() for part in ids.split(CHECKED_AT_ONCE)]
+    low, high = int(min(low for low, _ in ends)), int(max(high for _, high in ends))
     if low < 0 or high >= vocab_size:
         raise UsageError(f"ids must be in 0 … {vocab_size - 1}, got {low} … {high}")
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Token ids (B, T), and how many of each row's first are none, (B,), or None where no row is short."""
+    """Token ids (B, T); row b begins with `pads[b]` padding ids; `pads` (B,) is None if no row has any."""
 
     ids: Tensor
     pads: Tensor | None
-    is_ragged: bool
 
     def last(self, count: int) -> Batch:
         """The last `count` tokens of each row."""
         cut = max(self.ids.shape[1] - count, 0)
         pads = None if self.pads is None else (self.pads - cut).clamp(min=0)
         pads = None if pads is None or not bool(pads.any()) else pads
-        return Batch(self.ids[:, cut:], pads, self.is_ragged)
-
-    def followed_by(self, token: Tensor) -> Batch:
-        """With one more token (B, 1)."""
-        return Batch(torch.cat([self.ids, token], 1), self.pads, self.is_ragged)
-
-    def seen(self, vocabulary: int) -> Tensor:
-        """Which ids each row has (B, V)."""
-        is_text = torch.ones_like(self.ids, dtype=torch.bool)
-        if self.pads is not None:
-            is_text = torch.arange(self.ids.shape[1], device=self.ids.device) >= self.pads[:, None]
-        counts = torch.zeros(len(self.ids), vocabulary, dtype=torch.int32, device=self.ids.device)
-        return counts.scatter_add_(1, self.ids, is_text.int()) > 0
+        return Batch(self.ids[:, cut:], pads)
 
 
 def _row(row: object) -> Tensor:
@@ -64,25 +53,21 @@ def _row(row: object) -> Tensor:
     return found.to("cpu", torch.int64)
 
 
-def as_batch(
-    ids: Tensor | Sequence[Tensor | Sequence[int]], config: GPTConfig, device: torch.device
-) -> Batch:
-    """What to generate from. Raises UsageError for what are no ids of this model."""
-    is_ragged = not isinstance(ids, Tensor)
-    if isinstance(ids, Tensor) and (ids.dim() != 2 or not ids.numel() or ids.dtype not in INTEGERS):
-        raise UsageError(f"{WANTED}, got {ids.dtype} {tuple(ids.shape)}")
-    if is_ragged and (not isinstance(ids, Sequence) or not len(ids)):
-        raise UsageError(f"{WANTED}, got {type(ids).__name__} {ids!r:.40}")
+def as_batch(ids: Ids, config: GPTConfig, device: torch.device) -> Batch:
+    """What to generate from. Raises UsageError for anything but ids of this model's vocabulary."""
+    has_rows = ids.dim() == 2 if isinstance(ids, Tensor) else isinstance(ids, Sequence)
+    if not has_rows or not len(ids):
+        raise UsageError(f"{WANTED}, got {getattr(ids, 'shape', ids)!r:.40}")
     rows = [_row(row) for row in ids]
-    length = max(map(len, rows))
-    pads = torch.tensor([length - len(row) for row in rows], device="cpu")
-    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+    lacks = [max(map(len, rows)) - len(row) for row in rows]
+    # Padded with its own first id, a row has no id that its text lacks.
+    padded = torch.stack([torch.cat([row[:1].expand(n), row]) for n, row in zip(lacks, rows, strict=True)])
     require_ids(padded, config.vocab_size)
-    return Batch(padded.to(device), pads.to(device) if bool(pads.any()) else None, is_ragged)
+    return Batch(padded.to(device), torch.tensor(lacks, device=device) if any(lacks) else None)
 
 
 def usable_vocabulary(config: GPTConfig, encoding: Encoding | None) -> int:
-    """How many ids can be sampled: the encoding's, else GPT-2's where rows only fill up a multiple of 64."""
+    """How many ids can be sampled: the encoding's, else GPT-2's where rows only pad to a multiple of 64."""
     if encoding is not None:
         return min(encoding.n_vocab, config.vocab_size)
     is_padded = config.vocab_size > GPT2_VOCABULARY and config.vocab_size % ROWS_PADDED_TO == 0
@@ -90,51 +75,45 @@ def usable_vocabulary(config: GPTConfig, encoding: Encoding | None) -> int:
 
 
 class Stops:
-    """Which rows go on, as tokens come in: a row stops behind a stop id, or the end of a stop string."""
+    """Which rows go on, as tokens come in: a row stops after a stop id, or after a stop string."""
 
     def __init__(
-        self,
-        stop: Collection[int | str],
-        encoding: Encoding | None,
-        batch: int,
-        vocab_size: int,
-        device: torch.device,
+        self, stop: Collection[int | str], encoding: Encoding | None, batch: Batch, vocab_size: int
     ) -> None:
         stop = (stop,) if isinstance(stop, str | int) else tuple(stop)
         strings = [each.encode() for each in stop if isinstance(each, str)]
         ids = [each for each in stop if not isinstance(each, str)]
         if any(type(each) is not int for each in ids) or not all(strings):
-            raise UsageError(f"stop must be token ids and strings that are not empty, got {stop!r}")
+            raise UsageError(f"stop must be token ids and non-empty strings, got {stop!r}")
         if strings and encoding is None:
-            raise UsageError("stop strings need the encoding that makes text of tokens: pass encoding=")
+            raise UsageError("stop strings need the encoding that turns tokens into text: pass encoding=")
         self.strings, self.encoding = strings, encoding
+        rows, device = len(batch.ids), batch.ids.device
         self.ids = torch.tensor(ids, dtype=torch.int64, device=device)
-        self.running = torch.ones(batch, dtype=torch.bool, device=device)
-        end = encoding.eot_token if encoding else None
-        end = end if end is not None and end < vocab_size else 0
-        self.fill = torch.full((batch, 1), end, device=device)
-        self.tails = [b""] * batch
+        self.running = torch.ones(rows, dtype=torch.bool, device=device)
+        end = (encoding.eot_token if encoding else 0) or 0
+        self.fill = torch.full((rows, 1), end if end < vocab_size else 0, device=device)
+        self.tails = [b""] * rows
 
     def take(self, token: Tensor) -> Tensor:
-        """What was drawn (B, 1) → the same, for rows that had stopped their stop id (or the end of text)."""
+        """The tokens drawn (B, 1) → the same; in rows that had stopped, their stop id or the end of text."""
         token = torch.where(self.running[:, None], token, self.fill)
         if len(self.ids):
             stopped = torch.isin(token[:, 0], self.ids)
             self.fill = torch.where((stopped & self.running)[:, None], token, self.fill)
             self.running = self.running & ~stopped
-        if self.strings:
-            ended = [self._ends(row, number) for row, number in enumerate(token[:, 0].tolist())]
+        if self.encoding and self.strings:
+            drawn = enumerate(token[:, 0].tolist())
+            ended = [self._ends(row, self.encoding.decode_single_token_bytes(each)) for row, each in drawn]
             self.running = self.running & ~torch.tensor(ended, device=token.device)
         return token
 
-    def _ends(self, row: int, token: int) -> bool:
-        assert self.encoding is not None
-        piece = self.encoding.decode_single_token_bytes(token)
+    def _ends(self, row: int, piece: bytes) -> bool:
         kept = max(map(len, self.strings)) - 1 + len(piece)
         self.tails[row] = (self.tails[row] + piece)[-kept:]
         return any(string in self.tails[row] for string in self.strings)
 
     @property
     def all_stopped(self) -> bool:
-        """Whether there is nothing left to do; without stops, for free."""
+        """Whether every row has stopped; costs no synchronisation if nothing can stop."""
         return bool(len(self.ids) or self.strings) and not bool(self.running.any())

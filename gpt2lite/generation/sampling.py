@@ -12,17 +12,12 @@ from torch import Tensor
 from gpt2lite.errors import UsageError
 
 NEVER = float("-inf")
-SEEDS = range(2**64)
-COLDEST = 1e-30  # colder is the same, and divides by what fp32 takes for 0
-
-
-def _refuse(name: str, wanted: str, found: object) -> None:
-    raise UsageError(f"{name} must be {wanted}, got {found!r}")
+COLDEST = 1e-30  # a lower temperature gives the same, and would divide by what fp32 takes for 0
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How a token is drawn; as it stands, the likeliest is taken (greedy).
+    """How a token is drawn; by default the most likely one is taken (greedy).
 
     Raises UsageError for invalid values, and for a filter beside a temperature of 0, which it cannot affect.
     """
@@ -34,27 +29,28 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            _refuse("temperature", "0 (greedy) or a positive number", self.temperature)
-        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
-            _refuse("top_k", "an int of at least 1", self.top_k)
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            _refuse("top_p", "above 0 and at most 1", self.top_p)
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            _refuse("min_p", "in 0 … 1", self.min_p)
-        if not 0 < self.repetition_penalty < math.inf:
-            _refuse("repetition_penalty", "a positive number, 1 for none", self.repetition_penalty)
-        filters = {"top_k": self.top_k, "top_p": (self.top_p or 1) < 1, "min_p": self.min_p}
+        k, top_p, min_p = self.top_k, self.top_p, self.min_p
+        rules = {
+            "temperature": (0 <= self.temperature < math.inf, "0 (greedy) or a positive number"),
+            "top_k": (k is None or (type(k) is int and k >= 1), "an int of at least 1"),
+            "top_p": (top_p is None or 0 < top_p <= 1, "above 0 and at most 1"),
+            "min_p": (min_p is None or 0 <= min_p <= 1, "in 0 … 1"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "a positive number, 1 for none"),
+        }
+        for name, (holds, wanted) in rules.items():
+            if not holds:
+                raise UsageError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+        filters = {"top_k": k, "top_p": (top_p or 1) < 1, "min_p": min_p}
         if self.temperature == 0 and (idle := [name for name, value in filters.items() if value]):
-            raise UsageError(f"{', '.join(idle)} would change nothing at temperature 0; pass one above 0")
+            raise UsageError(f"{', '.join(idle)} has no effect at temperature 0; pass a temperature above 0")
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Ids of which `seen` (B, V) is true become less likely for a penalty above 1; in fp32, as (B, V).
+    """A penalty above 1 makes the ids where `seen` (B, V) is true less likely; fp32 (B, V).
 
     Source: Keskar et al. 2019, CTRL.
     """
-    logits = logits.float()  # 16 bits would round the penalised ones, and so choose another token
+    logits = logits.float()  # rounding the penalised logits to 16 bits would choose another token
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
@@ -65,28 +61,27 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the likeliest tokens that have p together, for 1 all: nucleus sampling, Holtzman et al. 2020."""
+    """Keep the most likely tokens whose probabilities add up to p, for 1 all: Holtzman et al. 2020."""
     if p == 1:
         return logits
     ordered, order = logits.sort(descending=True)
     shares = ordered.double().softmax(-1)  # fp32 sums of 50,000 shares pass p too early, or reach 1
-    is_past = shares.cumsum(-1) - shares >= p  # what stands before it is enough
+    is_past = shares.cumsum(-1) - shares >= p  # those before it are enough
     return logits.masked_fill(is_past.scatter(-1, order, is_past), NEVER)
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """Keep what has at least p times the probability of the likeliest, for 0 all: Nguyen et al. 2024."""
+    """Keep tokens with at least p × the top probability, for 0 all: Nguyen et al. 2024."""
     if p == 0:
         return logits
     return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(p), NEVER)
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """(B, V) → what each token is drawn with, at a temperature above 0."""
+    """Logits (B, V) → the probability of drawing each token, at a temperature above 0."""
     logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(
-        sampling.temperature, COLDEST
-    )  # ≤ 0: never overflows
+    logits = logits - logits.amax(-1, keepdim=True)  # ≤ 0: dividing never overflows
+    logits = logits / max(sampling.temperature, COLDEST)
     if sampling.top_k is not None:
         logits = keep_top_k(logits, sampling.top_k)
     if sampling.top_p is not None:
@@ -97,13 +92,13 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def make_generators(seed: int | None, batch: int, device: torch.device) -> list[torch.Generator]:
-    """One for each row, seeded with seed, seed + 1 …; none without a seed. Raises UsageError."""
+    """One per row, seeded with seed, seed + 1 …; none without a seed. Raises UsageError."""
     if seed is None:
         return []
-    if type(seed) is not int or seed not in SEEDS:  # of what is no int, `in` asks every number
-        _refuse("seed", "in 0 … 2**64 - 1", seed)
+    if type(seed) is not int or not 0 <= seed < 2**64:
+        raise UsageError(f"seed must be in 0 … 2**64 - 1, got {seed!r}")
     seeds = [(seed + row) % 2**64 for row in range(batch)]
-    # Of a seed torch's CPU generator reads 32 bits: the upper go into the lower, so that 2**40 is not 0.
+    # torch's CPU generator reads only the lower 32 bits of a seed: fold in the upper, or 2**40 would be 0.
     return [torch.Generator(device).manual_seed((n + (n >> 32) * 0x9E3779B1) % 2**64) for n in seeds]
 
 

@@ -25,8 +25,7 @@ def stream_text(tokens: Iterable[int], encoding: Encoding, stops: Sequence[str] 
         if token == encoding.eot_token:
             break
         held += decoder.decode(encoding.decode_single_token_bytes(token))
-        ends = [held.find(stop) for stop in stops if stop in held]
-        if ends:
+        if ends := [held.find(stop) for stop in stops if stop in held]:
             yield held[: min(ends)]
             return
         ready = len(held) - _held_back(held, stops)

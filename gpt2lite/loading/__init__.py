@@ -4,8 +4,8 @@ from gpt2lite.loading.choice import Verdict, choose, forecasts, helps, judge, lo
 from gpt2lite.loading.forecast import Forecast
 from gpt2lite.loading.options import LoadOptions, OpenOptions, Options, Progress
 from gpt2lite.loading.plan import LoadPlan, make_plan
+from gpt2lite.loading.schedule import Tuning
 from gpt2lite.loading.strategies import STRATEGIES
-from gpt2lite.loading.tuning import Tuning
 
 __all__ = [
     "STRATEGIES",

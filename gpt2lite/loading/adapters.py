@@ -8,7 +8,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from gpt2lite.checkpoint.reading import read_span
 from gpt2lite.dialects import Adapter, Placement
 from gpt2lite.loading.forecast import Forecast
 from gpt2lite.loading.plan import LoadPlan
@@ -35,7 +34,7 @@ def merge_adapters(plan: LoadPlan, module: nn.Module) -> None:
 
 
 def _factor(plan: LoadPlan, placement: Placement) -> Tensor:
-    stored = placement.of(read_span(plan.manifest.tensors[placement.source]))
+    stored = placement.read(plan.manifest.tensors[placement.source])
     return stored.to(plan.device, torch.promote_types(stored.dtype, torch.float32))
 
 

@@ -1,4 +1,4 @@
-"""A load: the fastest strategy whose forecast fits, run, or one error that says what would help."""
+"""A load: the fastest strategy that fits, run and proven, or one error that says what would help."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def choose(plan: LoadPlan, strategy: str, budget: Budget) -> tuple[str, LoadPlan
 def _refusal(
     plan: LoadPlan, strategy: str, budget: Budget, verdicts: Mapping[str, Verdict]
 ) -> InsufficientMemoryError:
-    """What was wanted, what there is, and what would help, a line each; `needed` by what is nearest to it."""
+    """What was wanted, what there is, and what would help, a line each."""
     named = "" if strategy == "auto" else f' with strategy="{strategy}"'
     lines = [f"{plan.manifest.path}: will not fit in memory on {plan.device}{named}; nothing was allocated"]
     for name, verdict in verdicts.items():
@@ -182,6 +182,7 @@ def load(
 
 
 def _filled(strategy: str, plan: LoadPlan) -> nn.Module:
+    """The module; a function of its own, so that the error of one that ran out of memory does not hold it."""
     module = STRATEGIES[strategy].load(plan)
     if plan.reading.adapters:
         merge_adapters(plan, module)

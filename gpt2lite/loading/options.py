@@ -10,7 +10,7 @@ import torch
 
 from gpt2lite.config import GPTConfig
 from gpt2lite.errors import UsageError
-from gpt2lite.loading.tuning import Tuning
+from gpt2lite.loading.schedule import Tuning
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 

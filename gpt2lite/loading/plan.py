@@ -16,8 +16,8 @@ from gpt2lite.checkpoint.source import LocalFile
 from gpt2lite.dialects import Placement, Reading
 from gpt2lite.errors import CheckpointError, UsageError, listed
 from gpt2lite.loading.options import LoadOptions, Progress, check_values
+from gpt2lite.loading.schedule import MIB, Schedule, Tuning, make_schedule
 from gpt2lite.loading.skeleton import own_loading, saved_tensors, sketch, tied_names
-from gpt2lite.loading.tuning import MIB, Tuning
 from gpt2lite.quantization import quantize_skeleton
 
 SMALLEST_RING = 2 * MIB
@@ -94,6 +94,11 @@ class LoadPlan:
     def model_bytes(self) -> int:
         """Bytes that the loaded module takes on its device."""
         return sum(target.nbytes + target.scale_bytes for target in self.targets)
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """What `stream` reads, in which order: its forecast and its run use this one."""
+        return make_schedule(self.spans, self.targets, self.device, self.tuning)
 
     @property
     def is_quantized(self) -> bool:
@@ -177,8 +182,7 @@ def make_plan(
             raise UsageError(
                 f"{path}: LoRA layers are merged into weights that are not int8; save the merged model first"
             )
-        dtypes = {name: target.dtype for target in targets for name in target.names}
-        int8 = quantize_skeleton(skeleton, quantizable, dtypes.__getitem__)
+        int8 = quantize_skeleton(skeleton, quantizable)
         targets = tuple(replace(t, dtype=torch.int8) if int8.issuperset(t.names) else t for t in targets)
     report = options.get("progress") or (lambda done, total: None)
     tuning = options.get("tuning") or Tuning()
@@ -205,14 +209,19 @@ def _targets(reading: Reading, groups: Groups, dtype: torch.dtype | None, own: b
 def require_one_dtype(reading: Reading, dtype: torch.dtype | None, *, quantized: bool = False) -> None:
     """Raise where a GPTModel could not compute with the floating dtypes that it would be loaded in.
 
-    CheckpointError for those of the file, of which int8 layers accept several; UsageError for the `dtype` to
-    which all are cast.
+    CheckpointError for those of the file, of which matrices that become int8 may have any; UsageError for the
+    `dtype` to which all are cast.
     """
     if getattr(dtype, "is_floating_point", False) and dtype not in COMPUTABLE:
         raise UsageError(f"GPTModel cannot compute in {dtype}; pass dtype=torch.float32 (--dtype float32)")
     spans = {name: reading.manifest.tensors[p.source] for name, p in reading.placements.items()}
     found = {span.dtype: name for name, span in spans.items() if span.dtype.is_floating_point}
-    if dtype is None and (not found.keys() <= COMPUTABLE or (len(found) > 1 and not quantized)):
+    kept = {
+        span.dtype
+        for name, span in spans.items()
+        if span.dtype in found and (not quantized or len(span.shape) < 2 or name == "pos_emb.weight")
+    }
+    if dtype is None and (not found.keys() <= COMPUTABLE or len(kept) > 1):
         listing = ", ".join(f"{stored} ({name} …)" for stored, name in found.items())
         wanted = "GPTModel computes in one of float64, float32, float16, bfloat16"
         help = "Pass dtype=torch.float32 (--dtype float32 for commands)"

@@ -8,24 +8,20 @@ the article's code does, so that comparing them is honest; its gaps are closed (
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from heapq import nlargest
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gpt2lite.checkpoint.page_cache import PastCache
 from gpt2lite.checkpoint.reading import map_tensors, prefetch, read_tensors, sizes_read, stored_versions
 from gpt2lite.checkpoint.source import ByteSource
 from gpt2lite.errors import CheckpointError, is_out_of_memory
-from gpt2lite.loading.forecast import MIB, Forecast, Ledger, Pool, round_up
-from gpt2lite.loading.pages import allocate_together
-from gpt2lite.loading.pieces import Source, make_source
+from gpt2lite.loading import stream
+from gpt2lite.loading.forecast import Forecast, Ledger, Pool
 from gpt2lite.loading.plan import LoadPlan, Target
 from gpt2lite.loading.skeleton import replace_tensor, saved_tensors, storage_bytes, unsaved_buffers
-from gpt2lite.loading.stream import LANE_BUFFERS, fill, reads, ring_shape
-from gpt2lite.quantization import WORKING_BYTES, scale_of
+from gpt2lite.loading.stream import enter_allocated, enter_unsaved_buffers
 
 CPU = torch.device("cpu")
 
@@ -71,55 +67,6 @@ def _allocated(plan: LoadPlan) -> nn.Module:
         memory = torch.empty(target.shape, dtype=target.dtype, device=plan.device)
         replace_tensor(plan.skeleton, target.names, memory)
     return plan.skeleton
-
-
-def _allocate_scales(plan: LoadPlan) -> None:
-    """Memory for the scales of what is quantised."""
-    for target in plan.targets:
-        if target.is_quantized:
-            memory = torch.empty(target.shape[0], dtype=torch.float32, device=plan.device)
-            replace_tensor(plan.skeleton, map(scale_of, target.names), memory)
-
-
-def _allocated_together(plan: LoadPlan) -> nn.Module:
-    """The skeleton with host memory in one piece, on huge pages."""
-    for target, memory in allocate_together(plan.targets):
-        replace_tensor(plan.skeleton, target.names, memory)
-    return plan.skeleton
-
-
-def _enter_allocated(plan: LoadPlan, ledger: Ledger) -> None:
-    for target in plan.targets:
-        ledger.device.take(target.nbytes)
-    for target in plan.targets:
-        ledger.device.take(target.scale_bytes)
-
-
-def _enter_unsaved_buffers(plan: LoadPlan, ledger: Ledger) -> None:
-    """What `restore_unsaved_buffers` adds: it builds all buffers again, then moves those that it needs."""
-    unsaved = unsaved_buffers(plan.skeleton)
-    if unsaved:
-        ledger.host.touch(storage_bytes(plan.skeleton.buffers()))
-    for nbytes in [storage_bytes(unsaved)] if ledger.on_cpu else [buffer.nbytes for buffer in unsaved]:
-        ledger.device.take(nbytes)
-
-
-def _large_bytes(plan: LoadPlan) -> int:
-    """Bytes of all tensors that torch's CUDA allocator does not keep in segments for small ones."""
-    return sum(n for n in (round_up(target.nbytes, 512) for target in plan.targets) if n > MIB)
-
-
-def _reserve_one_segment(plan: LoadPlan) -> None:
-    """Let CUDA's caching allocator fetch the model's memory at once and keep it, for `_allocated` to split.
-
-    Fetched tensor by tensor, each large one would be rounded up by as much as 1 MiB (135 MiB on gpt2-xl).
-    """
-    if plan.device.type != "cuda":
-        return
-    try:
-        torch.empty(_large_bytes(plan), dtype=torch.uint8, device=plan.device)
-    except torch.OutOfMemoryError:  # no such piece is free; tensor by tensor it may still fit
-        return
 
 
 # ---- reading and copying -----------------------------------------------------------------------------------
@@ -225,10 +172,10 @@ def meta(plan: LoadPlan) -> nn.Module:
 
 def _forecast_meta(plan: LoadPlan) -> Forecast:
     ledger = Ledger(plan.device)
-    _enter_allocated(plan, ledger)
+    enter_allocated(plan, ledger)
     for block in _enter_read(plan, ledger, plan.spans, ledger.device):
         ledger.device.give(block)
-    _enter_unsaved_buffers(plan, ledger)
+    enter_unsaved_buffers(plan, ledger)
     return ledger.balance()
 
 
@@ -246,15 +193,22 @@ def mmap(plan: LoadPlan) -> nn.Module:
         prefetch(mapped.values(), plan.tuning.readers, plan.tuning.chunk_bytes)
     total = sum(span.nbytes for span in plan.spans.values())
     for name, targets in _by_span(plan).items():
-        stored = mapped.pop(name).to(plan.device)
-        for i, target in enumerate(targets):
-            value = target.placement.of(stored)
-            if not _is_view(plan, target, again=i > 0):
-                value = torch.empty(target.shape, dtype=target.dtype, device=plan.device).copy_(value)
-            replace_tensor(plan.skeleton, target.names, value)
+        _assign(plan, mapped.pop(name).to(plan.device), targets)
         done += plan.spans[name].nbytes
         plan.progress(done, total)
     return plan.skeleton
+
+
+def _assign(plan: LoadPlan, stored: Tensor, targets: list[Target]) -> None:
+    """Put one stored tensor in the place of parameters: views of it where they can be, else copies.
+
+    A function of its own, so that no local keeps the tensor on the device when the next one comes.
+    """
+    for i, target in enumerate(targets):
+        value = target.placement.of(stored)
+        if not _is_view(plan, target, again=i > 0):
+            value = torch.empty(target.shape, dtype=target.dtype, device=plan.device).copy_(value)
+        replace_tensor(plan.skeleton, target.names, value)
 
 
 def _by_span(plan: LoadPlan) -> dict[str, list[Target]]:
@@ -267,7 +221,7 @@ def _by_span(plan: LoadPlan) -> dict[str, list[Target]]:
 
 def _is_view(plan: LoadPlan, target: Target, *, again: bool) -> bool:
     """Whether a parameter can be a view of its stored tensor; not one that the file ties and we do not."""
-    stays_itself = target.dtype == target.span.dtype and not (again and target.placement.parts == 1)
+    stays_itself = target.dtype == target.span.dtype and (not again or bool(target.placement.narrows))
     is_straight = target.placement.is_contiguous and target.span.is_contiguous
     return stays_itself and (plan.device == CPU or is_straight)
 
@@ -291,7 +245,7 @@ def _forecast_mmap(plan: LoadPlan) -> Forecast:
         stays_mapped += fresh if ledger.on_cpu and any(are_views) else 0
         if last[source] == name and not plan.tuning.prefetch:  # with its last tensor the mapping goes
             ledger.mapped.give(touched[source])
-    _enter_unsaved_buffers(plan, ledger)
+    enter_unsaved_buffers(plan, ledger)
     return ledger.balance(stays_mapped=stays_mapped)
 
 
@@ -308,7 +262,7 @@ def per_tensor(plan: LoadPlan) -> nn.Module:
 def _forecast_per_tensor(plan: LoadPlan) -> Forecast:
     ledger = Ledger(plan.device)
     if not ledger.on_cpu:
-        _enter_allocated(plan, ledger)
+        enter_allocated(plan, ledger)
     for target in plan.targets:
         loaded = _enter_read(plan, ledger, [target.span.name], ledger.host)
         if ledger.on_cpu:
@@ -317,61 +271,8 @@ def _forecast_per_tensor(plan: LoadPlan) -> Forecast:
             ledger.device.touch(target.span.nbytes)
         for block in loaded:
             ledger.host.give(block)
-    _enter_unsaved_buffers(plan, ledger)
+    enter_unsaved_buffers(plan, ledger)
     return ledger.balance()
-
-
-def stream(plan: LoadPlan) -> nn.Module:
-    """Build on meta, allocate on the device, read byte ranges of the ordinary file through a small ring.
-
-    Device: the model once, plus two chunks (16 MiB). Host: the ring (64 MiB), or less; on a CPU target the
-    parameters' own memory, one piece on huge pages, is what is read into; it is given back when the last of
-    them is gone, and none of them can be resized. What is quantised takes whole rows of the layer at a time:
-    of a weight that lies in (in, out) order all of it, for which the ring may have to grow. With
-    `keep_cached=False`, 2 MiB a reader more, through which a cold file is read past the page cache.
-    """
-    _reserve_one_segment(plan)
-    module = _allocated_together(plan) if plan.device == CPU else _allocated(plan)
-    _allocate_scales(plan)
-    fill(_sources(plan, saved_tensors(module)), plan.device, plan.tuning, plan.progress)
-    return module
-
-
-def _sources(plan: LoadPlan, tensors: Mapping[str, Tensor]) -> list[Source]:
-    def filled(target: Target) -> tuple[Target, Tensor, Tensor | None]:
-        name = target.names[0]
-        return target, tensors[name], tensors[scale_of(name)] if target.is_quantized else None
-
-    return [make_source(plan.spans[name], map(filled, targets)) for name, targets in _by_span(plan).items()]
-
-
-def _forecast_stream(plan: LoadPlan) -> Forecast:
-    ledger = Ledger(plan.device)
-    if plan.device.type == "cuda":
-        ledger.device.touch(_large_bytes(plan))
-    _enter_allocated(plan, ledger)
-    on_meta = {t.names[0]: torch.empty(t.shape, dtype=t.dtype, device="meta") for t in plan.targets}
-    on_meta |= {
-        scale_of(t.names[0]): torch.empty(t.shape[0], device="meta") for t in plan.targets if t.is_quantized
-    }
-    chunks = reads(_sources(plan, on_meta), plan.device, plan.tuning)
-    slots, slot_bytes = ring_shape(chunks, plan.tuning)
-    working = WORKING_BYTES if plan.is_quantized else 0
-    buffers = 0 if plan.tuning.keep_cached else min(plan.tuning.readers, len(chunks)) * PastCache.nbytes
-    if plan.device.type == "cuda":
-        ledger.device.touch(min(slots, LANE_BUFFERS) * slot_bytes + working)
-        ledger.host.take(_power_of_two(slots * slot_bytes))  # page-locked memory comes so, and stays cached
-        ledger.host.touch(buffers)
-    else:  # a slot is written to as far as the largest of its chunks
-        staged = (chunk.nbytes for chunk in chunks if not chunk.in_place)
-        ledger.host.touch(sum(nlargest(slots, staged)) + working + buffers)
-    _enter_unsaved_buffers(plan, ledger)
-    return ledger.balance()
-
-
-def _power_of_two(nbytes: int) -> int:
-    """The next power of two."""
-    return 1 << (nbytes - 1).bit_length() if nbytes else 0
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
@@ -415,6 +316,6 @@ STRATEGIES: dict[str, Strategy] = {
     "meta": Strategy(meta, _forecast_meta, _beyond("files")),
     "mmap": Strategy(mmap, _forecast_mmap, _beyond("files", "prefetch")),
     "per_tensor": Strategy(per_tensor, _forecast_per_tensor, _beyond()),
-    "stream": Strategy(stream, _forecast_stream, _beyond("files", "quantize", "keep_cached")),
+    "stream": Strategy(stream.load, stream.forecast, _beyond("files", "quantize", "keep_cached")),
 }
 AUTO = ("stream", "mmap", "sequential", "baseline")  # the fastest first, and copying before mapping

@@ -7,101 +7,169 @@ CPU target, what needs no change is read straight into the parameters' own memor
 
 from __future__ import annotations
 
-import io
-from collections.abc import Generator, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+import mmap
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
+from functools import partial
+from heapq import nlargest
 from itertools import groupby
 from queue import SimpleQueue
-from threading import Event
-from typing import NamedTuple
+from threading import Event, Thread
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gpt2lite.checkpoint.page_cache import PastCache, drop_cached, forget_cached, is_best_past_cache
-from gpt2lite.checkpoint.reading import memory_of, read_file_into
-from gpt2lite.checkpoint.source import ByteSource
-from gpt2lite.loading.options import Progress
-from gpt2lite.loading.pieces import (
-    MAX_GAP,
-    Chunk,
-    Source,
-    cut,
-    is_direct,
-    joined,
-    landings,
-    shares,
-    values_of,
-)
-from gpt2lite.loading.tuning import Tuning
-from gpt2lite.quantization import quantize_into
+from gpt2lite.checkpoint.manifest import contiguous_stride
+from gpt2lite.checkpoint.reading import memory_of
+from gpt2lite.checkpoint.source import BUFFER_BYTES, ByteSource
+from gpt2lite.devices import caches_in_blocks, copies_async, synchronize
+from gpt2lite.loading.forecast import MIB, Forecast, Ledger, round_up
+from gpt2lite.loading.plan import LoadPlan, Target
+from gpt2lite.loading.schedule import MAX_GAP, Chunk, Schedule, landings, places, shares
+from gpt2lite.loading.skeleton import replace_tensor, storage_bytes, unsaved_buffers
+from gpt2lite.quantization import WORKING_BYTES, quantize_into, scale_of
 
-FEWEST_SLOTS = 8
-LANE_BUFFERS = 2  # on a CUDA device, each as large as a slot
-MAX_ITEM_BYTES = 16  # complex128; slots begin at multiples of it, so that bytes can be viewed as any dtype
+ALIGNMENT = 64
+
+# ---- the model's memory ------------------------------------------------------------------------------------
+
+
+def allocate_pages(nbytes: int) -> torch.UntypedStorage:
+    """Fresh host memory, on huge pages where the system has them. Raises MemoryError where it refuses.
+
+    Fresh memory costs more than reading into it: the kernel clears it, and takes one fault for each page.
+    Pages of 2 MiB instead of 4 KiB read a gpt2-xl in 0.6 instead of 1.5 s (two cores, file cached); tensors
+    allocated one by one have fewer of them that are aligned.
+    """
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu").untyped_storage()
+    try:
+        memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"cannot allocate memory: {nbytes} bytes ({error})") from None
+    with suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+
+
+def _allocate_together(targets: Sequence[Target]) -> Iterator[tuple[Target, Tensor]]:
+    """Host memory for each target out of one piece, which lives until the last of them is gone.
+
+    Each has a storage of its own, so that torch.save of one does not write all. The largest come first, those
+    of one shape in their order: W_query, W_key and W_value of a block are neighbours.
+    """
+    storage, at = allocate_pages(sum(map(_room, targets))), 0
+    for target in sorted(targets, key=lambda each: -each.nbytes):
+        own = storage[at : at + target.nbytes]
+        empty = torch.empty(0, dtype=target.dtype, device="cpu")
+        yield target, empty.set_(own, 0, target.shape, contiguous_stride(target.shape))
+        at += _room(target)
+
+
+def _room(target: Target) -> int:
+    return max(round_up(target.nbytes, ALIGNMENT), ALIGNMENT)  # an empty one has an address of its own, too
+
+
+def _large_bytes(plan: LoadPlan) -> int:
+    """Bytes of all tensors that torch's CUDA allocator does not keep in segments for small ones."""
+    return sum(n for n in (round_up(target.nbytes, 512) for target in plan.targets) if n > MIB)
+
+
+def _allocate(plan: LoadPlan) -> dict[str, Tensor]:
+    """Give the skeleton memory, one piece on the host; returns tensors and scales by their first names.
+
+    CUDA's caching allocator fetches it at once, to split it: fetched tensor by tensor, each large one would
+    be rounded up by as much as 1 MiB (135 MiB on gpt2-xl).
+    """
+    if caches_in_blocks(plan.device):
+        with suppress(torch.OutOfMemoryError):  # no such piece is free; tensor by tensor it may still fit
+            torch.empty(_large_bytes(plan), dtype=torch.uint8, device=plan.device)
+    alone = ((t, torch.empty(t.shape, dtype=t.dtype, device=plan.device)) for t in plan.targets)
+    found = {}
+    for target, memory in _allocate_together(plan.targets) if plan.device.type == "cpu" else alone:
+        found[target.names[0]] = memory
+        replace_tensor(plan.skeleton, target.names, memory)
+    for target in plan.targets:
+        if target.is_quantized:
+            names = [scale_of(name) for name in target.names]
+            found[names[0]] = torch.empty(target.shape[0], dtype=torch.float32, device=plan.device)
+            replace_tensor(plan.skeleton, names, found[names[0]])
+    return found
+
+
+def enter_allocated(plan: LoadPlan, ledger: Ledger) -> None:
+    """The memory of all targets, then of their scales."""
+    for nbytes in (*(t.nbytes for t in plan.targets), *(t.scale_bytes for t in plan.targets)):
+        ledger.device.take(nbytes)
+
+
+def enter_unsaved_buffers(plan: LoadPlan, ledger: Ledger) -> None:
+    """What `restore_unsaved_buffers` adds: it builds all buffers again, then moves those that it needs."""
+    unsaved = unsaved_buffers(plan.skeleton)
+    if not unsaved:
+        return
+    ledger.host.touch(storage_bytes(plan.skeleton.buffers()))
+    if ledger.on_cpu:
+        ledger.host.take(storage_bytes(unsaved))
+    for buffer in unsaved if not ledger.on_cpu else ():
+        ledger.device.take(buffer.nbytes)
+
+
+# ---- the way into it ---------------------------------------------------------------------------------------
 
 
 class Lane:
-    """The way onto a CUDA device: buffers there, filled by turns on a stream of their own.
+    """The way onto a device with streams: buffers there, filled by turns on a stream of their own.
 
     So one is filled over the bus while another is scattered on the stream of whoever loads.
     """
 
     def __init__(self, count: int, nbytes: int, device: torch.device) -> None:
-        self.device = device
         self.buffers = torch.empty(count * nbytes, dtype=torch.uint8, device=device).split(nbytes)
-        self.copying = torch.cuda.Stream(device)
-        self.copying.wait_stream(torch.cuda.current_stream(device))  # that is where the buffers were made
-        self.scattered: dict[int, torch.cuda.Event] = {}
+        self.copying, self.scattering = torch.Stream(device), torch.accelerator.current_stream(device)
+        self.copying.wait_stream(self.scattering)  # that is where the buffers were made
+        self.scattered: dict[int, torch.Event] = {}
         self.turn = 0
 
-    def carry(self, flat: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    def carry(self, flat: Tensor) -> tuple[Tensor, torch.Event]:
         """Start a copy of page-locked bytes; what the current stream is given next waits for its event."""
         self.turn = (self.turn + 1) % len(self.buffers)
-        with torch.cuda.stream(self.copying):
+        with self.copying:
             if self.turn in self.scattered:
                 self.copying.wait_event(self.scattered[self.turn])
             there = self.buffers[self.turn][: flat.numel()].copy_(flat, non_blocking=True)
             copied = self.copying.record_event()
-        torch.cuda.current_stream(self.device).wait_event(copied)
+        self.scattering.wait_event(copied)
         return there, copied
 
     def release(self) -> None:
         """The buffer that was filled last may be filled again once the current stream has come so far."""
-        self.scattered[self.turn] = torch.cuda.current_stream(self.device).record_event()
+        self.scattered[self.turn] = self.scattering.record_event()
 
 
-class Slot(NamedTuple):
-    """A buffer of the ring, free once its last copy to the device is done."""
-
-    memory: Tensor
-    copied: torch.cuda.Event | None = None
+Slot = tuple[Tensor, torch.Event | None]  # a buffer of the ring, and when its last copy to the device is done
 
 
 class Ring:
-    """Equal host buffers in one allocation, page-locked and with a lane to the device where that is CUDA.
+    """Equal host buffers in one allocation, page-locked and with a lane to the device where that has streams.
 
-    Readers take slots and fill them, whoever loads delivers what they hold. Costs `count × slot_bytes` on the
-    host and, for a CUDA device, two of them there (or `count`, if less).
+    Readers take slots and fill them, whoever loads delivers what they hold to the parameters, `tensors`.
     """
 
-    def __init__(self, count: int, slot_bytes: int, device: torch.device) -> None:
-        on_cuda = device.type == "cuda" and count > 0
-        self.lane = Lane(min(count, LANE_BUFFERS), slot_bytes, device) if on_cuda else None
+    def __init__(self, schedule: Schedule, device: torch.device, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors, self.closed = tensors, Event()
+        slots, nbytes, lanes = schedule.slots, schedule.slot_bytes, schedule.lane_buffers
+        self.lane = Lane(lanes, nbytes, device) if lanes else None
         self.free: SimpleQueue[Slot | None] = SimpleQueue()
-        memory = allocate_ring(count * slot_bytes, pinned=on_cuda)
-        for at in range(count):
-            self.free.put(Slot(memory[at * slot_bytes :][:slot_bytes]))
+        for memory in allocate_ring(slots * nbytes, pinned=bool(lanes)).split(nbytes) if slots else ():
+            self.free.put((memory, None))
 
     def take(self) -> Tensor | None:
         """The next free slot, once its last copy is done; None when the ring is closed."""
-        slot = self.free.get()
-        if slot is None:
-            return None
-        if slot.copied is not None:
-            slot.copied.synchronize()
-        return slot.memory
+        memory, copied = self.free.get() or (None, None)
+        if copied is not None:
+            copied.synchronize()
+        return memory
 
     @torch.no_grad()
     def deliver(self, chunk: Chunk, memory: Tensor) -> None:
@@ -110,18 +178,20 @@ class Ring:
         if self.lane:
             flat, copied = self.lane.carry(flat)
         for piece in chunk.pieces:
-            begin = piece.offset - chunk.offset
-            for rows, scale, values in landings(piece, values_of(piece, flat[begin : begin + piece.nbytes])):
+            for rows, scale, values in landings(
+                piece, flat[piece.span.offset - chunk.offset :], self.tensors
+            ):
                 if scale is None:
                     rows.copy_(values)
                 else:
                     quantize_into(rows, scale, values)
         if self.lane:
             self.lane.release()
-        self.free.put(Slot(memory, copied))
+        self.free.put((memory, copied))
 
     def close(self, readers: int) -> None:
-        """Wake all readers that wait for a slot."""
+        """Stop the readers, and wake those that wait for a slot."""
+        self.closed.set()
         for _ in range(readers):
             self.free.put(None)
 
@@ -129,135 +199,121 @@ class Ring:
 def allocate_ring(nbytes: int, *, pinned: bool) -> Tensor:
     """Host memory for the ring, page-locked if asked and possible, else ordinary."""
     if pinned:
-        try:
+        with suppress(RuntimeError):  # a limit on locked memory: slower, still inside the cap
             return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
-        except RuntimeError:  # a limit on locked memory: slower, still inside the cap
-            pass
     return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
 
-def _places(chunk: Chunk, between: memoryview) -> Iterator[memoryview]:
-    """Where the bytes of a chunk go that needs no buffer: parameters, and what lies `between` them."""
-    at = chunk.offset
-    for piece in chunk.pieces:
-        yield between[: piece.offset - at]
-        yield memory_of(piece.source.destinations[0].tensor[piece.prefix][piece.start : piece.stop])
-        at = piece.offset + piece.nbytes
+Read = tuple[Chunk, Tensor | None]  # a chunk that was read, and the slot where it lies; None: in its place
 
 
-class Reading(NamedTuple):
-    """A chunk that was read, into a slot of the ring or (None) into its place."""
-
-    chunk: Chunk
-    slot: Tensor | None
-
-
-def _read_share(
-    share: list[Chunk],
-    files: Mapping[ByteSource, type[io.FileIO]],
-    ring: Ring,
-    done: SimpleQueue[Reading | None],
-    stop: Event,
-    keep_cached: bool,
-) -> None:
-    """One reader's part of the file, in order, so that the system can read ahead for it.
-
-    Tells what it has read, and None when it fails.
-    """
+def _read(
+    plan: LoadPlan, ring: Ring, todo: Iterator[list[Chunk]], past_cache: Mapping[ByteSource, bool]
+) -> Iterator[Read]:
+    """What one reader reads: shares of `todo`, each in order, so that the system can read ahead for it."""
     between = memoryview(bytearray(MAX_GAP))
-    try:
-        for source, chunks in groupby(share, lambda chunk: chunk.file):
-            with files[source](source.path) as file:
+    for share in todo:
+        for source, chunks in groupby(share, lambda chunk: chunk.source):
+            with source.reader(past_cache=past_cache[source]) as reader:
                 for chunk in chunks:
                     slot = None if chunk.in_place else ring.take()
-                    if stop.is_set():
+                    if ring.closed.is_set():
                         return
-                    places = _places(chunk, between) if slot is None else [memory_of(slot)[: chunk.nbytes]]
-                    read_file_into(places, file, chunk.offset)
-                    if not keep_cached:
-                        drop_cached(file.fileno(), chunk.offset, chunk.nbytes)
-                    done.put(Reading(chunk, slot))
-    except BaseException:
-        stop.set()
-        done.put(None)
-        raise
+                    staged = [] if slot is None else [memory_of(slot)[: chunk.nbytes]]
+                    reader.read_into(staged or places(chunk, between, ring.tensors), chunk.offset)
+                    if not plan.tuning.keep_cached:
+                        reader.forget(chunk.offset, chunk.nbytes)
+                    yield chunk, slot
 
 
-def _read_all(
-    chunks: list[Chunk], ring: Ring, pool: ThreadPoolExecutor, tuning: Tuning
-) -> Generator[Reading, None, None]:
-    """Read everything; yields each chunk as it is there. Stops all readers when one fails."""
-    done: SimpleQueue[Reading | None] = SimpleQueue()
-    stop, futures, keep_cached = Event(), list[Future[None]](), tuning.keep_cached
-    sources = {chunk.file for chunk in chunks}
-    files = {
-        source: io.FileIO if keep_cached or not is_best_past_cache(source.path) else PastCache
-        for source in sources
-    }
-    try:
-        for share in shares(chunks, tuning.readers):
-            futures.append(pool.submit(_read_share, share, files, ring, done, stop, keep_cached))
-        for _ in chunks:
-            reading = done.get()
-            if reading is None:
-                break
-            yield reading
-    finally:
-        stop.set()
-        ring.close(tuning.readers)
-    try:
-        list(map(Future.result, futures))  # raises what a reader did
-    finally:
-        futures.clear()  # or the error holds this frame, this frame the error, and both the parameters
+def _read_all(plan: LoadPlan, ring: Ring) -> Generator[Read, None, None]:
+    """Everything, each chunk as soon as it is there. Stops all readers when one fails, and raises its error.
 
-
-def ring_shape(chunks: list[Chunk], tuning: Tuning) -> tuple[int, int]:
-    """(slots, bytes of each): no more and no larger than the chunks need; one for a chunk above the ring."""
-    staged = [chunk.nbytes for chunk in chunks if not chunk.in_place]
-    slot_bytes = -(-max(staged, default=0) // MAX_ITEM_BYTES) * MAX_ITEM_BYTES
-    return (max(min(len(staged), tuning.ring_bytes // slot_bytes), 1), slot_bytes) if staged else (0, 0)
-
-
-def reads(sources: list[Source], device: torch.device, tuning: Tuning) -> list[Chunk]:
-    """What is read at a time, straight into its parameters or through the ring, in its order on disk."""
-    chunk_bytes = min(tuning.chunk_bytes, tuning.ring_bytes // FEWEST_SLOTS)
-    slot_bytes = max(chunk_bytes // MAX_ITEM_BYTES, 1) * MAX_ITEM_BYTES
-    chunks: list[Chunk] = []
-    for in_place, run in groupby(sources, lambda source: device.type == "cpu" and is_direct(source)):
-        most = tuning.chunk_bytes if in_place else slot_bytes
-        pieces = (piece for source in run for piece in cut(source, max(most, source.least_bytes)))
-        chunks += joined(pieces, most, in_place=in_place)
-    return chunks
-
-
-def fill(
-    sources: list[Source],
-    device: torch.device,
-    tuning: Tuning,
-    progress: Progress,
-) -> None:
-    """Read every source into its parameters.
-
-    Host memory: the ring, or nothing where everything is read in place; more only for a tensor that no order
-    of its dimensions makes contiguous, which is read whole. CUDA memory: two chunks. Raises CheckpointError
-    where a file ends early; the error of a reader is raised as it is.
+    The system may grant fewer threads than wanted, which then read more each, or none: then this one reads.
     """
-    chunks = reads(sources, device, tuning)
-    done, total = 0, sum(chunk.nbytes for chunk in chunks)
-    pool = ThreadPoolExecutor(tuning.readers, thread_name_prefix="gpt2lite-reader")
+    chunks, readers, keep_cached = plan.schedule.chunks, plan.schedule.readers, plan.tuning.keep_cached
+    sources = {chunk.source for chunk in chunks}
+    past_cache = {source: not keep_cached and source.is_best_past_cache() for source in sources}
+    read = partial(_read, plan, ring, iter(shares(chunks, readers)), past_cache)
+    started, done = list[Thread](), SimpleQueue[Read | BaseException]()
+
+    def report() -> None:
+        try:
+            for each in read():
+                done.put(each)
+        except BaseException as error:
+            ring.closed.set()
+            done.put(error)
+
     try:
-        ring = Ring(*ring_shape(chunks, tuning), device)
-        with closing(_read_all(chunks, ring, pool, tuning)) as readings:
-            for chunk, slot in readings:
+        with suppress(RuntimeError):
+            for number in range(readers):
+                thread = Thread(target=report, name=f"gpt2lite-reader-{number}")
+                thread.start()
+                started.append(thread)
+        if not started:
+            yield from read()
+        for _ in chunks if started else ():
+            found = done.get()
+            if isinstance(found, BaseException):
+                try:
+                    raise found
+                finally:
+                    del found  # or the error holds this frame, this frame the error, and both the parameters
+            yield found
+    finally:
+        ring.close(len(started))
+        for thread in started:
+            thread.join()
+        while not done.empty():  # the errors of others, of which the same is true
+            done.get()
+
+
+def load(plan: LoadPlan) -> nn.Module:
+    """Build on meta, allocate on the device, read byte ranges of the ordinary file through a small ring.
+
+    Device: the model once, plus two chunks (16 MiB). Host: the ring (64 MiB), or less; on a CPU target the
+    parameters' own memory, one piece on huge pages, is what is read into; it is given back when the last of
+    them is gone, and none of them can be resized. What is quantised takes whole rows of the layer at a time:
+    of a weight that lies in (in, out) order all of it, for which the ring may have to grow; so is read whole
+    what no order of its dimensions makes contiguous. With `keep_cached=False`, 2 MiB a reader more, through
+    which a cold file is read past the page cache. Raises CheckpointError where a file ends early; the error
+    of a reader is raised as it is.
+    """
+    tensors, chunks = _allocate(plan), plan.schedule.chunks
+    done, total = 0, sum(chunk.nbytes for chunk in chunks)
+    try:
+        ring = Ring(plan.schedule, plan.device, tensors)
+        with closing(_read_all(plan, ring)) as reads:
+            for chunk, slot in reads:
                 if slot is not None:
                     ring.deliver(chunk, slot)
                 done += chunk.nbytes
-                progress(done, total)
+                plan.progress(done, total)
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if not tuning.keep_cached:  # again: pages that two reads share, and what the system read ahead
-            for file in {source.span.source for source in sources}:
+        synchronize(plan.device)
+        if not plan.tuning.keep_cached:  # again: pages that two reads share, and what the system read ahead
+            for source in {chunk.source for chunk in chunks}:
                 with suppress(OSError):
-                    forget_cached(file.path)
+                    source.forget()
+    return plan.skeleton
+
+
+def forecast(plan: LoadPlan) -> Forecast:
+    """What `load` takes, by the schedule that it will follow."""
+    ledger, schedule = Ledger(plan.device), plan.schedule
+    if caches_in_blocks(plan.device):  # fetched for a moment
+        ledger.device.touch(_large_bytes(plan))
+    enter_allocated(plan, ledger)
+    working = WORKING_BYTES if plan.is_quantized else 0
+    buffers = 0 if plan.tuning.keep_cached else schedule.readers * BUFFER_BYTES
+    if copies_async(plan.device):
+        ledger.device.touch(schedule.lane_buffers * schedule.slot_bytes + working)
+        ring = schedule.slots * schedule.slot_bytes  # page-locked memory comes as a power of two, and stays
+        ledger.host.take(1 << (ring - 1).bit_length() if ring else 0)
+        ledger.host.touch(buffers)
+    else:  # a slot is written to as far as the largest of its chunks
+        staged = (chunk.nbytes for chunk in schedule.chunks if not chunk.in_place)
+        ledger.host.touch(sum(nlargest(schedule.slots, staged)) + working + buffers)
+    enter_unsaved_buffers(plan, ledger)
+    return ledger.balance()

@@ -1,0 +1,198 @@
+"""What every command may be told: a table of its arguments, which needs no torch to print `--help`."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from gpt2lite.cli.terminal import EMBEDDED
+from gpt2lite.cli.training import add_recipe_arguments
+from gpt2lite.config import ACTIVATIONS, OFFICIAL_SIZES
+
+# Tables of the library, by their names: the tables themselves hold functions of torch.
+STRATEGIES = ("baseline", "sequential", "meta", "mmap", "per_tensor", "stream")
+ENGINES = ("numba", "cuda_graph", "torch")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+FORMATS = ("pth", "safetensors", "per-tensor")
+REFERENCES = ("torch", "transformers")
+DIALECTS = {"book": "book", "hf": "huggingface", "nanogpt": "nanogpt"}
+
+EMBEDDED_PROMPT = "Once upon a time"
+DEFAULT_PROMPT = "Hello, I am"
+DEFAULT_NEW_TOKENS = 240
+CHECKPOINT = "a checkpoint, or a model on the Hub: gpt2 … gpt2-xl, owner/name"
+OR_EMBEDDED = f"{CHECKPOINT} (default: the embedded model)"
+
+Rows = dict[str, dict[str, Any]]
+
+
+def _arg(help: str, **options: Any) -> dict[str, Any]:
+    return {"help": help, **options}
+
+
+_int, _number = partial(_arg, type=int, metavar="N"), partial(_arg, type=float, metavar="X")
+_size, _path = partial(_arg, metavar="SIZE"), partial(_arg, type=Path)
+_file, _switch = partial(_path, metavar="FILE"), partial(_arg, action="store_true")
+
+SHARED: Rows = {
+    "path": _arg(OR_EMBEDDED, nargs="?", default=EMBEDDED),
+    "--json": _switch("print JSON"),
+    "--device": _arg("cpu, cuda, cuda:1 … (default: cpu)", default="cpu"),
+    "--strategy": _arg("default: the best that fits", choices=("auto", *STRATEGIES), default="auto"),
+    "--revision": _arg("branch, tag or commit of a model on the Hub", metavar="REV"),
+    "--n-heads": _int("number of attention heads, if the file does not say"),
+    "--activation": _arg("if the file does not say (nanoGPT, minGPT)", choices=ACTIVATIONS),
+    "--lora-alpha": _number("alpha of the book's LoRA layers, if the file has any"),
+    "--dtype": _arg("cast the weights (default: as in the file)", choices=DTYPES),
+    "--quantize": _arg("int8 weights with one scale per row", choices=("int8",)),
+    "--max-host-memory": _size("cap on what loading adds to host memory: 512MiB, 2GiB"),
+    "--max-device-memory": _size("cap on what loading adds to device memory"),
+}
+CONFIG = ("--revision", "--n-heads", "--activation")
+CAPS = ("--max-host-memory", "--max-device-memory")
+LOADING = ("--strategy", "--device", *CONFIG, "--lora-alpha", "--dtype", *CAPS)
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command: its own arguments, which of SHARED it takes, which of all of them exclude each other."""
+
+    summary: str
+    own: Rows
+    shared: tuple[str, ...]
+    one_of: tuple[str, ...] = ()
+    needs_one: bool = False
+    with_recipe: bool = False
+
+
+COMMANDS = {
+    "generate": Command(
+        "write text with a model, the embedded one by default",
+        {
+            "--model": _arg(OR_EMBEDDED, default=EMBEDDED, metavar="PATH|NAME"),
+            "--prompt": _arg(f"default: {EMBEDDED_PROMPT!r}; {DEFAULT_PROMPT!r} for other models"),
+            "--prompts": _arg("one prompt per line; - reads standard input", metavar="FILE"),
+            "--num-samples": _int("texts for each prompt (default: 1)", default=1),
+            "--max-new-tokens": _int(f"default: {DEFAULT_NEW_TOKENS}, or what fits in the context"),
+            "--temperature": _number("0 is greedy (default), 1 samples as trained", default=0.0),
+            "--top-k": _int("sample from the N most probable tokens"),
+            "--top-p": _number("sample from the most probable tokens that together reach X"),
+            "--min-p": _number("sample from tokens with at least X × the top probability"),
+            "--repetition-penalty": _number("above 1: repeat less (default: 1)", default=1.0),
+            "--stop": _arg("end the output before this text; can be repeated", action="append", default=[]),
+            "--seed": _int("makes sampling repeatable; each further text uses the next seed"),
+            "--window": _int("when the context is full, go on from the last N tokens"),
+            "--engine": _arg("default: the fastest that can run", choices=("auto", *ENGINES), default="auto"),
+        },
+        (*LOADING, "--quantize"),
+    ),
+    "bench": Command(
+        "measure what every way of loading costs in memory and time",
+        {
+            "path": _arg(OR_EMBEDDED, nargs="?"),
+            "--size": _arg("write a random checkpoint of this size first", choices=OFFICIAL_SIZES),
+            "--strategies": _arg(
+                "default: all of " + " ".join(STRATEGIES), nargs="+", metavar="NAME", default=STRATEGIES
+            ),
+            "--json": _arg("save everything as JSON; - prints it instead", metavar="FILE.json"),
+            "--plot": _path("draw memory over time (needs matplotlib)", metavar="FILE.png"),
+            "--folder": _path(
+                "for temporary files (default: %(default)s)", default=Path(tempfile.gettempdir())
+            ),
+        },
+        ("--device", *CONFIG, "--dtype"),
+        one_of=("path", "--size"),
+    ),
+    "plan": Command(
+        "show what a load will cost, what fits, and what auto would choose, before loading",
+        {
+            "--device": _arg("cpu, cuda, cuda:1 …; it may be absent (default: cpu)", default="cpu"),
+            "--train": _switch("show what training by the recipe takes instead"),
+            "--fit": _size("with --train: find the cheapest levers that fit in 8GiB, say"),
+            "--classes": _int("with --train: a classifier of N classes"),
+        },
+        ("path", "--json", *CONFIG, "--dtype", "--quantize", *CAPS),
+        with_recipe=True,
+    ),
+    "convert": Command(
+        "write a checkpoint with another program's names, layout and file format",
+        {
+            "source": _arg(CHECKPOINT),
+            "destination": _path("a .pth, a .safetensors, or a new folder"),
+            "--to": _arg("whose names (default: %(default)s)", choices=DIALECTS, default="book"),
+            "--format": _arg("default: the suffix's; safetensors for a folder", choices=FORMATS),
+            "--max-shard-size": _size("split a folder's safetensors: 2GiB, 5GB"),
+            "--no-verify": _switch("do not read the result back"),
+        },
+        (*CONFIG, "--dtype"),
+    ),
+    "inspect": Command(
+        "describe a checkpoint from its headers alone",
+        {
+            "path": _arg("a .pth, .safetensors or TensorFlow model.ckpt, a folder, or a Hub model: gpt2 …"),
+        },
+        ("--json", *CONFIG),
+    ),
+    "verify": Command(
+        "load a checkpoint in two independent ways and compare what they compute",
+        {
+            "--against": _arg("the other way (default: torch)", choices=REFERENCES, default="torch"),
+            "--folder": _arg(
+                "for what transformers must have converted first (default: the temporary folder)",
+                metavar="DIR",
+            ),
+        },
+        ("path", "--json", *LOADING),
+    ),
+    "evaluate": Command(
+        "measure how well a model predicts a text: its perplexity",
+        {
+            "--text": _arg("UTF-8; - reads standard input", required=True, metavar="FILE"),
+            "--context": _int("tokens in each window (default: the model's context)"),
+            "--stride": _int("tokens from one window to the next (default: half the context)"),
+        },
+        ("path", "--json", *LOADING, "--quantize"),
+    ),
+    "finetune": Command(
+        "train a checkpoint further, on text, instructions or labelled texts",
+        {
+            "--text": _file(
+                "UTF-8 text, or a token file: .npy, or .bin as gpt2lite, nanoGPT and llm.c write it"
+            ),
+            "--instructions": _file(
+                "records with instruction, output and optionally input: .json, .jsonl, .csv"
+            ),
+            "--classify": _file("records with text and label: .json, .jsonl, .csv; trains a classifier"),
+            "--out": _path("a new or empty folder", required=True, metavar="DIR"),
+            "--resume": _switch("continue the run in --out with its recipe; flags given here win"),
+        },
+        ("path", "--strategy", "--device", *CONFIG, "--dtype", *CAPS),
+        one_of=("--text", "--instructions", "--classify"),
+        needs_one=True,
+        with_recipe=True,
+    ),
+    "tokenize": Command(
+        "write a text as a token file to train on",
+        {
+            "text": _path("UTF-8; <|endoftext|> separates documents"),
+            "tokens": _path("output: .npy, or .bin with 16 bits per token like nanoGPT's train.bin"),
+            "--model": _arg("use this model's tokenizer (default: GPT-2's)", metavar="PATH|NAME"),
+        },
+        ("--revision",),
+    ),
+    "env": Command("show versions, processors and available memory", {}, ("--json",)),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser, command: Command) -> None:
+    """Declare what a command may be told."""
+    rows = command.own | {name: SHARED[name] for name in command.shared}
+    group = parser.add_mutually_exclusive_group(required=command.needs_one) if command.one_of else parser
+    for name, options in rows.items():
+        (group if name in command.one_of else parser).add_argument(name, **options)
+    if command.with_recipe:
+        add_recipe_arguments(parser)
