@@ -43,16 +43,18 @@ def judge(plan: LoadPlan, name: str, budget: Budget) -> Verdict:
     """Whether a strategy fits, its ring made as small as needed. Raises UsageError where it cannot do it."""
     if why := STRATEGIES[name].refuses(plan):
         raise UsageError(why)
-    halves = itertools.takewhile(
-        SMALLEST_RING.__le__, (plan.tuning.ring_bytes >> n for n in itertools.count())
-    )
-    for ring_bytes in [*halves] or [plan.tuning.ring_bytes]:
+
+    def judge_with(ring_bytes: int) -> Verdict:
         fitted = replace(plan, tuning=replace(plan.tuning, ring_bytes=ring_bytes))
         forecast = with_adapters(fitted, STRATEGIES[name].forecast(fitted))
-        verdict = Verdict(fitted, forecast, _lacking(fitted, forecast, budget))
-        if not verdict.lacking:
-            break
-    return verdict
+        return Verdict(fitted, forecast, _lacking(fitted, forecast, budget))
+
+    largest = plan.tuning.ring_bytes
+    halves = itertools.takewhile(SMALLEST_RING.__le__, (largest >> n for n in itertools.count()))
+    sizes = [*halves] or [largest]
+    if not (verdict := judge_with(largest)).lacking or (verdict := judge_with(sizes[-1])).lacking:
+        return verdict
+    return next(verdict for verdict in map(judge_with, sizes[1:]) if not verdict.lacking)
 
 
 def _lacking(plan: LoadPlan, forecast: Forecast, budget: Budget) -> dict[str, int]:
