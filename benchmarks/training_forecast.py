@@ -146,14 +146,14 @@ def main() -> int:
         off = told["peak"] - measured
         within = abs(off) <= max(SHARE * measured, LEAST)
         found.append({"seed": seed, **case, "forecast": told, "measured": measured, "within": within})
+        if args.json:  # after every case: all of them take long
+            args.json.write_text(as_json({"environment": environment(), "cases": found}) + "\n")
     rows = [
         (str(each["seed"]), f"{each['measured'] / MIB:.0f}", f"{each['forecast']['peak'] / MIB:.0f}",
          f"{(each['forecast']['peak'] - each['measured']) / MIB:+.0f}", "" if each["within"] else "NO")
         for each in found
     ]  # fmt: skip
     print(table(("seed", "measured MiB", "forecast MiB", "off MiB", ""), *rows))
-    if args.json:
-        args.json.write_text(as_json({"environment": environment(), "cases": found}) + "\n")
     return 0 if all(each["within"] for each in found) else 1
 
 
