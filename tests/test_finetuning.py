@@ -1087,15 +1087,17 @@ print(json.dumps([memory.peak_host_anonymous, foretold.peak]))
         {"recompute": True, "step_in_backward": True, "clip": 0.0},
         {"lora_rank": 8},
         {"chunked_loss": False},
+        {"autocast": True},
+        {"autocast": True, "lora_rank": 8},
     ],
     ids=str,
 )
-def test_training_takes_what_was_foretold(levers: dict[str, Any]):
+def test_training_takes_what_was_forecast(levers: dict[str, Any]):
     result = subprocess.run(
         [sys.executable, "-c", MEASURE, json.dumps(levers)], capture_output=True, text=True
     )
     measured, foretold = json.loads(result.stdout.splitlines()[-1])
-    assert abs(foretold - measured) <= max(0.1 * measured, 24 * MIB)
+    assert abs(foretold - measured) <= max(0.03 * measured, 24 * MIB)
 
 
 def test_plan_tells_training_and_fits_it(pth: Path, capsys: pytest.CaptureFixture[str]):
@@ -1105,10 +1107,10 @@ def test_plan_tells_training_and_fits_it(pth: Path, capsys: pytest.CaptureFixtur
     assert main([*words, "--json"]) == 0
     whole = json.loads(capsys.readouterr().out)["forecast"]
     assert whole["optimizer"] == 2 * whole["gradients"] == 2 * whole["weights"]
-    assert main([*words, "--fit", f"{int(0.8 * whole['peak'])}B", "--json"]) == 0
+    assert main([*words, "--fit", f"{whole['peak'] - 1}B", "--json"]) == 0
     fitted = json.loads(capsys.readouterr().out)
     assert fitted["fits"]
-    assert fitted["forecast"]["peak"] <= 0.8 * whole["peak"]
+    assert fitted["forecast"]["peak"] < whole["peak"]
     assert fitted["levers"]
     assert main([*words, "--fit", "1KiB"]) == 1
     assert "does not fit into 1.0 KiB" in capsys.readouterr().out
@@ -1120,19 +1122,19 @@ def test_only_levers_that_are_needed_are_named():
     peaks = {"recompute": 40, "batch_size": 20}  # what each saves of 100; the others save nothing
     changed = Recipe(batch_size=4)
 
-    def foretell(recipe: Recipe) -> TrainingForecast:
+    def predict(recipe: Recipe) -> TrainingForecast:
         saved = sum(saved for name, saved in peaks.items() if getattr(recipe, name) != getattr(changed, name))
         return TrainingForecast(0, 0, 0, 0, 0, 100 - saved)
 
     def named(limit: int) -> list[str]:
-        return [lever for lever, _ in find_levers(changed, limit, foretell)[0]]
+        return [lever for lever, _ in find_levers(changed, limit, predict)[0]]
 
     assert named(100) == []
     assert named(60) == ["recompute=True"]
     assert named(40) == ["recompute=True", "batch_size=1"]
-    assert len(named(10)) == 5
+    assert named(10) == named(40)  # nothing fits: the lowest peak
     for asked in ({"lora_rank": 4}, {"last_blocks": 1}):
-        levers, _ = find_levers(replace(changed, **asked), 10, foretell)
+        levers, _ = find_levers(replace(changed, **asked), 10, predict)
         assert not [lever for lever, _ in levers if "lora" in lever or "last_blocks" in lever]
 
 

@@ -80,11 +80,11 @@ def _plan_training(args: argparse.Namespace) -> int:
         config = replace(config, n_classes=args.classes, head_bias=True, tied_head=False)
     device, dtype, recipe = name_device(args.device), dtype_of(args) or torch.float32, recipe_of(args)
 
-    def foretell(recipe: Recipe) -> TrainingForecast:
+    def predict(recipe: Recipe) -> TrainingForecast:
         return forecast_training(lambda: GPTModel(config), recipe, device, dtype)
 
     limit = parse_size(args.fit) if args.fit else None
-    levers, found = ([], foretell(recipe)) if limit is None else find_levers(recipe, limit, foretell)
+    levers, found = ([], predict(recipe)) if limit is None else find_levers(recipe, limit, predict)
     fits = limit is None or found.peak <= limit
     if args.json:
         content = {"path": str(args.path), "device": str(device), "forecast": asdict(found)}

@@ -21,7 +21,7 @@ from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.model import GPTModel
 
 BETAS = (0.9, 0.95)
-M_MMAP_THRESHOLD, OWN_MAPPING, GLIBCS_MOST = -3, 1 << 20, 32 << 20
+M_MMAP_THRESHOLD, OWN_MAPPING, GLIBCS_MOST = -3, 128 << 10, 32 << 20
 
 
 def _adamw8bit(groups: Any, **options: Any) -> torch.optim.Optimizer:
@@ -35,8 +35,8 @@ def _adamw8bit(groups: Any, **options: Any) -> torch.optim.Optimizer:
 def map_from(nbytes: int) -> None:
     """Have glibc give every block of so many bytes pages of its own, which go back when it is freed.
 
-    Otherwise what activations leave behind is kept in pieces that fit nothing else: a third more memory for
-    gpt2, seen, in exchange for a tenth of the time. Elsewhere than on glibc this does nothing.
+    Otherwise what activations leave behind is kept in pieces that fit nothing else: a fifth more memory was
+    seen, and no forecast could say how much. Elsewhere than on glibc this does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
