@@ -82,10 +82,8 @@ def add_lora(
     others = {(layer.lora.A.shape[1], layer.lora.alpha) for layer in found.values()} - {(rank, alpha)}
     if found and (others or found.keys() != wanted.keys()):
         said = " and ".join(f"rank {rank} and alpha {alpha:g}" for rank, alpha in sorted(others))
-        raise UsageError(
-            f"the model has LoRA adapters already, {f'of {said}' if said else 'of other layers'}; give their "
-            "lora_rank, lora_alpha and lora_targets, or merge them first (gpt2lite.merge_lora)"
-        )
+        has = f"the model has LoRA adapters already, of {said or 'other layers'}"
+        raise UsageError(f"{has}; describe them (lora_rank, …) or call gpt2lite.merge_lora first")
     model.requires_grad_(False)
     generator = torch.Generator("cpu").manual_seed(seed)
     for path, linear in wanted.items():
@@ -95,10 +93,8 @@ def add_lora(
             nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
             layer.lora.A.data.copy_(drawn)
             put_layer(model, path, layer)
-    adapters = [p for layer in lora_layers(model).values() for p in layer.lora.parameters()]
-    for parameter in adapters:
-        parameter.requires_grad_(True)
-    return adapters
+    adapters = [layer.lora.requires_grad_(True) for layer in lora_layers(model).values()]
+    return [p for adapter in adapters for p in adapter.parameters()]
 
 
 def drop_lora(model: nn.Module, kept: Collection[str]) -> None:
