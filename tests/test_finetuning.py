@@ -48,9 +48,9 @@ from gpt2lite.finetuning.data import (
 )
 from gpt2lite.finetuning.examples import read_records
 from gpt2lite.finetuning.forecast import find_levers
-from gpt2lite.finetuning.heads import read_labels
 from gpt2lite.finetuning.loop import read_metrics, validate
 from gpt2lite.finetuning.losses import ROWS, cross_entropy
+from gpt2lite.finetuning.states import read_labels
 from gpt2lite.finetuning.training import Trainer, choose_trained
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"

@@ -494,7 +494,9 @@ def test_a_long_response_is_cut_and_a_long_prompt_left_out(encoding: Encoding):
     long = ASKED | {"output": "Red and blue. " * 100}
     [(_, example)] = instruction_examples([long], encoding, 4096)
     room = len(encoding.encode_ordinary(PROMPT)) + 1
-    with pytest.warns(UserWarning, match=f"of 2 instructions, 1 are left out .* {room} tokens, and 1 lose"):
+    with pytest.warns(
+        UserWarning, match=f"of 2 instructions, 1 are left out .* {room} tokens., and 1 are cut"
+    ):
         [(_, cut)] = instruction_examples([long, ASKED | {"instruction": "Name. " * 100}], encoding, room)
     assert cut == Example(example.ids[:room], example.targets[:room])
     assert sum(target != IGNORED for target in cut.targets) == 2
