@@ -33,6 +33,10 @@ HELP = {
     "save_every": "steps between saved states",
     "keep": "saved states to keep",
 }
+OPTIONS: dict[type, dict[str, Any]] = {
+    bool: {"action": argparse.BooleanOptionalAction},
+    tuple: {"nargs": "+", "metavar": "LAYER"},
+}
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,14 +44,10 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("recipe")
     for field in fields(Recipe):
         flag, default = f"--{field.name.replace('_', '-')}", field.default
-        said: dict[str, Any] = {"default": argparse.SUPPRESS, "help": HELP[field.name]}
-        if isinstance(default, bool):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, **said)
-        elif isinstance(default, tuple):
-            group.add_argument(flag, nargs="+", metavar="LAYER", **said)
-        else:
-            said["help"] += "" if default is None else f" (default: {default})"
-            group.add_argument(flag, type=int if default is None else type(default), metavar="N", **said)
+        number = {"type": int if default is None else type(default), "metavar": "N"}
+        options = OPTIONS.get(type(default), number)
+        shown = f" (default: {default})" if options is number and default is not None else ""
+        group.add_argument(flag, default=argparse.SUPPRESS, help=HELP[field.name] + shown, **options)
 
 
 def recipe_of(args: argparse.Namespace, otherwise: Mapping[str, Any] | None = None) -> Recipe:

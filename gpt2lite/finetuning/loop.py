@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -134,12 +134,9 @@ def finetune(
     identity = states.identity_of(model, task, recipe)
     with prepared(model):
         choose_trained(model, recipe)
-        trainer = Trainer(model, recipe)
-        try:
+        with closing(Trainer(model, recipe)) as trainer:
             out.mkdir(parents=True, exist_ok=True)
             _go_on(Run(trainer, task, out, identity), report)
-        finally:
-            trainer.close()
         if recipe.lora_rank:
             states.save_lora(trainer.trained, recipe.lora_alpha, out / "adapters.pth")
             merge_lora(model)

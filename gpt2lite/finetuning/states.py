@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -78,9 +78,7 @@ def _read(path: Path, keys: Collection[str], what: str) -> dict[str, Any]:
     try:
         saved: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return {key: saved[key] for key in keys}
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(path, f"not {what} ({first_line(error)})") from None
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (OSError, RuntimeError, EOFError, UnpicklingError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(path, f"not {what} of this version ({first_line(error)})") from None
 
 
@@ -219,15 +217,14 @@ def load_lora(model: nn.Module, path: Path) -> None:
     before anything is changed, for a damaged file, or one whose layers are not the model's.
     """
     saved = _read(path, ("lora_alpha", "lora"), "a file of LoRA adapters")
-    tensors, modules, adapted = saved["lora"], dict(model.named_modules()), dict[str, LinearWithLoRA]()
+    tensors, modules, own = saved["lora"], dict(model.named_modules()), dict(model.named_parameters())
+    adapted = dict[str, LinearWithLoRA]()
     for name in sorted({name.rpartition(".lora.")[0] for name in tensors if ".lora." in name}):
         layer, a = modules.get(name), tensors.get(f"{name}.lora.A")
         if not isinstance(layer, nn.Linear) or a is None or f"{name}.lora.B" not in tensors:
             raise CheckpointError(path, f"has an adapter for {name}, not a linear layer of the model")
         adapted[name] = LinearWithLoRA(layer, a.shape[-1], float(saved["lora_alpha"]))
-    own = dict(model.named_parameters())
-    for path_of_layer, added in adapted.items():
-        own |= {f"{path_of_layer}.lora.{part}": p for part, p in added.lora.named_parameters()}
+        own |= {f"{name}.lora.{part}": p for part, p in adapted[name].lora.named_parameters()}
     for name, tensor in tensors.items():
         if name not in own or own[name].shape != tensor.shape:
             found = f"one of {tuple(own[name].shape)}" if name in own else "no such weight"

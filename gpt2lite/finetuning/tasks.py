@@ -13,7 +13,6 @@ from gpt2lite.config import GPTConfig
 from gpt2lite.encoding import Encoding, end_of_text
 from gpt2lite.errors import UsageError
 from gpt2lite.finetuning import data, examples
-from gpt2lite.finetuning.data import Example
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.finetuning.states import Task
 from gpt2lite.model import GPTModel
@@ -63,12 +62,11 @@ def instruction_task(path: Path, encoding: Encoding, config: GPTConfig, recipe: 
     training, held = examples.split(pairs, HELD_OUT, recipe.seed)
     shown = held[0][0]
     prompt = encoding.encode_ordinary(examples.format_prompt(shown))
-    task = _example_task([e for _, e in training], [e for _, e in held], recipe, encoding)
+    task = _example_task([e for _, e in training], [e for _, e in held], recipe, end_of_text(encoding))
     return replace(task, sample=lambda model: f"{shown['instruction']} → {_written(model, prompt, encoding)}")
 
 
-def _example_task(training: list[Example], held: list[Example], recipe: Recipe, encoding: Encoding) -> Task:
-    pad = end_of_text(encoding)
+def _example_task(training: list[data.Example], held: list[data.Example], recipe: Recipe, pad: int) -> Task:
     return Task(
         data.example_batches(training, recipe.batch_size, recipe.seed, pad),
         data.example_windows(held, recipe.batch_size, pad),
@@ -90,7 +88,7 @@ def classifier_task(path: Path, encoding: Encoding, config: GPTConfig, recipe: R
         seen = {example.targets[-1] for example in part}
         if lacking := [label for number, label in enumerate(labels) if number not in seen]:
             warnings.warn(f"{path}: no rows of {', '.join(lacking)} {what}; give more rows", stacklevel=2)
-    return replace(_example_task(training, held, recipe, encoding), labels=tuple(labels))
+    return replace(_example_task(training, held, recipe, end_of_text(encoding)), labels=tuple(labels))
 
 
 def open_text(path: Path, tokens: Path, encoding: Encoding, vocab_size: int) -> Tensor:

@@ -51,14 +51,12 @@ def choose_trained(model: GPTModel, recipe: Recipe) -> None:
     """
     learning = {p for p in model.parameters() if p.requires_grad}
     parts: list[nn.Module] = [model.out_head] if model.config.n_classes else []
-    adapters: list[nn.Parameter] = []
-    if recipe.lora_rank or lora_layers(model):
-        adapters = add_lora(model, recipe.lora_rank, recipe.lora_alpha, recipe.lora_targets, seed=recipe.seed)
-    elif recipe.last_blocks:
+    adapters = add_lora(model, recipe) if recipe.lora_rank or lora_layers(model) else []
+    if recipe.last_blocks:
         if recipe.last_blocks > len(model.trf_blocks):
             raise UsageError(f"last_blocks={recipe.last_blocks}: the model has {len(model.trf_blocks)}")
         parts += [*list(model.trf_blocks)[-recipe.last_blocks :], model.final_norm]
-    else:
+    elif not recipe.lora_rank:
         parts = [model]
     trained = {p for part in parts for p in part.parameters()} & learning | set(adapters)
     if not trained:
@@ -176,8 +174,7 @@ class Trainer:
             for is_flat, decay in ((False, self.recipe.weight_decay), (True, 0.0))
         ]
         if not self.recipe.step_in_backward:
-            optimizer = make(groups, **options)
-            return dict.fromkeys(self.trained.values(), optimizer)
+            return dict.fromkeys(self.trained.values(), make(groups, **options))
         return {p: make([group | {"params": [p]}], **options) for group in groups for p in group["params"]}
 
     def _step_one(self, parameter: Tensor) -> None:
@@ -215,8 +212,7 @@ class Trainer:
     def _step_all(self, number: int, optimizers: set[torch.optim.Optimizer]) -> float:
         for optimizer in optimizers:
             self.scaler.unscale_(optimizer)
-        most = self.recipe.clip or float("inf")
-        norm = float(nn.utils.clip_grad_norm_(self.trained.values(), most))
+        norm = float(nn.utils.clip_grad_norm_(self.trained.values(), self.recipe.clip or float("inf")))
         if not self.scaler.is_enabled():
             _require_finite(number, norm, self.recipe)
         for optimizer in optimizers:
