@@ -48,9 +48,9 @@ from gpt2lite.finetuning.data import (
 )
 from gpt2lite.finetuning.examples import read_records
 from gpt2lite.finetuning.forecast import find_levers
-from gpt2lite.finetuning.heads import read_labels
 from gpt2lite.finetuning.loop import read_metrics, validate
 from gpt2lite.finetuning.losses import ROWS, cross_entropy
+from gpt2lite.finetuning.states import read_labels
 from gpt2lite.finetuning.training import Trainer, choose_trained
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -559,7 +559,7 @@ def test_adapters_of_a_classifier_hold_its_head_and_train_further(tmp_path: Path
         load_lora(fresh(TINY), path.with_name("adapters.pth"))
     with pytest.raises(UsageError, match="has LoRA adapters already, of rank 2 and alpha 4"):
         finetune(found, own, tmp_path / "more", replace(recipe, lora_rank=3))
-    with pytest.raises(UsageError, match="the model has LoRA adapters; give their lora_rank"):
+    with pytest.raises(UsageError, match="LoRA adapters already, of rank 2 and alpha 4; describe them"):
         finetune(found, own, tmp_path / "more", replace(recipe, lora_rank=0))
     before = found(ids).detach()
     more = finetune(found, own, tmp_path / "more", replace(recipe, steps=3))
@@ -841,9 +841,9 @@ def changed(row: int, column: int, value: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (GOOD.ids, "targets are the ids themselves, which trains a model to copy; they must be one ahead"),
-        (torch.where(GOOD.ids % 2 == 0, GOOD.ids, IGNORED), "are the ids themselves"),
-        (changed(3, 11, -1), "Batch.targets holds -1; wanted 0 … 100, and -100 for a target that does not"),
+        (GOOD.ids, "Batch.targets are a copy of ids; shift them: Batch"),
+        (torch.where(GOOD.ids % 2 == 0, GOOD.ids, IGNORED), "Batch.targets are a copy of ids"),
+        (changed(3, 11, -1), "Batch.targets holds -1; wanted 0 … 100 .-100 for a target to ignore"),
         (changed(0, 0, 101), "Batch.targets holds 101; wanted 0 … 100"),
         (GOOD.targets.int(), r"Batch.targets is .4, 12. torch.int32; wanted .B, T. torch.int64"),
         (GOOD.targets[:, 1:], r"Batch.targets is .4, 11. torch.int64; wanted"),

@@ -183,8 +183,8 @@ def test_ids_above_32767_stay_positive(tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "text.bin: 0 bytes of tokens .no header., wanted 1 × 2"),
-        (b"\1\0\2", "text.bin: 3 bytes of tokens .no header., wanted 2 × 2"),
+        (b"", "text.bin: 0 bytes of tokens .no header., wanted 2"),
+        (b"\1\0\2", "text.bin: 3 bytes of tokens .no header., wanted 4"),
         (array("H", [1, 1024, 3]).tobytes(), "text.bin: holds the id 1024, the model's are below 1024"),
         (array("H", [0] * 9 + [50256]).tobytes(), "text.bin: holds the id 50256"),
     ],
@@ -233,18 +233,15 @@ def test_numpys_files_say_their_width(kind: str, tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (
-            array("I", IDS).tobytes(),
-            "has no header and would be read as 16 bits a token, but every second",
-        ),
-        (array("q", IDS).tobytes(), "every second id would be 0; save .npy"),
+        (array("I", IDS).tobytes(), "has no header, which means 16 bits per id, but every second"),
+        (array("q", IDS).tobytes(), "every second id would be 0; save it as .npy"),
         (array("f", IDS).tobytes(), "holds the id"),
         (array("i", [-100, *IDS]).tobytes(), "holds the id 65535"),
         (b"Once there was a fox. " * 9, "looks like text, not tokens; give it another suffix than .bin"),
-        (llmc(torch.uint16)[:-2], "70 bytes of tokens .llm.c., wanted 36 × 2; is it cut"),
+        (llmc(torch.uint16)[:-2], "70 bytes of tokens .llm.c., wanted 72; is it cut"),
         (llmc(torch.uint32, version=3), "llm.c's tokens of version 3, wanted 7"),
         (llmc(torch.uint16, [5, 2000]), "holds the id 2000, the model's are below 1024"),
-        ("cut", "280 bytes of tokens ..npy., wanted 36 × 8"),
+        ("cut", "280 bytes of tokens ..npy., wanted 288"),
         (numpy.array(IDS, ">u2"), "wanted one row of little-endian integers in a .npy"),
         (numpy.array(IDS, "f4"), "wanted one row of little-endian integers"),
         (numpy.array([IDS], "u2"), "wanted one row of little-endian integers"),
@@ -279,7 +276,7 @@ def test_a_large_vocabulary_gets_32_bits_and_needs_them(tmp_path: Path):
         assert numpy.load(tmp_path / "text.npy").tolist() == ids
     small = tiktoken.Encoding("small", pat_str=WORDS_AND_SPACES, mergeable_ranks=ranks, special_tokens={})
     tokenize_file(source, tmp_path / "text.bin", small)
-    with pytest.raises(CheckpointError, match="read as 16 bits a token, but 65537 ids need more"):
+    with pytest.raises(CheckpointError, match="16 bits per id, but 65537 ids need more"):
         open_tokens(tmp_path / "text.bin", 2**16 + 1)
 
 
@@ -344,14 +341,6 @@ def test_text_windows_predict_each_token_once():
     assert torch.cat([batch.ids.flatten() for batch in batches]).tolist() == list(range(992))
     assert [len(batch.ids) for batch in text_windows(COUNTED, 16, 8, most=10)] == [8, 2]
     assert len(text_windows(COUNTED[:17], 16, 8, most=10)) == 1
-
-
-def test_a_text_shorter_than_a_window_is_refused():
-    message = "the text has 16 tokens, a window needs 17; use a smaller --seq-len"
-    with pytest.raises(UsageError, match=message):
-        text_batches(COUNTED[:16], 16, 1, seed=0)
-    with pytest.raises(UsageError, match=message):
-        text_windows(COUNTED[:16], 16, 1, most=1)
 
 
 EXAMPLES = [Example([i] * (i + 1), [IGNORED] * i + [i]) for i in range(7)]
@@ -505,7 +494,9 @@ def test_a_long_response_is_cut_and_a_long_prompt_left_out(encoding: Encoding):
     long = ASKED | {"output": "Red and blue. " * 100}
     [(_, example)] = instruction_examples([long], encoding, 4096)
     room = len(encoding.encode_ordinary(PROMPT)) + 1
-    with pytest.warns(UserWarning, match=f"of 2 instructions, 1 are left out .* {room} tokens, and 1 lose"):
+    with pytest.warns(
+        UserWarning, match=f"of 2 instructions, 1 are left out .* {room} tokens., and 1 are cut"
+    ):
         [(_, cut)] = instruction_examples([long, ASKED | {"instruction": "Name. " * 100}], encoding, room)
     assert cut == Example(example.ids[:room], example.targets[:room])
     assert sum(target != IGNORED for target in cut.targets) == 2

@@ -15,21 +15,14 @@ from gpt2lite.cli.terminal import bytes_bar, steps_bar
 from gpt2lite.cli.training import recipe_of
 from gpt2lite.devices import resolve_device
 from gpt2lite.errors import UsageError
-from gpt2lite.finetuning.heads import as_classifier, read_labels, relabel
+from gpt2lite.finetuning.heads import as_classifier, relabel
 from gpt2lite.finetuning.loop import Metrics, finetune, read_metrics
 from gpt2lite.finetuning.recipe import Recipe
-from gpt2lite.finetuning.states import Task, saved_recipe
+from gpt2lite.finetuning.states import Task, read_labels, saved_recipe
 from gpt2lite.finetuning.tasks import classifier_task, instruction_task, open_text, text_task
 from gpt2lite.memory import human
 from gpt2lite.model import GPTModel
 from gpt2lite.tokenizer import tokenizer_files, tokenizer_for, write_beside
-
-
-def _load(path: Path, args: argparse.Namespace) -> GPTModel:
-    """In the file's dtype unless told otherwise: it is saved as it came, whatever it trains in."""
-    with bytes_bar("loading") as progress:
-        options, device = load_options(args, progress), resolve_device(args.device)
-        return GPTModel.from_checkpoint(path, device, args.strategy, config=config_of(args), **options)
 
 
 def _task(path: Path, model: GPTModel, args: argparse.Namespace, recipe: Recipe, tokens: Path) -> Task:
@@ -53,10 +46,8 @@ def _put_head(path: Path, model: GPTModel, labels: tuple[str, ...], recipe: Reci
         return
     known = read_labels(path)
     if len(known) != model.config.n_classes:
-        raise UsageError(
-            f"{path}: {len(known) or 'no'} labels beside a head of {model.config.n_classes} classes; write "
-            "labels.json there, a list of their names in the order of the head"
-        )
+        found = f"{len(known) or 'no'} labels beside a head of {model.config.n_classes} classes"
+        raise UsageError(f"{path}: {found}; write labels.json, their names in the order of the head")
     if known != labels:
         kept = relabel(model, known, labels, recipe.seed)
         parts = {"kept": kept, "new": set(labels) - set(kept), "dropped": set(known) - set(kept)}
@@ -90,7 +81,9 @@ def run(args: argparse.Namespace) -> int:
     recipe = recipe_of(args, saved_recipe(args.out) if args.resume else {})
     path = local_path(args.path, args.revision)
     with tempfile.TemporaryDirectory(prefix="gpt2lite-") as folder:
-        model = _load(path, args)
+        with bytes_bar("loading") as progress:  # in the file's dtype, whatever it trains in: it is saved so
+            options, device = load_options(args, progress), resolve_device(args.device)
+            model = GPTModel.from_checkpoint(path, device, args.strategy, config=config_of(args), **options)
         task = _task(path, model, args, recipe, Path(folder) / "tokens.npy")
         with _reports(recipe.steps) as report:
             model_path = finetune(model, task, args.out, recipe, resume=args.resume, report=report)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import fields
-from types import MappingProxyType
 from typing import Any
 
 from gpt2lite.finetuning.recipe import LORA_TARGETS, Recipe
@@ -34,7 +33,10 @@ HELP = {
     "save_every": "steps between saved states",
     "keep": "saved states to keep",
 }
-PARSERS = {"seq_len": int, "last_blocks": int}
+OPTIONS: dict[type, dict[str, Any]] = {
+    bool: {"action": argparse.BooleanOptionalAction},
+    tuple: {"nargs": "+", "metavar": "LAYER"},
+}
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,19 +44,15 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("recipe")
     for field in fields(Recipe):
         flag, default = f"--{field.name.replace('_', '-')}", field.default
-        said: dict[str, Any] = {"default": argparse.SUPPRESS, "help": HELP[field.name]}
-        if isinstance(default, bool):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, **said)
-        elif isinstance(default, tuple):
-            group.add_argument(flag, nargs="+", metavar="LAYER", **said)
-        else:
-            said["help"] += "" if default is None else f" (default: {default})"
-            group.add_argument(flag, type=PARSERS.get(field.name, type(default)), metavar="N", **said)
+        number = {"type": int if default is None else type(default), "metavar": "N"}
+        options = OPTIONS.get(type(default), number)
+        shown = f" (default: {default})" if options is number and default is not None else ""
+        group.add_argument(flag, default=argparse.SUPPRESS, help=HELP[field.name] + shown, **options)
 
 
-def recipe_of(args: argparse.Namespace, otherwise: Mapping[str, Any] = MappingProxyType({})) -> Recipe:
+def recipe_of(args: argparse.Namespace, otherwise: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe that the flags say, and `otherwise` where they are silent. Raises UsageError."""
     said = {field.name: getattr(args, field.name) for field in fields(Recipe) if hasattr(args, field.name)}
-    found: dict[str, Any] = {**otherwise, **said}
+    found: dict[str, Any] = {**(otherwise or {}), **said}
     found |= {name: tuple(value) for name, value in found.items() if isinstance(value, list)}
     return Recipe(**found)

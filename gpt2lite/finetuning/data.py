@@ -56,29 +56,21 @@ class Batch(NamedTuple):
 def check_batch(batch: Batch, config: GPTConfig) -> None:
     """Raise UsageError, with what was found, where a model of this config cannot learn from a batch."""
     ids, targets = batch
-    counted = targets != IGNORED
     ends = (config.vocab_size, config.n_classes or config.vocab_size)
     for name, tensor, end in zip(Batch._fields, batch, ends, strict=True):
         if tensor.dtype != torch.int64 or tensor.dim() != 2 or tensor.shape != ids.shape or not ids.numel():
-            raise UsageError(
-                f"Batch.{name} is {tuple(tensor.shape)} {tensor.dtype}; wanted (B, T) torch.int64, "
-                "ids and targets of one shape"
-            )
-        used = tensor if tensor is ids else tensor[counted]
-        for value in (int(used.min()), int(used.max())) if used.numel() else ():
-            if not 0 <= value < end:
-                raise UsageError(
-                    f"Batch.{name} holds {value}; wanted 0 … {end - 1}, "
-                    f"and {IGNORED} for a target that does not count"
-                )
+            found = f"{tuple(tensor.shape)} {tensor.dtype}"
+            raise UsageError(f"Batch.{name} is {found}; wanted (B, T) torch.int64, ids and targets alike")
+        wrong = tensor[(tensor < 0) | (tensor >= end)]
+        if len(wrong := wrong if tensor is ids else wrong[wrong != IGNORED]):
+            wanted = f"0 … {end - 1} ({IGNORED} for a target to ignore)"
+            raise UsageError(f"Batch.{name} holds {int(wrong[0])}; wanted {wanted}")
     if ids.shape[1] > config.context_length:
         raise UsageError(f"Batch: rows of {ids.shape[1]} tokens, the context is {config.context_length}")
+    counted = targets != IGNORED
     copies = bool((targets == ids)[counted].all())
     if not config.n_classes and copies and not bool((targets[:, :-1] == ids[:, 1:])[counted[:, :-1]].all()):
-        raise UsageError(
-            "Batch.targets are the ids themselves, which trains a model to copy; they must be one ahead: "
-            "Batch(ids[:, :-1], ids[:, 1:])"
-        )
+        raise UsageError("Batch.targets are a copy of ids; shift them: Batch(ids[:, :-1], ids[:, 1:])")
 
 
 class Example(NamedTuple):
@@ -144,16 +136,11 @@ def tokenize_file(text: Path, tokens: Path, encoding: Encoding, progress: Progre
         raise UsageError(f"{text}: is empty; there is nothing to tokenize")
     if tokens.exists() and tokens.samefile(text):
         raise UsageError(f"{tokens}: is the text itself; choose another file for its tokens")
-    with (
-        open(text, "rb") as source,
-        text_stream(source) as decoded,
-        replacing(tokens) as half,
-        open(half, "wb") as written,
-    ):
+    with open(text, "rb") as source, replacing(tokens) as half, open(half, "wb") as written:
+        decoded = text_stream(source)
         begin = written.write(_npy_header(width, 0)) if is_npy else 0
         try:
-            can_be_cut = getattr(encoding, "cuts_at_spaces", True)
-            for piece in _pieces(decoded) if can_be_cut else [decoded.read()]:
+            for piece in _pieces(decoded) if getattr(encoding, "cuts_at_spaces", True) else [decoded.read()]:
                 ids = encoding.encode(piece, allowed_special={END_OF_TEXT})
                 written.write(array("H" if width == 2 else "I", ids))
                 if progress:
@@ -186,26 +173,16 @@ def _layout_of(path: Path, head: bytes, nbytes: int) -> tuple[str, torch.dtype, 
 
 def _require_ids(path: Path, tokens: Tensor, vocab_size: int, *, has_header: bool) -> None:
     """Raise CheckpointError where ids are not the vocabulary's, or may be of another width than they look."""
-    least = most = 0
     used = [False, False]  # whether any id at an even place is not 0, and at an odd one
     for part in tokens.split(CHECKED):
         ids = part.long()
-        least, most = min(least, int(ids.min())), max(most, int(ids.max()))
         used = [some or bool(ids[parity::2].any()) for parity, some in enumerate(used)]
-    if least < 0 or most >= vocab_size:
-        wrong = least if least < 0 else most
-        raise CheckpointError(
-            path,
-            f"holds the id {wrong}, the model's are below {vocab_size}; tokenize the text for this model: "
-            "gpt2lite tokenize --model",
-        )
-    needs_more = f"{vocab_size} ids need more" if vocab_size > MOST_IDS else ""
-    has_gaps = "every second id would be 0" if len(tokens) > 3 and not all(used) else ""
-    if not has_header and (needs_more or has_gaps):
-        raise CheckpointError(
-            path,
-            f"has no header and would be read as 16 bits a token, but {needs_more or has_gaps}; save .npy",
-        )
+        if len(wrong := ids[(ids < 0) | (ids >= vocab_size)]):
+            found = f"holds the id {int(wrong.max())}, the model's are below {vocab_size}"
+            raise CheckpointError(path, f"{found}; tokenize the text for it: gpt2lite tokenize --model")
+    why = f"{vocab_size} ids need more" if vocab_size > MOST_IDS else "every second id would be 0"
+    if not has_header and (vocab_size > MOST_IDS or (len(tokens) > 3 and not all(used))):
+        raise CheckpointError(path, f"has no header, which means 16 bits per id, but {why}; save it as .npy")
 
 
 def open_tokens(path: Path, vocab_size: int) -> Tensor:
@@ -219,11 +196,9 @@ def open_tokens(path: Path, vocab_size: int) -> Tensor:
     with open(path, "rb") as file:
         head, nbytes = file.read(LLMC_HEADER), path.stat().st_size
         kind, dtype, offset, count = _layout_of(path, head, nbytes)
-        if count < 1 or offset + count * dtype.itemsize != nbytes:
-            raise CheckpointError(
-                path,
-                f"{nbytes - offset} bytes of tokens ({kind}), wanted {count} × {dtype.itemsize}; is it cut?",
-            )
+        found, wanted = nbytes - offset, count * dtype.itemsize
+        if found < 1 or found != wanted:
+            raise CheckpointError(path, f"{found} bytes of tokens ({kind}), wanted {wanted}; is it cut?")
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     tokens = torch.frombuffer(content, dtype=dtype, count=count, offset=offset)
     _require_ids(path, tokens, vocab_size, has_header=kind != NO_HEADER)
@@ -240,8 +215,7 @@ def _generator(seed: int, number: int) -> torch.Generator:
 
 def shuffled(count: int, seed: int, number: int) -> list[int]:
     """0 … count - 1 in an order drawn from (seed, number)."""
-    order: list[int] = torch.randperm(count, generator=_generator(seed, number), device="cpu").tolist()
-    return order
+    return torch.randperm(count, generator=_generator(seed, number), device="cpu").tolist()
 
 
 def _windows(tokens: Tensor, starts: Sequence[int], seq_len: int) -> Batch:
@@ -249,19 +223,8 @@ def _windows(tokens: Tensor, starts: Sequence[int], seq_len: int) -> Batch:
     return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
 
 
-def _require_window(tokens: Tensor, seq_len: int) -> None:
-    if len(tokens) <= seq_len:
-        raise UsageError(
-            f"the text has {len(tokens)} tokens, a window needs {seq_len + 1}; use a smaller --seq-len"
-        )
-
-
 def text_batches(tokens: Tensor, seq_len: int, batch_size: int, seed: int) -> Batches:
-    """Windows of a text (N,) at random places, drawn from (seed, number of the batch).
-
-    Raises UsageError for a text shorter than seq_len + 1 tokens.
-    """
-    _require_window(tokens, seq_len)
+    """Windows of a text (N,), N > seq_len, at random places, drawn from (seed, number of the batch)."""
 
     def batch(number: int) -> Batch:
         generator = _generator(seed, number)
@@ -274,9 +237,8 @@ def text_batches(tokens: Tensor, seq_len: int, batch_size: int, seed: int) -> Ba
 def text_windows(tokens: Tensor, seq_len: int, batch_size: int, most: int) -> list[Batch]:
     """The first `most` windows of a text, or all: one behind the other, so that no target comes twice.
 
-    The last batch may be smaller. Raises UsageError for a text shorter than seq_len + 1 tokens.
+    The last batch may be smaller.
     """
-    _require_window(tokens, seq_len)
     starts = range(0, len(tokens) - seq_len, seq_len)[:most]
     firsts = range(0, len(starts), batch_size)
     return [_windows(tokens, starts[first : first + batch_size], seq_len) for first in firsts]

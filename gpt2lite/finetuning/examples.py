@@ -17,10 +17,8 @@ from gpt2lite.errors import UsageError
 from gpt2lite.finetuning.data import IGNORED, Example, shuffled
 from gpt2lite.reading_text import decode_text, filled_lines
 
-PREAMBLE = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request."
-)
+PREAMBLE = "Below is an instruction that describes a task. "
+PREAMBLE += "Write a response that appropriately completes the request."
 INPUT = "input"  # the one field that an instruction may lack
 MISSING = ("", "nan")  # how tables write a label that is not there
 FIELD_LIMIT = threading.Lock()  # csv's limit is the process's
@@ -70,11 +68,7 @@ def _csv_entries(path: Path, text: str) -> Entries:
     return rows
 
 
-READERS = {
-    ".json": ("entry", _json_entries),
-    ".jsonl": ("line", _jsonl_entries),
-    ".csv": ("line", _csv_entries),
-}
+READERS = {".json": _json_entries, ".jsonl": _jsonl_entries, ".csv": _csv_entries}
 
 
 def _record(where: str, entry: Any, fields: Sequence[str]) -> Record:
@@ -98,11 +92,12 @@ def read_records(path: Path, fields: Sequence[str]) -> list[Record]:
     Values are text, numbers turned into it; others are left out. Each record has `fields`. Costs the whole
     file in memory. Raises UsageError, with the line or entry, for what is not such a record.
     """
-    if path.suffix.lower() not in READERS:
+    kind = path.suffix.lower()
+    if kind not in READERS:
         raise UsageError(f"{path}: unknown kind of file {path.suffix!r}; choose from {', '.join(READERS)}")
-    text = decode_text(path.read_bytes(), path)
-    kind, entries = READERS[path.suffix.lower()]
-    records = [_record(f"{path}, {kind} {number}", entry, fields) for number, entry in entries(path, text)]
+    entries = READERS[kind](path, decode_text(path.read_bytes(), path))
+    where = f"{path}, {'entry' if kind == '.json' else 'line'}"
+    records = [_record(f"{where} {number}", entry, fields) for number, entry in entries]
     if not records:
         raise UsageError(f"{path}: holds no records; wanted some with {', '.join(fields)}")
     return records
@@ -136,16 +131,11 @@ def instruction_examples(
             cut += len(targets) > seq_len
     dropped = len(records) - len(pairs)
     if 2 * dropped > len(records):
-        raise UsageError(
-            f"{dropped} of {len(records)} prompts leave no room for a response in {seq_len} tokens; "
-            "use a larger --seq-len"
-        )
+        what = f"{dropped} of {len(records)} prompts leave no room for a response in {seq_len} tokens"
+        raise UsageError(f"{what}; use a larger --seq-len")
     if dropped or cut:
-        warnings.warn(
-            f"of {len(records)} instructions, {dropped} are left out because their prompts fill {seq_len} "
-            f"tokens, and {cut} lose the end of their response; use a larger --seq-len to keep them",
-            stacklevel=2,
-        )
+        lost = f"{dropped} are left out (their prompts fill {seq_len} tokens), and {cut} are cut at their end"
+        warnings.warn(f"of {len(records)} instructions, {lost}; use a larger --seq-len", stacklevel=2)
     return pairs
 
 
@@ -167,9 +157,8 @@ def _labels_of(records: Sequence[Record]) -> list[str]:
             raise UsageError(f"{record.where}: the label is {record['label']!r}; label the row or remove it")
         known, place = first.setdefault(_look(label), (label, record.where))
         if known != label:
-            raise UsageError(
-                f"{record.where}: the label {label!r} looks like {known!r} at {place}; spell them the same"
-            )
+            alike = f"the label {label!r} looks like {known!r} at {place}"
+            raise UsageError(f"{record.where}: {alike}; spell them the same")
         labels.append(label)
     return labels
 

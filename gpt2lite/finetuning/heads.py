@@ -1,17 +1,13 @@
-"""A classifier's head, and what its classes are called."""
+"""A classifier's head, and its rows by the labels of its classes."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from gpt2lite.errors import CheckpointError
-from gpt2lite.finetuning.states import LABELS, newest_state
 from gpt2lite.model import GPTModel
 
 
@@ -41,24 +37,3 @@ def relabel(model: GPTModel, known: Sequence[str], labels: Sequence[str], seed: 
         model.out_head.weight[new_row] = old.weight[row]
         model.out_head.bias[new_row] = 0.0 if old.bias is None else old.bias[row]
     return kept
-
-
-def read_labels(checkpoint: Path) -> tuple[str, ...]:
-    """What the classes of a finetuned classifier are called, from labels.json or the states beside it.
-
-    () where nothing says it. Raises CheckpointError where labels.json is damaged or is another run's.
-    """
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    path, state = folder / LABELS, newest_state(folder)
-    known = state[1]["made_from"]["labels"] if state else []
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else known
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(path, f"not JSON ({error})") from None
-    if not isinstance(found, list) or not all(isinstance(label, str) for label in found):
-        raise CheckpointError(path, "wanted a JSON list of the classes' labels, in the order of the head")
-    if state and found != known:
-        raise CheckpointError(
-            path, f"says {', '.join(found)}, {state[0].name} says {', '.join(known)}. Is it another run's?"
-        )
-    return tuple(found)

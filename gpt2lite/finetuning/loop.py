@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,11 @@ import torch
 
 from gpt2lite.devices import peak_allocated
 from gpt2lite.errors import UsageError
+from gpt2lite.finetuning import states
 from gpt2lite.finetuning.data import IGNORED, Batch
 from gpt2lite.finetuning.lora import merge_lora
 from gpt2lite.finetuning.recipe import Recipe
-from gpt2lite.finetuning.states import (
-    LABELS,
-    METRICS,
-    Run,
-    Task,
-    identity_of,
-    restore,
-    save_lora,
-    save_state,
-    state_files,
-)
+from gpt2lite.finetuning.states import LABELS, METRICS, Run, Task
 from gpt2lite.finetuning.training import Trainer, choose_trained, loss_sum, placed, prepared, rows_of
 from gpt2lite.model import GPTModel
 
@@ -70,10 +61,8 @@ def validate(model: GPTModel, batches: Sequence[Batch], recipe: Recipe) -> tuple
 def _require_folder(out: Path, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; choose a folder")
-    if resume and not (out / METRICS).is_file() and not state_files(out):
-        raise UsageError(
-            f"{out}: no run to resume there. Check its name, or start one without resume (--resume)"
-        )
+    if resume and not (out / METRICS).is_file() and not states.state_files(out):
+        raise UsageError(f"{out}: no run to resume there. Check its name, or start without resume (--resume)")
     if not resume and out.is_dir() and any(out.iterdir()):
         raise UsageError(f"{out}: is not empty; choose a new folder, or continue with resume (--resume)")
 
@@ -102,10 +91,8 @@ def _interruptible() -> Iterator[threading.Event]:
 def _require_task(model: GPTModel, task: Task, recipe: Recipe) -> None:
     n_classes = model.config.n_classes
     if n_classes != len(task.labels):
-        raise UsageError(
-            f"the model's head has {n_classes} classes, the task {len(task.labels)}; "
-            + ("text needs a model with a language head" if n_classes else "gpt2lite.as_classifier makes one")
-        )
+        todo = "text needs a model with a language head" if n_classes else "gpt2lite.as_classifier makes one"
+        raise UsageError(f"the model's head has {n_classes} classes, the task {len(task.labels)}; {todo}")
     if any(p.dtype == torch.int8 for p in model.parameters()):
         raise UsageError("an int8 model does not train; load it without quantize")
     if any(p.is_inference() for p in model.parameters()):
@@ -144,17 +131,14 @@ def finetune(
     out, recipe = Path(out), recipe or Recipe()
     _require_task(model, task, recipe)
     _require_folder(out, resume)
-    identity = identity_of(model, task, recipe)
+    identity = states.identity_of(model, task, recipe)
     with prepared(model):
         choose_trained(model, recipe)
-        trainer = Trainer(model, recipe)
-        try:
+        with closing(Trainer(model, recipe)) as trainer:
             out.mkdir(parents=True, exist_ok=True)
             _go_on(Run(trainer, task, out, identity), report)
-        finally:
-            trainer.close()
         if recipe.lora_rank:
-            save_lora(trainer.trained, recipe.lora_alpha, out / "adapters.pth")
+            states.save_lora(trainer.trained, recipe.lora_alpha, out / "adapters.pth")
             merge_lora(model)
     path = model.save_checkpoint(out / "model.pth")
     if task.labels:
@@ -164,18 +148,18 @@ def finetune(
 
 def _go_on(run: Run, report: Callable[[Metrics], None] | None) -> None:
     """All steps from the newest state on."""
-    recipe, start = run.trainer.recipe, restore(run)
+    recipe, start = run.trainer.recipe, states.restore(run)
     with _interruptible() as asked, (run.out / METRICS).open("a", encoding="utf-8", newline="\n") as log:
         for number in range(start, recipe.steps):
             metrics, is_whole, is_last = _one(run, number), False, number + 1 == recipe.steps
             try:
-                metrics, is_whole = replace(metrics, **_seen(run, number)), True
+                metrics, is_whole = _validated(run, metrics), True
             finally:  # what only looks at the model must not cost its steps
                 line = {key: value for key, value in asdict(metrics).items() if value is not None}
                 log.write(json.dumps(line) + "\n")
                 log.flush()
                 if not is_whole or asked.is_set() or is_last or (number + 1) % recipe.save_every == 0:
-                    save_state(run, number + 1)
+                    states.save_state(run, number + 1)
             if report:
                 report(metrics)
             if asked.is_set() and not is_last:
@@ -187,22 +171,17 @@ def _one(run: Run, number: int) -> Metrics:
     recipe, device, began = run.trainer.recipe, run.trainer.device, time.perf_counter()
     batches = [run.task.train(number * recipe.accumulate + part) for part in range(recipe.accumulate)]
     loss, norm = run.trainer.step(number, batches)
-    return Metrics(
-        step=number,
-        loss=loss,
-        learning_rate=recipe.learning_rate_at(number),
-        gradient_norm=norm,
-        tokens_per_second=sum(batch.ids.numel() for batch in batches) / (time.perf_counter() - began),
-        memory=psutil.Process().memory_info().rss if device.type == "cpu" else peak_allocated(device),
-    )
+    speed = sum(batch.ids.numel() for batch in batches) / (time.perf_counter() - began)
+    memory = psutil.Process().memory_info().rss if device.type == "cpu" else peak_allocated(device)
+    return Metrics(number, loss, recipe.learning_rate_at(number), norm, speed, memory)
 
 
-def _seen(run: Run, number: int) -> dict[str, Any]:
-    """Validation loss, accuracy and sample, after the steps where they are due."""
+def _validated(run: Run, metrics: Metrics) -> Metrics:
+    """With validation loss, accuracy and sample, after the steps where they are due."""
     task, model, recipe = run.task, run.trainer.model, run.trainer.recipe
-    is_due = (number + 1) % recipe.validate_every == 0 or number + 1 == recipe.steps
+    is_due = (metrics.step + 1) % recipe.validate_every == 0 or metrics.step + 1 == recipe.steps
     if not task.validation or not is_due:
-        return {}
+        return metrics
     loss, accuracy = validate(model, task.validation, recipe)
     sample = task.sample(model) if task.sample else None
-    return {"validation_loss": loss, "accuracy": accuracy, "sample": sample}
+    return replace(metrics, validation_loss=loss, accuracy=accuracy, sample=sample)

@@ -6,12 +6,13 @@ Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models"; th
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
 
 from gpt2lite.errors import UsageError
+from gpt2lite.finetuning.recipe import Recipe
 
 
 class LoRA(nn.Module):
@@ -29,7 +30,7 @@ class LoRA(nn.Module):
 
 
 class LinearWithLoRA(nn.Module):
-    """A frozen linear layer, whose weight and bias it shows as its own, plus an adapter."""
+    """A frozen linear layer, whose weight it shows as its own, plus an adapter."""
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
         super().__init__()
@@ -39,11 +40,6 @@ class LinearWithLoRA(nn.Module):
     def weight(self) -> Tensor:
         """Of the layer below."""
         return self.linear.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """Of the layer below."""
-        return self.linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) → (..., out)."""
@@ -62,16 +58,15 @@ def lora_layers(model: nn.Module) -> dict[str, LinearWithLoRA]:
 
 
 @torch.inference_mode(False)
-def add_lora(
-    model: nn.Module, rank: int, alpha: float, targets: Sequence[str], seed: int = 0
-) -> list[nn.Parameter]:
-    """Freeze the model and put an adapter around each linear layer of its blocks whose name ends in a target.
+def add_lora(model: nn.Module, recipe: Recipe) -> list[nn.Parameter]:
+    """Freeze the model and put an adapter around each linear layer of its blocks that the recipe targets.
 
     Returns the adapters' parameters; what they start from depends on the seed alone. Costs rank × (in + out)
     numbers for each. Adapters that are there already and are as asked for stay, to be trained further. Raises
     UsageError where they are others.
     """
-    ends = tuple(f".{name}" for name in targets)
+    rank, alpha = recipe.lora_rank, recipe.lora_alpha
+    ends = tuple(f".{name}" for name in recipe.lora_targets)
     wanted = {
         path: layer
         for path, layer in model.named_modules()
@@ -82,12 +77,10 @@ def add_lora(
     others = {(layer.lora.A.shape[1], layer.lora.alpha) for layer in found.values()} - {(rank, alpha)}
     if found and (others or found.keys() != wanted.keys()):
         said = " and ".join(f"rank {rank} and alpha {alpha:g}" for rank, alpha in sorted(others))
-        raise UsageError(
-            f"the model has LoRA adapters already, {f'of {said}' if said else 'of other layers'}; give their "
-            "lora_rank, lora_alpha and lora_targets, or merge them first (gpt2lite.merge_lora)"
-        )
+        has = f"the model has LoRA adapters already, of {said or 'other layers'}"
+        raise UsageError(f"{has}; describe them (lora_rank, …) or call gpt2lite.merge_lora first")
     model.requires_grad_(False)
-    generator = torch.Generator("cpu").manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(recipe.seed)
     for path, linear in wanted.items():
         if isinstance(linear, nn.Linear):
             layer = LinearWithLoRA(linear, rank, alpha)
@@ -95,10 +88,8 @@ def add_lora(
             nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
             layer.lora.A.data.copy_(drawn)
             put_layer(model, path, layer)
-    adapters = [p for layer in lora_layers(model).values() for p in layer.lora.parameters()]
-    for parameter in adapters:
-        parameter.requires_grad_(True)
-    return adapters
+    adapters = [layer.lora.requires_grad_(True) for layer in lora_layers(model).values()]
+    return [p for adapter in adapters for p in adapter.parameters()]
 
 
 def drop_lora(model: nn.Module, kept: Collection[str]) -> None:

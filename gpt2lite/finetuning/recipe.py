@@ -78,10 +78,7 @@ class Recipe:
         if self.lora_rank and self.last_blocks:
             raise UsageError("lora_rank and last_blocks exclude each other: both say what is trained")
         if self.step_in_backward and (self.clip or self.accumulate > 1):
-            raise UsageError(
-                "step_in_backward frees each gradient at once, which leaves none to clip or accumulate; "
-                "it needs clip=0 and accumulate=1"
-            )
+            raise UsageError("step_in_backward frees each gradient: it needs clip=0 and accumulate=1")
 
     def row_length(self, context_length: int) -> int:
         """Tokens a row for a model of this context. Raises UsageError where seq_len is more than it."""

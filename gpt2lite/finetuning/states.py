@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import pickle
+import json
 import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -72,20 +73,12 @@ def identity_of(model: GPTModel, task: Task, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _save(content: Mapping[str, Any], path: Path) -> None:
-    """Whole or not at all."""
-    with replacing(path) as temporary:
-        torch.save(content, temporary)
-
-
 def _read(path: Path, keys: Collection[str], what: str) -> dict[str, Any]:
-    """What `_save` wrote, mapped. Raises CheckpointError for a file that is damaged or lacks a key."""
+    """A file's content, mapped. Raises CheckpointError for one that is damaged or lacks a key."""
     try:
         saved: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return {key: saved[key] for key in keys}
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(path, f"not {what} ({first_line(error)})") from None
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (OSError, RuntimeError, EOFError, UnpicklingError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(path, f"not {what} of this version ({first_line(error)})") from None
 
 
@@ -117,7 +110,8 @@ def save_state(run: Run, step: int) -> None:
         "last_batch": _last_batch(run.task, trainer.recipe, step),
         "metrics": (run.out / METRICS).read_text(encoding="utf-8"),
     }
-    _save(content, run.out / f"step-{step:06}.pth")
+    with replacing(run.out / f"step-{step:06}.pth") as temporary:
+        torch.save(content, temporary)
     older = [path for number, path in state_files(run.out).items() if number <= step]
     for path in older[: -trainer.recipe.keep]:
         path.unlink()
@@ -148,6 +142,26 @@ def saved_recipe(out: Path) -> dict[str, Any]:
     return dict(found[1]["made_from"]["recipe"]) if found else {}
 
 
+def read_labels(checkpoint: Path) -> tuple[str, ...]:
+    """What the classes of a finetuned classifier are called, from labels.json or the states beside it.
+
+    () where nothing says it. Raises CheckpointError where labels.json is damaged or is another run's.
+    """
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    path, state = folder / LABELS, newest_state(folder)
+    known = state[1]["made_from"]["labels"] if state else []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else known
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(path, f"not JSON ({error})") from None
+    if not isinstance(found, list) or not all(isinstance(label, str) for label in found):
+        raise CheckpointError(path, "wanted a JSON list of the classes' labels, in the order of the head")
+    if state and found != known:
+        said = f"says {', '.join(found)}, {state[0].name} says {', '.join(known)}"
+        raise CheckpointError(path, f"{said}. Is it another run's?")
+    return tuple(found)
+
+
 def _require_same(path: Path, saved: dict[str, Any], run: Run) -> None:
     """Refuse to go on with another model, data or recipe than a state's; say what differs and may."""
     was, now, step = saved["made_from"], run.identity, saved["step"]
@@ -155,18 +169,13 @@ def _require_same(path: Path, saved: dict[str, Any], run: Run) -> None:
     others = {key for key in OTHERS if was[key] != now[key]} | (set() if same_batch else {"data"})
     before, after = was["recipe"], now["recipe"]
     changed = [key for key in before if after.get(key) != before[key] and key not in UNSAID]
-    said = ", ".join(
-        [*(f"{key}={before[key]!r}" for key in changed), *(OTHERS[key] for key in sorted(others))]
-    )
+    said = ", ".join([f"{key}={before[key]!r}" for key in changed] + [OTHERS[key] for key in sorted(others)])
     if others or after["steps"] < before["steps"] or set(changed) - MAY_CHANGE:
         raise UsageError(f"{path}: was made with {said}; resume with the same")
     if said:
         new = ", ".join(f"{key}={after[key]!r}" for key in changed)
-        warnings.warn(
-            f"{path}: was made with {said}; from step {step} on it is {new}, and the learning rate follows "
-            "the new curve",
-            stacklevel=2,
-        )
+        changes = f"from step {step} on it is {new}, and the learning rate follows the new curve"
+        warnings.warn(f"{path}: was made with {said}; {changes}", stacklevel=2)
 
 
 def restore(run: Run) -> int:
@@ -193,7 +202,10 @@ def restore(run: Run) -> int:
 
 def save_lora(trained: Mapping[str, Tensor], alpha: float, path: Path) -> None:
     """Write what was trained, by name: adapters, the alpha that no weight holds, and a classifier's head."""
-    _save({"lora_alpha": alpha, "lora": {name: tensor.detach() for name, tensor in trained.items()}}, path)
+    with replacing(path) as temporary:
+        torch.save(
+            {"lora_alpha": alpha, "lora": {name: p.detach() for name, p in trained.items()}}, temporary
+        )
 
 
 @torch.inference_mode(False)
@@ -205,26 +217,19 @@ def load_lora(model: nn.Module, path: Path) -> None:
     before anything is changed, for a damaged file, or one whose layers are not the model's.
     """
     saved = _read(path, ("lora_alpha", "lora"), "a file of LoRA adapters")
-    tensors, modules, adapted = saved["lora"], dict(model.named_modules()), dict[str, LinearWithLoRA]()
+    tensors, modules, own = saved["lora"], dict(model.named_modules()), dict(model.named_parameters())
+    adapted = dict[str, LinearWithLoRA]()
     for name in sorted({name.rpartition(".lora.")[0] for name in tensors if ".lora." in name}):
         layer, a = modules.get(name), tensors.get(f"{name}.lora.A")
         if not isinstance(layer, nn.Linear) or a is None or f"{name}.lora.B" not in tensors:
-            raise CheckpointError(
-                path, f"holds an adapter for {name}, which is not a linear layer of the model"
-            )
+            raise CheckpointError(path, f"has an adapter for {name}, not a linear layer of the model")
         adapted[name] = LinearWithLoRA(layer, a.shape[-1], float(saved["lora_alpha"]))
-    own = dict(model.named_parameters())
-    for path_of_layer, added in adapted.items():
-        own |= {f"{path_of_layer}.lora.{part}": p for part, p in added.lora.named_parameters()}
+        own |= {f"{name}.lora.{part}": p for part, p in adapted[name].lora.named_parameters()}
     for name, tensor in tensors.items():
         if name not in own or own[name].shape != tensor.shape:
             found = f"one of {tuple(own[name].shape)}" if name in own else "no such weight"
-            raise CheckpointError(
-                path,
-                f"{name} is {tuple(tensor.shape)}, the model has {found}. "
-                "If it is a classifier's head, call gpt2lite.as_classifier first",
-                name=name,
-            )
+            what = f"{name} is {tuple(tensor.shape)}, the model has {found}"
+            raise CheckpointError(path, f"{what} (a classifier's head? call as_classifier first)", name=name)
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
     for name, added in adapted.items():

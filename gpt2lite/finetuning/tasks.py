@@ -12,24 +12,7 @@ from torch import Tensor
 from gpt2lite.config import GPTConfig
 from gpt2lite.encoding import Encoding, end_of_text
 from gpt2lite.errors import UsageError
-from gpt2lite.finetuning.data import (
-    Example,
-    digest_of,
-    example_batches,
-    example_windows,
-    open_tokens,
-    tensor_parts,
-    text_batches,
-    text_windows,
-    tokenize_file,
-)
-from gpt2lite.finetuning.examples import (
-    classifier_examples,
-    format_prompt,
-    instruction_examples,
-    read_records,
-    split,
-)
+from gpt2lite.finetuning import data, examples
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.finetuning.states import Task
 from gpt2lite.model import GPTModel
@@ -56,16 +39,14 @@ def text_task(tokens: Tensor, encoding: Encoding, config: GPTConfig, recipe: Rec
     seq_len = recipe.row_length(config.context_length)
     held = max(int(len(tokens) * HELD_OUT), seq_len + 1)
     if len(tokens) - held <= seq_len:
-        raise UsageError(
-            f"the text has {len(tokens)} tokens; training and validation need a window of {seq_len + 1} "
-            "tokens each; use a smaller --seq-len"
-        )
+        parts = f"training and validation need a window of {seq_len + 1} tokens each"
+        raise UsageError(f"the text has {len(tokens)} tokens; {parts}; use a smaller --seq-len")
     training = tokens[:-held]
     first = int(tokens[0]) if encoding.eot_token is None else encoding.eot_token
     return Task(
-        digest=digest_of(tensor_parts(tokens)),
-        train=text_batches(training, seq_len, recipe.batch_size, recipe.seed),
-        validation=text_windows(tokens[len(training) :], seq_len, recipe.batch_size, MOST_WINDOWS),
+        digest=data.digest_of(data.tensor_parts(tokens)),
+        train=data.text_batches(training, seq_len, recipe.batch_size, recipe.seed),
+        validation=data.text_windows(tokens[len(training) :], seq_len, recipe.batch_size, MOST_WINDOWS),
         sample=lambda model: _written(model, [first], encoding, temperature=0.8, seed=0),
     )
 
@@ -76,20 +57,20 @@ def instruction_task(path: Path, encoding: Encoding, config: GPTConfig, recipe: 
     The loss is of the response alone. A tenth is for validation. Raises UsageError for bad records.
     """
     seq_len = recipe.row_length(config.context_length)
-    records = read_records(path, ("instruction", "output"))
-    training, held = split(instruction_examples(records, encoding, seq_len), HELD_OUT, recipe.seed)
+    records = examples.read_records(path, ("instruction", "output"))
+    pairs = examples.instruction_examples(records, encoding, seq_len)
+    training, held = examples.split(pairs, HELD_OUT, recipe.seed)
     shown = held[0][0]
-    prompt = encoding.encode_ordinary(format_prompt(shown))
-    task = _example_task([e for _, e in training], [e for _, e in held], recipe, encoding)
+    prompt = encoding.encode_ordinary(examples.format_prompt(shown))
+    task = _example_task([e for _, e in training], [e for _, e in held], recipe, end_of_text(encoding))
     return replace(task, sample=lambda model: f"{shown['instruction']} → {_written(model, prompt, encoding)}")
 
 
-def _example_task(training: list[Example], held: list[Example], recipe: Recipe, encoding: Encoding) -> Task:
-    pad = end_of_text(encoding)
+def _example_task(training: list[data.Example], held: list[data.Example], recipe: Recipe, pad: int) -> Task:
     return Task(
-        example_batches(training, recipe.batch_size, recipe.seed, pad),
-        example_windows(held, recipe.batch_size, pad),
-        digest=digest_of(repr(example).encode() for example in (*training, *held)),
+        data.example_batches(training, recipe.batch_size, recipe.seed, pad),
+        data.example_windows(held, recipe.batch_size, pad),
+        digest=data.digest_of(repr(example).encode() for example in (*training, *held)),
     )
 
 
@@ -99,21 +80,20 @@ def classifier_task(path: Path, encoding: Encoding, config: GPTConfig, recipe: R
     A tenth is for validation. Raises UsageError for bad records, or fewer than two labels.
     """
     seq_len = recipe.row_length(config.context_length)
-    examples, labels = classifier_examples(read_records(path, ("text", "label")), encoding, seq_len)
-    training, held = split(examples, HELD_OUT, recipe.seed)
-    for part, what in (
-        (training, "to learn from"),
-        (held, "to validate with, so accuracy does not cover them"),
-    ):
+    records = examples.read_records(path, ("text", "label"))
+    labelled, labels = examples.classifier_examples(records, encoding, seq_len)
+    training, held = examples.split(labelled, HELD_OUT, recipe.seed)
+    parts = {"to learn from": training, "to validate with, so accuracy does not cover them": held}
+    for what, part in parts.items():
         seen = {example.targets[-1] for example in part}
         if lacking := [label for number, label in enumerate(labels) if number not in seen]:
             warnings.warn(f"{path}: no rows of {', '.join(lacking)} {what}; give more rows", stacklevel=2)
-    return replace(_example_task(training, held, recipe, encoding), labels=tuple(labels))
+    return replace(_example_task(training, held, recipe, end_of_text(encoding)), labels=tuple(labels))
 
 
 def open_text(path: Path, tokens: Path, encoding: Encoding, vocab_size: int) -> Tensor:
     """The ids of a token file (.bin, .npy), mapped, or of a text, tokenised to `tokens` and mapped there."""
     if path.suffix in (".bin", ".npy"):
-        return open_tokens(path, vocab_size)
-    tokenize_file(path, tokens, encoding)
-    return open_tokens(tokens, vocab_size)
+        return data.open_tokens(path, vocab_size)
+    data.tokenize_file(path, tokens, encoding)
+    return data.open_tokens(tokens, vocab_size)

@@ -51,19 +51,12 @@ def choose_trained(model: GPTModel, recipe: Recipe) -> None:
     """
     learning = {p for p in model.parameters() if p.requires_grad}
     parts: list[nn.Module] = [model.out_head] if model.config.n_classes else []
-    adapters: list[nn.Parameter] = []
-    if recipe.lora_rank:
-        adapters = add_lora(model, recipe.lora_rank, recipe.lora_alpha, recipe.lora_targets, seed=recipe.seed)
-    elif lora_layers(model):
-        raise UsageError(
-            "the model has LoRA adapters; give their lora_rank, lora_alpha and lora_targets to train them "
-            "further, or merge them first (gpt2lite.merge_lora)"
-        )
-    elif recipe.last_blocks:
+    adapters = add_lora(model, recipe) if recipe.lora_rank or lora_layers(model) else []
+    if recipe.last_blocks:
         if recipe.last_blocks > len(model.trf_blocks):
             raise UsageError(f"last_blocks={recipe.last_blocks}: the model has {len(model.trf_blocks)}")
         parts += [*list(model.trf_blocks)[-recipe.last_blocks :], model.final_norm]
-    else:
+    elif not recipe.lora_rank:
         parts = [model]
     trained = {p for part in parts for p in part.parameters()} & learning | set(adapters)
     if not trained:
@@ -134,9 +127,8 @@ def loss_sum(model: GPTModel, ids: Tensor, places: Tensor | None, targets: Tenso
     """The loss of ids (B, T) at N places, in nats, summed: ()."""
     device = ids.device
     with torch.autocast(device.type, precision_of(device), enabled=recipe.autocast):
-        return cross_entropy(
-            model.out_head, rows_of(model, ids, places), targets, chunked=recipe.chunked_loss
-        )
+        rows = rows_of(model, ids, places)
+        return cross_entropy(model.out_head, rows, targets, chunked=recipe.chunked_loss)
 
 
 def placed(batch: Batch, model: GPTModel) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -171,23 +163,18 @@ class Trainer:
             raise UsageError("step_in_backward needs bf16: fp16's scaled gradients are unscaled all at once")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scales)
         self.loss_sum: Callable[..., Tensor] = torch.compile(loss_sum) if recipe.compile else loss_sum
-        self.handles = [
-            parameter.register_post_accumulate_grad_hook(self._step_one)
-            for parameter in self.trained.values()
-            if recipe.step_in_backward
-        ]
+        stepped = self.trained.values() if recipe.step_in_backward else ()
+        self.handles = [p.register_post_accumulate_grad_hook(self._step_one) for p in stepped]
 
     def _make_optimizers(self) -> dict[Tensor, torch.optim.Optimizer]:
         make: Any = _adamw8bit if self.recipe.eight_bit else partial(torch.optim.AdamW, fused=True)
         options = {"lr": self.recipe.learning_rate, "betas": BETAS}
-        decays = (self.recipe.weight_decay, 0.0)
-        parts = [[p for p in self.trained.values() if (p.dim() < 2) == flat] for flat in (False, True)]
         groups: list[dict[str, Any]] = [
-            {"params": part, "weight_decay": decay} for part, decay in zip(parts, decays, strict=True) if part
+            {"params": [p for p in self.trained.values() if (p.dim() < 2) == is_flat], "weight_decay": decay}
+            for is_flat, decay in ((False, self.recipe.weight_decay), (True, 0.0))
         ]
         if not self.recipe.step_in_backward:
-            optimizer = make(groups, **options)
-            return dict.fromkeys(self.trained.values(), optimizer)
+            return dict.fromkeys(self.trained.values(), make(groups, **options))
         return {p: make([group | {"params": [p]}], **options) for group in groups for p in group["params"]}
 
     def _step_one(self, parameter: Tensor) -> None:
@@ -225,8 +212,7 @@ class Trainer:
     def _step_all(self, number: int, optimizers: set[torch.optim.Optimizer]) -> float:
         for optimizer in optimizers:
             self.scaler.unscale_(optimizer)
-        most = self.recipe.clip or float("inf")
-        norm = float(nn.utils.clip_grad_norm_(self.trained.values(), most))
+        norm = float(nn.utils.clip_grad_norm_(self.trained.values(), self.recipe.clip or float("inf")))
         if not self.scaler.is_enabled():
             _require_finite(number, norm, self.recipe)
         for optimizer in optimizers:
