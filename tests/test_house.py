@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -11,25 +12,18 @@ import gpt2lite
 
 PACKAGE = Path(gpt2lite.__file__).parent
 
-# Every room, and the rooms that it may import from (DESIGN: imports point one way). A package's own modules
-# may import each other.
+# Every room, and the rooms that it may import from: those on floors below. A package's own modules may import
+# each other.
+ARCHITECTURE = Path(__file__).resolve().parent.parent / "docs" / "ARCHITECTURE.md"
+ROW = re.compile(r"^\| \d+ \| ([^|]+) \|", re.MULTILINE)
 FLOORS = [
-    {"errors", "_version", "_torch", "sampler", "collector"},
-    {"devices"},
-    {"config", "checkpoint", "memory", "quantization", "encoding", "reading_text"},
-    {"dialects", "tracking"},
-    {"hub"},
-    {"tokenizer"},
-    {"loading"},
-    {"opening"},
-    {"generation"},
-    {"model"},
-    {"converting", "evaluation", "finetuning"},
-    {"verification"},
-    {"benchmarking"},
-    {"cli"},
-    {"__init__", "__main__"},
+    set(re.findall(r"`(\w+)`", rooms)) for rooms in ROW.findall(ARCHITECTURE.read_text(encoding="utf-8"))
 ]
+
+
+def test_the_plan_of_the_house_names_every_room_once():
+    named = [room for rooms in FLOORS for room in rooms]
+    assert sorted(named) == sorted({room_of(path) for path in PACKAGE.rglob("*.py")})
 
 
 def floor_of(room: str) -> int:
