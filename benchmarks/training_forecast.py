@@ -23,15 +23,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from gpt2lite import GPTConfig, GPTModel, Recipe, forecast_training, track_memory
+from gpt2lite import Batch, GPTConfig, GPTModel, Recipe, Task, finetune, forecast_training, track_memory
 from gpt2lite.cli.env import environment
 from gpt2lite.cli.terminal import as_json, table
-from gpt2lite.finetuning import Batch, Rhythm, Task, finetune
 
 MIB = 1 << 20
 SHARE, LEAST = 0.03, 24 * MIB  # a forecast may be off by the larger of the two
 TINY = GPTConfig(100, 32, 16, 2, 2)
-EVERY_STEP = Rhythm(validate_every=1, save_every=1)
 
 
 def random_case(seed: int) -> dict[str, Any]:
@@ -56,6 +54,8 @@ def random_case(seed: int) -> dict[str, Any]:
     trained = draw.choice(("all", "all", "lora", "lora", "blocks"))
     recipe = {
         "steps": 3,
+        "validate_every": 1,
+        "save_every": 1,
         "batch_size": draw.choice((1, 2, 4, 8)),
         "seq_len": draw.choice((context // 2, context)),
         "accumulate": draw.choice((1, 1, 2)),
@@ -96,7 +96,7 @@ def _run(config: GPTConfig, recipe: Recipe, dtype: torch.dtype, samples: bool, e
         sample if samples and not config.n_classes else None,
     )
     with tempfile.TemporaryDirectory() as folder:
-        finetune(GPTModel(config).to(dtype), task, folder, recipe, rhythm=EVERY_STEP)
+        finetune(GPTModel(config).to(dtype), task, folder, recipe)
 
 
 def measure(case: dict[str, Any]) -> int:
