@@ -21,27 +21,19 @@ MAGIC = (20240326).to_bytes(4, "little")  # by which `open_checkpoint` knows it
 DTYPES = {3: torch.float32, 5: torch.bfloat16}  # by version
 MAX_LAYERS = 10_000
 
-# The blocks in the order of the file; "{i}" stands for every layer. Shapes in the words of the header.
-BLOCKS = (
-    ("wte.weight", ("Vp", "C")),
-    ("wpe.weight", ("T", "C")),
-    ("h.{i}.ln_1.weight", ("C",)),
-    ("h.{i}.ln_1.bias", ("C",)),
-    ("h.{i}.attn.c_attn.weight", ("3C", "C")),
-    ("h.{i}.attn.c_attn.bias", ("3C",)),
-    ("h.{i}.attn.c_proj.weight", ("C", "C")),
-    ("h.{i}.attn.c_proj.bias", ("C",)),
-    ("h.{i}.ln_2.weight", ("C",)),
-    ("h.{i}.ln_2.bias", ("C",)),
-    ("h.{i}.mlp.c_fc.weight", ("4C", "C")),
-    ("h.{i}.mlp.c_fc.bias", ("4C",)),
-    ("h.{i}.mlp.c_proj.weight", ("C", "4C")),
-    ("h.{i}.mlp.c_proj.bias", ("C",)),
-    ("ln_f.weight", ("C",)),
-    ("ln_f.bias", ("C",)),
-)
-
-
+# Modules in the order of the file, with their weights' shapes in the words of the header. After each weight
+# lies a bias of its rows, but for the embeddings; "{i}" stands for every layer.
+MODULES = {
+    "wte": ("Vp", "C"),
+    "wpe": ("T", "C"),
+    "h.{i}.ln_1": ("C",),
+    "h.{i}.attn.c_attn": ("3C", "C"),
+    "h.{i}.attn.c_proj": ("C", "C"),
+    "h.{i}.ln_2": ("C",),
+    "h.{i}.mlp.c_fc": ("4C", "C"),
+    "h.{i}.mlp.c_proj": ("C", "4C"),
+    "ln_f": ("C",),
+}
 # The header after magic and version; the padded vocabulary's rows are stored, those of the other are used.
 FIELDS = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "padded_vocab_size")
 
@@ -83,10 +75,12 @@ def open_llmc(source: ByteSource) -> Manifest:
     dtype, said = _read_header(source)
     C = said["n_embd"]
     sizes = {"Vp": said["padded_vocab_size"], "T": said["block_size"], "C": C, "3C": 3 * C, "4C": 4 * C}
-    blocks = [
-        (name, tuple(sizes[word] for word in words), said["n_layer"] if "{i}" in name else 1)
-        for name, words in BLOCKS
-    ]
+    blocks = []
+    for module, words in MODULES.items():
+        shape, count = tuple(sizes[word] for word in words), said["n_layer"] if "{i}" in module else 1
+        blocks.append((f"{module}.weight", shape, count))
+        if module not in ("wte", "wpe"):
+            blocks.append((f"{module}.bias", shape[:1], count))
     end = HEADER.size + sum(math.prod(shape) * count for _, shape, count in blocks) * dtype.itemsize
     if end != state.size:
         what = f"its llm.c header describes {end} bytes, the file has {state.size}"

@@ -38,23 +38,10 @@ WIDTHS = {1: 8, 5: 4}  # bytes of the kinds that are fixed
 MAX_NOTE = 1 << 16  # characters of the file `checkpoint` that are read
 MAX_SHOWN = 80  # characters of a name that may be anything
 
-DTYPES = {
-    1: torch.float32,
-    2: torch.float64,
-    3: torch.int32,
-    4: torch.uint8,
-    5: torch.int16,
-    6: torch.int8,
-    8: torch.complex64,
-    9: torch.int64,
-    10: torch.bool,
-    14: torch.bfloat16,
-    17: torch.uint16,
-    18: torch.complex128,
-    19: torch.float16,
-    22: torch.uint32,
-    23: torch.uint64,
-}
+# TensorFlow's DataType, from 1 on, in torch's words; "-" is a string, a quantized number, a resource
+TYPES = "float32 float64 int32 uint8 int16 int8 - complex64 int64 bool - - - bfloat16"
+TYPES += " - - uint16 complex128 float16 - - uint32 uint64"
+DTYPES = {code: getattr(torch, name) for code, name in enumerate(TYPES.split(), 1) if name != "-"}
 
 Handle = tuple[int, int]  # a block's first byte, and how many it has
 # A protocol buffer by field number: the last of its numbers, all of its strings and messages.
