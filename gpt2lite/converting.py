@@ -39,6 +39,7 @@ from gpt2lite.tokenizer import GENERATION, hub_files, tokenizer_files, write_bes
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+AnyPath = str | os.PathLike[str]
 HEAD, EMBEDDING = "out_head.weight", "tok_emb.weight"
 END_OF_TEXT = 50256  # GPT-2's own token
 
@@ -254,9 +255,7 @@ def _beside(job: Conversion, source: Path) -> dict[str, bytes]:
     return files | {"config.json": f"{json.dumps(fields, indent=2)}\n".encode()}
 
 
-def plan_conversion(
-    source: str | os.PathLike[str], destination: str | os.PathLike[str], **options: Unpack[ConvertOptions]
-) -> Conversion:
+def plan_conversion(source: AnyPath, destination: AnyPath, **options: Unpack[ConvertOptions]) -> Conversion:
     """Decide all that `convert` will write, and refuse what it cannot, before a byte is written.
 
     Reads headers; for a target that ties a head that the source does not, also head and embedding. Raises as
@@ -368,8 +367,8 @@ def run_conversion(job: Conversion, *, verified: bool = True, progress: Progress
 
 
 def convert(
-    source: str | os.PathLike[str],
-    destination: str | os.PathLike[str],
+    source: AnyPath,
+    destination: AnyPath,
     *,
     verify: bool = True,
     progress: Progress | None = None,
@@ -391,9 +390,7 @@ def convert(
     return run_conversion(plan_conversion(source, destination, **options), verified=verify, progress=progress)
 
 
-def save_per_tensor(
-    model_or_path: nn.Module | str | os.PathLike[str], folder: str | os.PathLike[str]
-) -> Path:
+def save_per_tensor(model_or_path: nn.Module | AnyPath, folder: AnyPath) -> Path:
     """Write `<name>.pt` for every tensor of a model or checkpoint, for strategy="per_tensor".
 
     Maps a checkpoint and holds two chunks in memory. The folder must not exist, and appears whole or not at

@@ -337,7 +337,7 @@ NO_DESTINATIONS = {
     "a link into no folder": (
         "model.pth",
         link_into_nowhere,
-        "model.pth: is a link to .*nowhere/model.pth, whose folder",
+        "model.pth: is a link to .*nowhere/model.pth; the folder .*nowhere does not exist",
     ),
     "a FIFO": ("model.pth", os.mkfifo, "model.pth: is a FIFO, socket or device, and a file is to be written"),
     "a socket": ("model.pth", occupied_by_socket, "model.pth: is a FIFO, socket or device"),

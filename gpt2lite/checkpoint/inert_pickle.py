@@ -20,9 +20,6 @@ import torch
 from gpt2lite.checkpoint.manifest import are_sizes, is_countable
 from gpt2lite.errors import CheckpointError
 
-MAX_SMALL_BYTES = 64 << 20  # of what is read whole: the pickle
-RESAVE = "Where it came from, save the weights alone: torch.save(model.state_dict(), 'model.pth')"
-
 # Opcodes that look objects up in this process: a registry of extensions, and buffers handed to the unpickler.
 NOT_DATA = (pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.EXT1, pickle.EXT2, pickle.EXT4)
 
@@ -93,13 +90,9 @@ class Inert:
         parts = (part for arg in args[:FEW] for part in (arg[:FEW] if isinstance(arg, tuple) else (arg,)))
         return Inert(self.name, any(isinstance(part, TENSORS) for part in parts))
 
-    def extend(self, values: Iterable[object]) -> None:
-        """Keep values by index; none is hashed."""
-        self.items.update(enumerate(values, len(self.items)))
-
     def append(self, value: object) -> None:
-        """Keep one more value."""
-        self.extend([value])
+        """Keep one more value by index; none is hashed."""
+        self.items[len(self.items)] = value
 
     def add(self, value: object) -> None:
         """Keep one more member of a set, without a name."""

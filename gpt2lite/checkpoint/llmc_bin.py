@@ -43,19 +43,17 @@ def _read_header(source: ByteSource) -> tuple[torch.dtype, dict[str, int]]:
     with source.open() as file:
         data = file.read(HEADER.size)
     if len(data) < HEADER.size:
-        what = f"ends within its llm.c header, at byte {len(data)} of {HEADER.size}"
-        raise CheckpointError(source, f"{what}: {DAMAGED}")
+        raise CheckpointError(source, f"ends within its llm.c header, at byte {len(data)}: {DAMAGED}")
     _, version, *numbers = HEADER.unpack(data)
     if version not in DTYPES:
-        what = f"an llm.c file of version {version}; wanted version 3 (float32) or 5 (bfloat16)"
-        raise CheckpointError(source, f"{what}. Write it again with a newer llm.c.")
+        wanted = "wanted version 3 (float32) or 5 (bfloat16). Write it again with a newer llm.c."
+        raise CheckpointError(source, f"an llm.c file of version {version}; {wanted}")
     said = dict(zip(FIELDS, numbers, strict=False))
     wrong = [f"{name} is {value}, wanted at least 1" for name, value in said.items() if value < 1]
     if said["n_layer"] > MAX_LAYERS:
         wrong.append(f"n_layer is {said['n_layer']}, wanted at most {MAX_LAYERS}")
     if said["padded_vocab_size"] < said["vocab_size"]:
-        padded = said["padded_vocab_size"]
-        wrong.append(f"padded_vocab_size is {padded}, wanted at least vocab_size {said['vocab_size']}")
+        wrong.append(f"padded_vocab_size is {said['padded_vocab_size']}, less than vocab_size")
     if said["n_head"] > 0 and said["n_embd"] % said["n_head"]:
         wrong.append(f"n_embd {said['n_embd']} is not a multiple of n_head {said['n_head']}")
     if any(numbers[len(FIELDS) :]):
@@ -83,8 +81,8 @@ def open_llmc(source: ByteSource) -> Manifest:
             blocks.append((f"{module}.bias", shape[:1], count))
     end = HEADER.size + sum(math.prod(shape) * count for _, shape, count in blocks) * dtype.itemsize
     if end != state.size:
-        what = f"its llm.c header describes {end} bytes, the file has {state.size}"
-        raise CheckpointError(source, f"{what}: {DAMAGED}")
+        what = f"its llm.c header describes {end} bytes, the file has {state.size}: {DAMAGED}"
+        raise CheckpointError(source, what)
     spans, offset = {}, HEADER.size
     for name, shape, count in blocks:  # each with all its layers in a row
         for i in range(count):
@@ -92,6 +90,5 @@ def open_llmc(source: ByteSource) -> Manifest:
             spans[own] = TensorSpan(own, dtype, shape, contiguous_stride(shape), source, offset)
             offset += spans[own].nbytes
     spans["wte.weight"] = replace(spans["wte.weight"], shape=(said["vocab_size"], C))
-    values: dict[str, object] = {name: said[name] for name in ("n_head", "vocab_size", "block_size")}
-    values["format"] = "llm.c"
+    values = {name: said[name] for name in ("n_head", "vocab_size", "block_size")} | {"format": "llm.c"}
     return Manifest(source.path, "llmc", spans, values, {source: state})

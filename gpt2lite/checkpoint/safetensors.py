@@ -24,8 +24,6 @@ from gpt2lite.errors import CheckpointError, UsageError
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 ALIGNMENT = 8
 FLUSH_BYTES = 64 << 20
-ONE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
 NUMBERS = (("I", "int", (8, 16, 32, 64)), ("U", "uint", (8, 16, 32, 64)), ("F", "float", (16, 32, 64)))
 DTYPES = {f"{code}{n}": getattr(torch, f"{name}{n}") for code, name, bits in NUMBERS for n in bits}
@@ -48,10 +46,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def json_object(source: ByteSource, raw: bytes, what: str) -> dict[str, Any]:
     """Parse what is known to begin with a brace. Raises CheckpointError, also where a key occurs twice."""
     try:
-        tree: dict[str, Any] = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(source, f"its {what} is not sound JSON ({error}): {DAMAGED}") from None
-    return tree
 
 
 def _span(source: ByteSource, name: str, entry: Any, start: int) -> TensorSpan | str:
@@ -90,8 +87,8 @@ def open_safetensors(source: ByteSource) -> Manifest:
     with source.open() as file:
         length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER_BYTES or 8 + length > state.size:
-            what = f"announces a header of {length} bytes in a file of {state.size}"
-            raise CheckpointError(source, f"{what}: {DAMAGED}, or not safetensors")
+            what = f"announces a header of {length} bytes in a file of {state.size}: {DAMAGED}"
+            raise CheckpointError(source, what)
         header = json_object(source, file.read(length), "header")
     metadata = header.pop("__metadata__", {})
     found = {name: _span(source, name, entry, 8 + length) for name, entry in header.items()}
@@ -100,8 +97,7 @@ def open_safetensors(source: ByteSource) -> Manifest:
     spans = {name: span for name, span in found.items() if isinstance(span, TensorSpan)}
     unreadable = {name: reason for name, reason in found.items() if isinstance(reason, str)}
     values = {f"__metadata__.{key}": value for key, value in items}
-    files = {source: state}
-    return Manifest(source.path, "safetensors", spans, values, files, unreadable=unreadable)
+    return Manifest(source.path, "safetensors", spans, values, {source: state}, unreadable=unreadable)
 
 
 # ---- writing -----------------------------------------------------------------------------------------------
@@ -116,8 +112,8 @@ def _header(tensors: Iterable[TensorToWrite], config: Config | None) -> bytes:
         if tensor.dtype not in CODES:
             raise UsageError(f"{tensor.name} is {tensor.dtype}, for which safetensors has no code")
         begin, end = end, end + tensor.nbytes
-        code, shape = CODES[tensor.dtype], list(tensor.shape)
-        entries[tensor.name] = {"dtype": code, "shape": shape, "data_offsets": [begin, end]}
+        offsets = {"shape": tensor.shape, "data_offsets": (begin, end)}
+        entries[tensor.name] = {"dtype": CODES[tensor.dtype], **offsets}
     raw = json.dumps(entries, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % ALIGNMENT)
     return len(raw).to_bytes(8, "little") + raw
@@ -157,7 +153,7 @@ def fill_safetensors_folder(
     """Write a new folder of `model.safetensors`, or of shards and an index where that would be too large."""
     folder.mkdir()
     if max_shard_bytes is None:
-        fill_safetensors(folder / ONE, tensors, wrote)
+        fill_safetensors(folder / "model.safetensors", tensors, wrote)
         return
     from huggingface_hub import split_state_dict_into_shards_factory  # half a second to import
 
@@ -172,4 +168,6 @@ def fill_safetensors_folder(
         fill_safetensors(folder / file, [named[name] for name in names], wrote)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2) + "\n", encoding="utf-8"
+        )
