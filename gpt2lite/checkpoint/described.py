@@ -46,8 +46,7 @@ class Described:
 def _above(name: str) -> Iterator[str]:
     """Every dotted name that `name` lies in, the nearest first."""
     while name:
-        name = name.rpartition(".")[0]
-        yield name
+        yield (name := name.rpartition(".")[0])
 
 
 def _contents(node: object) -> Facts | None:

@@ -117,8 +117,7 @@ class Manifest:
 
     def container_of(self, tensor: str) -> str:
         """The dotted name of the dict that holds a tensor, with a dot at its end; "" for the outermost."""
-        found = self.containers.get(tensor, "")
-        return f"{found}." if found else ""
+        return f"{found}." if (found := self.containers.get(tensor)) else ""
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError if a file is not what it was when the manifest was made."""

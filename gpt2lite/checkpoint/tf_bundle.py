@@ -22,7 +22,6 @@ from gpt2lite.errors import CheckpointError, CheckpointNotFoundError
 FOOTER_BYTES = 48
 MAGIC = (0xDB4775248B80FB57).to_bytes(8, "little")
 TRAILER_BYTES = 5  # after each block: a type and a masked CRC-32C of block and type
-UNCOMPRESSED = 0
 MAX_INDEX_BYTES = 1 << 20  # GPT-2 XL with its optimizer takes 60 KB; keys that share grow a thousandfold
 MAX_BLOCKS = 1000  # TensorFlow's hold 256 KiB each; thousands of tiny ones would only cost time
 MAX_VERSION = 1  # of the bundle's format, which has had no other
@@ -88,7 +87,7 @@ def _pairs(index: bytes, handle: Handle) -> Iterator[tuple[bytes, bytes]]:
     offset, last = handle[0], len(index) - FOOTER_BYTES - TRAILER_BYTES
     if sum(handle) > last:
         raise _damaged(f"a block lies in bytes {offset} to {sum(handle)}, its blocks end at {last}")
-    if index[sum(handle)] != UNCOMPRESSED:
+    if index[sum(handle)] != 0:  # its type: not compressed
         raise CheckpointError(f"the block at byte {offset} is compressed. Save it again with TensorFlow.")
     block = index[offset : sum(handle)]
     restarts = int.from_bytes(block[-4:], "little")  # places for a binary search, which nobody needs here

@@ -55,8 +55,7 @@ def _entries(source: ByteSource, file: BinaryIO, archive: zipfile.ZipFile) -> En
         raise CheckpointError(source, "the zip holds two entries of one name")
     for info in infos:
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & ENCRYPTED:
-            what = f"{info.filename} is compressed or encrypted; save it again with torch.save"
-            raise CheckpointError(source, what)
+            raise CheckpointError(source, f"{info.filename} is compressed or encrypted; save it again")
     last = source.state().size - LOCAL_HEADER.size
     encoded = [i.orig_filename.encode("utf-8" if i.flag_bits & UTF8_NAME else "cp437") for i in infos]
     begins = [min(max(info.header_offset, 0), last) for info in infos]
