@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,24 +19,13 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from gpt2lite.checkpoint import open_checkpoint
+from gpt2lite.checkpoint import open_checkpoint, writing
 from gpt2lite.checkpoint.manifest import Manifest
 from gpt2lite.checkpoint.reading import map_tensors, memory_of
 from gpt2lite.checkpoint.safetensors import fill_safetensors, fill_safetensors_folder
 from gpt2lite.checkpoint.tensor_folder import fill_tensor_folder
 from gpt2lite.checkpoint.torch_zip import fill_torch_zip
-from gpt2lite.checkpoint.writing import (
-    Progress,
-    TensorToWrite,
-    Wrote,
-    counting,
-    destination_of,
-    join,
-    replacing,
-    require_new_folder,
-    require_space,
-    tensors_of,
-)
+from gpt2lite.checkpoint.writing import Progress, TensorToWrite, Wrote
 from gpt2lite.config import GPTConfig
 from gpt2lite.dialects import DIALECTS, Placement, expand_rows
 from gpt2lite.errors import CheckpointError, UsageError, listed
@@ -50,6 +39,7 @@ from gpt2lite.tokenizer import GENERATION, hub_files, tokenizer_files, write_bes
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+AnyPath = str | os.PathLike[str]
 HEAD, EMBEDDING = "out_head.weight", "tok_emb.weight"
 END_OF_TEXT = 50256  # GPT-2's own token
 
@@ -94,8 +84,8 @@ def _nanogpt_checkpoint(config: GPTConfig, state: Mapping[str, Any]) -> dict[str
     ]
     optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95)).state_dict()
     args = {"block_size": config.context_length, "bias": config.bias, "dropout": config.drop_rate}
-    beside = {"optimizer": optimizer, "model_args": _sizes(config) | args}
-    return {"model": state, **beside, "iter_num": 0, "best_val_loss": 1e9}
+    beside = {"model_args": _sizes(config) | args, "iter_num": 0, "best_val_loss": 1e9}
+    return {"model": state, "optimizer": optimizer, **beside}
 
 
 def _nanogpt_fields(config: GPTConfig) -> GPTConfig:
@@ -108,25 +98,29 @@ class Target:
     """What a program expects of a file beyond its dialect's names.
 
     `fields` gives the config that its model class has: biases that it has and the source lacks become zeros,
-    which is exact. `prefix` stands before every name but the head's. `ties` says whether its reader ties the
-    head that safetensors, which cannot tie, leave out. `arrange` puts a state dict into what a `.pth` holds.
+    which is exact. `tied_head_in` are the formats that hold a tied head; a `.pth` stores it once. `prefix`
+    stands before every name but the head's, unless no file of the target holds a tied head and this one is
+    tied. `arrange` puts a state dict into what a `.pth` holds.
     """
 
     fields: Callable[[GPTConfig], GPTConfig]
     prefix: str = ""
     mask: str = ""
-    ties: bool = True
+    tied_head_in: Collection[str] = ("pth",)
     arrange: Callable[[GPTConfig, dict[str, Any]], object] = lambda config, state: state
     folder_config: Callable[[GPTConfig, torch.dtype], dict[str, Any]] = lambda config, dtype: config.as_dict()
 
 
 TARGETS = {
     "book": Target(
-        fields=lambda config: replace(config, bias=True), mask="trf_blocks.{i}.att.mask", ties=False
+        fields=lambda config: replace(config, bias=True),
+        mask="trf_blocks.{i}.att.mask",
+        tied_head_in=("pth", "safetensors"),  # which stores it twice
     ),
     "huggingface": Target(
         fields=lambda config: replace(config, bias=True, qkv_bias=True),
         prefix="transformer.",
+        tied_head_in=(),
         folder_config=_transformers_config,
     ),
     "nanogpt": Target(fields=_nanogpt_fields, prefix="transformer.", arrange=_nanogpt_checkpoint),
@@ -188,8 +182,8 @@ def _format_of(destination: Path, format: str | None) -> tuple[str, bool]:
     found = format or said or "safetensors"
     in_folder = found == "per-tensor" or (found == "safetensors" and suffix != ".safetensors")
     if suffix in OTHER_FILES.split() and in_folder:
-        wanted = f'take {", ".join(SUFFIXES)}, or none for a folder, or say format="pth"'
-        raise UsageError(f"{destination}: {suffix} belongs to a file that is not written here; {wanted}")
+        wanted = f'use {", ".join(SUFFIXES)}, none for a folder, or format="pth"'
+        raise UsageError(f"{destination}: {suffix} files are not written here; {wanted}")
     return found, in_folder
 
 
@@ -225,23 +219,24 @@ def _stored(
     absent = wanted.keys() - views.keys()
     zeros = {name: torch.zeros(wanted[name].shape, dtype=like, device="cpu") for name in absent}
     views, stored = {**views, **zeros}, {}
+    # Of names without a head, as gpt2's own are, some programs read no others; transformers reads both.
+    prefix = "" if config.tied_head and not target.tied_head_in else target.prefix
     for theirs, group in groups.items():
         (ours, placement), *_ = group
         parts = [placement.unplace(views[part]) for part, placement in group]
-        name = theirs if ours == HEAD else target.prefix + theirs
+        name = theirs if ours == HEAD else prefix + theirs
         axis = placement.rows_axis % parts[0].dim() if len(parts) > 1 else 0
-        stored[ours] = join(name, parts, axis=axis, dtype=dtype)
+        stored[ours] = writing.join(name, parts, axis=axis, dtype=dtype)
     if config.tied_head:
         head = stored.pop(HEAD)
-        if format == "pth":
-            stored[HEAD] = replace(head, shares=stored[EMBEDDING].name)
-        elif format == "safetensors" and not target.ties:
-            stored[HEAD] = head
+        if format in target.tied_head_in:
+            shares = stored[EMBEDDING].name if format == "pth" else ""
+            stored[HEAD] = replace(head, shares=shares)
     yield from stored.values()
     if target.mask:  # the book's buffer: 1 where a token must not see
         size = config.context_length
         mask = torch.ones(size, size, dtype=torch.float32, device="cpu").triu(1).to(dtype or like)
-        yield from (join(target.mask.format(i=i), [mask]) for i in range(config.n_layers))
+        yield from (writing.join(target.mask.format(i=i), [mask]) for i in range(config.n_layers))
 
 
 def _beside(job: Conversion, source: Path) -> dict[str, bytes]:
@@ -260,9 +255,7 @@ def _beside(job: Conversion, source: Path) -> dict[str, bytes]:
     return files | {"config.json": f"{json.dumps(fields, indent=2)}\n".encode()}
 
 
-def plan_conversion(
-    source: str | os.PathLike[str], destination: str | os.PathLike[str], **options: Unpack[ConvertOptions]
-) -> Conversion:
+def plan_conversion(source: AnyPath, destination: AnyPath, **options: Unpack[ConvertOptions]) -> Conversion:
     """Decide all that `convert` will write, and refuse what it cannot, before a byte is written.
 
     Reads headers; for a target that ties a head that the source does not, also head and embedding. Raises as
@@ -283,15 +276,15 @@ def plan_conversion(
         merge = "GPTModel.from_checkpoint(…).save_checkpoint(…), with the book's lora_alpha=…"
         raise UsageError(f"{manifest.path}: holds LoRA layers; merge them first: {merge}")
     if in_folder:
-        require_new_folder(destination)
-    followed, sources = destination_of(destination), {manifest.path, *(file.path for file in manifest.files)}
-    if followed.exists() and any(map(followed.samefile, sources)):
+        writing.require_new_folder(destination)
+    followed, sources = writing.destination_of(destination), [file.path for file in manifest.files]
+    if followed.exists() and any(map(followed.samefile, [manifest.path, *sources])):
         raise UsageError(f"{destination}: is the source itself; choose another place")
     views = _views(opened, dtype)
     config = _target_config(opened.config, to, views)
     tensors = tuple(_stored(to, format, config, views, dtype))
-    where = (manifest, destination, opened.reading.dialect)
-    job = Conversion(*where, to, format, in_folder, config, tensors, max_shard_bytes)
+    dialect = opened.reading.dialect
+    job = Conversion(manifest, destination, dialect, to, format, in_folder, config, tensors, max_shard_bytes)
     return replace(job, beside=_beside(job, Path(source) if Path(source).exists() else opened.path))
 
 
@@ -319,7 +312,7 @@ WRITERS: dict[str, Writer] = {
 }
 
 
-def _hashed(tensor: TensorToWrite, digests: MutableMapping[str, bytes]) -> TensorToWrite:
+def _hashed(tensor: TensorToWrite, digests: dict[str, bytes]) -> TensorToWrite:
     """The tensor, whose hash is among the digests once its last chunk was asked for."""
 
     def chunks() -> Iterator[memoryview]:
@@ -351,18 +344,17 @@ def verify(job: Conversion, path: Path, digests: Mapping[str, bytes]) -> None:
         if not same or found != digests[tensor.shares or name]:
             wrong.append(name)
     if wrong:
-        what = f"read back, {len(wrong)} tensor(s) differ from what was written, and nothing was kept: "
-        why = "the disk or the memory is not sound, or another program wrote there"
-        raise CheckpointError(job.destination, what + why + listed(sorted(wrong)))
+        what = f"read back, {len(wrong)} tensor(s) differ from what was written; the disk or memory is faulty"
+        raise CheckpointError(job.destination, what + listed(sorted(wrong)))
 
 
 def run_conversion(job: Conversion, *, verified: bool = True, progress: Progress | None = None) -> Path:
     """Write what was planned, and read it back to prove it unless told not to. Raises as `convert`."""
-    require_space(job.destination, job.nbytes)
+    writing.require_space(job.destination, job.nbytes)
     digests = dict[str, bytes]()
     tensors = [_hashed(tensor, digests) if verified else tensor for tensor in job.tensors]
-    with replacing(job.destination) as temporary:
-        wrote = counting(progress or (lambda done, total: None), tensors)
+    with writing.replacing(job.destination) as temporary:
+        wrote = writing.counting(progress or (lambda done, total: None), tensors)
         WRITERS[job.format](job, tensors, temporary, wrote)
         for name, content in job.beside.items() if job.in_folder else ():
             (temporary / name).write_bytes(content)
@@ -375,8 +367,8 @@ def run_conversion(job: Conversion, *, verified: bool = True, progress: Progress
 
 
 def convert(
-    source: str | os.PathLike[str],
-    destination: str | os.PathLike[str],
+    source: AnyPath,
+    destination: AnyPath,
     *,
     verify: bool = True,
     progress: Progress | None = None,
@@ -398,20 +390,18 @@ def convert(
     return run_conversion(plan_conversion(source, destination, **options), verified=verify, progress=progress)
 
 
-def save_per_tensor(
-    model_or_path: nn.Module | str | os.PathLike[str], folder: str | os.PathLike[str]
-) -> Path:
+def save_per_tensor(model_or_path: nn.Module | AnyPath, folder: AnyPath) -> Path:
     """Write `<name>.pt` for every tensor of a model or checkpoint, for strategy="per_tensor".
 
     Maps a checkpoint and holds two chunks in memory. The folder must not exist, and appears whole or not at
     all. Tied tensors are written once. Raises UsageError, CheckpointError.
     """
     folder = Path(folder)
-    require_new_folder(folder)
+    writing.require_new_folder(folder)
     if isinstance(model_or_path, nn.Module):
         state: Mapping[str, Tensor] = model_or_path.state_dict()
     else:
         state = map_tensors(open_checkpoint(model_or_path).tensors.values())
-    with replacing(folder) as temporary:
-        fill_tensor_folder(temporary, tensors_of(state), lambda nbytes: None)
+    with writing.replacing(folder) as temporary:
+        fill_tensor_folder(temporary, writing.tensors_of(state), lambda nbytes: None)
     return folder

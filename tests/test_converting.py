@@ -68,30 +68,56 @@ def test_a_mask_is_the_books(pth: Path):
     assert torch.equal(state["trf_blocks.1.att.mask"], book().state_dict()["trf_blocks.1.att.mask"])
 
 
+def assert_transformers_loads(folder: Path, model: GPTModel, ids: torch.Tensor) -> None:
+    """Every parameter is there, nothing is beside it, and the logits are those of the same parameters."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    peer, said = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(said[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert (peer.eval()(ids).logits - model(ids)).abs().max() <= 1e-4
+    assert (peer.lm_head.weight is peer.transformer.wte.weight) == model.config.tied_head
+    loaded = expected_parameters(peer.state_dict()) | {"out_head.weight": peer.lm_head.weight}
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+
+
 @pytest.mark.parametrize("size", [None, "20KiB"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_transformers_loads_the_folder_and_gives_the_same_logits(
     size: str | None, tied: bool, tmp_path: Path, ids: torch.Tensor
 ):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     model = ours(tied_head=tied)
     folder = convert(
         save_pth(model.state_dict(), tmp_path), tmp_path / "hf", to="huggingface", config=HEADS,
         max_shard_size=size,
     )  # fmt: skip
-    peer, said = transformers.GPT2LMHeadModel.from_pretrained(folder, output_loading_info=True)
-    assert not any(said[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert (peer.eval()(ids).logits - model(ids)).abs().max() <= 1e-4
-    assert (peer.lm_head.weight is peer.transformer.wte.weight) == tied
+    assert_transformers_loads(folder, model, ids)
     assert (len(list(folder.glob("*.safetensors"))) == 1) == (size is None)
 
 
-def test_the_names_are_those_that_transformers_saves(tied_model: GPTModel, tmp_path: Path):
-    huggingface().save_pretrained(tmp_path / "theirs")
-    source = save_pth(tied_model.state_dict(), tmp_path)
-    convert(source, tmp_path / "mine", to="huggingface", config=HEADS)
-    theirs, mine = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "mine"))
-    assert {name: t.shape for name, t in mine.items()} == {name: t.shape for name, t in theirs.items()}
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_loads_a_pth_as_the_hubs_pytorch_model(tied: bool, tmp_path: Path, ids: torch.Tensor):
+    model = ours(tied_head=tied)
+    source = save_pth(model.state_dict(), tmp_path)
+    folder = convert(source, tmp_path / "hf", to="huggingface", config=HEADS)
+    convert(source, folder / "pytorch_model.bin", to="huggingface", config=HEADS)
+    (folder / "model.safetensors").unlink()
+    assert_transformers_loads(folder, model, ids)
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pth", "folder"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_names_are_the_official_gpt2s_where_the_head_is_tied_else_those_that_transformers_saves(
+    tied: bool, name: str, tmp_path: Path
+):
+    made = convert(
+        save_pth(ours(tied_head=tied).state_dict(), tmp_path), tmp_path / name, to="huggingface", config=HEADS
+    )
+    peer = huggingface()
+    theirs = {key: tensor.shape for key, tensor in peer.state_dict().items()}
+    if tied:
+        theirs = {key: tensor.shape for key, tensor in peer.transformer.state_dict().items()}
+    file = made / "model.safetensors" if name == "folder" else made
+    mine = torch.load(file, weights_only=True) if name == "a.pth" else load_file(file)
+    assert {key: tensor.shape for key, tensor in mine.items()} == theirs
 
 
 def load_whole(pth: Path) -> dict[str, torch.Tensor]:

@@ -337,7 +337,7 @@ NO_DESTINATIONS = {
     "a link into no folder": (
         "model.pth",
         link_into_nowhere,
-        "model.pth: is a link to .*nowhere/model.pth, whose folder",
+        "model.pth: is a link to .*nowhere/model.pth; the folder .*nowhere does not exist",
     ),
     "a FIFO": ("model.pth", os.mkfifo, "model.pth: is a FIFO, socket or device, and a file is to be written"),
     "a socket": ("model.pth", occupied_by_socket, "model.pth: is a FIFO, socket or device"),
@@ -425,10 +425,10 @@ def test_the_format_is_the_one_that_was_asked_for(
         ("x.PTH", "safetensors", "its suffix says pth, format says safetensors"),
         ("x.safetensors", "pth", "its suffix says safetensors, format says pth"),
         ("x.bin", "per-tensor", "its suffix says pth, format says per-tensor"),
-        ("x.ckpt", None, r"\.ckpt belongs to a file that is not written here; take \.pth"),
-        ("x.gguf", None, r"\.gguf belongs to a file that is not written here"),
-        ("x.H5", "safetensors", r"\.h5 belongs to a file that is not written here"),
-        ("x.npz", "per-tensor", r"\.npz belongs to a file that is not written here"),
+        ("x.ckpt", None, r"\.ckpt files are not written here; use \.pth"),
+        ("x.gguf", None, r"\.gguf files are not written here"),
+        ("x.H5", "safetensors", r"\.h5 files are not written here"),
+        ("x.npz", "per-tensor", r"\.npz files are not written here"),
     ],
 )
 def test_a_suffix_that_says_another_format_is_refused(name: str, format: str | None, message: str, pth: Path):

@@ -24,25 +24,18 @@ OPTIMIZER = re.compile(r"(.*\.)?(state\.\d+|param_groups|optim\w*)\..*")  # name
 __all__ = ["FOLDER_FILES", "Manifest", "TensorSpan", "open_checkpoint", "side_file"]
 
 
-def _open_shard(source: ByteSource) -> Manifest:
-    opener = _opener_of(source)
-    if opener is OPENERS["sharded"]:
-        raise CheckpointError(source, "expected a shard, found an index")
-    return opener(source)
-
-
 OPENERS: dict[str, Callable[[ByteSource], Manifest]] = {
     "zip": open_torch_zip,
     "legacy": torch_legacy.open_torch_legacy,
     "safetensors": open_safetensors,
-    "sharded": partial(open_sharded, open_shard=_open_shard),
+    "sharded": lambda source: open_sharded(source, partial(_open_file, is_shard=True)),
     "llmc": llmc_bin.open_llmc,
     "tf bundle": tf_bundle.open_tf_bundle,
 }
 
 
-def _opener_of(source: ByteSource) -> Callable[[ByteSource], Manifest]:
-    """What opens a file, by its first and last bytes. Raises CheckpointError for one of no known kind."""
+def _open_file(source: ByteSource, is_shard: bool = False) -> Manifest:
+    """Open a file by its first and last bytes. Raises CheckpointError for one of no known kind."""
     size = source.state().size
     with source.open() as file:
         head = file.read(512)
@@ -60,25 +53,21 @@ def _opener_of(source: ByteSource) -> Callable[[ByteSource], Manifest]:
     kind = next((kind for kind, is_it in rows.items() if is_it), None)
     if kind is None:
         said = what_is(head)
-        what = f"is {said}" if said else f"begins with {head[:8]!r}, {READABLE}"
-        raise CheckpointError(source, what)
-    return OPENERS[kind]
-
-
-def _open_file(path: Path) -> Manifest:
-    source = LocalFile(path)
-    return _opener_of(source)(source)
+        raise CheckpointError(source, f"is {said}" if said else f"begins with {head[:8]!r}, {READABLE}")
+    if is_shard and kind == "sharded":
+        raise CheckpointError(source, "expected a shard, found an index")
+    return OPENERS[kind](source)
 
 
 def _open_folder(path: Path) -> Manifest:
     """The checkpoint that a folder is or holds. Raises CheckpointError where none or more than one does."""
     if named := next((path / name for name in FOLDER_FILES if (path / name).is_file()), None):
-        return _open_file(named)
+        return _open_file(LocalFile(named))
     refuse_divided(path)
     tensors = open_tensors(path)
     files = candidates(path, tensors)
     if len(files) == 1 and len(tensors) < 2:
-        return _open_file(files[0])
+        return _open_file(LocalFile(files[0]))
     if files:
         found = f"{len(tensors)} files of exactly one tensor each and " if len(tensors) > len(files) else ""
         names = shortened(file.name for file in files)
@@ -111,7 +100,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Manifest:
     """
     path = Path(path)
     if os.path.exists(path):
-        manifest = _open_folder(path) if path.is_dir() else _open_file(path)
+        manifest = _open_folder(path) if path.is_dir() else _open_file(LocalFile(path))
     elif os.path.isfile(index := tf_bundle.index_of(path)):
         manifest = tf_bundle.open_tf_bundle(LocalFile(index))
     else:

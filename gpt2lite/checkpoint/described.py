@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from types import NoneType
-from typing import TypeVar
+from typing import Any
 
 import torch
 
@@ -20,7 +20,6 @@ from gpt2lite.errors import CheckpointError
 
 MAX_ITEMS = 1000  # of a container within an object: what is longer is a vocabulary or data
 CHANGES = ("_forward_hooks", "_forward_pre_hooks", "forward")  # what makes one module compute otherwise
-T = TypeVar("T")
 PLAIN = (str, int, float, NoneType, torch.dtype)
 Facts = Iterable[tuple[object, object]]  # names, and what they stand for
 
@@ -47,8 +46,7 @@ class Described:
 def _above(name: str) -> Iterator[str]:
     """Every dotted name that `name` lies in, the nearest first."""
     while name:
-        name = name.rpartition(".")[0]
-        yield name
+        yield (name := name.rpartition(".")[0])
 
 
 def _contents(node: object) -> Facts | None:
@@ -80,7 +78,7 @@ def _values(
         yield from _values(itertools.islice(within, MAX_ITEMS), path, depth + 1, visited, seen)
 
 
-def _keep(target: dict[str, T], name: str, node: T) -> None:
+def _keep(target: dict[str, Any], name: str, node: object) -> None:
     if name in target:
         raise CheckpointError(f"the name {name!r} occurs twice")
     target[name] = node

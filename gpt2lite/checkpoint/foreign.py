@@ -9,10 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 
-from gpt2lite.checkpoint.inert_pickle import RESAVE
-
 DAMAGED = "truncated or damaged; copy or download it again"
 MAX_SHOWN = 5  # names in a message
+RESAVE = "Where it came from, save the weights alone: torch.save(model.state_dict(), 'model.pth')"
 UNPACK = "unpack it first, and pass what is in it"
 ORIGINAL = "pass the checkpoint that it was converted from (model.safetensors or pytorch_model.bin)"
 CONVERT = "save it as safetensors with transformers 4"

@@ -8,19 +8,17 @@ Format: the opcodes of Lib/pickletools.py, and torch/_utils.py for what rebuilds
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from types import NoneType
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 
 from gpt2lite.checkpoint.manifest import are_sizes, is_countable
 from gpt2lite.errors import CheckpointError
-
-MAX_SMALL_BYTES = 64 << 20  # of what is read whole: the pickle
-RESAVE = "Where it came from, save the weights alone: torch.save(model.state_dict(), 'model.pth')"
 
 # Opcodes that look objects up in this process: a registry of extensions, and buffers handed to the unpickler.
 NOT_DATA = (pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.EXT1, pickle.EXT2, pickle.EXT4)
@@ -29,9 +27,7 @@ STORAGE_DTYPES = {name: dtype for dtype, name in torch.storage._dtype_to_storage
 STORAGE_DTYPES["UntypedStorage"] = torch.uint8
 QUANTIZED = tuple(dtype for name, dtype in STORAGE_DTYPES.items() if name.startswith("Q"))
 # How protocols 0 to 2 say "an object of the class that is my first argument".
-RECONSTRUCTORS = tuple(
-    f"{module}.{name}" for module in ("copyreg", "copy_reg") for name in ("_reconstructor", "__newobj__")
-)
+RECONSTRUCTOR = re.compile(r"copy_?reg\.(_reconstructor|__newobj__)")
 TENSOR_TYPES = ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter")
 FEW = 64  # arguments or names that are looked at
 REGISTRIES = ("_parameters", "_buffers", "_modules")  # what makes an object a module
@@ -87,20 +83,16 @@ class Inert:
 
     def __call__(self, *args: object) -> Inert | Unreadable:
         """Describe what a call would return; looks at few arguments, since a pickle can repeat many."""
-        if self.name in RECONSTRUCTORS and args and isinstance(args[0], Inert):
+        if RECONSTRUCTOR.fullmatch(self.name) and args and isinstance(args[0], Inert):
             return Inert(args[0].name)
         if self.name.startswith("torch.") and "._rebuild_" in self.name:
             return Unreadable(f"is made by {self}, a kind of tensor that is not read")
         parts = (part for arg in args[:FEW] for part in (arg[:FEW] if isinstance(arg, tuple) else (arg,)))
         return Inert(self.name, any(isinstance(part, TENSORS) for part in parts))
 
-    def extend(self, values: Iterable[object]) -> None:
-        """Keep values by index; none is hashed."""
-        self.items.update(enumerate(values, len(self.items)))
-
     def append(self, value: object) -> None:
-        """Keep one more value."""
-        self.extend([value])
+        """Keep one more value by index; none is hashed."""
+        self.items[len(self.items)] = value
 
     def add(self, value: object) -> None:
         """Keep one more member of a set, without a name."""
@@ -185,15 +177,6 @@ def _tensor(
     return TensorRecord(storage, dtype, offset, shape, stride)
 
 
-def _tensor_v3(*args: Any) -> TensorRecord | Unreadable:
-    """The same, with the dtype in the seventh place."""
-    return _tensor(*args[:6], *args[7:], dtype=args[6])
-
-
-def _parameter(data: object, *rest: object) -> object:
-    return as_tensor(data)
-
-
 def _from_type(build: object, kind: object, args: Iterable[object], state: object = None) -> object:
     """A tensor with attributes, or of a subclass, which may mean anything by its numbers."""
     if callable(build) and isinstance(kind, Inert) and kind.name in TENSOR_TYPES:
@@ -219,10 +202,6 @@ class _State(dict[Any, Any]):
     """An OrderedDict, whose attributes (a state dict's `_metadata`) are forgotten."""
 
 
-def _ordered_dict(pairs: Any = ()) -> _State:
-    return _State(_named(pairs))
-
-
 def _set(values: object = ()) -> Inert:
     """A set by the order in which it was written: nothing is hashed."""
     return Inert("builtins.set", members=list(values) if isinstance(values, (list, tuple)) else [])
@@ -231,14 +210,15 @@ def _set(values: object = ()) -> Inert:
 SETS = {(module, name): _set for module in ("builtins", "__builtin__") for name in ("set", "frozenset")}
 # Everything that a pickle can call: these describe, and so does an Inert.
 KNOWN: dict[tuple[str, str], object] = {
-    ("collections", "OrderedDict"): _ordered_dict,
+    ("collections", "OrderedDict"): lambda pairs=(): _State(_named(pairs)),
     ("torch", "Size"): tuple,
     ("torch", "device"): _device,
     ("torch._utils", "_rebuild_tensor"): _tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_tensor_v3"): _tensor_v3,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
-    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
+    # the same, with the dtype in the seventh place
+    ("torch._utils", "_rebuild_tensor_v3"): lambda *args: _tensor(*args[:6], *args[7:], dtype=args[6]),
+    ("torch._utils", "_rebuild_parameter"): lambda data, *rest: as_tensor(data),
+    ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *rest: as_tensor(data),
     ("torch._tensor", "_rebuild_from_type_v2"): _from_type,
     **{("torch", name): dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)},
     **{(at, name): dtype for at in ("torch", "torch.storage") for name, dtype in STORAGE_DTYPES.items()},
@@ -252,11 +232,6 @@ def stored(pid: object) -> Storage:
             if are_sizes((numel,)) and is_countable((numel,), dtype):
                 return Storage(key, dtype, numel * dtype.itemsize)
     raise CheckpointError(f"its pickle refers to {shown(pid)}, which is not a storage")
-
-
-class _Readable(Protocol):
-    def read(self, size: int, /) -> bytes: ...
-    def readline(self) -> bytes: ...
 
 
 class DescribingUnpickler(pickle._Unpickler):
@@ -277,7 +252,7 @@ class DescribingUnpickler(pickle._Unpickler):
         code: load for code, load in pickle._Unpickler.dispatch.items() if code not in b"".join(NOT_DATA)
     }
 
-    def __init__(self, file: _Readable) -> None:
+    def __init__(self, file: Any) -> None:
         super().__init__(file, encoding="utf-8")
         self.storages: dict[str, Storage] = {}
 
@@ -291,13 +266,11 @@ class DescribingUnpickler(pickle._Unpickler):
 
     def load_setitem(self) -> None:
         """One key and value into a dict."""
-        value, key = self.stack.pop(), self.stack.pop()
-        self._set_items([key, value])
+        self._set_items([self.stack.pop(-2), self.stack.pop()])
 
     def load_setitems(self) -> None:
         """Keys and values into a dict."""
-        items = self.pop_mark()  # which changes the stack
-        self._set_items(items)
+        self._set_items(self.pop_mark())
 
     def load_dict(self) -> None:
         """A dict of what lies above the mark."""

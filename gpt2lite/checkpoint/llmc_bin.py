@@ -21,27 +21,19 @@ MAGIC = (20240326).to_bytes(4, "little")  # by which `open_checkpoint` knows it
 DTYPES = {3: torch.float32, 5: torch.bfloat16}  # by version
 MAX_LAYERS = 10_000
 
-# The blocks in the order of the file; "{i}" stands for every layer. Shapes in the words of the header.
-BLOCKS = (
-    ("wte.weight", ("Vp", "C")),
-    ("wpe.weight", ("T", "C")),
-    ("h.{i}.ln_1.weight", ("C",)),
-    ("h.{i}.ln_1.bias", ("C",)),
-    ("h.{i}.attn.c_attn.weight", ("3C", "C")),
-    ("h.{i}.attn.c_attn.bias", ("3C",)),
-    ("h.{i}.attn.c_proj.weight", ("C", "C")),
-    ("h.{i}.attn.c_proj.bias", ("C",)),
-    ("h.{i}.ln_2.weight", ("C",)),
-    ("h.{i}.ln_2.bias", ("C",)),
-    ("h.{i}.mlp.c_fc.weight", ("4C", "C")),
-    ("h.{i}.mlp.c_fc.bias", ("4C",)),
-    ("h.{i}.mlp.c_proj.weight", ("C", "4C")),
-    ("h.{i}.mlp.c_proj.bias", ("C",)),
-    ("ln_f.weight", ("C",)),
-    ("ln_f.bias", ("C",)),
-)
-
-
+# Modules in the order of the file, with their weights' shapes in the words of the header. After each weight
+# lies a bias of its rows, but for the embeddings; "{i}" stands for every layer.
+MODULES = {
+    "wte": ("Vp", "C"),
+    "wpe": ("T", "C"),
+    "h.{i}.ln_1": ("C",),
+    "h.{i}.attn.c_attn": ("3C", "C"),
+    "h.{i}.attn.c_proj": ("C", "C"),
+    "h.{i}.ln_2": ("C",),
+    "h.{i}.mlp.c_fc": ("4C", "C"),
+    "h.{i}.mlp.c_proj": ("C", "4C"),
+    "ln_f": ("C",),
+}
 # The header after magic and version; the padded vocabulary's rows are stored, those of the other are used.
 FIELDS = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "padded_vocab_size")
 
@@ -51,19 +43,17 @@ def _read_header(source: ByteSource) -> tuple[torch.dtype, dict[str, int]]:
     with source.open() as file:
         data = file.read(HEADER.size)
     if len(data) < HEADER.size:
-        what = f"ends within its llm.c header, at byte {len(data)} of {HEADER.size}"
-        raise CheckpointError(source, f"{what}: {DAMAGED}")
+        raise CheckpointError(source, f"ends within its llm.c header, at byte {len(data)}: {DAMAGED}")
     _, version, *numbers = HEADER.unpack(data)
     if version not in DTYPES:
-        what = f"an llm.c file of version {version}; wanted version 3 (float32) or 5 (bfloat16)"
-        raise CheckpointError(source, f"{what}. Write it again with a newer llm.c.")
+        wanted = "wanted version 3 (float32) or 5 (bfloat16). Write it again with a newer llm.c."
+        raise CheckpointError(source, f"an llm.c file of version {version}; {wanted}")
     said = dict(zip(FIELDS, numbers, strict=False))
     wrong = [f"{name} is {value}, wanted at least 1" for name, value in said.items() if value < 1]
     if said["n_layer"] > MAX_LAYERS:
         wrong.append(f"n_layer is {said['n_layer']}, wanted at most {MAX_LAYERS}")
     if said["padded_vocab_size"] < said["vocab_size"]:
-        padded = said["padded_vocab_size"]
-        wrong.append(f"padded_vocab_size is {padded}, wanted at least vocab_size {said['vocab_size']}")
+        wrong.append(f"padded_vocab_size is {said['padded_vocab_size']}, less than vocab_size")
     if said["n_head"] > 0 and said["n_embd"] % said["n_head"]:
         wrong.append(f"n_embd {said['n_embd']} is not a multiple of n_head {said['n_head']}")
     if any(numbers[len(FIELDS) :]):
@@ -83,14 +73,16 @@ def open_llmc(source: ByteSource) -> Manifest:
     dtype, said = _read_header(source)
     C = said["n_embd"]
     sizes = {"Vp": said["padded_vocab_size"], "T": said["block_size"], "C": C, "3C": 3 * C, "4C": 4 * C}
-    blocks = [
-        (name, tuple(sizes[word] for word in words), said["n_layer"] if "{i}" in name else 1)
-        for name, words in BLOCKS
-    ]
+    blocks = []
+    for module, words in MODULES.items():
+        shape, count = tuple(sizes[word] for word in words), said["n_layer"] if "{i}" in module else 1
+        blocks.append((f"{module}.weight", shape, count))
+        if module not in ("wte", "wpe"):
+            blocks.append((f"{module}.bias", shape[:1], count))
     end = HEADER.size + sum(math.prod(shape) * count for _, shape, count in blocks) * dtype.itemsize
     if end != state.size:
-        what = f"its llm.c header describes {end} bytes, the file has {state.size}"
-        raise CheckpointError(source, f"{what}: {DAMAGED}")
+        what = f"its llm.c header describes {end} bytes, the file has {state.size}: {DAMAGED}"
+        raise CheckpointError(source, what)
     spans, offset = {}, HEADER.size
     for name, shape, count in blocks:  # each with all its layers in a row
         for i in range(count):
@@ -98,6 +90,5 @@ def open_llmc(source: ByteSource) -> Manifest:
             spans[own] = TensorSpan(own, dtype, shape, contiguous_stride(shape), source, offset)
             offset += spans[own].nbytes
     spans["wte.weight"] = replace(spans["wte.weight"], shape=(said["vocab_size"], C))
-    values: dict[str, object] = {name: said[name] for name in ("n_head", "vocab_size", "block_size")}
-    values["format"] = "llm.c"
+    values = {name: said[name] for name in ("n_head", "vocab_size", "block_size")} | {"format": "llm.c"}
     return Manifest(source.path, "llmc", spans, values, {source: state})

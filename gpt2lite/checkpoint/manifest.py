@@ -117,8 +117,7 @@ class Manifest:
 
     def container_of(self, tensor: str) -> str:
         """The dotted name of the dict that holds a tensor, with a dot at its end; "" for the outermost."""
-        found = self.containers.get(tensor, "")
-        return f"{found}." if found else ""
+        return f"{found}." if (found := self.containers.get(tensor)) else ""
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError if a file is not what it was when the manifest was made."""
@@ -131,12 +130,10 @@ def contiguous_span(
     name: str, dtype: torch.dtype, shape: tuple[int, ...], source: ByteSource, offset: int, nbytes: int
 ) -> TensorSpan:
     """A row-major tensor that is said to have `nbytes`. Raises CheckpointError where it cannot."""
-    if not is_countable(shape, dtype):
-        what = f"{name} has shape {shape[:8]}, more bytes than can be counted"
-        raise CheckpointError(source, what, name=name)
     span = TensorSpan(name, dtype, shape, contiguous_stride(shape), source, offset)
-    if nbytes != span.nbytes:
-        what = f"{name} takes {nbytes} bytes, {dtype} {shape[:8]} needs {span.nbytes}"
+    if nbytes != span.nbytes or not is_countable(shape, dtype):
+        needed = span.nbytes if is_countable(shape, dtype) else "more bytes than can be counted"
+        what = f"{name} takes {nbytes} bytes, {dtype} {shape[:8]} needs {needed}"
         raise CheckpointError(source, what, name=name)
     return span
 
@@ -154,15 +151,11 @@ def validate(manifest: Manifest) -> Manifest:
     """Check every tensor's name and place in its file; one CheckpointError names the first that is wrong."""
     for span in manifest.tensors.values():
         if len(span.name) > MAX_NAME:
-            said = f"a tensor's name has {len(span.name)} characters: {span.name[:40]}…"
-            raise CheckpointError(span.source, f"{said} Names end at {MAX_NAME}.")
+            raise CheckpointError(span.source, f"{span.name[:40]}…: a name longer than {MAX_NAME} characters")
         end, size = span.offset + span.extent, manifest.files[span.source].size
         if span.offset < 0 or end > size:
-            raise CheckpointError(
-                span.source,
-                f"{span.name} lies in bytes {span.offset} to {end}, the file ends at {size}. "
-                "It is truncated: copy or download it again.",
-            )
+            said = f"{span.name} lies in bytes {span.offset} to {end}, the file ends at {size}"
+            raise CheckpointError(span.source, f"{said}. It is truncated: copy or download it again.")
     return manifest
 
 
@@ -181,10 +174,8 @@ def walk(
 ) -> Iterator[tuple[str, object]]:
     """(dotted name, node) for all in `node`, itself and containers too: they are what has `contents`."""
     if depth > MAX_DEPTH or next(visited) > MAX_ENTRIES or len(name) > MAX_NAME:
-        raise CheckpointError(
-            f"nested deeper than {MAX_DEPTH}, more than {MAX_ENTRIES} entries, or names longer than "
-            f"{MAX_NAME} characters, at {name[:40] or 'the top'}: not weights"
-        )
+        limits = f"{MAX_DEPTH} levels, {MAX_ENTRIES} entries or names of {MAX_NAME} characters"
+        raise CheckpointError(f"{name[:40] or 'the top'}: more than {limits}; not weights")
     yield name, node
     for key, child in contents(node) or ():
         yield from walk(child, visited, contents, dotted(name, key), depth + 1)

@@ -24,29 +24,12 @@ from gpt2lite.errors import CheckpointError, UsageError
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 ALIGNMENT = 8
 FLUSH_BYTES = 64 << 20
-ONE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-}
+NUMBERS = (("I", "int", (8, 16, 32, 64)), ("U", "uint", (8, 16, 32, 64)), ("F", "float", (16, 32, 64)))
+DTYPES = {f"{code}{n}": getattr(torch, f"{name}{n}") for code, name, bits in NUMBERS for n in bits}
+DTYPES |= {"BOOL": torch.bool, "BF16": torch.bfloat16, "C64": torch.complex64}
+DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E4M3FNUZ": torch.float8_e4m3fnuz}
+DTYPES |= {"F8_E5M2": torch.float8_e5m2, "F8_E5M2FNUZ": torch.float8_e5m2fnuz}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -63,10 +46,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def json_object(source: ByteSource, raw: bytes, what: str) -> dict[str, Any]:
     """Parse what is known to begin with a brace. Raises CheckpointError, also where a key occurs twice."""
     try:
-        tree: dict[str, Any] = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(source, f"its {what} is not sound JSON ({error}): {DAMAGED}") from None
-    return tree
 
 
 def _span(source: ByteSource, name: str, entry: Any, start: int) -> TensorSpan | str:
@@ -105,8 +87,8 @@ def open_safetensors(source: ByteSource) -> Manifest:
     with source.open() as file:
         length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER_BYTES or 8 + length > state.size:
-            what = f"announces a header of {length} bytes in a file of {state.size}"
-            raise CheckpointError(source, f"{what}: {DAMAGED}, or not safetensors")
+            what = f"announces a header of {length} bytes in a file of {state.size}: {DAMAGED}"
+            raise CheckpointError(source, what)
         header = json_object(source, file.read(length), "header")
     metadata = header.pop("__metadata__", {})
     found = {name: _span(source, name, entry, 8 + length) for name, entry in header.items()}
@@ -115,8 +97,7 @@ def open_safetensors(source: ByteSource) -> Manifest:
     spans = {name: span for name, span in found.items() if isinstance(span, TensorSpan)}
     unreadable = {name: reason for name, reason in found.items() if isinstance(reason, str)}
     values = {f"__metadata__.{key}": value for key, value in items}
-    files = {source: state}
-    return Manifest(source.path, "safetensors", spans, values, files, unreadable=unreadable)
+    return Manifest(source.path, "safetensors", spans, values, {source: state}, unreadable=unreadable)
 
 
 # ---- writing -----------------------------------------------------------------------------------------------
@@ -131,8 +112,8 @@ def _header(tensors: Iterable[TensorToWrite], config: Config | None) -> bytes:
         if tensor.dtype not in CODES:
             raise UsageError(f"{tensor.name} is {tensor.dtype}, for which safetensors has no code")
         begin, end = end, end + tensor.nbytes
-        code, shape = CODES[tensor.dtype], list(tensor.shape)
-        entries[tensor.name] = {"dtype": code, "shape": shape, "data_offsets": [begin, end]}
+        offsets = {"shape": tensor.shape, "data_offsets": (begin, end)}
+        entries[tensor.name] = {"dtype": CODES[tensor.dtype], **offsets}
     raw = json.dumps(entries, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % ALIGNMENT)
     return len(raw).to_bytes(8, "little") + raw
@@ -172,7 +153,7 @@ def fill_safetensors_folder(
     """Write a new folder of `model.safetensors`, or of shards and an index where that would be too large."""
     folder.mkdir()
     if max_shard_bytes is None:
-        fill_safetensors(folder / ONE, tensors, wrote)
+        fill_safetensors(folder / "model.safetensors", tensors, wrote)
         return
     from huggingface_hub import split_state_dict_into_shards_factory  # half a second to import
 
@@ -187,4 +168,6 @@ def fill_safetensors_folder(
         fill_safetensors(folder / file, [named[name] for name in names], wrote)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2) + "\n", encoding="utf-8"
+        )

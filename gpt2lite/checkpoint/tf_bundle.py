@@ -15,46 +15,26 @@ from pathlib import Path
 import torch
 
 from gpt2lite.checkpoint.foreign import DAMAGED
-from gpt2lite.checkpoint.manifest import (
-    MAX_ENTRIES,
-    MAX_NAME,
-    Manifest,
-    TensorSpan,
-    are_sizes,
-    contiguous_span,
-)
+from gpt2lite.checkpoint.manifest import MAX_NAME, Manifest, TensorSpan, are_sizes, contiguous_span
 from gpt2lite.checkpoint.source import ByteSource
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError
 
 FOOTER_BYTES = 48
 MAGIC = (0xDB4775248B80FB57).to_bytes(8, "little")
 TRAILER_BYTES = 5  # after each block: a type and a masked CRC-32C of block and type
-UNCOMPRESSED = 0
 MAX_INDEX_BYTES = 1 << 20  # GPT-2 XL with its optimizer takes 60 KB; keys that share grow a thousandfold
 MAX_BLOCKS = 1000  # TensorFlow's hold 256 KiB each; thousands of tiny ones would only cost time
 MAX_VERSION = 1  # of the bundle's format, which has had no other
+MAX_SHARDS = 10**5  # their names count in five digits
 VARINT, DELIMITED = 0, 2  # kinds of fields
 WIDTHS = {1: 8, 5: 4}  # bytes of the kinds that are fixed
 MAX_NOTE = 1 << 16  # characters of the file `checkpoint` that are read
 MAX_SHOWN = 80  # characters of a name that may be anything
 
-DTYPES = {
-    1: torch.float32,
-    2: torch.float64,
-    3: torch.int32,
-    4: torch.uint8,
-    5: torch.int16,
-    6: torch.int8,
-    8: torch.complex64,
-    9: torch.int64,
-    10: torch.bool,
-    14: torch.bfloat16,
-    17: torch.uint16,
-    18: torch.complex128,
-    19: torch.float16,
-    22: torch.uint32,
-    23: torch.uint64,
-}
+# TensorFlow's DataType, from 1 on, in torch's words; "-" is a string, a quantized number, a resource
+TYPES = "float32 float64 int32 uint8 int16 int8 - complex64 int64 bool - - - bfloat16"
+TYPES += " - - uint16 complex128 float16 - - uint32 uint64"
+DTYPES = {code: getattr(torch, name) for code, name in enumerate(TYPES.split(), 1) if name != "-"}
 
 Handle = tuple[int, int]  # a block's first byte, and how many it has
 # A protocol buffer by field number: the last of its numbers, all of its strings and messages.
@@ -107,9 +87,8 @@ def _pairs(index: bytes, handle: Handle) -> Iterator[tuple[bytes, bytes]]:
     offset, last = handle[0], len(index) - FOOTER_BYTES - TRAILER_BYTES
     if sum(handle) > last:
         raise _damaged(f"a block lies in bytes {offset} to {sum(handle)}, its blocks end at {last}")
-    if index[sum(handle)] != UNCOMPRESSED:
-        what = f"the block at byte {offset} is compressed, which TensorFlow checkpoints never are"
-        raise CheckpointError(f"{what}. Save it again with TensorFlow.")
+    if index[sum(handle)] != 0:  # its type: not compressed
+        raise CheckpointError(f"the block at byte {offset} is compressed. Save it again with TensorFlow.")
     block = index[offset : sum(handle)]
     restarts = int.from_bytes(block[-4:], "little")  # places for a binary search, which nobody needs here
     end, at, key = len(block) - 4 - 4 * restarts, 0, b""
@@ -120,10 +99,8 @@ def _pairs(index: bytes, handle: Handle) -> Iterator[tuple[bytes, bytes]]:
         rest, at = _varint(block, at)
         length, at = _varint(block, at)
         if shared > len(key) or shared + rest > MAX_NAME or at + rest + length > end:
-            what = (
-                f"a name shares {shared} bytes with one of {len(key)} and has {rest} of its own and {length}"
-            )
-            raise _damaged(f"{what} of value, {end - at} bytes before the end; names end at {MAX_NAME}")
+            said = f"a name shares {shared} bytes with one of {len(key)}, has {rest} of its own and {length}"
+            raise _damaged(f"{said} of value, {end - at} bytes before the end; names end at {MAX_NAME}")
         key = key[:shared] + block[at : at + rest]
         at += rest + length
         yield key, block[at - length : at]
@@ -148,8 +125,7 @@ def _table(index: bytes) -> Iterator[tuple[bytes, bytes]]:
         free = sum(handle) + TRAILER_BYTES
         for key, content in _pairs(index, handle):
             if previous is not None and key <= previous:
-                after = f"{key[:MAX_SHOWN]!r} comes after {previous[:MAX_SHOWN]!r}"
-                raise _damaged(f"the name {after}, names must rise")
+                raise _damaged(f"the name {key[:MAX_SHOWN]!r} comes after {previous[:MAX_SHOWN]!r}")
             previous = key
             yield key, content
 
@@ -161,9 +137,8 @@ def _count_shards(header: bytes) -> int:
     if numbers.get(2):
         raise CheckpointError("written on a big-endian machine. Save it again on a little-endian one.")
     if needs > MAX_VERSION:
-        what = f"asks for readers of version {needs}, {MAX_VERSION} is the last that is known"
-        raise CheckpointError(f"{what}. Save it again with TensorFlow 2.")
-    if not 0 < (count := numbers.get(1, 0)) < MAX_ENTRIES:
+        raise CheckpointError(f"asks for readers of version {needs}. Save it again with TensorFlow 2.")
+    if not 0 < (count := numbers.get(1, 0)) < MAX_SHARDS:
         raise _damaged(f"its header announces {count} data files")
     return count
 
@@ -171,8 +146,8 @@ def _count_shards(header: bytes) -> int:
 def _name(key: bytes, parts: dict[int, list[bytes]]) -> str:
     """A tensor's name. A slice's key begins with a zero byte; a sliced tensor lists its slices, field 7."""
     if key.startswith(b"\0") or 7 in parts:
-        what = f"{key.lstrip(bytes(1)).split(bytes(1))[0][:MAX_SHOWN]!r} is partitioned: stored in slices"
-        raise CheckpointError(f"{what}. Save it again with TensorFlow, without a partitioner.")
+        shown = key.lstrip(bytes(1)).split(bytes(1))[0][:MAX_SHOWN]
+        raise CheckpointError(f"{shown!r} is partitioned: stored in slices. Save it without a partitioner.")
     try:
         return key.decode()
     except UnicodeDecodeError:
@@ -185,13 +160,13 @@ def _span(key: bytes, content: bytes, shards: list[ByteSource]) -> TensorSpan | 
     name, axes = _name(key, parts), _message(parts.get(2, [b""])[-1])
     shape = tuple(_message(axis)[0].get(1, 0) for axis in axes[1].get(2, []))
     code, shard, offset, nbytes = (numbers.get(field, 0) for field in (1, 3, 4, 5))
-    shown = name[:MAX_SHOWN]
     if axes[0].get(3) or not are_sizes(shape) or not are_sizes((offset, nbytes)):  # 3: its rank is unknown
-        raise _damaged(f"{shown} has shape {shape[:8]}, offset {offset}, {nbytes} bytes, as no tensor can")
+        said = f"has shape {shape[:8]}, offset {offset}, {nbytes} bytes, as no tensor can"
+        raise _damaged(f"{name[:MAX_SHOWN]} {said}")
     if code not in DTYPES:
         return name, f"has TensorFlow's dtype {code}, which is not read"
     if shard >= len(shards):
-        raise _damaged(f"{shown} lies in data file {shard}, counted from 0, of {len(shards)}")
+        raise _damaged(f"{name[:MAX_SHOWN]} lies in data file {shard}, counted from 0, of {len(shards)}")
     return contiguous_span(name, DTYPES[code], shape, shards[shard], offset, nbytes)
 
 
@@ -250,5 +225,4 @@ def current_index(folder: Path, indices: list[Path]) -> Path:
     if len(indices) == 1:
         return indices[0]
     names = ", ".join(index.name for index in indices[:5])
-    what = "holds several TensorFlow checkpoints, and its file `checkpoint` names none of them"
-    raise CheckpointError(folder, f"{what}. Name one: {names}")
+    raise CheckpointError(folder, f"holds several TensorFlow checkpoints; pass one: {names}")

@@ -11,20 +11,11 @@ import struct
 from typing import BinaryIO
 
 from gpt2lite.checkpoint.described import described
-from gpt2lite.checkpoint.foreign import DAMAGED
-from gpt2lite.checkpoint.inert_pickle import (
-    MAX_SMALL_BYTES,
-    RESAVE,
-    DescribingUnpickler,
-    Inert,
-    Storage,
-    describe,
-    shown,
-    stored,
-)
+from gpt2lite.checkpoint.foreign import DAMAGED, RESAVE
+from gpt2lite.checkpoint.inert_pickle import DescribingUnpickler, Inert, Storage, describe, shown, stored
 from gpt2lite.checkpoint.manifest import Manifest, are_sizes
 from gpt2lite.checkpoint.source import ByteSource
-from gpt2lite.checkpoint.torch_zip import manifest_of
+from gpt2lite.checkpoint.torch_zip import MAX_SMALL_BYTES, manifest_of
 from gpt2lite.errors import CheckpointError
 
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
@@ -140,5 +131,4 @@ def open_torch_legacy(source: ByteSource) -> Manifest:
         keys = describe(source, DescribingUnpickler(pickles))
         whole = {key: storage for key, storage in unpickler.storages.items() if key == storage.key}
         kept = _find_storages(source, file, keys, whole)
-    sizes = tuple(storage.nbytes for storage in whole.values())
-    return manifest_of(found, source, state, kept, sizes)
+    return manifest_of(found, source, state, kept, whole.values())

@@ -13,20 +13,21 @@ import struct
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 from gpt2lite.checkpoint.described import Described, described
-from gpt2lite.checkpoint.foreign import DAMAGED, what_is_zip
-from gpt2lite.checkpoint.inert_pickle import MAX_SMALL_BYTES, RESAVE, DescribingUnpickler, Storage
+from gpt2lite.checkpoint.foreign import DAMAGED, RESAVE, what_is_zip
+from gpt2lite.checkpoint.inert_pickle import DescribingUnpickler, Storage
 from gpt2lite.checkpoint.manifest import BOUND_CONFIG, Manifest, TensorSpan, contiguous_stride
 from gpt2lite.checkpoint.source import ByteSource, FileState, read_each
 from gpt2lite.checkpoint.writing import Config, TensorToWrite, Wrote, made_ahead
 from gpt2lite.errors import CheckpointError
 
+MAX_SMALL_BYTES = 64 << 20  # of what is read whole: a pickle
 ENCRYPTED, UTF8_NAME = 1, 0x800  # flag bits
 CONFIG_ENTRY = "gpt2lite.json"  # our writer's: the model's config, which torch.load passes over
 NO_CRC = 0  # what torch writes after set_crc32_options(False)
@@ -54,10 +55,7 @@ def _entries(source: ByteSource, file: BinaryIO, archive: zipfile.ZipFile) -> En
         raise CheckpointError(source, "the zip holds two entries of one name")
     for info in infos:
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & ENCRYPTED:
-            again = "torch.save(torch.load(path, weights_only=True), path)"
-            raise CheckpointError(
-                source, f"{info.filename} is compressed or encrypted; save it again: {again}"
-            )
+            raise CheckpointError(source, f"{info.filename} is compressed or encrypted; save it again")
     last = source.state().size - LOCAL_HEADER.size
     encoded = [i.orig_filename.encode("utf-8" if i.flag_bits & UTF8_NAME else "cp437") for i in infos]
     begins = [min(max(info.header_offset, 0), last) for info in infos]
@@ -92,9 +90,9 @@ def manifest_of(
     source: ByteSource,
     state: FileState,
     kept: Mapping[str, tuple[int, int]],
-    sizes: tuple[int, ...],
+    storages: Iterable[Storage],
 ) -> Manifest:
-    """The manifest of a file of torch.save, which allocates storages of these `sizes` to load it.
+    """The manifest of a file of torch.save, which allocates these `storages` to load it.
 
     `kept` says where in the file a storage lies, by its key: its first byte, and how many there are. A tensor
     whose storage is not there is unreadable. Raises CheckpointError for one that reaches past it.
@@ -113,8 +111,8 @@ def manifest_of(
             what = f"{name} reaches past the end of its storage {storage.key}"
             raise CheckpointError(source, what, name=name)
     rest = (found.modules, unreadable, found.is_plain and not unreadable, found.containers())
-    files, storages = {source: state}, {source: sizes}
-    return Manifest(source.path, "torch_zip", spans, found.values, files, storages, *rest)
+    sizes = {source: tuple(storage.nbytes for storage in storages)}
+    return Manifest(source.path, "torch_zip", spans, found.values, {source: state}, sizes, *rest)
 
 
 def open_torch_zip(source: ByteSource) -> Manifest:
@@ -137,13 +135,9 @@ def open_torch_zip(source: ByteSource) -> Manifest:
     found = described(source, unpickler)
     if config:
         found.values[BOUND_CONFIG] = config.decode("utf-8", "replace")
-    kept = {
-        name.removeprefix("data/"): (offset, info.file_size)
-        for name, (offset, info) in entries.items()
-        if name.startswith("data/")
-    }
-    sizes = tuple(storage.nbytes for storage in unpickler.storages.values())
-    return manifest_of(found, source, state, kept, sizes)
+    lies = {name: (offset, info.file_size) for name, (offset, info) in entries.items()}
+    kept = {key: lies[f"data/{key}"] for key in unpickler.storages if f"data/{key}" in lies}
+    return manifest_of(found, source, state, kept, unpickler.storages.values())
 
 
 # ---- writing -----------------------------------------------------------------------------------------------
@@ -189,15 +183,12 @@ def _entry(archive: zipfile.ZipFile, name: str, nbytes: int) -> zipfile.ZipInfo:
     return info
 
 
-Arrange = Callable[[dict[str, Any]], object]  # a state dict → what the pickle holds
-
-
 def fill_torch_zip(
     path: Path,
     tensors: Sequence[TensorToWrite],
     wrote: Wrote,
     config: Config | None = None,
-    arrange: Arrange = OrderedDict,
+    arrange: Callable[[OrderedDict[str, Any]], object] = OrderedDict,
 ) -> None:
     """Write a new file as `torch.save` does; `arrange` puts the state dict into what surrounds it.
 

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -81,20 +81,16 @@ def _joined(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return joined
 
 
-def _row_chunks(parts: Sequence[Tensor], dtype: torch.dtype) -> Iterator[memoryview]:
-    row_bytes = sum(part[:1].numel() for part in parts) * dtype.itemsize
-    step = max(1, CHUNK_BYTES // max(1, row_bytes))
-    for begin in range(0, parts[0].shape[0], step):
-        yield memory_of(_joined([part[begin : begin + step] for part in parts], dtype))
-
-
 def chunks_of(parts: Sequence[Tensor], axis: int, dtype: torch.dtype) -> Iterator[memoryview]:
     """The bytes of `parts` joined along `axis` and cast, CHUNK_BYTES or a row at a time.
 
     Allocates one chunk at a time, none for what lies ready in host memory.
     """
     for sheet in [[part] for part in parts] if axis == 0 else [parts]:
-        yield from _row_chunks(sheet, dtype)
+        row_bytes = sum(part[:1].numel() for part in sheet) * dtype.itemsize
+        step = max(1, CHUNK_BYTES // max(1, row_bytes))
+        for begin in range(0, sheet[0].shape[0], step):
+            yield memory_of(_joined([part[begin : begin + step] for part in sheet], dtype))
 
 
 def made_ahead(chunks: Iterable[memoryview]) -> Iterator[memoryview]:
@@ -132,9 +128,8 @@ def tensors_of(state: Mapping[str, Tensor]) -> list[TensorToWrite]:
             raise UsageError(f"{name} is on the meta device and has no values to write")
         address = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         shared = first.setdefault(address if tensor.numel() else (name,), name)
-        written = join(name, [tensor])
         shares = shared if shared != name else ""
-        found.append(TensorToWrite(name, written.dtype, tuple(tensor.shape), written.chunks, shares))
+        found.append(replace(join(name, [tensor]), shape=tuple(tensor.shape), shares=shares))
     return found
 
 
@@ -187,13 +182,10 @@ def destination_of(path: Path) -> Path:
         kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a FIFO, socket or device"
         raise UsageError(f"{path}: is {kind}, and a file is to be written there; choose another name")
     followed = Path(os.path.realpath(path))
-    if path.is_symlink() and not followed.parent.exists():
-        raise UsageError(
-            f"{path}: is a link to {followed}, whose folder does not exist; make it, or mend the link"
-        )
     if not followed.parent.is_dir():
         wrong = "is a file, not a folder" if followed.parent.exists() else "does not exist; make it first"
-        raise UsageError(f"the folder {followed.parent} {wrong}")
+        leads = f"{path}: is a link to {followed}; " if path.is_symlink() else ""
+        raise UsageError(f"{leads}the folder {followed.parent} {wrong}")
     return followed
 
 
