@@ -146,6 +146,7 @@ def _halved(target: Target) -> torch.dtype:
     return torch.bfloat16 if is_wide else target.dtype
 
 
+@torch.inference_mode(False)  # what is loaded can train, whatever the caller does meanwhile
 def load(
     make: Callable[[torch.device], LoadPlan], device: str | torch.device, strategy: str, options: LoadOptions
 ) -> nn.Module:

@@ -20,7 +20,13 @@ from gpt2lite.errors import CheckpointError, is_out_of_memory
 from gpt2lite.loading import stream
 from gpt2lite.loading.forecast import Forecast, Ledger, Pool
 from gpt2lite.loading.plan import LoadPlan, Target
-from gpt2lite.loading.skeleton import replace_tensor, saved_tensors, storage_bytes, unsaved_buffers
+from gpt2lite.loading.skeleton import (
+    initialised,
+    replace_tensor,
+    saved_tensors,
+    storage_bytes,
+    unsaved_buffers,
+)
 from gpt2lite.loading.stream import enter_allocated, enter_unsaved_buffers
 
 CPU = torch.device("cpu")
@@ -31,7 +37,7 @@ CPU = torch.device("cpu")
 
 def _built_for_real(plan: LoadPlan) -> nn.Module:
     """`build().to(device)`: the whole model with its initial values, on the host first."""
-    module = plan.build()
+    module = initialised(plan.build)
     tensors = saved_tensors(module)
     for target in plan.targets:
         tensor = tensors[target.names[0]]
