@@ -27,17 +27,16 @@ from gpt2lite import (
     UsageError,
     forecast,
     load_module,
-    loading,
     open_model,
     save_per_tensor,
 )
 from gpt2lite.benchmarking import write_random_checkpoint
 from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, contiguous_stride
+from gpt2lite.checkpoint.source import FileState
 from gpt2lite.cli import main
 from gpt2lite.dialects import read_dialect, read_names
-from gpt2lite.loading import LoadPlan, choose, forecasts, make_plan
-from gpt2lite.loading.strategies import Strategy
+from gpt2lite.loading import LoadPlan, choice, choose, forecasts, make_plan
 from gpt2lite.memory import Budget, Limit, host_memory
 
 MIB = 1 << 20
@@ -63,7 +62,10 @@ def articles_manifest(config: GPTConfig, format: str) -> Manifest:
     sizes = defaultdict[Path, list[int]](list)
     for span in spans.values():
         sizes[span.source].append(span.nbytes)
-    return Manifest(Path("model.pth"), format, spans, {}, {}, {path: tuple(n) for path, n in sizes.items()})
+    files = {path: FileState(sum(each), 0, 0) for path, each in sizes.items()}
+    return Manifest(
+        Path("model.pth"), format, spans, {}, files, {path: tuple(n) for path, n in sizes.items()}
+    )
 
 
 def plan_of_xl(device: str, format: str = "torch_zip") -> LoadPlan:
@@ -197,7 +199,7 @@ def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a load began")
 
     for name, strategy in STRATEGIES.items():
-        monkeypatch.setitem(STRATEGIES, name, Strategy(began, strategy.forecast))
+        monkeypatch.setitem(STRATEGIES, name, strategy._replace(load=began))
 
 
 def source(pth: Path, strategy: str) -> Path:
@@ -299,7 +301,7 @@ def test_a_device_that_is_too_small_is_told_what_would_fit():
     with pytest.raises(InsufficientMemoryError) as caught:
         choose(plan, "auto", Budget(Limit(32 << 30, ""), Limit(4 << 30, "a small card")))
     lines = [line.strip() for line in str(caught.value).splitlines()]
-    assert "device memory that can be had: a small card" in lines
+    assert "available device memory: a small card" in lines
     assert 'would fit: dtype=torch.bfloat16, strategy="stream"' in lines
     assert 'would fit: device="cpu", strategy="stream"' in lines
 
@@ -413,8 +415,8 @@ def test_swap_does_not_lift_a_cap(pth: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_both_caps_arrive(pth: Path, monkeypatch: pytest.MonkeyPatch):
     seen: list[object] = []
-    real = loading.find_budget
-    monkeypatch.setattr(loading, "find_budget", lambda *caps: seen.append(caps[1:]) or real(*caps))
+    real = choice.find_budget
+    monkeypatch.setattr(choice, "find_budget", lambda *caps: seen.append(caps[1:]) or real(*caps))
     GPTModel.from_checkpoint(pth, config=HEADS, max_host_memory="1GiB", max_device_memory="2GiB")
     load_module(lambda: GPTModel(TINY), pth, max_host_memory="3GiB", max_device_memory="4GiB")
     assert seen == [("1GiB", "2GiB"), ("3GiB", "4GiB")]
@@ -424,7 +426,7 @@ def test_an_error_without_words_is_said_all_the_same(pth: Path, monkeypatch: pyt
     def exhausted(plan: object) -> nn.Module:
         raise MemoryError
 
-    monkeypatch.setitem(STRATEGIES, "meta", Strategy(exhausted, STRATEGIES["meta"].forecast))
+    monkeypatch.setitem(STRATEGIES, "meta", STRATEGIES["meta"]._replace(load=exhausted))
     with pytest.raises(InsufficientMemoryError, match=r"\(MemoryError\)"):
         GPTModel.from_checkpoint(pth, strategy="meta", config=HEADS)
 
