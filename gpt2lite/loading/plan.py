@@ -107,7 +107,8 @@ class LoadPlan:
     @cached_property
     def schedule(self) -> Schedule:
         """What `stream` reads, in which order: its forecast and its run use this one."""
-        return make_schedule(self.spans, self.filled, self.device, self.tuning)
+        stored = ((span, self.filled[name]) for name, span in self.spans.items())
+        return make_schedule(stored, self.device, self.tuning)
 
     @property
     def is_quantized(self) -> bool:

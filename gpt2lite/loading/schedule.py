@@ -109,18 +109,14 @@ class Schedule:
 
 
 def make_schedule(
-    spans: Mapping[str, TensorSpan],
-    filled: Mapping[str, tuple[Target, ...]],
-    device: torch.device,
-    tuning: Tuning,
+    stored: Iterable[tuple[TensorSpan, tuple[Target, ...]]], device: torch.device, tuning: Tuning
 ) -> Schedule:
-    """How the targets that each of `spans` fills are read; spans come in their order on disk.
+    """How each of the `stored` tensors, which come in their order on disk, fills its targets.
 
     There are no more and no larger slots than the chunks need; one for a chunk that is larger than the ring.
     """
     slot_bytes = min(tuning.chunk_bytes, tuning.ring_bytes // FEWEST_SLOTS) // MAX_ITEM_BYTES * MAX_ITEM_BYTES
     chunks: list[Chunk] = []
-    stored = [(span, filled[name]) for name, span in spans.items()]
     for in_place, run in groupby(stored, lambda each: device.type == "cpu" and _is_direct(*each)):
         most = tuning.chunk_bytes if in_place else max(slot_bytes, MAX_ITEM_BYTES)
         pieces = (piece for span, own in run for piece in cut(span, own, most))

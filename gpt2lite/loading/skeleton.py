@@ -228,9 +228,8 @@ def _in_attributes(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _lost(module: nn.Module) -> tuple[str, ...]:
     """What is on meta, or on the memory of a tensor that is replaced, and is itself not replaced."""
-    saved = [
-        (tensor.untyped_storage()._cdata, names[0]) for names, tensor in tied_names(saved_tensors(module))
-    ]
+    groups = tied_names(saved_tensors(module))
+    saved = [(tensor.untyped_storage()._cdata, names[0]) for names, tensor in groups]
     memories = Counter(memory for memory, _ in saved)
     kept = (*_in_attributes(module), *_unsaved(module).items())
     lost = {name for name, value in kept if value.is_meta or value.untyped_storage()._cdata in memories}
