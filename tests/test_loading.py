@@ -569,7 +569,7 @@ def test_a_tensor_that_is_no_buffer_and_was_lost_on_meta_is_named(strategy: str,
 
     path = save_pth(nn.Linear(2, 2).state_dict(), tmp_path)
     with pytest.raises(
-        UsageError, match=r'must be built with its memory \(mask\); use strategy="sequential"'
+        UsageError, match=r'must be built with its memory \(mask\) needs strategy="sequential"'
     ):
         load_module(Forgetful, path, strategy=strategy)
 
@@ -665,7 +665,7 @@ def test_a_buffer_computed_from_a_parameter_is_named(strategy: str, tmp_path: Pa
             self.register_buffer("doubled", self.weight.detach() * 2, persistent=False)
 
     path = save_pth(nn.Linear(2, 2).state_dict(), tmp_path)
-    with pytest.raises(UsageError, match=r'built with its memory \(doubled\); use strategy="sequential"'):
+    with pytest.raises(UsageError, match=r'built with its memory \(doubled\) needs strategy="sequential"'):
         load_module(Derived, path, strategy=strategy)
 
 
@@ -837,7 +837,7 @@ def test_two_dialects_in_one_file_are_ambiguous(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"strategy": "fastest"}, "no strategy is called 'fastest'; there are auto, baseline"),
+        ({"strategy": "fastest"}, "unknown strategy 'fastest'; choose from auto, baseline"),
         ({"strategy": "per_tensor"}, "gpt2lite.save_per_tensor"),
         ({"device": "gpu"}, "unknown device 'gpu'"),
         ({"device": "meta"}, "a model on the meta device holds no weights"),
