@@ -33,6 +33,7 @@ from gpt2lite import (
 from gpt2lite.benchmarking import write_random_checkpoint
 from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, contiguous_stride
+from gpt2lite.checkpoint.source import FileState
 from gpt2lite.cli import main
 from gpt2lite.dialects import read_dialect, read_names
 from gpt2lite.loading import LoadPlan, choice, choose, forecasts, make_plan
@@ -62,7 +63,10 @@ def articles_manifest(config: GPTConfig, format: str) -> Manifest:
     sizes = defaultdict[Path, list[int]](list)
     for span in spans.values():
         sizes[span.source].append(span.nbytes)
-    return Manifest(Path("model.pth"), format, spans, {}, {}, {path: tuple(n) for path, n in sizes.items()})
+    files = {path: FileState(sum(each), 0, 0) for path, each in sizes.items()}
+    return Manifest(
+        Path("model.pth"), format, spans, {}, files, {path: tuple(n) for path, n in sizes.items()}
+    )
 
 
 def plan_of_xl(device: str, format: str = "torch_zip") -> LoadPlan:

@@ -265,9 +265,7 @@ def test_a_module_is_loaded_as_plain_torch_does_or_refused_with_a_strategy_that_
     if strategy in ("auto", *BUILT) or name in ON_META:
         assert_same(load_module(build, path, strategy=strategy), plain(build, path), torch.rand(4, 3, 3))
     else:
-        with pytest.raises(
-            UsageError, match=r'must be built with its memory .* needs strategy="sequential", "baseline"'
-        ):
+        with pytest.raises(UsageError, match=r'built with its memory .* needs strategy="sequential"'):
             load_module(build, path, strategy=strategy)
 
 
@@ -402,9 +400,7 @@ def test_a_module_that_loads_itself_is_given_to_its_own_load_state_dict(
     for strategy in ("auto", "baseline"):
         assert_same(load_module(build, path, strategy=strategy), wanted, x)
     for strategy in set(ONE_FILE) - {"baseline"}:
-        with pytest.raises(
-            UsageError, match=r'a module that loads itself \(.* needs strategy="baseline" or "auto"'
-        ):
+        with pytest.raises(UsageError, match=r'a module that loads itself .*"baseline"'):
             load_module(build, path, strategy=strategy)
 
 

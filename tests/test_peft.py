@@ -252,7 +252,7 @@ def test_what_an_adapter_does_not_go_with_is_an_error(adapter: Path, tmp_path: P
         CheckpointError, match=r"holds no LoRA layers without an alpha; leave out lora_alpha=2\.0"
     ):
         GPTModel.from_checkpoint(adapter, lora_alpha=2.0)
-    with pytest.raises(UsageError, match="LoRA layers are merged into weights that are not int8"):
+    with pytest.raises(UsageError, match="LoRA layers do not merge into int8 weights"):
         GPTModel.from_checkpoint(adapter, quantize="int8")
     with pytest.raises(UsageError, match="holds LoRA layers; merge them first"):
         convert(adapter, tmp_path / "out.pth")

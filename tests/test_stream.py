@@ -28,7 +28,7 @@ from gpt2lite.checkpoint.source import FileReader
 from gpt2lite.collector import collector_paused
 from gpt2lite.dialects import Placement, read_names
 from gpt2lite.dialects.tables import Drop, Narrow, Transpose
-from gpt2lite.loading import LoadPlan, make_plan, schedule
+from gpt2lite.loading import LoadPlan, forecasts, make_plan, schedule
 from gpt2lite.loading import stream as stream_engine
 from gpt2lite.loading.schedule import Schedule
 
@@ -391,7 +391,7 @@ def test_a_tenth_of_the_rows_reads_a_tenth_of_the_bytes(
 
 def test_forecast_and_run_follow_one_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     plan = plan_of_a_part(*VIEWS["rows"][:2], tmp_path, dtype=torch.bfloat16)
-    foretold = STRATEGIES["stream"].forecast(plan)
+    foretold = forecasts(plan)["stream"]
     planned, real, followed = plan.schedule, stream_engine.Ring.__init__, []
 
     def noting(self: stream_engine.Ring, schedule: Schedule, *args: Any) -> None:

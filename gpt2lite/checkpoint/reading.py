@@ -28,21 +28,16 @@ def memory_of(tensor: Tensor) -> memoryview:
     return memoryview(exposed).cast("B")
 
 
-def read_bytes_into(memory: memoryview, source: ByteSource, offset: int) -> None:
-    """Fill `memory` from byte `offset` of a source. Raises CheckpointError where it ends first."""
-    with source.reader() as reader:
-        reader.read_into([memory], offset)
-
-
 def as_strided(flat: Tensor, span: TensorSpan) -> Tensor:
     """A span's tensor over `flat`, its bytes (uint8), which must be aligned to its dtype."""
     return flat[: span.extent].view(span.dtype).as_strided(span.shape, span.stride)
 
 
 def read_span(span: TensorSpan) -> Tensor:
-    """One tensor in fresh host memory."""
+    """One tensor in fresh host memory. Raises CheckpointError where the file ends first."""
     flat = torch.empty(span.extent, dtype=torch.uint8, device="cpu")
-    read_bytes_into(memory_of(flat), span.source, span.offset)
+    with span.source.reader() as reader:
+        reader.read_into([memory_of(flat)], span.offset)
     return as_strided(flat, span)
 
 
@@ -52,9 +47,8 @@ def _torch_load(path: Path, device: torch.device, *, mmap: bool = False) -> obje
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise CheckpointError(
-            path, f'torch.load refuses it ({first_line(error)}); strategy="stream" does not use it'
-        ) from None
+        said = f'torch.load refuses it ({first_line(error)}); strategy="stream" does not use it'
+        raise CheckpointError(path, said) from None
 
 
 def _planned(manifest: Manifest, names: Iterable[str]) -> tuple[list[tuple[ByteSource, str]], list[str]]:

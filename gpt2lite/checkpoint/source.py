@@ -197,9 +197,9 @@ class LocalFile:
             except OSError as error:
                 if error.errno != errno.ENOMEM:
                     raise
+                said = f"{self}: its {self.state().size} bytes cannot be mapped ({error.strerror})"
                 raise InsufficientMemoryError(
-                    f"{self}: its {self.state().size} bytes cannot be mapped ({error.strerror}). Raise the "
-                    'limit of the address space (`ulimit -v`), or load with strategy="stream"'
+                    f'{said}; raise `ulimit -v`, or use strategy="stream"'
                 ) from None
         return torch.frombuffer(mapped, dtype=torch.uint8).untyped_storage()
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gpt2lite.devices import CPU, resolve_device
+from gpt2lite.dialects import Placement
 from gpt2lite.errors import InsufficientMemoryError, UsageError, first_line, is_out_of_memory
-from gpt2lite.loading.adapters import merge_adapters, with_adapters
-from gpt2lite.loading.forecast import Forecast
+from gpt2lite.loading.forecast import Forecast, Ledger
 from gpt2lite.loading.options import LoadOptions
-from gpt2lite.loading.plan import SMALLEST_RING, LoadPlan, Target
-from gpt2lite.loading.skeleton import prove_complete, restore_unsaved_buffers
+from gpt2lite.loading.plan import SMALLEST_RING, LoadPlan
+from gpt2lite.loading.skeleton import prove_complete, restore_unsaved_buffers, saved_tensors
 from gpt2lite.loading.strategies import AUTO, STRATEGIES
 from gpt2lite.memory import Budget, find_budget, human
+
+WORKING_BYTES = 1 << 20  # of a sum of LoRA factors, computed rows at a time
+HALVES = {torch.float64: torch.bfloat16, torch.float32: torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +37,15 @@ class Verdict:
 
 def forecasts(plan: LoadPlan) -> dict[str, Forecast]:
     """What each strategy that can do what is planned would take. Milliseconds; allocates nothing."""
-    able = {name: row for name, row in STRATEGIES.items() if not row.refuses(plan)}
-    return {name: with_adapters(plan, row.forecast(plan)) for name, row in able.items()}
+    return {name: _forecast(plan, name) for name, row in STRATEGIES.items() if not row.refuses(plan)}
+
+
+def _forecast(plan: LoadPlan, name: str) -> Forecast:
+    ledger = Ledger(plan.device)
+    STRATEGIES[name].enter(plan, ledger)
+    if plan.reading.adapters:
+        enter_merged(plan, ledger)
+    return ledger.balance()
 
 
 def judge(plan: LoadPlan, name: str, budget: Budget) -> Verdict:
@@ -46,13 +55,13 @@ def judge(plan: LoadPlan, name: str, budget: Budget) -> Verdict:
 
     def judge_with(ring_bytes: int) -> Verdict:
         fitted = replace(plan, tuning=replace(plan.tuning, ring_bytes=ring_bytes))
-        forecast = with_adapters(fitted, STRATEGIES[name].forecast(fitted))
+        forecast = _forecast(fitted, name)
         return Verdict(fitted, forecast, _lacking(fitted, forecast, budget))
 
-    largest = plan.tuning.ring_bytes
-    halves = itertools.takewhile(SMALLEST_RING.__le__, (largest >> n for n in itertools.count()))
-    sizes = [*halves] or [largest]
-    if not (verdict := judge_with(largest)).lacking or (verdict := judge_with(sizes[-1])).lacking:
+    sizes = [plan.tuning.ring_bytes]
+    while sizes[-1] >= 2 * SMALLEST_RING:
+        sizes.append(sizes[-1] // 2)
+    if not (verdict := judge_with(sizes[0])).lacking or (verdict := judge_with(sizes[-1])).lacking:
         return verdict
     return next(verdict for verdict in map(judge_with, sizes[1:]) if not verdict.lacking)
 
@@ -108,25 +117,22 @@ def _refusal(
         lines.append(f"swap: {human(budget.swap)}, not counted")
     fits = [*helps(plan, strategy, budget)]
     lines += [f"would fit: {change}" for change in fits]
-    needed = min(
-        (verdict.lacking for verdict in verdicts.values()), key=lambda lacking: sum(lacking.values())
-    )
+    needed = min((v.lacking for v in verdicts.values()), key=lambda lacking: sum(lacking.values()))
     available = {place: budget.of(place).nbytes or 0 for place in needed}
     return InsufficientMemoryError("\n  ".join(lines), needed=needed, available=available, fits=fits)
 
 
 def helps(plan: LoadPlan, strategy: str, budget: Budget) -> Iterator[str]:
     """The nearest changes of the arguments with which a load would fit that does not as it is."""
-    half, stored = (
-        replace(plan, targets=tuple(replace(t, dtype=dtype_of(t)) for t in plan.targets))
-        for dtype_of in (_halved, _as_stored)
-    )
+    half = tuple(replace(t, dtype=HALVES.get(t.dtype, t.dtype)) for t in plan.targets)
+    stored = tuple(t if t.is_quantized else replace(t, dtype=t.span.dtype) for t in plan.targets)
+    halved = replace(plan, targets=half)
     changes = {
         (): plan,
-        ("dtype=None",): stored,
-        ("dtype=torch.bfloat16",): half,
+        ("dtype=None",): replace(plan, targets=stored),
+        ("dtype=torch.bfloat16",): halved,
         ('device="cpu"',): replace(plan, device=CPU),
-        ('device="cpu"', "dtype=torch.bfloat16"): replace(half, device=CPU),
+        ('device="cpu"', "dtype=torch.bfloat16"): replace(halved, device=CPU),
     }
     enough: list[set[str]] = []
     for change, changed in changes.items():
@@ -141,15 +147,50 @@ def helps(plan: LoadPlan, strategy: str, budget: Budget) -> Iterator[str]:
             yield ", ".join([*change, f'strategy="{name}"', *tuning])
 
 
-def _as_stored(target: Target) -> torch.dtype:
-    return target.dtype if target.is_quantized else target.span.dtype
+# ---- low-rank additions, merged into the weights that they add to ------------------------------------
+# Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
 
 
-def _halved(target: Target) -> torch.dtype:
-    is_wide = target.dtype.is_floating_point and target.dtype.itemsize > 2
-    return torch.bfloat16 if is_wide else target.dtype
+@torch.no_grad()
+def merge_adapters(plan: LoadPlan, module: nn.Module) -> None:
+    """weight += scale × (b @ a) for each, in float32 at least.
+
+    Costs WORKING_BYTES on the device; a mapped weight becomes anonymous memory. Equal to computing both paths
+    up to rounding.
+    """
+    tensors = saved_tensors(module)
+    for adapter in plan.reading.adapters:
+        assert adapter.scale is not None, "with_lora_alpha comes before a load"
+        a, b = (_factor(plan, placement) for placement in (adapter.a, adapter.b))
+        rows = max(WORKING_BYTES // (a.shape[1] * a.itemsize), 1)
+        for weight, b_part in zip(tensors[adapter.weight].split(rows), b.split(rows), strict=True):
+            weight.add_(b_part @ a, alpha=adapter.scale)
 
 
+def _factor(plan: LoadPlan, placement: Placement) -> Tensor:
+    stored = placement.read(plan.manifest.tensors[placement.source])
+    return stored.to(plan.device, torch.promote_types(stored.dtype, torch.float32))
+
+
+def enter_merged(plan: LoadPlan, ledger: Ledger) -> None:
+    """What `merge_adapters` adds: mapped weights that become anonymous, and two factors at a time."""
+    tensors, adapters = plan.manifest.tensors, plan.reading.adapters
+    merged = {adapter.weight for adapter in adapters}
+    weights = sum(target.nbytes for target in plan.targets if merged.intersection(target.names))
+    copied = min(weights, ledger.stays_mapped)  # the larger sum where it is not known which are mapped
+    ledger.host.take(copied)
+    ledger.stays_mapped -= copied
+    pairs = ((adapter.a, adapter.b) for adapter in adapters)
+    factors = max(sum(8 * tensors[p.source].numel for p in pair) for pair in pairs)  # as read, and in float32
+    ledger.device.touch(factors + WORKING_BYTES)
+    if not ledger.on_cpu:
+        ledger.host.touch(factors)
+
+
+# ---- the load ----------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode(False)  # what is loaded can train, whatever the caller does meanwhile
 def load(
     make: Callable[[torch.device], LoadPlan], device: str | torch.device, strategy: str, options: LoadOptions
 ) -> nn.Module:
@@ -178,9 +219,7 @@ def load(
     # Raised out here, where neither the plan's tensors nor the first error's frames are held any more.
     del plan
     said = f'memory ran out on {device} with strategy="{name}", though the forecast fits'
-    raise InsufficientMemoryError(
-        f"{manifest.path}: {said}: another process may have taken it ({reason}). Try again."
-    )
+    raise InsufficientMemoryError(f"{manifest.path}: {said}; another process may have taken it ({reason})")
 
 
 def _filled(strategy: str, plan: LoadPlan) -> nn.Module:

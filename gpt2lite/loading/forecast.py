@@ -99,21 +99,15 @@ class Ledger:
     """The accounts of one load. On the CPU, `device` is `host`: there is one memory."""
 
     def __init__(self, device: torch.device) -> None:
-        self.host, self.mapped = Pool(), Pool()
+        self.host, self.mapped, self.stays_mapped = Pool(), Pool(), 0
         self.on_cpu = device.type == "cpu"
         own = CachingPool() if caches_in_blocks(device) else Pool()
         self.device = self.host if self.on_cpu else own
 
-    def balance(self, *, stays_mapped: int = 0) -> Forecast:
+    def balance(self) -> Forecast:
         """What has been counted so far."""
-        return Forecast(
-            peak_device=0 if self.on_cpu else self.device.peak,
-            peak_host_anonymous=self.host.peak,
-            peak_host_reclaimable=self.mapped.peak,
-            stays_device=0 if self.on_cpu else self.device.used,
-            stays_host=self.host.used,
-            stays_mapped=stays_mapped,
-        )
+        device, host = Pool() if self.on_cpu else self.device, self.host
+        return Forecast(device.peak, host.peak, self.mapped.peak, device.used, host.used, self.stays_mapped)
 
 
 def round_up(nbytes: int, step: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -91,6 +92,14 @@ class LoadPlan:
         return dict(sorted(spans.items(), key=lambda item: (str(item[1].source), item[1].offset)))
 
     @cached_property
+    def filled(self) -> dict[str, tuple[Target, ...]]:
+        """What each stored tensor fills, in the order in which they lie on disk."""
+        filled = defaultdict[str, list[Target]](list)
+        for target in self.targets:
+            filled[target.span.name].append(target)
+        return {name: tuple(filled[name]) for name in self.spans}
+
+    @cached_property
     def model_bytes(self) -> int:
         """Bytes that the loaded module takes on its device."""
         return sum(target.nbytes + target.scale_bytes for target in self.targets)
@@ -98,7 +107,8 @@ class LoadPlan:
     @cached_property
     def schedule(self) -> Schedule:
         """What `stream` reads, in which order: its forecast and its run use this one."""
-        return make_schedule(self.spans, self.targets, self.device, self.tuning)
+        stored = ((span, self.filled[name]) for name, span in self.spans.items())
+        return make_schedule(stored, self.device, self.tuning)
 
     @property
     def is_quantized(self) -> bool:
@@ -180,7 +190,7 @@ def make_plan(
     if quantizable is not None and options.get("quantize"):
         if reading.adapters:
             raise UsageError(
-                f"{path}: LoRA layers are merged into weights that are not int8; save the merged model first"
+                f"{path}: LoRA layers do not merge into int8 weights; save the merged model first"
             )
         int8 = quantize_skeleton(skeleton, quantizable)
         targets = tuple(replace(t, dtype=torch.int8) if int8.issuperset(t.names) else t for t in targets)
@@ -223,6 +233,6 @@ def require_one_dtype(reading: Reading, dtype: torch.dtype | None, *, quantized:
     }
     if dtype is None and (not found.keys() <= COMPUTABLE or len(kept) > 1):
         listing = ", ".join(f"{stored} ({name} …)" for stored, name in found.items())
-        wanted = "GPTModel computes in one of float64, float32, float16, bfloat16"
+        said = f"holds {listing}; GPTModel computes in one of float64, float32, float16, bfloat16"
         help = "Pass dtype=torch.float32 (--dtype float32 for commands)"
-        raise CheckpointError(reading.manifest.path, f"holds {listing}; {wanted}. {help}")
+        raise CheckpointError(reading.manifest.path, f"{said}. {help}")

@@ -35,7 +35,6 @@ FEWEST_SLOTS = 8
 LANE_BUFFERS = 2  # on a device with streams, each as large as a slot
 MAX_ITEM_BYTES = 16  # complex128; slots begin at multiples of it, so that bytes can be viewed as any dtype
 MIB = 1 << 20
-MOST_READERS = 64
 
 
 def _readers() -> int:
@@ -65,11 +64,8 @@ class Tuning:
     prefetch: bool = False
 
     def __post_init__(self) -> None:
-        for name, least, most in (
-            ("readers", 1, MOST_READERS),
-            ("chunk_bytes", 4096, 1 << 30),
-            ("ring_bytes", 64, 1 << 36),
-        ):
+        limits = {"readers": (1, 64), "chunk_bytes": (4096, 1 << 30), "ring_bytes": (64, 1 << 36)}
+        for name, (least, most) in limits.items():
             value = getattr(self, name)
             if type(value) is not int or not least <= value <= most:
                 raise UsageError(f"Tuning: {name} must be a whole number in {least} … {most}, got {value!r}")
@@ -113,18 +109,14 @@ class Schedule:
 
 
 def make_schedule(
-    spans: Mapping[str, TensorSpan], targets: Iterable[Target], device: torch.device, tuning: Tuning
+    stored: Iterable[tuple[TensorSpan, tuple[Target, ...]]], device: torch.device, tuning: Tuning
 ) -> Schedule:
-    """How `targets` are filled from `spans`, which come in their order on disk.
+    """How each of the `stored` tensors, which come in their order on disk, fills its targets.
 
     There are no more and no larger slots than the chunks need; one for a chunk that is larger than the ring.
     """
-    filled: dict[str, list[Target]] = {name: [] for name in spans}
-    for target in targets:
-        filled[target.span.name].append(target)
     slot_bytes = min(tuning.chunk_bytes, tuning.ring_bytes // FEWEST_SLOTS) // MAX_ITEM_BYTES * MAX_ITEM_BYTES
     chunks: list[Chunk] = []
-    stored = [(span, tuple(filled[name])) for name, span in spans.items()]
     for in_place, run in groupby(stored, lambda each: device.type == "cpu" and _is_direct(*each)):
         most = tuning.chunk_bytes if in_place else max(slot_bytes, MAX_ITEM_BYTES)
         pieces = (piece for span, own in run for piece in cut(span, own, most))

@@ -62,7 +62,7 @@ def sketch(build: Callable[[], nn.Module]) -> Skeleton:
     for attempt in (_on_meta, _with_values):
         with suppress(Exception):  # a constructor that lacks a value can fail in any way
             return attempt(build)
-    module = _built(build)
+    module = initialised(build)
     for names, tensor in tied_names(_named_tensors(module)):
         replace_tensor(module, names, tensor.detach().to("meta"))
     return Skeleton(module, ("what its constructor computes from parameters",))
@@ -73,6 +73,12 @@ def _built(build: Callable[[], nn.Module]) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise UsageError(f"build() must return an nn.Module, got {type(module).__name__}")
     return module
+
+
+def initialised(build: Callable[[], nn.Module]) -> nn.Module:
+    """The module with initial values, on the host, which are not drawn from the caller's generator."""
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        return _built(build)
 
 
 def _on_meta(build: Callable[[], nn.Module]) -> Skeleton:
@@ -96,7 +102,7 @@ def _with_values(build: Callable[[], nn.Module]) -> Skeleton:
     hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
     try:
         with _EmptyOnMeta():
-            module = _built(build)
+            module = initialised(build)
     finally:
         hook.remove()
     # Memory that outlives the build is used elsewhere, too, and would keep its initial values there.
@@ -222,9 +228,8 @@ def _in_attributes(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _lost(module: nn.Module) -> tuple[str, ...]:
     """What is on meta, or on the memory of a tensor that is replaced, and is itself not replaced."""
-    saved = [
-        (tensor.untyped_storage()._cdata, names[0]) for names, tensor in tied_names(saved_tensors(module))
-    ]
+    groups = tied_names(saved_tensors(module))
+    saved = [(tensor.untyped_storage()._cdata, names[0]) for names, tensor in groups]
     memories = Counter(memory for memory, _ in saved)
     kept = (*_in_attributes(module), *_unsaved(module).items())
     lost = {name for name, value in kept if value.is_meta or value.untyped_storage()._cdata in memories}

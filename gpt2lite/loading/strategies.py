@@ -1,13 +1,13 @@
 """The ways to load: the article's five recipes and `stream`, a row of `STRATEGIES` each.
 
-A strategy takes a `LoadPlan` and returns the filled module; its forecast enters the same allocations, in the
-same order, in a `Ledger`; `refuses` says why it cannot do what is planned. The five allocate where and when
-the article's code does, so that comparing them is honest; its gaps are closed (buffers filled, ties kept).
+A strategy takes a `LoadPlan` and returns the filled module; its `enter` writes the same allocations, in
+the same order, in a `Ledger`; `refuses` says why it cannot do what is planned. The five allocate where and
+when the article's code does, so that comparing them is honest; its gaps are closed (buffers, ties).
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -18,9 +18,15 @@ from gpt2lite.checkpoint.reading import map_tensors, prefetch, read_tensors, siz
 from gpt2lite.checkpoint.source import ByteSource
 from gpt2lite.errors import CheckpointError, is_out_of_memory
 from gpt2lite.loading import stream
-from gpt2lite.loading.forecast import Forecast, Ledger, Pool
+from gpt2lite.loading.forecast import Ledger, Pool
 from gpt2lite.loading.plan import LoadPlan, Target
-from gpt2lite.loading.skeleton import replace_tensor, saved_tensors, storage_bytes, unsaved_buffers
+from gpt2lite.loading.skeleton import (
+    initialised,
+    replace_tensor,
+    saved_tensors,
+    storage_bytes,
+    unsaved_buffers,
+)
 from gpt2lite.loading.stream import enter_allocated, enter_unsaved_buffers
 
 CPU = torch.device("cpu")
@@ -31,14 +37,12 @@ CPU = torch.device("cpu")
 
 def _built_for_real(plan: LoadPlan) -> nn.Module:
     """`build().to(device)`: the whole model with its initial values, on the host first."""
-    module = plan.build()
+    module = initialised(plan.build)
     tensors = saved_tensors(module)
     for target in plan.targets:
         tensor = tensors[target.names[0]]
         tensor.data = tensor.data.to(plan.device, target.dtype)
-    for _, tensor in (*module.named_parameters(), *module.named_buffers()):
-        tensor.data = tensor.data.to(plan.device)
-    return module
+    return module.to(plan.device)
 
 
 def _enter_built(plan: LoadPlan, ledger: Ledger) -> None:
@@ -130,12 +134,10 @@ def _loaded_by_itself(plan: LoadPlan) -> nn.Module:
     return module
 
 
-def _forecast_baseline(plan: LoadPlan) -> Forecast:
-    ledger = Ledger(plan.device)
+def _enter_baseline(plan: LoadPlan, ledger: Ledger) -> None:
     _enter_built(plan, ledger)
     for block in _enter_read(plan, ledger, plan.spans, ledger.device):
         ledger.device.give(block)
-    return ledger.balance()
 
 
 def sequential(plan: LoadPlan) -> nn.Module:
@@ -148,15 +150,13 @@ def sequential(plan: LoadPlan) -> nn.Module:
     return _copy_all(plan, module, state.__getitem__)
 
 
-def _forecast_sequential(plan: LoadPlan) -> Forecast:
-    ledger = Ledger(plan.device)
+def _enter_sequential(plan: LoadPlan, ledger: Ledger) -> None:
     _enter_built(plan, ledger)
     state = _enter_read(plan, ledger, plan.spans, ledger.host)
     for target in plan.targets if not ledger.on_cpu else ():
         ledger.device.touch(target.span.nbytes)
     for block in state:
         ledger.host.give(block)
-    return ledger.balance()
 
 
 def meta(plan: LoadPlan) -> nn.Module:
@@ -170,13 +170,11 @@ def meta(plan: LoadPlan) -> nn.Module:
     return _copy_all(plan, module, state.__getitem__)
 
 
-def _forecast_meta(plan: LoadPlan) -> Forecast:
-    ledger = Ledger(plan.device)
+def _enter_meta(plan: LoadPlan, ledger: Ledger) -> None:
     enter_allocated(plan, ledger)
     for block in _enter_read(plan, ledger, plan.spans, ledger.device):
         ledger.device.give(block)
     enter_unsaved_buffers(plan, ledger)
-    return ledger.balance()
 
 
 @torch.no_grad()
@@ -192,14 +190,14 @@ def mmap(plan: LoadPlan) -> nn.Module:
     if plan.tuning.prefetch:
         prefetch(mapped.values(), plan.tuning.readers, plan.tuning.chunk_bytes)
     total = sum(span.nbytes for span in plan.spans.values())
-    for name, targets in _by_span(plan).items():
+    for name, targets in plan.filled.items():
         _assign(plan, mapped.pop(name).to(plan.device), targets)
         done += plan.spans[name].nbytes
         plan.progress(done, total)
     return plan.skeleton
 
 
-def _assign(plan: LoadPlan, stored: Tensor, targets: list[Target]) -> None:
+def _assign(plan: LoadPlan, stored: Tensor, targets: Iterable[Target]) -> None:
     """Put one stored tensor in the place of parameters: views of it where they can be, else copies.
 
     A function of its own, so that no local keeps the tensor on the device when the next one comes.
@@ -211,14 +209,6 @@ def _assign(plan: LoadPlan, stored: Tensor, targets: list[Target]) -> None:
         replace_tensor(plan.skeleton, target.names, value)
 
 
-def _by_span(plan: LoadPlan) -> dict[str, list[Target]]:
-    """What each stored tensor fills, in the order in which they lie on disk."""
-    filled = defaultdict(list)
-    for target in plan.targets:
-        filled[target.span.name].append(target)
-    return {name: filled[name] for name in plan.spans}
-
-
 def _is_view(plan: LoadPlan, target: Target, *, again: bool) -> bool:
     """Whether a parameter can be a view of its stored tensor; not one that the file ties and we do not."""
     stays_itself = target.dtype == target.span.dtype and (not again or bool(target.placement.narrows))
@@ -226,11 +216,10 @@ def _is_view(plan: LoadPlan, target: Target, *, again: bool) -> bool:
     return stays_itself and (plan.device == CPU or is_straight)
 
 
-def _forecast_mmap(plan: LoadPlan) -> Forecast:
-    ledger, stays_mapped = Ledger(plan.device), 0
+def _enter_mmap(plan: LoadPlan, ledger: Ledger) -> None:
     touched, reached = Counter[ByteSource](), Counter[ByteSource]()
     last = {span.source: name for name, span in plan.spans.items()}
-    for name, targets in _by_span(plan).items():
+    for name, targets in plan.filled.items():
         stored, are_views = plan.spans[name], [_is_view(plan, t, again=i > 0) for i, t in enumerate(targets)]
         source, end = stored.source, stored.offset + stored.extent
         fresh = max(end - max(stored.offset, reached[source]), 0)  # spans come in order, and may overlap
@@ -242,11 +231,10 @@ def _forecast_mmap(plan: LoadPlan) -> Forecast:
             ledger.device.take(0 if is_view else target.nbytes)
         if not (any(are_views) or ledger.on_cpu):
             ledger.device.give(block)
-        stays_mapped += fresh if ledger.on_cpu and any(are_views) else 0
+        ledger.stays_mapped += fresh if ledger.on_cpu and any(are_views) else 0
         if last[source] == name and not plan.tuning.prefetch:  # with its last tensor the mapping goes
             ledger.mapped.give(touched[source])
     enter_unsaved_buffers(plan, ledger)
-    return ledger.balance(stays_mapped=stays_mapped)
 
 
 def per_tensor(plan: LoadPlan) -> nn.Module:
@@ -259,8 +247,7 @@ def per_tensor(plan: LoadPlan) -> nn.Module:
     return _copy_all(plan, module, lambda name: read_tensors(plan.manifest, [name], CPU)[name])
 
 
-def _forecast_per_tensor(plan: LoadPlan) -> Forecast:
-    ledger = Ledger(plan.device)
+def _enter_per_tensor(plan: LoadPlan, ledger: Ledger) -> None:
     if not ledger.on_cpu:
         enter_allocated(plan, ledger)
     for target in plan.targets:
@@ -272,7 +259,6 @@ def _forecast_per_tensor(plan: LoadPlan) -> Forecast:
         for block in loaded:
             ledger.host.give(block)
     enter_unsaved_buffers(plan, ledger)
-    return ledger.balance()
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
@@ -303,19 +289,19 @@ def _beyond(*abilities: str) -> Callable[[LoadPlan], str]:
 
 
 class Strategy(NamedTuple):
-    """A way to load: what does it, what it will cost, and why it cannot do a plan ("" where it can)."""
+    """A way to load: what does it, what enters its cost, and why it cannot do a plan ("" where it can)."""
 
     load: Callable[[LoadPlan], nn.Module]
-    forecast: Callable[[LoadPlan], Forecast]
+    enter: Callable[[LoadPlan, Ledger], None]
     refuses: Callable[[LoadPlan], str]
 
 
 STRATEGIES: dict[str, Strategy] = {
-    "baseline": Strategy(baseline, _forecast_baseline, _beyond("files", "building", "own loading")),
-    "sequential": Strategy(sequential, _forecast_sequential, _beyond("files", "building")),
-    "meta": Strategy(meta, _forecast_meta, _beyond("files")),
-    "mmap": Strategy(mmap, _forecast_mmap, _beyond("files", "prefetch")),
-    "per_tensor": Strategy(per_tensor, _forecast_per_tensor, _beyond()),
-    "stream": Strategy(stream.load, stream.forecast, _beyond("files", "quantize", "keep_cached")),
+    "baseline": Strategy(baseline, _enter_baseline, _beyond("files", "building", "own loading")),
+    "sequential": Strategy(sequential, _enter_sequential, _beyond("files", "building")),
+    "meta": Strategy(meta, _enter_meta, _beyond("files")),
+    "mmap": Strategy(mmap, _enter_mmap, _beyond("files", "prefetch")),
+    "per_tensor": Strategy(per_tensor, _enter_per_tensor, _beyond()),
+    "stream": Strategy(stream.load, stream.enter, _beyond("files", "quantize", "keep_cached")),
 }
 AUTO = ("stream", "mmap", "sequential", "baseline")  # the fastest first, and copying before mapping

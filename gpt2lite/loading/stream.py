@@ -23,7 +23,7 @@ from gpt2lite.checkpoint.manifest import contiguous_stride
 from gpt2lite.checkpoint.reading import memory_of
 from gpt2lite.checkpoint.source import BUFFER_BYTES, ByteSource
 from gpt2lite.devices import caches_in_blocks, copies_async, synchronize
-from gpt2lite.loading.forecast import MIB, Forecast, Ledger, round_up
+from gpt2lite.loading.forecast import MIB, Ledger, round_up
 from gpt2lite.loading.plan import LoadPlan, Target
 from gpt2lite.loading.schedule import MAX_GAP, Chunk, Schedule, landings, places, shares
 from gpt2lite.loading.skeleton import replace_tensor, storage_bytes, unsaved_buffers
@@ -178,9 +178,8 @@ class Ring:
         if self.lane:
             flat, copied = self.lane.carry(flat)
         for piece in chunk.pieces:
-            for rows, scale, values in landings(
-                piece, flat[piece.span.offset - chunk.offset :], self.tensors
-            ):
+            begin = piece.span.offset - chunk.offset
+            for rows, scale, values in landings(piece, flat[begin:], self.tensors):
                 if scale is None:
                     rows.copy_(values)
                 else:
@@ -299,9 +298,9 @@ def load(plan: LoadPlan) -> nn.Module:
     return plan.skeleton
 
 
-def forecast(plan: LoadPlan) -> Forecast:
+def enter(plan: LoadPlan, ledger: Ledger) -> None:
     """What `load` takes, by the schedule that it will follow."""
-    ledger, schedule = Ledger(plan.device), plan.schedule
+    schedule = plan.schedule
     if caches_in_blocks(plan.device):  # fetched for a moment
         ledger.device.touch(_large_bytes(plan))
     enter_allocated(plan, ledger)
@@ -316,4 +315,3 @@ def forecast(plan: LoadPlan) -> Forecast:
         staged = (chunk.nbytes for chunk in schedule.chunks if not chunk.in_place)
         ledger.host.touch(sum(nlargest(schedule.slots, staged)) + working + buffers)
     enter_unsaved_buffers(plan, ledger)
-    return ledger.balance()
