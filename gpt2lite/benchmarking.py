@@ -77,8 +77,8 @@ def _random_chunks(shape: tuple[int, ...], mean: float, seed: int) -> Iterator[m
         yield memory_of(chunk)
 
 
-def _mask_chunks(shape: tuple[int, int]) -> Iterator[memoryview]:
-    yield memory_of(torch.ones(shape).triu(1))
+def _mask_chunks(side: int) -> Iterator[memoryview]:
+    yield memory_of(torch.ones(side, side).triu(1))
 
 
 def write_random_checkpoint(
@@ -91,11 +91,11 @@ def write_random_checkpoint(
     """
     with torch.device("meta"):
         state = GPTModel(config).state_dict()
-    mask_shape, tensors = (config.context_length, config.context_length), []
+    side, tensors = config.context_length, []
     for seed, (name, tensor) in enumerate(state.items()):
         if name.endswith("att.W_query.weight"):
             mask = name.replace("W_query.weight", "mask")
-            tensors.append(TensorToWrite(mask, torch.float32, mask_shape, partial(_mask_chunks, mask_shape)))
+            tensors.append(TensorToWrite(mask, torch.float32, (side, side), partial(_mask_chunks, side)))
         if name != "out_head.weight" or not config.tied_head:
             shape, mean = tuple(tensor.shape), float(name.endswith(".scale"))
             chunks = partial(_random_chunks, shape, mean, seed)
@@ -109,8 +109,7 @@ def write_random_checkpoint(
 
 def digest(tensor: Tensor) -> str:
     """A hash of a tensor's bytes, on whatever device it is."""
-    host = tensor.detach().cpu().contiguous()
-    return hashlib.sha256(memory_of(host)).hexdigest()
+    return hashlib.sha256(memory_of(tensor.detach().cpu().contiguous())).hexdigest()
 
 
 @torch.inference_mode()
@@ -219,7 +218,7 @@ def compare_strategies(
     device: str,
     strategies: Iterable[str],
     *,
-    folder: Path,
+    folder: Path | None = None,
     dtype: str | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Iterator[Measurement | Failure]:

@@ -175,7 +175,7 @@ def test_bench_refuses_a_checkpoint_that_does_not_fit_before_it_measures(
         (["generate", "--device", "cuda:77"], "cuda:77 was asked for"),
         (["generate", "--device", "abc"], "unknown device 'abc'"),
         (["generate", "--strategy", "per_tensor"], "gpt2lite.save_per_tensor"),
-        (["bench", "--strategies", "fast"], "unknown strategy fast; choose from baseline"),
+        (["bench", "--folder", "no"], "No such file or directory: 'no/"),
         (["bench", "no.pth"], "no.pth: no such file or folder"),
         (["bench", "--json", "model.pth"], "model.pth: expected a file name ending in .json"),
         (
