@@ -118,14 +118,6 @@ def _first_logits(model: GPTModel) -> Tensor:
     return model(prompt[:, : model.config.context_length])[0, -1].float().cpu()
 
 
-def _warm_up(strategy: str, device: str, folder: Path) -> None:
-    """Load something tiny the same way: imports and the start of the device are not to be counted."""
-    path = folder / "tiny.pth"
-    torch.save(GPTModel(TINY).state_dict(), path)
-    source = save_per_tensor(path, folder / "tiny") if strategy == "per_tensor" else path
-    _first_logits(GPTModel.from_checkpoint(source, device, strategy, config=TINY))
-
-
 def _dtype(name: str | None) -> torch.dtype | None:
     return getattr(torch, name) if name else None
 
@@ -134,8 +126,10 @@ def measure(
     path: str, device: str, strategy: str, dtype: str | None, config: dict[str, Any], reference: str
 ) -> Measurement:
     """Load once in this process, which must be fresh, and compare with what `write_reference` wrote."""
-    with tempfile.TemporaryDirectory() as folder:
-        _warm_up(strategy, device, Path(folder))
+    with tempfile.TemporaryDirectory() as folder:  # the imports and the device's start are not counted
+        tiny = GPTModel(TINY).save_checkpoint(Path(folder) / "tiny.pth")
+        source = save_per_tensor(tiny, Path(folder) / "tiny") if strategy == "per_tensor" else tiny
+        _first_logits(GPTModel.from_checkpoint(source, device, strategy, config=TINY))
     expected_bytes = open_model(path, config=config).forecast(device, dtype=_dtype(dtype))[strategy]
     with track_memory(device) as until_logits:
         with track_memory(device) as loading:

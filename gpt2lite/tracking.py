@@ -20,7 +20,7 @@ import psutil
 import torch
 
 from gpt2lite import sampler
-from gpt2lite.devices import allocated, peak_allocated, resolve_device, restart_peak, synchronize
+from gpt2lite.devices import CPU, allocated, peak_allocated, resolve_device, restart_peak, synchronize
 from gpt2lite.memory import GIB
 
 
@@ -52,16 +52,13 @@ class MemoryUse:
 
     def report(self) -> str:
         """The article's lines, in the article's GB, which are 1024³ bytes: GiB."""
-        device = f"Maximum GPU memory allocated: {self.peak_device / GIB:.2f} GB\n" if self.on_device else ""
+        device = (
+            f"Maximum GPU memory allocated: {self.peak_device / GIB:.2f} GB\n" if self.device != CPU else ""
+        )
         return (
             f"{device}Maximum CPU memory allocated: {self.peak_host_anonymous / GIB:.2f} GB"
             f" (+ {self.peak_host_reclaimable / GIB:.2f} GB of mapped files, which the system can take back)"
         )
-
-    @property
-    def on_device(self) -> bool:
-        """Whether device memory was counted."""
-        return self.device.type != "cpu"
 
 
 def clean_up(device: str | torch.device = "cpu") -> int:

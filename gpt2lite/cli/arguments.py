@@ -88,6 +88,7 @@ COMMANDS = {
             "--engine": _arg("default: the fastest that can run", choices=("auto", *ENGINES), default="auto"),
         },
         (*LOADING, "--quantize"),
+        one_of=("--prompt", "--prompts"),
     ),
     "bench": Command(
         "measure what every way of loading costs in memory and time",
