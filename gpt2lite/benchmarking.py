@@ -77,8 +77,8 @@ def _random_chunks(shape: tuple[int, ...], mean: float, seed: int) -> Iterator[m
         yield memory_of(chunk)
 
 
-def _mask_chunks(shape: tuple[int, int]) -> Iterator[memoryview]:
-    yield memory_of(torch.ones(shape).triu(1))
+def _mask_chunks(side: int) -> Iterator[memoryview]:
+    yield memory_of(torch.ones(side, side).triu(1))
 
 
 def write_random_checkpoint(
@@ -91,11 +91,11 @@ def write_random_checkpoint(
     """
     with torch.device("meta"):
         state = GPTModel(config).state_dict()
-    mask_shape, tensors = (config.context_length, config.context_length), []
+    side, tensors = config.context_length, []
     for seed, (name, tensor) in enumerate(state.items()):
         if name.endswith("att.W_query.weight"):
             mask = name.replace("W_query.weight", "mask")
-            tensors.append(TensorToWrite(mask, torch.float32, mask_shape, partial(_mask_chunks, mask_shape)))
+            tensors.append(TensorToWrite(mask, torch.float32, (side, side), partial(_mask_chunks, side)))
         if name != "out_head.weight" or not config.tied_head:
             shape, mean = tuple(tensor.shape), float(name.endswith(".scale"))
             chunks = partial(_random_chunks, shape, mean, seed)
@@ -109,22 +109,13 @@ def write_random_checkpoint(
 
 def digest(tensor: Tensor) -> str:
     """A hash of a tensor's bytes, on whatever device it is."""
-    host = tensor.detach().cpu().contiguous()
-    return hashlib.sha256(memory_of(host)).hexdigest()
+    return hashlib.sha256(memory_of(tensor.detach().cpu().contiguous())).hexdigest()
 
 
 @torch.inference_mode()
 def _first_logits(model: GPTModel) -> Tensor:
     prompt = torch.tensor([PROMPT], device=model.tok_emb.weight.device) % model.config.vocab_size
     return model(prompt[:, : model.config.context_length])[0, -1].float().cpu()
-
-
-def _warm_up(strategy: str, device: str, folder: Path) -> None:
-    """Load something tiny the same way: imports and the start of the device are not to be counted."""
-    path = folder / "tiny.pth"
-    torch.save(GPTModel(TINY).state_dict(), path)
-    source = save_per_tensor(path, folder / "tiny") if strategy == "per_tensor" else path
-    _first_logits(GPTModel.from_checkpoint(source, device, strategy, config=TINY))
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -135,8 +126,10 @@ def measure(
     path: str, device: str, strategy: str, dtype: str | None, config: dict[str, Any], reference: str
 ) -> Measurement:
     """Load once in this process, which must be fresh, and compare with what `write_reference` wrote."""
-    with tempfile.TemporaryDirectory() as folder:
-        _warm_up(strategy, device, Path(folder))
+    with tempfile.TemporaryDirectory() as folder:  # the imports and the device's start are not counted
+        tiny = GPTModel(TINY).save_checkpoint(Path(folder) / "tiny.pth")
+        source = save_per_tensor(tiny, Path(folder) / "tiny") if strategy == "per_tensor" else tiny
+        _first_logits(GPTModel.from_checkpoint(source, device, strategy, config=TINY))
     expected_bytes = open_model(path, config=config).forecast(device, dtype=_dtype(dtype))[strategy]
     with track_memory(device) as until_logits:
         with track_memory(device) as loading:
@@ -219,7 +212,7 @@ def compare_strategies(
     device: str,
     strategies: Iterable[str],
     *,
-    folder: Path,
+    folder: Path | None = None,
     dtype: str | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Iterator[Measurement | Failure]:

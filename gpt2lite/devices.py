@@ -32,8 +32,7 @@ def name_device(device: str | torch.device) -> torch.device:
 
 def _count(kind: str) -> int:
     """How many devices of a kind torch can use here. Initialises none."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return torch.accelerator.device_count() if accelerator and accelerator.type == kind else 0
+    return sum(found.type == kind for found in accelerators())
 
 
 def is_here(device: torch.device) -> bool:
@@ -107,13 +106,8 @@ def caches_in_blocks(device: torch.device) -> bool:
 # ---- streams -----------------------------------------------------------------------------------------------
 
 
-def has_streams(device: torch.device) -> bool:
-    """Whether copies to a device can go on while this thread does: it has streams, events, pinned memory."""
-    return copies_async(device) and is_here(device)
-
-
 def copies_async(device: torch.device) -> bool:
-    """Whether devices of this kind have streams, whether or not one is here."""
+    """Whether copies to this kind of device can go on while this thread does: streams, pinned memory."""
     return device.type not in ("cpu", "meta", "mps")
 
 
@@ -130,7 +124,7 @@ def on_stream(stream: torch.Stream | None) -> AbstractContextManager[object]:
 
 def current_stream(device: torch.device) -> torch.Stream | None:
     """Where work for a device goes from this thread; None where it has no streams."""
-    return torch.accelerator.current_stream(device) if has_streams(device) else None
+    return torch.accelerator.current_stream(device) if copies_async(device) and is_here(device) else None
 
 
 def caller_stream() -> torch.Stream | None:
@@ -198,18 +192,13 @@ def name_of(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
-def accelerators() -> Iterator[torch.device]:
-    """All that torch can use here."""
+def accelerators() -> list[torch.device]:
+    """All that torch can use here. Initialises none."""
     found = torch.accelerator.current_accelerator(check_available=True)
-    for index in range(torch.accelerator.device_count() if found else 0):
-        yield torch.device(found.type, index)  # type: ignore[union-attr]
+    count = torch.accelerator.device_count() if found else 0
+    return [torch.device(found.type, index) for index in range(count)]  # type: ignore[union-attr]
 
 
-@contextmanager
-def current_device(device: torch.device) -> Iterator[None]:
+def current_device(device: torch.device) -> AbstractContextManager[object]:
     """Make a device the current one of this thread for a while; nothing on the CPU."""
-    if not is_here(device):
-        yield
-        return
-    with torch.accelerator.device_index(device.index):
-        yield
+    return torch.accelerator.device_index(device.index) if is_here(device) else nullcontext()

@@ -100,11 +100,9 @@ def _own_cgroups(proc: Path) -> Iterator[tuple[Path, CgroupFiles]]:
 def cgroup_grants(proc: Path = PROC) -> list[tuple[int, str]]:
     """(bytes still granted, "cgroup <folder>") for every limit around a process; page cache is free."""
     grants = []
-    for folder, (limits, usage, file_backed) in _own_cgroups(proc):
-        limit = min(
-            (int(text) for text in (_read(folder / name) for name in limits) if text.isdigit()),
-            default=NO_LIMIT,
-        )
+    for folder, (names, usage, file_backed) in _own_cgroups(proc):
+        limits = [_read(folder / name) for name in names]
+        limit = min((int(text) for text in limits if text.isdigit()), default=NO_LIMIT)
         used = _read(folder / usage)
         if used.isdigit() and limit < NO_LIMIT:
             stat = dict(line.split(maxsplit=1) for line in _read(folder / "memory.stat").splitlines())
@@ -133,9 +131,7 @@ def host_memory() -> HostMemory:
     """What this process can really take: the least of physical memory and what cgroups and ulimits grant."""
     physical = psutil.virtual_memory()
     grants = [*cgroup_grants(), *process_grants()]
-    available, limited_by = min(
-        [(physical.available, "physical memory"), *grants], key=lambda grant: grant[0]
-    )
+    available, limited_by = min([(physical.available, "physical memory"), *grants])
     beyond = [granted - physical.available for granted, _ in grants]
     swap = max(min(psutil.swap_memory().free, *beyond, NO_LIMIT), 0)
     return HostMemory(physical.total, available, limited_by, swap)

@@ -8,18 +8,19 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import ClassVar
 
 import psutil
 import torch
 
 from gpt2lite import sampler
-from gpt2lite.devices import allocated, peak_allocated, resolve_device, restart_peak, synchronize
+from gpt2lite.devices import CPU, allocated, peak_allocated, resolve_device, restart_peak, synchronize
 from gpt2lite.memory import GIB
 
 
@@ -51,16 +52,13 @@ class MemoryUse:
 
     def report(self) -> str:
         """The article's lines, in the article's GB, which are 1024³ bytes: GiB."""
-        device = f"Maximum GPU memory allocated: {self.peak_device / GIB:.2f} GB\n" if self.on_device else ""
+        device = (
+            f"Maximum GPU memory allocated: {self.peak_device / GIB:.2f} GB\n" if self.device != CPU else ""
+        )
         return (
             f"{device}Maximum CPU memory allocated: {self.peak_host_anonymous / GIB:.2f} GB"
             f" (+ {self.peak_host_reclaimable / GIB:.2f} GB of mapped files, which the system can take back)"
         )
-
-    @property
-    def on_device(self) -> bool:
-        """Whether device memory was counted."""
-        return self.device.type != "cpu"
 
 
 def clean_up(device: str | torch.device = "cpu") -> int:
@@ -75,7 +73,7 @@ def clean_up(device: str | torch.device = "cpu") -> int:
 
 
 def _status() -> dict[str, int]:
-    """The figures of /proc/self/status that count memory, in bytes; empty where there is no such file."""
+    """The memory figures of /proc/self/status, in bytes; empty where that file does not exist."""
     try:
         fields = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     except OSError:
@@ -145,7 +143,8 @@ class _KernelPeak:
         return None if self.baseline is None else highest - self.baseline
 
 
-class track_memory:
+@contextmanager
+def track_memory(device: str | torch.device = "cpu") -> Iterator[MemoryUse]:
     """Measure what a block of code takes on host and device: `with track_memory("cuda") as memory: …`.
 
     After the block, `memory` (a `MemoryUse`) holds peaks in bytes above the baseline at entry. Import what
@@ -153,35 +152,23 @@ class track_memory:
     freed before and is used again adds nothing. Blocks may be nested on the host; a device has one peak,
     which an inner block restarts. Costs a helper process that sleeps most of the time.
     """
-
-    def __init__(self, device: str | torch.device = "cpu") -> None:
-        self.use = MemoryUse(resolve_device(device))
-
-    def __enter__(self) -> MemoryUse:
-        clean_up(self.use.device)
-        self.device_baseline = allocated(self.use.device)
-        self.sampler = _Helper() if "RssAnon" in _status() else _Thread()
-        self.kernel_peak = _KernelPeak()
-        self.baseline = self.sampler.read()
-        return self.use
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        use = self.use
-        if kind is None:
-            synchronize(use.device)
-        now = self.sampler.read()
-        total = use.peak_host_total = self.kernel_peak.stop()
-        anonymous, file, samples = self.sampler.stop()
-        if kind is not None:
-            return
-        use.peak_device = peak_allocated(use.device) - self.device_baseline
-        use.method = self.sampler.method
-        base_anonymous, base_file = self.baseline
-        sampled_anonymous = max(anonymous, now[0]) - base_anonymous
-        sampled_file = max(file, now[1]) - base_file
-        # What rose and fell between two samples is in the kernel's peak alone: counted as both, not as none.
-        use.peak_host_anonymous = max(sampled_anonymous, (total or 0) - sampled_file)
-        use.peak_host_reclaimable = max(sampled_file, (total or 0) - sampled_anonymous)
-        use.timeline = [Sample(t, a - base_anonymous, f - base_file) for t, a, f in samples]
+    use = MemoryUse(resolve_device(device))
+    device_baseline = clean_up(use.device)
+    sampling = _Helper() if "RssAnon" in _status() else _Thread()
+    kernel_peak = _KernelPeak()
+    base_anonymous, base_file = sampling.read()
+    try:
+        yield use
+        synchronize(use.device)
+        last_anonymous, last_file = sampling.read()
+    finally:
+        total = use.peak_host_total = kernel_peak.stop()
+        anonymous, file, samples = sampling.stop()
+    use.peak_device = peak_allocated(use.device) - device_baseline
+    use.method = sampling.method
+    sampled_anonymous = max(anonymous, last_anonymous) - base_anonymous
+    sampled_file = max(file, last_file) - base_file
+    # What rose and fell between two samples is in the kernel's peak alone: counted as both, not as none.
+    use.peak_host_anonymous = max(sampled_anonymous, (total or 0) - sampled_file)
+    use.peak_host_reclaimable = max(sampled_file, (total or 0) - sampled_anonymous)
+    use.timeline = [Sample(t, a - base_anonymous, f - base_file) for t, a, f in samples]

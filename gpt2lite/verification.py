@@ -98,14 +98,10 @@ def _transformers(opened: Opened[GPTModel], dtype: torch.dtype, folder: Path) ->
             shared = f"the names: {CONVERTED}; the config is the folder's"
         if opened.config.n_classes:
             raise UsageError(f"{opened.path}: a classifier is compared with plain torch only")
-        path = convert(
-            opened.path, folder / "model", to="huggingface", config=opened.config.as_dict(), verify=False
-        )
+        config = opened.config.as_dict()
+        path = convert(opened.path, folder / "model", to="huggingface", config=config, verify=False)
     elif opened.reading.adapters and not (path / "adapter_config.json").is_file():
-        raise UsageError(
-            f"{path}: transformers would leave out the adapter, which lies in another folder. "
-            "Compare with plain torch, or copy the adapter's two files into this folder"
-        )
+        raise UsageError(f"{path}: transformers would leave out the adapter; copy its two files here first")
     model = AutoModelForCausalLM.from_pretrained(path, **options).eval()
     return lambda ids: model(ids).logits, shared
 

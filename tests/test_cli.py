@@ -175,7 +175,7 @@ def test_bench_refuses_a_checkpoint_that_does_not_fit_before_it_measures(
         (["generate", "--device", "cuda:77"], "cuda:77 was asked for"),
         (["generate", "--device", "abc"], "unknown device 'abc'"),
         (["generate", "--strategy", "per_tensor"], "gpt2lite.save_per_tensor"),
-        (["bench", "--strategies", "fast"], "unknown strategy fast; choose from baseline"),
+        (["bench", "--folder", "no"], "No such file or directory: 'no/"),
         (["bench", "no.pth"], "no.pth: no such file or folder"),
         (["bench", "--json", "model.pth"], "model.pth: expected a file name ending in .json"),
         (
@@ -296,10 +296,18 @@ assert (warnings.formatwarning, sys.stdout.errors) == before
     assert (result.returncode, result.stderr) == (0, "gpt2lite: warning: careful\ngpt2lite: over\n")
 
 
-def test_an_unknown_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["generat"], "invalid choice: 'generat'"),
+        (["bench", "--strategies", "fast"], "invalid choice: 'fast'"),
+        (["generate", "--prompt", "a", "--prompts", "b"], "not allowed with argument --prompt"),
+    ],
+)
+def test_wrong_words_are_a_usage_error(words: list[str], message: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit, match="2"):
-        main(["generat"])
-    assert "invalid choice: 'generat'" in capsys.readouterr().err
+        main(words)
+    assert message in capsys.readouterr().err
 
 
 def test_ctrl_c_in_bench_leaves_no_file_and_no_process(tmp_path: Path):
@@ -400,7 +408,6 @@ def test_a_window_goes_on_past_the_context(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--prompt", "a", "--prompts", "b"), "--prompt and --prompts exclude each other"),
         (("--num-samples", "0"), "--num-samples must be at least 1, got 0"),
         (("--num-samples", "2"), "needs a --temperature above 0"),
         (("--prompts", "/dev/null"), "/dev/null: no line with a prompt"),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import io
 import os
 import sys
 import warnings
@@ -50,30 +49,24 @@ def _parser() -> argparse.ArgumentParser:
 @contextmanager
 def _plain_output() -> Iterator[None]:
     """Warnings as one line; a terminal that cannot print é gets ? instead. Both as they were afterwards."""
-    stdout, format_warning = sys.stdout, warnings.formatwarning
-    errors = stdout.errors if isinstance(stdout, io.TextIOWrapper) else None
+    format_warning, errors = warnings.formatwarning, sys.stdout.errors
+    reconfigure = getattr(sys.stdout, "reconfigure", lambda errors: None)  # what replaced it may have none
     warnings.formatwarning = lambda message, *_: f"gpt2lite: warning: {message}\n"
-    if isinstance(stdout, io.TextIOWrapper):
-        stdout.reconfigure(errors="replace")
+    reconfigure(errors="replace")
     try:
         yield
     finally:
         warnings.formatwarning = format_warning
-        if isinstance(stdout, io.TextIOWrapper):
-            stdout.reconfigure(errors=errors)
-
-
-def _run(words: Sequence[str] | None) -> int:
-    args = _parser().parse_args(words)
-    importlib.import_module("gpt2lite._torch")
-    return int(importlib.import_module(f"gpt2lite.cli.{args.command}").run(args))
+        reconfigure(errors=errors)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 an error said in one line, 2 usage, 130 Ctrl-C."""
     try:
         with _plain_output():
-            return _run(arguments)
+            args = _parser().parse_args(arguments)
+            importlib.import_module("gpt2lite._torch")
+            return int(importlib.import_module(f"gpt2lite.cli.{args.command}").run(args))
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -89,20 +88,17 @@ COMMANDS = {
             "--engine": _arg("default: the fastest that can run", choices=("auto", *ENGINES), default="auto"),
         },
         (*LOADING, "--quantize"),
+        one_of=("--prompt", "--prompts"),
     ),
     "bench": Command(
         "measure what every way of loading costs in memory and time",
         {
             "path": _arg(OR_EMBEDDED, nargs="?"),
             "--size": _arg("write a random checkpoint of this size first", choices=OFFICIAL_SIZES),
-            "--strategies": _arg(
-                "default: all of " + " ".join(STRATEGIES), nargs="+", metavar="NAME", default=STRATEGIES
-            ),
+            "--strategies": _arg("default: all", nargs="+", choices=STRATEGIES, default=STRATEGIES),
             "--json": _arg("save everything as JSON; - prints it instead", metavar="FILE.json"),
             "--plot": _path("draw memory over time (needs matplotlib)", metavar="FILE.png"),
-            "--folder": _path(
-                "for temporary files (default: %(default)s)", default=Path(tempfile.gettempdir())
-            ),
+            "--folder": _path("for temporary files (default: the system's)", metavar="DIR"),
         },
         ("--device", *CONFIG, "--dtype"),
         one_of=("path", "--size"),
@@ -132,19 +128,14 @@ COMMANDS = {
     ),
     "inspect": Command(
         "describe a checkpoint from its headers alone",
-        {
-            "path": _arg("a .pth, .safetensors or TensorFlow model.ckpt, a folder, or a Hub model: gpt2 …"),
-        },
+        {"path": _arg("a .pth, .safetensors or TensorFlow model.ckpt, a folder, or a Hub model: gpt2 …")},
         ("--json", *CONFIG),
     ),
     "verify": Command(
         "load a checkpoint in two independent ways and compare what they compute",
         {
             "--against": _arg("the other way (default: torch)", choices=REFERENCES, default="torch"),
-            "--folder": _arg(
-                "for what transformers must have converted first (default: the temporary folder)",
-                metavar="DIR",
-            ),
+            "--folder": _path("for temporary files (default: the system's)", metavar="DIR"),
         },
         ("path", "--json", *LOADING),
     ),
@@ -160,12 +151,8 @@ COMMANDS = {
     "finetune": Command(
         "train a checkpoint further, on text, instructions or labelled texts",
         {
-            "--text": _file(
-                "UTF-8 text, or a token file: .npy, or .bin as gpt2lite, nanoGPT and llm.c write it"
-            ),
-            "--instructions": _file(
-                "records with instruction, output and optionally input: .json, .jsonl, .csv"
-            ),
+            "--text": _file("UTF-8, or tokens: .npy, or .bin as gpt2lite, nanoGPT and llm.c write it"),
+            "--instructions": _file("records with instruction, output, perhaps input: .json, .jsonl, .csv"),
             "--classify": _file("records with text and label: .json, .jsonl, .csv; trains a classifier"),
             "--out": _path("a new or empty folder", required=True, metavar="DIR"),
             "--resume": _switch("continue the run in --out with its recipe; flags given here win"),

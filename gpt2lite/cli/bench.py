@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from gpt2lite.benchmarking import Failure, Measurement, compare_strategies, write_random_checkpoint
-from gpt2lite.cli.arguments import STRATEGIES
 from gpt2lite.cli.env import environment
 from gpt2lite.cli.loading import config_of, local_path
 from gpt2lite.cli.plot import plot_timelines, require_matplotlib
@@ -31,14 +30,9 @@ for bit what plain torch loads, logits within 1e-4 (0.05 for 16 bits)."""
 def _row(result: Measurement | Failure, unit: int) -> list[str]:
     if isinstance(result, Failure):
         return [result.strategy, *["–"] * (len(HEADER) - 1)]
-    peaks = (
-        result.peak_device,
-        result.forecast["peak_device"],
-        result.peak_host_anonymous,
-        result.forecast["peak_host_anonymous"],
-        result.peak_host_reclaimable,
-    )
-    figures = (result.seconds_to_load, result.seconds_to_logits, *(peak / unit for peak in peaks))
+    device = result.peak_device, result.forecast["peak_device"]
+    host = result.peak_host_anonymous, result.forecast["peak_host_anonymous"], result.peak_host_reclaimable
+    figures = (result.seconds_to_load, result.seconds_to_logits, *(peak / unit for peak in (*device, *host)))
     exact = "BITS" if not result.bitwise_equal else "yes" if result.logits_equal else "LOGITS"
     return [result.strategy, *(f"{figure:.2f}" for figure in figures), exact]
 
@@ -70,7 +64,7 @@ def _measure(path: Path, args: argparse.Namespace) -> list[Measurement | Failure
 
 def _measure_random(args: argparse.Namespace) -> list[Measurement | Failure]:
     """Write a checkpoint of --size, untied as in the article, measure it, remove it."""
-    config = GPTConfig.of(GPTConfig.named(args.size).as_dict() | {"tied_head": False})
+    config = replace(GPTConfig.named(args.size), tied_head=False)
     with tempfile.TemporaryDirectory(prefix="gpt2lite-", dir=args.folder) as folder:
         path = Path(folder) / "model.pth"
         with bytes_bar(f"writing {args.size}") as progress:
@@ -80,11 +74,6 @@ def _measure_random(args: argparse.Namespace) -> list[Measurement | Failure]:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse before the long work begins."""
-    unknown = [name for name in args.strategies if name not in STRATEGIES]
-    if unknown:
-        raise UsageError(f"unknown strategy {', '.join(unknown)}; choose from {', '.join(STRATEGIES)}")
-    if not args.folder.is_dir():
-        raise UsageError(f"--folder {args.folder}: no such folder")
     for target, suffix in ((args.json, ".json"), (args.plot, ".png")):
         if target not in (None, "-") and (Path(target).suffix != suffix or not Path(target).parent.is_dir()):
             raise UsageError(f"{target}: expected a file name ending in {suffix}, in an existing folder")

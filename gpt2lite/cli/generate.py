@@ -32,8 +32,6 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "win
 
 def _prompts(args: argparse.Namespace, default: str) -> list[str]:
     """The prompts, each repeated --num-samples times."""
-    if args.prompts is not None and args.prompt is not None:
-        raise UsageError("--prompt and --prompts exclude each other")
     if args.num_samples < 1:
         raise UsageError(f"--num-samples must be at least 1, got {args.num_samples}")
     if args.num_samples > 1 and args.temperature == 0:

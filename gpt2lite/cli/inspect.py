@@ -6,7 +6,6 @@ import argparse
 from collections import Counter, defaultdict
 from typing import Any
 
-from gpt2lite.checkpoint import Manifest
 from gpt2lite.cli.loading import config_of
 from gpt2lite.cli.terminal import as_json, facts
 from gpt2lite.dialects import UNSAYABLE, Reading
@@ -16,13 +15,6 @@ from gpt2lite.model import GPTModel, open_model
 from gpt2lite.opening import Opened
 
 MAX_NAMED = 3
-
-
-def _ties(manifest: Manifest) -> list[list[str]]:
-    shared = defaultdict(list)
-    for span in manifest.tensors.values():
-        shared[span.address].append(span.name)
-    return [names for names in shared.values() if len(names) > 1]
 
 
 def _oddities(reading: Reading) -> list[str]:
@@ -42,7 +34,7 @@ def _oddities(reading: Reading) -> list[str]:
 
 
 def _config(opened: Opened[GPTModel]) -> tuple[dict[str, Any], str]:
-    """The config; what cannot be known is None, and the reason is the second value."""
+    """The config; None where it cannot be known, and the reason is the second value."""
     try:
         return opened.config.as_dict(), ""
     except CheckpointError as error:
@@ -56,6 +48,9 @@ def _describe(args: argparse.Namespace) -> dict[str, Any]:
     config, problem = _config(opened)
     sources = (manifest.tensors[placement.source] for placement in reading.placements.values())
     spans = list({span.address: span for span in sources}.values())
+    shared = defaultdict(list)
+    for span in manifest.tensors.values():
+        shared[span.address].append(span.name)
     dtypes = Counter(str(span.dtype).removeprefix("torch.") for span in spans)
     return {
         "path": str(manifest.path),
@@ -67,7 +62,7 @@ def _describe(args: argparse.Namespace) -> dict[str, Any]:
         "file_bytes": sum(state.size for state in manifest.files.values()),
         "tensors": len(manifest.tensors),
         "dtypes": dict(dtypes),
-        "ties": _ties(manifest),
+        "ties": [names for names in shared.values() if len(names) > 1],
         "oddities": [*_oddities(reading), *opened.found.notes, *([problem] if problem else [])],
     }
 

@@ -68,9 +68,8 @@ def _print(plan: LoadPlan, budget: Budget, verdicts: dict[str, Verdict | str], a
     on_device = [("device", budget.device.said)] if plan.device.type != "cpu" else []
     swap = [("swap", f"{human(budget.swap)}, not counted")] if budget.swap else []
     would_fit = [("would fit", change) for change in helps(plan, "auto", budget)] if not auto else []
-    print(
-        facts([("host", budget.host.said), *swap, *on_device, ("auto", auto or "nothing fits"), *would_fit])
-    )
+    chosen = ("auto", auto or "nothing fits")
+    print(facts([("host", budget.host.said), *swap, *on_device, chosen, *would_fit]))
 
 
 def _plan_training(args: argparse.Namespace) -> int:
@@ -90,12 +89,12 @@ def _plan_training(args: argparse.Namespace) -> int:
         content = {"path": str(args.path), "device": str(device), "forecast": asdict(found)}
         said = [{"lever": lever, "costs": cost} for lever, cost in levers]
         print(as_json({**content, "levers": said, "fits": fits}))
-        return 0 if fits else 1
-    print(f"training {args.path} on {device}\n")
-    print(facts([(name, human(nbytes) if nbytes else "–") for name, nbytes in asdict(found).items()]))
-    if limit is not None:
-        print("\n" + facts([(lever, cost) for lever, cost in levers] or [("as asked", "")]))
-        print(f"\n{'fits' if fits else 'does not fit'} into {human(limit)}")
+    else:
+        print(f"training {args.path} on {device}\n")
+        print(facts([(name, _size(nbytes)) for name, nbytes in asdict(found).items()]))
+        if limit is not None:
+            print(f"\n{facts(levers or [('as asked', '')])}")
+            print(f"\n{'fits' if fits else 'does not fit'} into {human(limit)}")
     return 0 if fits else 1
 
 

@@ -17,14 +17,8 @@ EMBEDDED = Path(__file__).resolve().parent.parent / "data" / "embedded.pth"
 def table(*lines: Sequence[str]) -> str:
     """Columns under their headers, which are the first line; the first column left-aligned, others right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    cells = (
-        [
-            line[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
-        ]
-        for line in lines
-    )
-    return "\n".join("  ".join(row).rstrip() for row in cells)
+    rows = ([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines)
+    return "\n".join("  ".join(row).rstrip() for row in rows)
 
 
 def facts(pairs: Sequence[tuple[str, object]]) -> str:

@@ -79,10 +79,8 @@ def require_fit(T: int, max_new_tokens: int, window: int | None, config: GPTConf
 def _require_finite(logits: Tensor, running: Tensor) -> None:
     """Raise UsageError if a row (B, V) that still runs has no largest logit."""
     if not bool((logits.amax(-1).isfinite() | ~running).all()):
-        raise UsageError(
-            f"the model's logits are NaN or infinite: its weights are, or {logits.dtype} is too narrow. "
-            "Check the checkpoint, or load it with dtype=torch.float32"
-        )
+        why = f"its weights are, or {logits.dtype} is too narrow; try dtype=torch.float32"
+        raise UsageError(f"the model's logits are NaN or infinite: {why}")
 
 
 def _decode(

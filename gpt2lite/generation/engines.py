@@ -188,14 +188,13 @@ def _graph_step(model: LanguageModel, cache: KVCache) -> Step:
 # ---- the choice --------------------------------------------------------------------------------------------
 
 
-def _lacks_for_graph(model: LanguageModel, batch: int) -> str:
-    return "" if has_graphs(model.pos_emb.weight.device) else "the model is not on a GPU"
-
-
 # Why an engine cannot run a model and so many rows ("" if it can), and what makes its step.
 ENGINES: dict[str, tuple[Callable[[LanguageModel, int], str], Callable[[LanguageModel, KVCache], Step]]] = {
     "numba": (_lacks_for_numba, _numba_step),
-    "cuda_graph": (_lacks_for_graph, _graph_step),
+    "cuda_graph": (
+        lambda model, batch: "" if has_graphs(model.pos_emb.weight.device) else "the model is not on a GPU",
+        _graph_step,
+    ),
     "torch": (lambda model, batch: "", lambda model, cache: partial(last_logits, model, cache=cache)),
 }
 

@@ -77,17 +77,17 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(p), NEVER)
 
 
+FILTERS = {"top_k": keep_top_k, "top_p": keep_top_p, "min_p": keep_min_p}
+
+
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """Logits (B, V) → the probability of drawing each token, at a temperature above 0."""
     logits = logits.float()
     logits = logits - logits.amax(-1, keepdim=True)  # ≤ 0: dividing never overflows
     logits = logits / max(sampling.temperature, COLDEST)
-    if sampling.top_k is not None:
-        logits = keep_top_k(logits, sampling.top_k)
-    if sampling.top_p is not None:
-        logits = keep_top_p(logits, sampling.top_p)
-    if sampling.min_p is not None:
-        logits = keep_min_p(logits, sampling.min_p)
+    for name, keep in FILTERS.items():
+        if (value := getattr(sampling, name)) is not None:
+            logits = keep(logits, value)
     return logits.softmax(-1)
 
 
