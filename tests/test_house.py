@@ -84,6 +84,12 @@ def test_a_name_that_is_not_public_is_no_attribute():
         _ = gpt2lite.GPTMode
 
 
+def test_the_table_of_public_names_has_every_one():
+    table = (ARCHITECTURE.parent / "API.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", table, re.MULTILINE)
+    assert {name for name, now in listed if now != "–"} == set(gpt2lite.__all__)
+
+
 def calls(path: Path) -> list[ast.Call]:
     return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
 
