@@ -101,7 +101,8 @@ def _transformers(opened: Opened[GPTModel], dtype: torch.dtype, folder: Path) ->
         config = opened.config.as_dict()
         path = convert(opened.path, folder / "model", to="huggingface", config=config, verify=False)
     elif opened.reading.adapters and not (path / "adapter_config.json").is_file():
-        raise UsageError(f"{path}: transformers would leave out the adapter; copy its two files here first")
+        advice = "copy its two files here, or compare with plain torch"
+        raise UsageError(f"{path}: transformers would leave out the adapter; {advice}")
     model = AutoModelForCausalLM.from_pretrained(path, **options).eval()
     return lambda ids: model(ids).logits, shared
 

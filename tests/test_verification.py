@@ -167,7 +167,7 @@ def test_an_adapter_is_compared_with_transformers_in_its_bases_folder_only(
     words = ["verify", str(tmp_path / "adapter")]
     assert main(words) == 0
     assert main([*words, "--against", "transformers"]) == 1
-    assert "Compare with plain torch, or copy the adapter's two files" in capsys.readouterr().err
+    assert "copy its two files here, or compare with plain torch" in capsys.readouterr().err
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(tmp_path / "adapter" / name, tmp_path / "base")
     assert main(["verify", str(tmp_path / "base"), "--against", "transformers"]) == 0
