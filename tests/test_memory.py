@@ -368,8 +368,7 @@ except MemoryError as error:
     found = under_a_limit(body, forty_mib)
     assert found == (
         f"InsufficientMemoryError {forty_mib}: its {forty_mib.stat().st_size} bytes cannot be mapped (Cannot "
-        "allocate memory). Raise the limit of the address space (`ulimit -v`), or load with "
-        'strategy="stream"\n'
+        'allocate memory); raise `ulimit -v`, or use strategy="stream"\n'
     )
 
 
