@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -71,6 +72,25 @@ def test_a_nanogpt_files_heads_are_those_of_model_args(
     assert loaded.config.n_heads == TINY.n_heads
     with torch.no_grad():
         assert (loaded(ids) - theirs(ids).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("key", "beside"),
+    [
+        ("config", {"model_config": {"n_head": 6}}),
+        ("config", {"hyper_parameters": {"n_head": 6}}),
+        ("hyper_parameters", {"args": Namespace(n_heads=6)}),
+        ("hyper_parameters", {"cfg": {"model": {"num_attention_heads": 6}}}),
+        ("config", {"gpt": {"activation_function": "gelu"}}),
+        ("config", {"gpt": {"layer_norm_epsilon": 1e-3}}),
+        ("config", {"args": {"scale_attn_weights": False}}),
+    ],
+)
+def test_another_config_in_the_file_must_agree(key: str, beside: Any, model: GPTModel, tmp_path: Path):
+    said = {key: {"n_head": TINY.n_heads}, **beside}
+    path = save_pth({"model": model.state_dict(), **said}, tmp_path)
+    with pytest.raises(CheckpointError, match=next(iter(beside))):
+        open_model(path)
 
 
 def test_heads_of_an_unknown_key_are_not_believed(model: GPTModel, tmp_path: Path):

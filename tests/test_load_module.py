@@ -6,6 +6,7 @@ import types
 import warnings
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -440,3 +441,35 @@ def test_batch_norm_needs_no_loading_of_its_own(tmp_path: Path):
     torch.save(randomised(build()).state_dict(), tmp_path / "model.pth")
     loaded = load_module(build, tmp_path / "model.pth", strategy="stream")
     assert_same(loaded, plain(build, tmp_path / "model.pth"), torch.rand(2, 3))
+
+
+class Drawn(nn.Module):
+    """An unsaved buffer of random numbers, as random Fourier features have it, drawn after an initialiser."""
+
+    def __init__(self, seed: int | None = None, before: bool = False) -> None:
+        super().__init__()
+        if seed is not None and not before:
+            torch.manual_seed(seed)
+        self.layer = nn.Linear(3, 3)
+        if seed is not None and before:
+            torch.manual_seed(seed)
+        self.register_buffer("drawn", torch.randn(3), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.drawn
+
+
+@pytest.mark.parametrize("strategy", ALL)
+@pytest.mark.parametrize("build", [partial(Drawn, 9), partial(Drawn, 9, before=True), Drawn])
+def test_an_unsaved_buffer_that_is_drawn_is_as_torch_draws_it(
+    build: Callable[[], nn.Module], strategy: str, tmp_path: Path
+):
+    torch.save(nn.Sequential(Drawn(1)).state_dict(), path := tmp_path / "model.pth")
+    torch.manual_seed(5)
+    plain = nn.Sequential(build()).eval()
+    plain.load_state_dict(torch.load(path, weights_only=True))
+    torch.manual_seed(5)
+    able = strategy in (*BUILT, "auto") or getattr(build, "keywords", {}).get("before")
+    with nullcontext() if able else pytest.raises(UsageError, match=r"built with its memory \(0.drawn\)"):
+        loaded = load_module(lambda: nn.Sequential(build()), path, "cpu", strategy)
+        assert torch.equal(loaded(torch.ones(2, 3)), plain(torch.ones(2, 3)))

@@ -56,6 +56,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "embeddings": {"target_modules": ["wte", "wpe", "c_attn"]},
     "head": {"target_modules": ["lm_head", "c_fc"]},
     "embedding and head": {"target_modules": ["wte", "lm_head"]},
+    "all but some": {**CONV1D, "target_modules": ["c_proj", "c_attn"], "exclude_modules": ["mlp.c_proj"]},
     "saved head, embedding": {"target_modules": ["wte"], "modules_to_save": ["lm_head"]},
 }
 
@@ -100,6 +101,15 @@ def saved(theirs: nn.Module, folder: Path, **options: Any) -> Path:
 def assert_equal(model: nn.Module, theirs: nn.Module, ids: Tensor) -> None:
     expected = theirs(ids).logits
     assert (model(ids) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("lacking", [".h.0.", ".c_attn.", "lora_A"])
+def test_an_adapter_that_lacks_a_layer_that_its_config_names_is_refused(lacking: str, tmp_path: Path):
+    theirs = tuned(base(tmp_path), target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+    weights = saved(theirs, tmp_path / "adapter") / ADAPTER[1]
+    save_file({name: t for name, t in load_file(weights).items() if lacking not in name}, weights)
+    with pytest.raises(CheckpointError, match=r"has no LoRA, though|lora_B.weight: not in"):
+        open_model(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

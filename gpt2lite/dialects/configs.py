@@ -27,10 +27,9 @@ from gpt2lite.dialects.reading import CLASSIFIERS, Reading, above_of, unwrapped
 from gpt2lite.errors import CheckpointError, UsageError, listed
 
 BOUND = (BOUND_CONFIG, f"__metadata__.{BOUND_CONFIG}")
-# Where known programs keep the model's config, beside the dict of its weights; the first that is there
-# counts: nanoGPT (whose "config" is the command line, and may say another size), build-nanogpt, Lightning,
-# an index.
-BESIDE_WEIGHTS = ("model_args.", "config.", "hyper_parameters.", "metadata.")
+# Where known programs keep the model's config, beside the dict of its weights: nanoGPT (whose "config" is the
+# command line, and may say another size), build-nanogpt, Lightning, an index.
+MODEL_ARGS, OTHER_KEYS = "model_args.", ("config.", "hyper_parameters.", "metadata.")
 # What weights do not tell, what it is where nobody can know, and what no memory depends on.
 UNSAYABLE: dict[str, Any] = {"n_heads": 1, "activation": "gelu_tanh"}
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
@@ -89,9 +88,11 @@ def _in_the_file(reading: Reading) -> Iterator[Source]:
     above = above_of(reading.container)
     if beside := {word: said for word, said in _below(values, above).items() if not isinstance(said, dict)}:
         yield Source(f"{path}, {above.rstrip('.') or 'beside its weights'}", beside)
-    written = [above + key for key in BESIDE_WEIGHTS if _below(values, above + key)]
+    keys = (MODEL_ARGS,) if _below(values, above + MODEL_ARGS) else OTHER_KEYS
     roots = (reading.root.removesuffix("transformer."), reading.root, unwrapped(reading.root))
-    for place in dict.fromkeys((*written[:1], *(f"{root}config." for root in roots if root))):
+    for place in dict.fromkeys(
+        (*(above + key for key in keys), *(f"{root}config." for root in roots if root))
+    ):
         if words := _below(values, place):
             yield Source(f"{path}, {place.rstrip('.')}", words, is_whole=not place.endswith("metadata."))
     for place, kind in reading.manifest.modules.items():
@@ -331,9 +332,8 @@ def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
             raise CheckpointError(path, f"{name}={said[name]!r} was passed, but {where} says {known!r}")
     heads = OFFICIAL_HEADS.get((shapes["n_layers"], shapes["emb_dim"]))
     defaults |= {} if heads is None else {"n_heads": heads}
-    granted = set() if "n_heads" in agreed else defaults.keys() - said.keys() - agreed.keys()
-    _require_unsaid(reading, {name: defaults[name] for name in granted})
     known = defaults | agreed | shapes | said
+    _require_unsaid(reading, {name: known[name] for name in UNSAYABLE.keys() & known.keys() - said.keys()})
     if isinstance(heads := known.get("n_heads"), int) and heads > 0:
         _require_scale(path, sources, known["emb_dim"] / heads)
     return Found(known, tuple(_notes(reading, sources, agreed)), bool(said))
@@ -350,14 +350,23 @@ def _require_scale(path: Path, sources: list[Source], head_dim: float) -> None:
             raise CheckpointError(path, f"{where} is {scale}, wanted {head_dim**-0.5:.4g} = 1/sqrt(head_dim)")
 
 
-def _require_unsaid(reading: Reading, granted: Mapping[str, Any]) -> None:
+def _require_unsaid(reading: Reading, believed: Mapping[str, Any]) -> None:
     """Raise CheckpointError where a place of a file that is not known to be its config says otherwise."""
-    for place, value in reading.manifest.values.items():
-        for name, said in in_our_words({place.rpartition(".")[2]: value}).items():
-            if name in granted and type(said) is type(granted[name]) and said != granted[name]:
-                assumed = f"but gpt2lite would assume {name}={granted[name]!r}"
+    values, above = reading.manifest.values, above_of(reading.container)
+    if _is_bound(reading) or any(name.startswith(above + MODEL_ARGS) for name in values):
+        return  # the writer is known, and where it keeps the config
+    for place, value in values.items():
+        words = {place.rpartition(".")[2]: value}
+        for name, said in in_our_words(words).items():
+            if name in believed and type(said) is type(believed[name]) and said != believed[name]:
+                assumed = f"but gpt2lite would assume {name}={believed[name]!r}"
                 do = f"Pass the right one: config={{{name!r}: …}}"
                 raise CheckpointError(reading.manifest.path, f"{place} says {said!r}, {assumed}. {do}")
+        if words.keys() & COMPUTED.keys() - {"model_type"} and (lines := [*refusals(words)]):
+            do = "If that is not about this model, save its state_dict alone"
+            raise CheckpointError(
+                reading.manifest.path, f"{place}: gpt2lite does not compute {lines[0]}. {do}"
+            )
 
 
 def complete(reading: Reading, found: Found) -> GPTConfig:

@@ -129,6 +129,7 @@ def with_adapter(reading: Reading, said: Mapping[str, Any], manifest: Manifest) 
     names = {name for name in manifest.tensors if BESIDE + name not in factors}
     again = {name for name in names if WRAPPED.search(name) and WRAPPED.sub(".", name) in manifest.tensors}
     placements, wrong = _replaced(reading, names - again, [*map(str, said["modules_to_save"] or ())])
+    wrong += _lacking(reading, said, {adapter.weight for adapter in adapters})
     if wrong or not adapters:
         fits = f"{len(adapters)} LoRA layers fit the base {base.path}, and {len(wrong)} tensors do not"
         name = wrong[0].partition(":")[0] if wrong else None
@@ -182,6 +183,24 @@ def _is_targeted(said: Mapping[str, Any], module: str) -> bool:
     layers = [layers] if isinstance(layers, int) else layers or [block_of(module)]
     is_named = not isinstance(targets, list) or any(f".{module}".endswith(f".{name}") for name in targets)
     return is_named and block_of(module) in layers
+
+
+def _lacking(reading: Reading, said: Mapping[str, Any], adapted: Collection[str]) -> list[str]:
+    """The layers that the config's lists name and the file has no adapter for; patterns are not followed."""
+    targets, excluded = said.get("target_modules"), said.get("exclude_modules") or []
+    if targets == "all-linear":
+        targets = ["c_attn", "c_fc", "c_proj"]
+    if not isinstance(targets, list) or not isinstance(excluded, list):
+        return []
+    left_out = [f".{name}.weight" for name in (*excluded, *(said["modules_to_save"] or ()))]
+    return [
+        f"{theirs}: has no LoRA, though {ADAPTER_CONFIG} targets it"
+        for theirs, rows in _places(reading).items()
+        if theirs.endswith(".weight")
+        and adapted.isdisjoint(ours for ours, _ in rows)
+        and _is_targeted({**said, "target_modules": targets}, theirs.removesuffix(".weight"))
+        and not f".{theirs}".endswith(tuple(left_out))
+    ]
 
 
 def _scale(said: Mapping[str, Any], module: str, a: TensorSpan) -> float:

@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from gpt2lite.errors import CheckpointError, UsageError, listed
 
-# What initialisers call in the end. On meta they change nothing, and dispatching them there imports half of
-# torch (0.6 to 1.9 s and 33 to 69 MiB).
+# What initialisers that are not torch.nn.init's call. On meta they change nothing, and dispatching them there
+# imports half of torch (0.6 to 1.9 s and 33 to 69 MiB).
 DRAWS = "normal uniform fill zero erfinv bernoulli exponential geometric log_normal cauchy random"
 INITIALISERS = frozenset(getattr(Tensor, f"{name}_") for name in DRAWS.split())
 
@@ -31,14 +31,24 @@ NOT_OVERRIDDEN = {getattr(nn.Module, name) for name in LOADING}
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """Puts `torch.empty` on meta, where in-place initialisers do nothing; tensors with values stay real."""
+    """Puts `torch.empty` on meta, where in-place initialisers do nothing; tensors with values stay real.
+
+    With `shift` an initialiser draws one random number, so that whatever is drawn after it is another.
+    """
+
+    def __init__(self, shift: bool = False) -> None:
+        super().__init__()
+        self.shift = shift
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func in INITIALISERS and args[0].is_meta:
-            return args[0]
         kwargs = dict(kwargs or {})
+        if func in INITIALISERS or getattr(func, "__module__", "") == nn.init.__name__:
+            tensor = next(iter((*args, *kwargs.values())))
+            if tensor.is_meta:
+                torch.rand(int(self.shift), device="cpu")
+                return tensor
         return func(*args, **(kwargs | {"device": "meta"} if func is torch.empty else kwargs))
 
 
@@ -89,8 +99,12 @@ def _on_meta(build: Callable[[], nn.Module]) -> Skeleton:
     return Skeleton(module, tuple(sorted(lost)))
 
 
-def _with_values(build: Callable[[], nn.Module]) -> Skeleton:
-    """Only `torch.empty` on meta; a parameter with values goes there once it is registered."""
+def _with_values(build: Callable[[], nn.Module], shift: bool = False) -> Skeleton:
+    """Only `torch.empty` on meta; a parameter with values goes there once it is registered.
+
+    An unsaved buffer that is drawn after initialisers, which draw nothing here, would be another: it is lost,
+    which a second build with `shift` tells.
+    """
     memories: dict[StorageWeakRef, str] = {}
 
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
@@ -101,13 +115,17 @@ def _with_values(build: Callable[[], nn.Module]) -> Skeleton:
 
     hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
     try:
-        with _EmptyOnMeta():
+        with _EmptyOnMeta(shift):
             module = initialised(build)
     finally:
         hook.remove()
     # Memory that outlives the build is used elsewhere, too, and would keep its initial values there.
-    aliased = [name for memory, name in memories.items() if not memory.expired()]
-    return Skeleton(module, (*aliased, *_lost(module)))
+    lost = [name for memory, name in memories.items() if not memory.expired()]
+    lost += _lost(module)
+    if not shift and (unsaved := {n: b for n, b in _unsaved(module).items() if not b.is_meta}):
+        again = _unsaved(_with_values(build, shift=True).module)
+        lost += [n for n, b in unsaved.items() if not torch.allclose(b, again[n], 0, 0, equal_nan=True)]
+    return Skeleton(module, tuple(lost))
 
 
 def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -191,7 +209,7 @@ def restore_unsaved_buffers(module: nn.Module, build: Callable[[], nn.Module], d
     """
     unsaved = _unsaved(module)
     on_meta = any(buffer.is_meta for buffer in unsaved.values())
-    computed = _unsaved(_with_values(build).module) if on_meta else unsaved
+    computed = _unsaved(_with_values(build, shift=True).module) if on_meta else unsaved
     for names, _ in tied_names(unsaved):
         replace_tensor(module, names, computed[names[0]].to(device))
 
