@@ -432,7 +432,7 @@ def test_a_single_file_comes_from_the_cache_of_the_short_name_too(hub: Hub, clie
 
 def adapter_of(base: str, revision: str | None = None) -> dict[str, bytes]:
     """A PEFT adapter of the base, which lies elsewhere: one layer, moved by 1 everywhere."""
-    said = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["c_attn"]}
+    said = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["h.0.attn.c_attn"]}
     said |= {"base_model_name_or_path": base, "revision": revision}
     key, content = "base_model.model.transformer.h.0.attn.c_attn", io.BytesIO()
     factors = {f"{key}.lora_A.weight": torch.ones(1, 64), f"{key}.lora_B.weight": torch.ones(192, 1)}

@@ -185,7 +185,7 @@ def _is_targeted(said: Mapping[str, Any], module: str) -> bool:
     return is_named and block_of(module) in layers
 
 
-def _lacking(reading: Reading, said: Mapping[str, Any], adapted: Collection[str]) -> list[str]:
+def _lacking(reading: Reading, said: Mapping[str, Any], adapted: set[str]) -> list[str]:
     """The layers that the config's lists name and the file has no adapter for; patterns are not followed."""
     targets, excluded = said.get("target_modules"), said.get("exclude_modules") or []
     if targets == "all-linear":
