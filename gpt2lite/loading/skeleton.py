@@ -73,7 +73,8 @@ def sketch(build: Callable[[], nn.Module]) -> Skeleton:
         with suppress(Exception):  # a constructor that lacks a value can fail in any way
             return attempt(build)
     module = initialised(build)
-    for names, tensor in tied_names(_named_tensors(module)):
+    saved, unsaved = _named_tensors(module)
+    for names, tensor in tied_names(saved | unsaved):
         replace_tensor(module, names, tensor.detach().to("meta"))
     return Skeleton(module, ("what its constructor computes from parameters",))
 
@@ -128,26 +129,26 @@ def _with_values(build: Callable[[], nn.Module], shift: bool = False) -> Skeleto
     return Skeleton(module, tuple(lost))
 
 
-def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer under each of its names, parameters first."""
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    return parameters | dict(module.named_buffers(remove_duplicate=False))
-
-
-def _unsaved(module: nn.Module) -> dict[str, Tensor]:
-    """The buffers that no checkpoint holds, under each of their names."""
-    unsaved = {
-        f"{path}.{name}".lstrip(".")
-        for path, part in module.named_modules(remove_duplicate=False)
-        for name in part._non_persistent_buffers_set
-    }
-    return {n: tensor for n, tensor in module.named_buffers(remove_duplicate=False) if n in unsaved}
+def _named_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(what a checkpoint holds, what none does): parameters, then buffers, under each of their names."""
+    saved, unsaved = dict[str, Tensor](), dict[str, Tensor]()
+    parts = [*module.named_modules(remove_duplicate=False)]
+    for registry in ("_parameters", "_buffers"):
+        for path, part in parts:
+            for name, tensor in getattr(part, registry).items():
+                named = unsaved if name in part._non_persistent_buffers_set else saved
+                if tensor is not None:
+                    named[f"{path}.{name}".lstrip(".")] = tensor
+    return saved, unsaved
 
 
 def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers that a checkpoint holds, themselves, under each of their names."""
-    unsaved = _unsaved(module)
-    return {name: tensor for name, tensor in _named_tensors(module).items() if name not in unsaved}
+    return _named_tensors(module)[0]
+
+
+def _unsaved(module: nn.Module) -> dict[str, Tensor]:
+    return _named_tensors(module)[1]
 
 
 def own_loading(module: nn.Module, stored: Collection[str]) -> tuple[str, ...]:
@@ -246,10 +247,11 @@ def _in_attributes(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _lost(module: nn.Module) -> tuple[str, ...]:
     """What is on meta, or on the memory of a tensor that is replaced, and is itself not replaced."""
-    groups = tied_names(saved_tensors(module))
+    named, unsaved = _named_tensors(module)
+    groups = tied_names(named)
     saved = [(tensor.untyped_storage()._cdata, names[0]) for names, tensor in groups]
     memories = Counter(memory for memory, _ in saved)
-    kept = (*_in_attributes(module), *_unsaved(module).items())
+    kept = (*_in_attributes(module), *unsaved.items())
     lost = {name for name, value in kept if value.is_meta or value.untyped_storage()._cdata in memories}
     return tuple(sorted(lost | {name for memory, name in saved if memories[memory] > 1}))
 
@@ -259,8 +261,9 @@ def prove_complete(module: nn.Module, dtypes: Mapping[str, torch.dtype], device:
 
     Raises CheckpointError that lists what is not.
     """
+    saved, unsaved = _named_tensors(module)
     wrong = []
-    for name, tensor in _named_tensors(module).items():
+    for name, tensor in (saved | unsaved).items():
         wanted = dtypes.get(name, tensor.dtype)
         if (tensor.dtype, tensor.device) != (wanted, device):
             wrong.append(f"{name} is {tensor.dtype} on {tensor.device}, not {wanted} on {device}")
