@@ -6,6 +6,7 @@ import gc
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
+from hashlib import sha256
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
+from gpt2lite.checkpoint.reading import memory_of
 from gpt2lite.errors import CheckpointError, UsageError, listed
 
 # What initialisers that are not torch.nn.init's call. On meta they change nothing, and dispatching them there
@@ -96,15 +98,20 @@ def _on_meta(build: Callable[[], nn.Module]) -> Skeleton:
     with torch.device("meta"), _EmptyOnMeta():
         module = _built(build)
     unsaved = _unsaved(module).keys()
-    lost = {*_lost(module)} - unsaved | {*(_with_values(build).lost if unsaved else ())}
+    lost = {*_lost(module)} - unsaved | (_lost_values(build) if unsaved else set())
     return Skeleton(module, tuple(sorted(lost)))
 
 
-def _with_values(build: Callable[[], nn.Module], shift: bool = False) -> Skeleton:
+def _with_values(build: Callable[[], nn.Module]) -> Skeleton:
+    lost = _lost_values(build)
+    return Skeleton(_built_with_values(build)[0], tuple(sorted(lost)))
+
+
+def _built_with_values(build: Callable[[], nn.Module], shift: bool = False) -> tuple[nn.Module, list[str]]:
     """Only `torch.empty` on meta; a parameter with values goes there once it is registered.
 
-    An unsaved buffer that is drawn after initialisers, which draw nothing here, would be another: it is lost,
-    which a second build with `shift` tells.
+    Also the names of those whose memory outlives the build: it is used elsewhere, too, and would keep its
+    initial values there.
     """
     memories: dict[StorageWeakRef, str] = {}
 
@@ -120,13 +127,23 @@ def _with_values(build: Callable[[], nn.Module], shift: bool = False) -> Skeleto
             module = initialised(build)
     finally:
         hook.remove()
-    # Memory that outlives the build is used elsewhere, too, and would keep its initial values there.
-    lost = [name for memory, name in memories.items() if not memory.expired()]
-    lost += _lost(module)
-    if not shift and (unsaved := {n: b for n, b in _unsaved(module).items() if not b.is_meta}):
-        again = _unsaved(_with_values(build, shift=True).module)
-        lost += [n for n, b in unsaved.items() if not torch.allclose(b, again[n], 0, 0, equal_nan=True)]
-    return Skeleton(module, tuple(lost))
+    return module, [name for memory, name in memories.items() if not memory.expired()]
+
+
+def _lost_values(build: Callable[[], nn.Module]) -> set[str]:
+    """What only a build with all memory gives, also unsaved buffers that are drawn after initialisers.
+
+    Those draw nothing here, so such a buffer is another where they draw one number. Builds twice, one after
+    the other.
+    """
+    lost, buffers = set[str](), set[tuple[str, bytes]]()
+    for shift in (False, True):
+        module, aliased = _built_with_values(build, shift)
+        lost |= {*aliased, *_lost(module)}
+        values = {name: buffer for name, buffer in _unsaved(module).items() if not buffer.is_meta}
+        buffers ^= {(name, sha256(memory_of(b.contiguous())).digest()) for name, b in values.items()}
+        del module, values
+    return lost | {name for name, _ in buffers}
 
 
 def _named_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -210,7 +227,7 @@ def restore_unsaved_buffers(module: nn.Module, build: Callable[[], nn.Module], d
     """
     unsaved = _unsaved(module)
     on_meta = any(buffer.is_meta for buffer in unsaved.values())
-    computed = _unsaved(_with_values(build, shift=True).module) if on_meta else unsaved
+    computed = _unsaved(_built_with_values(build)[0]) if on_meta else unsaved
     for names, _ in tied_names(unsaved):
         replace_tensor(module, names, computed[names[0]].to(device))
 
