@@ -61,12 +61,24 @@ class _Counter(TorchDispatchMode):
         self.used -= nbytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.add.Tensor and _is_summed_in_place(*args):
+            func = torch.ops.aten.add_.Tensor
         found = func(*args, **(kwargs or {}))
         made = [tensor for tensor in tree_leaves(found) if isinstance(tensor, Tensor)]
         for tensor in made:
             self.take(tensor.untyped_storage())
         self.peak = max(self.peak, self.used + _hidden_casts(func, args, made))
         return found
+
+
+def _is_summed_in_place(gradient: Tensor, *rest: object) -> bool:
+    """Whether autograd adds to this gradient in place, which it does not do with tensors without memory.
+
+    It does where nothing else holds it. Source: `can_accumulate_inplace` of torch's input_buffer.cpp. Two
+    hold a storage that is held once: the tensor, and who asks.
+    """
+    holders: int = torch._C._storage_Use_Count(gradient.untyped_storage()._cdata)
+    return not torch.is_grad_enabled() and holders == 2
 
 
 def _hidden_casts(func: Any, args: Any, made: list[Tensor]) -> int:
