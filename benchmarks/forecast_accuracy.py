@@ -28,7 +28,7 @@ from gpt2lite import GPTConfig, GPTModel, clean_up, forecast, track_memory
 from gpt2lite.cli.env import environment
 from gpt2lite.cli.terminal import steps_bar, table
 from gpt2lite.config import OFFICIAL_SIZES
-from gpt2lite.dialects import DIALECTS
+from gpt2lite.dialects.reading import DIALECTS
 from gpt2lite.loading import STRATEGIES
 
 MIB = 1 << 20

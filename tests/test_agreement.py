@@ -18,7 +18,7 @@ from test_loading import HEADS, huggingface, save_pth
 from torch import nn
 
 from gpt2lite import CheckpointError, GPTConfig, GPTModel, UsageError, convert, load_module, open_model
-from gpt2lite.dialects.config_words import COMPUTED, DOES_NOT_MATTER, OURS
+from gpt2lite.dialects.configs import COMPUTED, DOES_NOT_MATTER, OURS
 from gpt2lite.loading import STRATEGIES
 from gpt2lite.verification import verify
 
@@ -91,9 +91,9 @@ def test_heads_of_an_unknown_key_are_not_believed(model: GPTModel, tmp_path: Pat
             "n_layers is 3 in .*weights, but 12 in .*model.pth, config",
         ),
         ({"model_args": {"n_head": 4, "block_size": 64}}, "context_length is 32 in .*64 in .*model_args"),
-        ({"hyper_parameters": {"n_head": "4"}}, "n_heads is '4', wanted a whole number"),
-        ({"config": {"n_head": True}}, "n_heads is 'True', wanted a whole number"),
-        ({"config": {"n_head": 4, "activation": "relu"}}, "activation='relu', wanted gelu_new"),
+        ({"hyper_parameters": {"n_head": "4"}}, "n_heads must be a positive int, got '4'"),
+        ({"config": {"n_head": True}}, "n_heads must be a positive int, got True"),
+        ({"config": {"n_head": 4, "activation": "relu"}}, "activation='relu', wanted 'gelu_new'"),
     ],
 )
 def test_what_a_file_says_of_itself_must_agree(beside: Any, said: str, model: GPTModel, tmp_path: Path):
@@ -400,7 +400,7 @@ def test_names_that_fit_nowhere_are_shown_beside_the_nearest(tmp_path: Path):
 def test_two_models_in_one_file_are_an_error_that_names_both(second: Any, tmp_path: Path):
     first, other = huggingface().state_dict(), randomise(huggingface(), seed=5).state_dict()
     path = save_pth({"raw": first, **second(other)}, tmp_path)
-    with pytest.raises(CheckpointError, match=r"holds 2 models, under 'raw.*' and '"):
+    with pytest.raises(CheckpointError, match=r"holds 2 models, under 'raw.*' \(huggingface\) and '"):
         GPTModel.from_checkpoint(path, config=HEADS)
 
 

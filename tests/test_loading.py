@@ -830,7 +830,9 @@ def test_weights_of_something_else_name_what_was_found(tmp_path: Path):
 
 def test_two_dialects_in_one_file_are_ambiguous(tmp_path: Path):
     path = save_pth(ours().state_dict() | huggingface().state_dict(), tmp_path)
-    with pytest.raises(CheckpointError, match="holds the names of book and huggingface at once"):
+    with pytest.raises(
+        CheckpointError, match=r"holds 2 models, under '' \(book\) and 'transformer' \(huggingface\)"
+    ):
         GPTModel.from_checkpoint(path)
 
 

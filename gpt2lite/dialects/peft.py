@@ -14,14 +14,21 @@ from typing import Any, NamedTuple
 
 from gpt2lite.checkpoint import FOLDER_FILES, Manifest, TensorSpan
 from gpt2lite.dialects.configs import read_json
-from gpt2lite.dialects.reading import Adapter, Reading, block_of, expand_rows
-from gpt2lite.dialects.tables import DIALECTS, Placement, Transpose
+from gpt2lite.dialects.reading import (
+    DIALECTS,
+    TIED,
+    Adapter,
+    Placement,
+    Reading,
+    Transpose,
+    block_of,
+    expand_rows,
+)
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError, listed
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # the first that exists, as in peft
 BESIDE = "adapter:"  # put before the adapter's names, which may be the base's too
-TIED = ("tok_emb.weight", "out_head.weight")
 
 FACTOR = re.compile(r"(.+)\.lora_(embedding_)?A(\.weight)?")
 BEFORE = re.compile(r"(base_model\.)?((model|module|_orig_mod|transformer)\.)*")
@@ -209,12 +216,10 @@ def _replaced(reading: Reading, names: set[str], saved: list[str]) -> tuple[dict
     stands for both, the head before the embedding, as peft copies one after the other into it.
     """
     placements, places = dict(reading.placements), _places(reading)
-    sources = {placements[end].source for end in TIED if end in placements}
-    tied = len({reading.manifest.tensors[source].address for source in sources}) == 1
     wrong = []
     for name in sorted(names, key=lambda name: (not _is_saved(name, saved), name), reverse=True):
         rows = places.get(BEFORE.sub("", name.replace(".base_layer.", "."), count=1), [])
-        if tied and rows and rows[0][0] in TIED and not _is_saved(name, saved):
+        if reading.is_tied and rows and rows[0][0] in TIED and not _is_saved(name, saved):
             rows = [(end, rows[0][1]) for end in TIED]
         placements |= {ours: replace(placement, source=BESIDE + name) for ours, placement in rows}
         if not rows:
