@@ -34,9 +34,6 @@ from gpt2lite.loading.skeleton import sketch
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# Of which layers and embeddings the weights become int8: all but positions.
-QUANTIZERS: dict[str, Callable[[str], bool]] = {"int8": lambda layer: layer != "pos_emb"}
-
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -75,8 +72,8 @@ class Opened(Generic[Model]):
         """What `load` would do; the device need not be there. Raises as `load`, but for memory."""
         check_names(options, LoadOptions)
         quantize, config = options.get("quantize"), self.sizes
-        if quantize not in (None, *QUANTIZERS):
-            raise UsageError(f"quantize must be None or {' or '.join(QUANTIZERS)}, got {quantize!r}")
+        if quantize not in (None, "int8"):
+            raise UsageError(f"quantize must be None or int8, got {quantize!r}")
         require_one_dtype(self.reading, options.get("dtype"), quantized=quantize is not None)
         return make_plan(
             self.reading,
@@ -84,7 +81,7 @@ class Opened(Generic[Model]):
             name_device(device),
             options,
             hint=partial(_official_hint, config, self.reading),
-            quantizable=QUANTIZERS[quantize] if quantize else None,
+            quantizable=(lambda layer: layer != "pos_emb") if quantize else None,  # all but positions
         )
 
     def forecast(
@@ -109,8 +106,7 @@ class Opened(Generic[Model]):
         """
         check_names(options, LoadOptions)
         complete(self.reading, self.found)  # raises where `plan` would take something for granted
-        if any(adapter.scale is None for adapter in self.reading.adapters):
-            with_lora_alpha(self.reading, None)  # raises, since it is missing
+        with_lora_alpha(self.reading, None)  # raises where one is missing
         for note in self.found.notes:
             warnings.warn(note, UserWarning, stacklevel=2)
         return load(partial(self.plan, **options), device, strategy, options)  # type: ignore[return-value]

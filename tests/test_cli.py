@@ -14,7 +14,7 @@ from conftest import randomise
 
 from gpt2lite import CheckpointError, GPTConfig, GPTModel, save_per_tensor
 from gpt2lite.cli import COMMANDS, arguments, main
-from gpt2lite.encoding import read_encoding
+from gpt2lite.tokenizer import read_encoding
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 GPT2_FILES = ("6d1cbeee0f20b3d9449abfede4726ed8212e3aee", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")

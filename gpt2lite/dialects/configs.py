@@ -292,26 +292,30 @@ def _is_causal(span: TensorSpan, rows: range) -> bool:
     return torch.equal(stored, follows if span.name.endswith(".mask") else ~follows)
 
 
-def _agreed(reading: Reading, sources: list[Source], shapes: Mapping[str, Any]) -> dict[str, Any]:
-    """What all sources say together. Raises CheckpointError that names every two places that differ."""
-    agreed, lines = dict[str, Any](), list[str]()
+def _agreed(
+    reading: Reading, sources: list[Source], shapes: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What weights and sources say together, and which said it first.
+
+    Raises CheckpointError that names every two places that differ.
+    """
+    agreed, lines = dict(shapes), list[str]()
     places = dict.fromkeys(shapes, f"{reading.manifest.path}, its weights")
-    head, token = (reading.placements[name].source for name in ("out_head.weight", "tok_emb.weight"))
+    head, token = (reading.placements[name].source for name in TIED)
     for where, words, _ in sources:
         for name, value in in_our_words(words).items():
             if wrong := misfit(name, value):
                 raise CheckpointError(where, wrong)
-            known = {**shapes, **agreed}.get(name, value)
+            known = agreed.setdefault(name, value)
             # a file without a head of its own must be tied
             differs = value is False and head == token if name == "tied_head" else value != known
             if differs and name != "drop_rate":
                 lines.append(f"{name} is {known!r} in {places[name]}, but {value!r} in {where}")
-            agreed.setdefault(name, value)
             places.setdefault(name, where)
     if lines:
         said = "not loaded; its sources disagree. Correct or remove the wrong one"
         raise CheckpointError(reading.manifest.path, said + listed(lines))
-    return agreed
+    return agreed, places
 
 
 def _known_activation(reading: Reading) -> dict[str, str]:
@@ -330,8 +334,7 @@ def _known_activation(reading: Reading) -> dict[str, str]:
 def _said_by_shapes(reading: Reading) -> dict[str, Any]:
     """Everything that names, shapes and shared storage tell; all but n_heads, drop_rate and activation."""
     path, placements = reading.manifest.path, reading.placements
-    lacking = [name for name in ("tok_emb.weight", "pos_emb.weight") if name not in placements]
-    if lacking:
+    if lacking := [name for name in ("tok_emb.weight", "pos_emb.weight") if name not in placements]:
         raise CheckpointError(path, f"holds no {' and no '.join(lacking)}", name=lacking[0])
     token, position, head = (
         reading.manifest.tensors[placements[f"{layer}.weight"].source]
@@ -434,23 +437,21 @@ def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
     sources = [*_in_the_file(reading), *_beside_the_file(reading)]
     _require_computed(reading, sources)
     _check_masks(reading)
-    agreed = _agreed(reading, sources, shapes)
+    agreed, places = _agreed(reading, sources, shapes)
     defaults: dict[str, Any] = dict(_known_activation(reading))
     binding = defaults | agreed if isinstance(config, GPTConfig) else agreed
-    for name in UNSAYABLE:
-        if name in said and said[name] != (known := binding.get(name, said[name])):
-            places = [where for where, words, _ in sources if in_our_words(words).get(name) == known]
-            where = [*places, "the program that wrote it"][0]
-            raise CheckpointError(path, f"{name}={said[name]!r} was passed, but {where} says {known!r}")
-    sizes = {(n_layers, emb_dim): n_heads for n_layers, emb_dim, n_heads in OFFICIAL_SIZES.values()}
-    if heads := sizes.get((shapes["n_layers"], shapes["emb_dim"])):
-        defaults["n_heads"] = heads
+    for name in UNSAYABLE.keys() & said.keys() & binding.keys():
+        if said[name] != binding[name]:
+            where = f"{places.get(name, 'the program that wrote it')} says {binding[name]!r}"
+            raise CheckpointError(path, f"{name}={said[name]!r} was passed, but {where}")
+    if official := [heads for *size, heads in OFFICIAL_SIZES.values() if tuple(size) == reading.size]:
+        defaults["n_heads"] = official[0]
     granted = set() if "n_heads" in agreed else defaults.keys() - said.keys() - agreed.keys()
     _require_unsaid(reading, {name: defaults[name] for name in granted})
-    fields = defaults | agreed | shapes | dict(said)
-    if isinstance(heads := fields.get("n_heads"), int) and heads > 0:
-        _require_scale(path, sources, fields["emb_dim"] / heads)
-    return Found(fields, tuple(_notes(reading, sources, agreed)), bool(said))
+    known = defaults | agreed | dict(said)
+    if isinstance(heads := known.get("n_heads"), int) and heads > 0:
+        _require_scale(path, sources, known["emb_dim"] / heads)
+    return Found(known, tuple(_notes(reading, sources, agreed)), bool(said))
 
 
 def complete(reading: Reading, found: Found) -> GPTConfig:

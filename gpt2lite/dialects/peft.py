@@ -14,20 +14,12 @@ from typing import Any, NamedTuple
 
 from gpt2lite.checkpoint import FOLDER_FILES, Manifest, TensorSpan
 from gpt2lite.dialects.configs import read_json
-from gpt2lite.dialects.reading import (
-    DIALECTS,
-    TIED,
-    Adapter,
-    Placement,
-    Reading,
-    Transpose,
-    block_of,
-    expand_rows,
-)
+from gpt2lite.dialects.reading import TIED, Adapter, Placement, Reading, Transpose, block_of
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError, listed
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # the first that exists, as in peft
+FILES = (ADAPTER_CONFIG, *ADAPTER_WEIGHTS)
 BESIDE = "adapter:"  # put before the adapter's names, which may be the base's too
 
 FACTOR = re.compile(r"(.+)\.lora_(embedding_)?A(\.weight)?")
@@ -89,21 +81,18 @@ def find_adapter(path: Path, locate: Callable[[str, str | None], Path]) -> Found
     means the base alone, which a warning says. Raises CheckpointError for another method than LoRA, by name.
     """
     folder = path.parent if path.name in ADAPTER_WEIGHTS and path.is_file() else path
-    if not any((folder / name).is_file() for name in (ADAPTER_CONFIG, *ADAPTER_WEIGHTS)):
+    found = {name: folder / name for name in FILES if (folder / name).is_file()}
+    if not found:
         if path.is_file() and (path.parent / ADAPTER_CONFIG).is_file():
             warnings.warn(f"{path}: loaded without the PEFT adapter beside it; open the folder", stacklevel=2)
         return None
-    said = _config(_file(folder, ADAPTER_CONFIG))
-    weights = path if path.is_file() else _file(folder, *ADAPTER_WEIGHTS)
+    for names in ((ADAPTER_CONFIG,), ADAPTER_WEIGHTS):
+        if found.keys().isdisjoint(names):
+            raise CheckpointNotFoundError(folder, f"a PEFT adapter without its {' or '.join(names)}")
+    said = _config(found[ADAPTER_CONFIG])
+    weights = path if path.is_file() else next(found[name] for name in ADAPTER_WEIGHTS if name in found)
     has_base = any((folder / name).is_file() for name in FOLDER_FILES)
     return Found(said, weights, folder if has_base else _base_of(folder, said, locate))
-
-
-def _file(folder: Path, *names: str) -> Path:
-    found = next((folder / name for name in names if (folder / name).is_file()), None)
-    if found is None:
-        raise CheckpointNotFoundError(folder, f"a PEFT adapter without its {' or '.join(names)}")
-    return found
 
 
 def _base_of(folder: Path, said: Mapping[str, Any], locate: Callable[[str, str | None], Path]) -> Path:
@@ -114,7 +103,7 @@ def _base_of(folder: Path, said: Mapping[str, Any], locate: Callable[[str, str |
     except (CheckpointError, OSError, TypeError, ValueError) as error:
         said_here = f"base_model_name_or_path={name!r} in {ADAPTER_CONFIG} is not found ({error})"
         raise CheckpointNotFoundError(folder, f"a PEFT adapter without its base: {said_here}") from error
-    for file in (ADAPTER_CONFIG, *ADAPTER_WEIGHTS):
+    for file in FILES:
         own, other = folder / file, base / file
         if other.is_file() and not (own.is_file() and filecmp.cmp(own, other, shallow=False)):
             do = "merge that one first (peft's merge_and_unload), or remove it if it does not count"
@@ -157,7 +146,7 @@ def _config(path: Path) -> dict[str, Any]:
 def _places(reading: Reading) -> dict[str, list[tuple[str, Placement]]]:
     """Their name → the parameters that the base has there."""
     places: dict[str, list[tuple[str, Placement]]] = {}
-    for theirs, ours, placement in expand_rows(DIALECTS[reading.dialect].rows, reading.size[0]):
+    for theirs, ours, placement in reading.rows():
         if ours in reading.placements:
             places.setdefault(theirs, []).append((ours, placement))
     return places

@@ -274,6 +274,10 @@ class Reading:
         shape = self.manifest.tensors[token.source].shape if token else ()
         return 1 + max(map(block_of, self.placements)), shape[1] if len(shape) == 2 else 0
 
+    def rows(self) -> Iterable[Row]:
+        """The rows of its dialect, for each of its blocks."""
+        return expand_rows(DIALECTS[self.dialect].rows, self.size[0])
+
     @property
     def is_tied(self) -> bool:
         """Whether head and token embedding, as far as they are there, are the same bytes."""
