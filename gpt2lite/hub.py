@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -89,10 +91,9 @@ def fetch(
         except CLIENT_ERRORS as error:
             problem = error
     names = () if isinstance(problem, errors.RevisionNotFoundError) else _names_of(repo)
-    found = next(filter(None, (_cached(name, revision, cache) for name in names)), None)
-    if found is None:
-        raise _explained(problem, repo, revision, cache) from problem
-    return found
+    if folder := _cached(names, revision, cache):
+        return folder
+    raise _explained(problem, repo, revision, cache) from problem
 
 
 def fetch_file(repo: str, filename: str) -> Path:
@@ -133,7 +134,7 @@ def _download(repo: str, revision: str | None, token: str | bool | None, cache: 
     if weights is None:
         wanted = f"holds no weights that gpt2lite opens; expected {' or '.join(WEIGHTS)}"
         raise CheckpointNotFoundError(repo, f"{wanted}, found {shortened(listed)}")
-    kept = next(filter(None, (_cached(short, found.sha, cache) for short in _names_of(repo)[1:])), None)
+    kept = _cached(_names_of(repo)[1:], found.sha, cache)
     if kept and (CONFIG not in listed or (kept / CONFIG).exists()):
         return kept
     get = partial(hf_hub_download, repo, token=token, cache_dir=cache)
@@ -150,9 +151,9 @@ def _download(repo: str, revision: str | None, token: str | bool | None, cache: 
     return folder
 
 
-def _cached(repo: str, revision: str | None, cache: Path | None) -> Path | None:
-    """The snapshot as it lies in the cache, None unless it has a whole set of weights."""
-    for name in WEIGHTS:
+def _cached(repos: Sequence[str], revision: str | None, cache: Path | None) -> Path | None:
+    """The first snapshot of these that lies in the cache with a whole set of weights."""
+    for repo, name in itertools.product(repos, WEIGHTS):
         found = try_to_load_from_cache(repo, name, cache_dir=cache, revision=revision)
         folder = Path(found).parent if isinstance(found, str) else None
         if folder and all((folder / shard).exists() for shard in _shards(folder / name)):

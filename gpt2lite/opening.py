@@ -75,14 +75,10 @@ class Opened(Generic[Model]):
         if quantize not in (None, "int8"):
             raise UsageError(f"quantize must be None or int8, got {quantize!r}")
         require_one_dtype(self.reading, options.get("dtype"), quantized=quantize is not None)
-        return make_plan(
-            self.reading,
-            partial(self.model, config),
-            name_device(device),
-            options,
-            hint=partial(_official_hint, config, self.reading),
-            quantizable=(lambda layer: layer != "pos_emb") if quantize else None,  # all but positions
-        )
+        build, hint = partial(self.model, config), partial(_official_hint, config, self.reading)
+        quantizable = (lambda layer: layer != "pos_emb") if quantize else None  # all but positions
+        place = name_device(device)
+        return make_plan(self.reading, build, place, options, hint=hint, quantizable=quantizable)
 
     def forecast(
         self, device: str | torch.device = "cpu", **options: Unpack[LoadOptions]
@@ -104,7 +100,6 @@ class Opened(Generic[Model]):
 
         Warns of what was left out of the file.
         """
-        check_names(options, LoadOptions)
         complete(self.reading, self.found)  # raises where `plan` would take something for granted
         with_lora_alpha(self.reading, None)  # raises where one is missing
         for note in self.found.notes:

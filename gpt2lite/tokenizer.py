@@ -332,12 +332,11 @@ def _from_characters(files: Files) -> Tokenizer:
         raise CheckpointError(path, f"over {MAX_META_BYTES >> 20} MiB, too large for a table of characters")
     with open(path, "rb") as file:
         found: Any = describe(path, DescribingUnpickler(file))
+    itos, ids = found["itos"], found["stoi"]
     # types first: what a pickle nests can take forever to compare or to hash
-    if not all(type(id) is int and type(c) is str and len(c) == 1 for id, c in found["itos"].items()):
+    if not all(type(id) is int and type(c) is str and len(c) == 1 for id, c in itos.items()):
         raise CheckpointError(path, "expected nanoGPT's table of ids, each with one character")
-    texts = {id: character.encode() for id, character in found["itos"].items()}
-    ids = {character: id for id, character in found["itos"].items()}
-    if ids != found["stoi"]:
+    if {character: id for id, character in itos.items()} != ids:
         raise CheckpointError(path, "its stoi and its itos disagree")
 
     def ids_of(text: str, allowed: Allowed) -> list[int]:
@@ -345,7 +344,7 @@ def _from_characters(files: Files) -> Tokenizer:
             raise UsageError(f"{path}: has no token for {unknown!r}; leave it out of the text")
         return [ids[character] for character in text]
 
-    return Tokenizer(str(path), max(texts) + 1, None, ids_of, texts.__getitem__)
+    return Tokenizer(str(path), max(itos) + 1, None, ids_of, lambda id: itos[id].encode())
 
 
 # Each kind of tokenizer: the files that only it has, and what reads them.
@@ -407,8 +406,7 @@ def tokenizer_for(checkpoint: Path, vocab_size: int) -> Tokenizer:
     files = files_beside(checkpoint)
     if not files and vocab_size not in GPT2_SIZES:
         said = f"no tokenizer beside it, and a vocabulary of {vocab_size} is not GPT-2's {GPT2_SIZES[0]}"
-        own = side_file(checkpoint, f".{RANKS}").name
-        names = f"{own}, {TREE}, {VOCAB} with {MERGES}, or nanoGPT's {META}"
+        names = f"{side_file(checkpoint, f'.{RANKS}').name}, {TREE}, {VOCAB} with {MERGES}, or {META}"
         do = f"Put {names} there, or call gpt2lite.generate with token ids"
         raise UsageError(f"{checkpoint}: {said}. {do}")
     found = _read(files) if files else as_tokenizer(gpt2_encoding())

@@ -75,7 +75,7 @@ def test_a_nanogpt_files_heads_are_those_of_model_args(
 
 def test_heads_of_an_unknown_key_are_not_believed(model: GPTModel, tmp_path: Path):
     path = save_pth({"model": model.state_dict(), "encoder": {"n_heads": 8}}, tmp_path)
-    with pytest.raises(CheckpointError, match="number of attention heads cannot be read off weights"):
+    with pytest.raises(CheckpointError, match="number of heads cannot be read off weights"):
         GPTModel.from_checkpoint(path)
 
 
@@ -687,7 +687,7 @@ def test_an_attention_with_another_scale_is_refused(
     if is_right:
         assert difference(GPTModel.from_checkpoint(tmp_path / "model.pth"), theirs) < 1e-4
         return
-    with pytest.raises(CheckpointError, match=rf"1.att.{attribute} is {scale}, wanted 0.2887 = 1/sqrt"):
+    with pytest.raises(CheckpointError, match=rf"1.att.{attribute}: its scale={scale}, wanted 0.2886"):
         GPTModel.from_checkpoint(tmp_path / "model.pth")
 
 

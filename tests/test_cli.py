@@ -122,7 +122,7 @@ def test_inspect_names_what_is_odd(tmp_path: Path, capsys: pytest.CaptureFixture
         "unknown tensors: model_state_dict.more",
     ):
         assert oddity in text
-    assert "the number of attention heads cannot be read off weights" in text
+    assert "the number of heads cannot be read off weights" in text
     assert "n_heads=None  n_layers=1" in text
 
 

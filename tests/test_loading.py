@@ -824,7 +824,7 @@ def test_a_wrong_head_count_that_cannot_divide_is_refused(pth: Path):
 
 def test_weights_of_something_else_name_what_was_found(tmp_path: Path):
     path = save_pth(nn.Linear(2, 2).state_dict(), tmp_path)
-    with pytest.raises(CheckpointError, match=r"not a GPT-2 with known names; it holds weight, bias"):
+    with pytest.raises(CheckpointError, match=r"not a GPT-2 with known names; it holds bias, weight"):
         GPTModel.from_checkpoint(path)
 
 

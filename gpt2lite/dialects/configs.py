@@ -49,26 +49,23 @@ gelu_pytorch_tanh gelu_python_tanh gelu_fast gelu_accurate gelu_new
 ACTIVATIONS = {"gelu_python": "gelu", "GELUActivation": "gelu"} | dict.fromkeys(_TANH.split(), "gelu_tanh")
 APPROXIMATE = {approximate: ours for ours, approximate in OURS_ARE.items()}
 # Said by a pickled module alone: of its attention, which must be 1/sqrt(head_dim), and of any part of it.
-SCALE, CLASS = "the scale of its attention", "its class"
-_SAID_BY_ATTENTION = """
-n_head n_heads num_heads is_causal scale_attn_weights scale_attn_by_inverse_layer_idx sliding_window
-sliding_window_size
-"""
-# Parts of a pickled module, by their places: the classes that compute as we do (all others are refused), and
-# what their attributes are as words of a config. Every block must say the same.
+SCALE, CLASS = "its scale", "its class"
+# Places in a pickled module: the classes that compute as we do (all others are refused), and what attributes
+# are as words of a config, an empty one standing for their own. Every block must say the same.
+ATTENTION, NORM = r"(trf_blocks|h)\.\d+\.attn?", r"trf_blocks\.\d+\.norm[12]|h\.\d+\.ln_[12]|final_norm|ln_f"
 ACTIVATION = r"trf_blocks\.\d+\.ff\.layers\.1|h\.\d+\.mlp\.(act|gelu)"
-PARTS: dict[str, tuple[str, dict[str, str]]] = {
-    r"(trf_blocks|h)\.\d+\.attn?": (
-        r"(PyTorch)?MultiHeadAttention(CombinedQKV)?|MHA\w+|CausalSelfAttention|GPT2\w*Attention\w*",
-        {word: word for word in _SAID_BY_ATTENTION.split()} | {"scaling": SCALE, "scale": SCALE},
-    ),
-    r"trf_blocks\.\d+\.norm[12]|h\.\d+\.ln_[12]|final_norm|ln_f": (
-        r"\w*LayerNorm\w*",
-        {"eps": "layer_norm_epsilon"},
-    ),
-    r"(trf_blocks|h)\.\d+": ("TransformerBlock(Fast)?|GPT2Block|Block", {}),
-    ACTIVATION: ("GELU", {"approximate": "activation"}),
-    r"drop(_emb)?": (r"\w+", {"p": "drop_rate"}),
+CLASSES = {
+    ATTENTION: r"(PyTorch)?MultiHeadAttention(CombinedQKV)?|MHA\w+|CausalSelfAttention|GPT2\w*Attention\w*",
+    ACTIVATION: "GELU",
+    NORM: r"\w*LayerNorm\w*",
+    r"(trf_blocks|h)\.\d+": "TransformerBlock(Fast)?|GPT2Block|Block",
+}
+ATTRIBUTES = {
+    rf"{ATTENTION}\.(n_heads?|num_heads|is_causal|scale_attn\w*|sliding_window\w*)": "",
+    rf"{ATTENTION}\.(scaling|scale)": SCALE,
+    rf"({ACTIVATION})\.approximate": "activation",
+    rf"({NORM})\.eps": "layer_norm_epsilon",
+    r"drop(_emb)?\.p": "drop_rate",
 }
 # What changes the computation, with the values that ours has; a refusal names the last.
 COMPUTED: dict[str, tuple[object, ...]] = {
@@ -147,11 +144,11 @@ def _below(values: Mapping[str, object], prefix: str) -> dict[str, Any]:
 
 def _in_the_file(reading: Reading) -> Iterator[Source]:
     """What lies in the weights' own file: also behind the names that wrappers of a pickled module add."""
-    path, values = reading.manifest.path, reading.manifest.values
+    path, values = reading.manifest.path, dict[str, Any](reading.manifest.values)
     for key in BOUND:
         if isinstance(bound := values.get(key), str):
             yield Source(f"{path}, the config in it", _parsed(path, bound), is_whole=True)
-    values = {unwrapped(name): value for name, value in values.items()} | dict(values)
+    values = {unwrapped(name): value for name, value in values.items()} | values
     above = above_of(reading.container)
     beside = {word: said for word, said in _below(values, above).items() if not isinstance(said, dict)}
     yield Source(f"{path}, {above.rstrip('.') or 'beside its weights'}", beside)
@@ -160,39 +157,26 @@ def _in_the_file(reading: Reading) -> Iterator[Source]:
     for place in dict.fromkeys((*written[:1], *(f"{root}config." for root in roots if root))):
         is_whole = not place.endswith("metadata.")
         yield Source(f"{path}, {place.rstrip('.')}", _below(values, place), is_whole)
+    root = unwrapped(reading.root)
     for place, kind in reading.manifest.modules.items():
-        for where, words in _said_by_part(unwrapped(place), unwrapped(reading.root), kind, values):
-            yield Source(f"{path}, {where}", words)
-
-
-def _said_by_part(
-    place: str, root: str, kind: str, values: Mapping[str, Any]
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What a part of a pickled module says by its class and its attributes: (where, words of a config)."""
-    name = kind.rpartition(".")[2]
-    for pattern, (classes, words) in PARTS.items():
-        if not re.fullmatch(pattern, place.removeprefix(root)):
-            continue
-        if not re.fullmatch(classes, name):
-            yield place, {"activation" if pattern == ACTIVATION else CLASS: name}
-        for where, word in ((f"{place}.{attribute}", word) for attribute, word in words.items()):
-            if where in values:
-                said = values[where]
-                yield where, {word: APPROXIMATE.get(said, said) if word == "activation" else said}
+        place, name = unwrapped(place), kind.rpartition(".")[2]
+        for pattern, classes in CLASSES.items():
+            if re.fullmatch(pattern, place.removeprefix(root)) and not re.fullmatch(classes, name):
+                yield Source(f"{path}, {place}", {"activation" if pattern == ACTIVATION else CLASS: name})
+    for place, said in values.items() if reading.manifest.modules else ():
+        for pattern, word in ATTRIBUTES.items():
+            if re.fullmatch(pattern, place.removeprefix(root)):
+                said = APPROXIMATE.get(said, said) if word == "activation" else said
+                yield Source(f"{path}, {place}", {word or place.rpartition(".")[2]: said})
 
 
 def _beside_the_file(reading: Reading) -> Iterator[Source]:
     """`<stem>.json` where the file has no config of its own, and the configs of its folder."""
     path = reading.manifest.path
-    if not _is_bound(reading) and (beside := _side_json(path)):
+    if reading.manifest.values.keys().isdisjoint(BOUND) and (beside := _side_json(path)):
         yield Source(str(beside), read_json(beside))
     for name, words in folder_configs(path).items():
         yield Source(str(folder_of(path) / name), words, is_whole=name == "config.json")
-
-
-def _is_bound(reading: Reading) -> bool:
-    """Whether the file carries its own config, which our writers put there."""
-    return not reading.manifest.values.keys().isdisjoint(BOUND)
 
 
 def _side_json(path: Path) -> Path | None:
@@ -247,14 +231,15 @@ def _parsed(path: Path, text: str) -> dict[str, Any]:
 MASK_ROWS = 64  # read at a time: 256 KiB of GPT-2's
 
 
-def _require_computed(reading: Reading, sources: list[Source]) -> None:
+def _require_computed(
+    reading: Reading, sources: list[Source], computed: Mapping[str, tuple[object, ...]]
+) -> None:
     """Raise CheckpointError that lists all that asks for a computation that we do not have."""
-    computed = COMPUTED | {"n_inner": (None, 4 * reading.size[1])}
     lines = [
         f"{where}: {word}={words[word]!r}, wanted {values[-1]!r}"
         for where, words, _ in sources
         for word, values in computed.items()
-        if word in words and words[word] not in values
+        if word in words and not any(_is_same(words[word], value) for value in values)
     ]
     lines += [
         f"{place} of a pickled module changes what it computes"
@@ -263,6 +248,13 @@ def _require_computed(reading: Reading, sources: list[Source]) -> None:
     ]
     if lines:
         raise CheckpointError(reading.manifest.path, f"not loaded; gpt2lite does not compute{listed(lines)}")
+
+
+def _is_same(said: object, value: object) -> bool:
+    """Whether two values are equal: floats up to the rounding of fp32, and True is not 1."""
+    if isinstance(said, float) and isinstance(value, float):
+        return math.isclose(said, value, rel_tol=1e-6)
+    return isinstance(said, bool) == isinstance(value, bool) and said == value
 
 
 def _check_masks(reading: Reading) -> None:
@@ -292,17 +284,15 @@ def _is_causal(span: TensorSpan, rows: range) -> bool:
     return torch.equal(stored, follows if span.name.endswith(".mask") else ~follows)
 
 
-def _agreed(
-    reading: Reading, sources: list[Source], shapes: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """What weights and sources say together, and which said it first.
+def _agreed(reading: Reading, sources: list[Source]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What sources say together, the weights first, and which said it first.
 
     Raises CheckpointError that names every two places that differ.
     """
-    agreed, lines = dict(shapes), list[str]()
-    places = dict.fromkeys(shapes, f"{reading.manifest.path}, its weights")
+    (weights, shapes, _), *others = sources
+    agreed, places, lines = dict(shapes), dict.fromkeys(shapes, weights), list[str]()
     head, token = (reading.placements[name].source for name in TIED)
-    for where, words, _ in sources:
+    for where, words, _ in others:
         for name, value in in_our_words(words).items():
             if wrong := misfit(name, value):
                 raise CheckpointError(where, wrong)
@@ -334,15 +324,13 @@ def _known_activation(reading: Reading) -> dict[str, str]:
 def _said_by_shapes(reading: Reading) -> dict[str, Any]:
     """Everything that names, shapes and shared storage tell; all but n_heads, drop_rate and activation."""
     path, placements = reading.manifest.path, reading.placements
-    if lacking := [name for name in ("tok_emb.weight", "pos_emb.weight") if name not in placements]:
-        raise CheckpointError(path, f"holds no {' and no '.join(lacking)}", name=lacking[0])
-    token, position, head = (
-        reading.manifest.tensors[placements[f"{layer}.weight"].source]
-        for layer in ("tok_emb", "pos_emb", "out_head")
-    )
-    for span, wanted in ((token, "(vocab_size, emb_dim)"), (position, "(context_length, emb_dim)")):
-        if len(span.shape) != 2:
-            raise CheckpointError(path, f"{span.name} is {span.shape}, wanted {wanted}", name=span.name)
+    spans = {name: reading.manifest.tensors[placed.source] for name, placed in placements.items()}
+    wanted = {"tok_emb.weight": "(vocab_size, emb_dim)", "pos_emb.weight": "(context_length, emb_dim)"}
+    for name, axes in wanted.items():
+        shape = spans[name].shape if name in spans else None
+        if shape is None or len(shape) != 2:
+            raise CheckpointError(path, f"{name} is {shape or 'missing'}, wanted {axes}", name=name)
+    token, position, head = (spans[name] for name in (*wanted, "out_head.weight"))
     is_classifier = head.name.removesuffix("weight").endswith(CLASSIFIERS)
     changed_alone = {*TIED} & {adapter.weight for adapter in reading.adapters}
     return {
@@ -356,17 +344,6 @@ def _said_by_shapes(reading: Reading) -> dict[str, Any]:
         "n_classes": head.shape[0] if is_classifier or head.shape[:1] != token.shape[:1] else 0,
         "head_bias": "out_head.bias" in placements,
     }
-
-
-def _require_scale(path: Path, sources: list[Source], head_dim: float) -> None:
-    """Raise CheckpointError where a pickled module does not scale its attention by 1/sqrt(head_dim)."""
-    for where, words, _ in sources:
-        scale = words.get(SCALE, True)  # True, False: old transformers' flag
-        if not isinstance(scale, (int, float)):
-            continue
-        is_right = any(math.isclose(scale, head_dim**power, rel_tol=1e-3) for power in (-0.5, 0.5))
-        if scale is not True and not is_right:
-            raise CheckpointError(path, f"{where} is {scale}, wanted {head_dim**-0.5:.4g} = 1/sqrt(head_dim)")
 
 
 def _require_unsaid(reading: Reading, granted: Mapping[str, Any]) -> None:
@@ -407,18 +384,16 @@ def _notes(reading: Reading, sources: list[Source], agreed: Mapping[str, Any]) -
         rates = {str(words[key]) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop") if key in words}
         if len(rates) > 1:
             yield f"{where}: has dropouts {' and '.join(sorted(rates))}; training uses resid_pdrop for all"
-    if _is_bound(reading) and (beside := _side_json(path)):
+    if not reading.manifest.values.keys().isdisjoint(BOUND) and (beside := _side_json(path)):
         with suppress(CheckpointError):  # another program's file of that name
             said = in_our_words(read_json(beside))
             if any(agreed.get(name, value) != value for name, value in said.items()):
                 yield f"{beside}: differs from the config in {path}, which is used"
     own = {placement.source.removeprefix(reading.container) for placement in reading.placements.values()}
     loaded = {tensors[placement.source].address for placement in reading.placements.values()}
-    for name in reading.passengers:
-        plain = name.removeprefix(reading.manifest.container_of(name))
-        if plain in own and tensors[name].address not in loaded:
-            yield f"{path}: also holds {name} …, other weights; they are not loaded"
-            break
+    others = (name for name in reading.passengers if tensors[name].address not in loaded)
+    if same := [name for name in others if name.removeprefix(reading.manifest.container_of(name)) in own]:
+        yield f"{path}: also holds {same[0]} …, other weights; they are not loaded"
     if reading.left_out:
         yield f"{path}: opens the language model without {', '.join(reading.left_out)}"
 
@@ -433,11 +408,12 @@ def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
     if not isinstance(said, Mapping):
         raise UsageError(f"config must be a GPTConfig, a dict or None, got {config!r}")
     GPTConfig.check_names(said)
-    path, shapes = reading.manifest.path, _said_by_shapes(reading)
-    sources = [*_in_the_file(reading), *_beside_the_file(reading)]
-    _require_computed(reading, sources)
+    path = reading.manifest.path
+    weights = Source(f"{path}, its weights", _said_by_shapes(reading))
+    sources = [weights, *_in_the_file(reading), *_beside_the_file(reading)]
+    _require_computed(reading, sources, COMPUTED | {"n_inner": (None, 4 * reading.size[1])})
     _check_masks(reading)
-    agreed, places = _agreed(reading, sources, shapes)
+    agreed, places = _agreed(reading, sources)
     defaults: dict[str, Any] = dict(_known_activation(reading))
     binding = defaults | agreed if isinstance(config, GPTConfig) else agreed
     for name in UNSAYABLE.keys() & said.keys() & binding.keys():
@@ -450,7 +426,8 @@ def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
     _require_unsaid(reading, {name: defaults[name] for name in granted})
     known = defaults | agreed | dict(said)
     if isinstance(heads := known.get("n_heads"), int) and heads > 0:
-        _require_scale(path, sources, known["emb_dim"] / heads)
+        scale = (known["emb_dim"] / heads) ** -0.5  # True: old transformers' flag
+        _require_computed(reading, sources, {SCALE: (None, True, 1 / scale, scale)})
     return Found(known, tuple(_notes(reading, sources, agreed)), bool(said))
 
 
@@ -460,8 +437,7 @@ def complete(reading: Reading, found: Found) -> GPTConfig:
     if known.get("n_heads") is None:
         size = f"{known['n_layers']} layers of {known['emb_dim']} are not an official size"
         do = f'Pass config={{"n_heads": …}} (--n-heads), or put that into {side_file(path, ".json").name}'
-        said = f"the number of attention heads cannot be read off weights, and {size}. {do}"
-        raise CheckpointError(path, said)
+        raise CheckpointError(path, f"the number of heads cannot be read off weights, and {size}. {do}")
     if "activation" not in known:
         said = "may be of nanoGPT, with exact GELU, or of minGPT or older nanoGPT, with the tanh GELU"
         do = 'Pass config={"activation": "gelu"} or {"activation": "gelu_tanh"} (--activation)'

@@ -143,21 +143,12 @@ def _config(path: Path) -> dict[str, Any]:
     return said
 
 
-def _places(reading: Reading) -> dict[str, list[tuple[str, Placement]]]:
-    """Their name → the parameters that the base has there."""
-    places: dict[str, list[tuple[str, Placement]]] = {}
-    for theirs, ours, placement in reading.rows():
-        if ours in reading.placements:
-            places.setdefault(theirs, []).append((ours, placement))
-    return places
-
-
 def _adapters(reading: Reading, manifest: Manifest, said: Mapping[str, Any]) -> Iterator[Adapter]:
     """Every pair of A (r, in) and B (out, r); of an embedding A is (r, vocab_size) and B (emb_dim, r).
 
     Query, key and value share the A of their fused layer, and take a third of the rows of its B each.
     """
-    places = _places(reading)
+    places = reading.places()
     for name in manifest.tensors:
         found = FACTOR.fullmatch(name)
         other = name.replace(".lora_A", ".lora_B").replace("embedding_A", "embedding_B")
@@ -204,7 +195,7 @@ def _replaced(reading: Reading, names: set[str], saved: list[str]) -> tuple[dict
     A head or an embedding that is not among the saved modules is the base's own; where the two are tied it
     stands for both, the head before the embedding, as peft copies one after the other into it.
     """
-    placements, places = dict(reading.placements), _places(reading)
+    placements, places = dict(reading.placements), reading.places()
     wrong = []
     for name in sorted(names, key=lambda name: (not _is_saved(name, saved), name), reverse=True):
         rows = places.get(BEFORE.sub("", name.replace(".base_layer.", "."), count=1), [])

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gpt2lite.checkpoint import Manifest, TensorSpan
+from gpt2lite.checkpoint.foreign import shortened
 from gpt2lite.checkpoint.reading import read_span
 from gpt2lite.errors import CheckpointError, UsageError, listed
 
@@ -197,11 +198,9 @@ class Dialect:
     masks: tuple[str, ...] = ()
 
     @property
-    def query(self) -> tuple[str, Placement]:
-        """Their name of the first block's query weight, by which a dialect is known, and where it lies."""
-        return next(
-            (name.format(i=0), place) for name, ours, place in self.rows if ours == f"{QKV[0]}.weight"
-        )
+    def query(self) -> Row:
+        """The row of the query weight: in the first block, its name tells the dialect."""
+        return next(row for row in self.rows if row[1] == f"{QKV[0]}.weight")
 
 
 HUB_MASKS = (".attn.bias", ".attn.masked_bias")
@@ -213,11 +212,10 @@ DIALECTS = {
     "nanogpt": Dialect(_rows(HUB, TORCH), HUB_MASKS),
     "openai": Dialect(_rows(OPENAI, OPENAIS, (Drop(0), Transpose()))),
 }
-# The name of a query weight → the dialects that have it.
-MARKERS = {
-    marker: [key for key in DIALECTS if DIALECTS[key].query[0] == marker]
-    for marker, _ in (dialect.query for dialect in DIALECTS.values())
-}
+# The name of the first query weight → the dialects that have it.
+MARKERS: dict[str, list[str]] = {}
+for _key, _dialect in DIALECTS.items():
+    MARKERS.setdefault(_dialect.query[0].format(i=0), []).append(_key)
 
 
 # ---- readings ----------------------------------------------------------------------------------------------
@@ -227,9 +225,9 @@ NOISE = ("module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_che
 BEFORE_LEAF = ("linear", "base_layer")
 # Heads other than the language model's: the first that is there is a classifier's, the rest are left out.
 CLASSIFIERS = ("score.", "classifier.")
-OTHER_HEADS = ("v_head.", "value_head.", "multiple_choice_head.", "qa_outputs.", "summary.", "mc_head.")
 DIALOGPT = "lm_head.decoder."
-OTHERS = (DIALOGPT, *CLASSIFIERS, *OTHER_HEADS)
+AUXILIARY = ("v_head.", "value_head.", "multiple_choice_head.", "qa_outputs.", "summary.", "mc_head.")
+OTHERS = (DIALOGPT, *CLASSIFIERS, *AUXILIARY)
 HEADS = ("lm_head.", "out_head.", *OTHERS)
 LEAVES = ("weight", "bias")
 TIED = ("tok_emb.weight", "out_head.weight")
@@ -274,9 +272,13 @@ class Reading:
         shape = self.manifest.tensors[token.source].shape if token else ()
         return 1 + max(map(block_of, self.placements)), shape[1] if len(shape) == 2 else 0
 
-    def rows(self) -> Iterable[Row]:
-        """The rows of its dialect, for each of its blocks."""
-        return expand_rows(DIALECTS[self.dialect].rows, self.size[0])
+    def places(self) -> dict[str, list[tuple[str, Placement]]]:
+        """Their name → the parameters that it has there, as rows place them."""
+        places: dict[str, list[tuple[str, Placement]]] = {}
+        for theirs, ours, placement in expand_rows(DIALECTS[self.dialect].rows, self.size[0]):
+            if ours in self.placements:
+                places.setdefault(theirs, []).append((ours, placement))
+        return places
 
     @property
     def is_tied(self) -> bool:
@@ -327,40 +329,35 @@ def _models(manifest: Manifest) -> dict[_Model, str]:
         for marker in MARKERS:
             if f".{plain}".endswith(f".{marker}"):
                 found[_Model(container, plain.removesuffix(marker), marker)] = name
-    if len(found) < 2:
-        return found
-    distinct = {}
-    for model in reversed(found):
+    distinct: dict[object, _Model] = {}
+    for model in found:
         places = ((model.own(name), span.address) for name, span in manifest.tensors.items())
-        distinct[frozenset(place for place in places if place[0] is not None)] = model
-    return {model: found[model] for model in reversed(distinct.values())}
+        distinct.setdefault(frozenset(place for place in places if place[0] is not None), model)
+    return {model: found[model] for model in distinct.values()}
 
 
 def _one_model(manifest: Manifest) -> tuple[_Model, str]:
     """The model that a file holds, and the dialect of its names. Raises CheckpointError unless it is one."""
     found = _models(manifest)
     if not found:
-        raise _unknown(manifest)
+        nearest = {name for marker in MARKERS for name in get_close_matches(marker, manifest.tensors, 3, 0.5)}
+        what = (
+            f"{'its nearest names are' if nearest else 'it holds'} {shortened(nearest or manifest.tensors)}"
+        )
+        wanted = f"Expected one of {', '.join(sorted(MARKERS))}, behind any prefix"
+        do = "For a module of your own, use gpt2lite.load_module"
+        raise CheckpointError(manifest.path, f"not a GPT-2 with known names; {what}. {wanted}. {do}")
     if len(found) > 1:
         places = [f"{f'{m.container}{m.prefix}'.rstrip('.')!r} ({MARKERS[m.marker][0]})" for m in found]
         save = "torch.save(torch.load(path, weights_only=True)['…'], 'model.pth')"
         said = f"holds {len(found)} models, under {' and '.join(places)}. Save one: {save}"
         raise CheckpointError(manifest.path, said)
     ((model, name),) = found.items()
-    keys = MARKERS[model.marker]
-    return model, next((key for key in keys if _is_square(key, manifest.tensors[name])), keys[0])
-
-
-def _unknown(manifest: Manifest) -> CheckpointError:
-    """The error for a file without a marker: what it holds that is nearest to what is expected."""
-    nearest = {name for marker in MARKERS for name in get_close_matches(marker, manifest.tensors, 3, 0.5)}
-    sample = sorted(nearest)[:3] or list(manifest.tensors)[:4]
-    what = f"{'its nearest names are' if nearest else 'it holds'} {', '.join(sample) or 'no tensors'}"
-    return CheckpointError(
-        manifest.path,
-        f"not a GPT-2 with known names; {what}. Expected one of {', '.join(sorted(MARKERS))}, "
-        "behind any prefix. For a module of your own, use gpt2lite.load_module",
-    )
+    for key in MARKERS[model.marker]:  # a square query weight tells (in, out) from (out, in)
+        shape = DIALECTS[key].query[2].shape_of(manifest.tensors[name].shape)
+        if len(shape) == 2 and shape[0] == shape[1]:
+            return model, key
+    return model, MARKERS[model.marker][0]
 
 
 def _names_of(manifest: Manifest, model: _Model) -> tuple[dict[str, str], list[str]]:
@@ -391,14 +388,8 @@ def _with_heads(names: Mapping[str, str], dialect: str) -> tuple[dict[str, str],
     for head in (DIALOGPT, *CLASSIFIERS):
         if f"{own}.weight" not in found and f"{head}weight" in found:
             found |= {f"{own}.{leaf}": found.pop(head + leaf) for leaf in LEAVES if head + leaf in found}
-    left_out = tuple(stored for name, stored in found.items() if name.startswith(OTHERS))
-    return {name: stored for name, stored in found.items() if not name.startswith(OTHERS)}, left_out
-
-
-def _is_square(dialect: str, marker: TensorSpan) -> bool:
-    """Whether a dialect's reading of the query weight gives (C, C): it tells (in, out) from (out, in)."""
-    shape = DIALECTS[dialect].query[1].shape_of(marker.shape)
-    return len(shape) == 2 and shape[0] == shape[1]
+    left_out = tuple(found.pop(name) for name in names if name in found and name.startswith(OTHERS))
+    return found, left_out
 
 
 def block_of(name: str) -> int:
@@ -458,19 +449,18 @@ def _adapters(names: Mapping[str, str], placements: Mapping[str, Placement]) -> 
         layer = name.removesuffix(".lora.A")
         b = names.get(f"{layer}.lora.B")
         if layer != name and b is not None and f"{layer}.weight" in placements:
-            yield Adapter(f"{layer}.weight", *(Placement(factor, (Transpose(),)) for factor in (a, b)))
+            yield Adapter(f"{layer}.weight", Placement(a, (Transpose(),)), Placement(b, (Transpose(),)))
 
 
 def with_lora_alpha(reading: Reading, alpha: float | None) -> Reading:
     """The reading with `alpha` for the book's LoRA layers. Raises CheckpointError if one lacks the other."""
-    path, layers = reading.manifest.path, sum(adapter.scale is None for adapter in reading.adapters)
-    if alpha is None and layers:
-        how = "pass the alpha that they were trained with: lora_alpha=… (--lora-alpha for commands)"
-        raise CheckpointError(path, f"holds {layers} LoRA layers without their alpha; {how}")
+    layers = sum(adapter.scale is None for adapter in reading.adapters)
     if alpha is not None and (type(alpha) not in (int, float) or not math.isfinite(alpha)):
         raise UsageError(f"lora_alpha must be a number, got {alpha!r}")
-    if alpha is not None and not layers:
-        raise CheckpointError(path, f"holds no LoRA layers without an alpha; leave out lora_alpha={alpha}")
+    if bool(layers) != (alpha is not None):
+        lacking = "their alpha; pass the one of their training: lora_alpha=… (--lora-alpha for commands)"
+        what = lacking if layers else f"an alpha; leave out lora_alpha={alpha}"
+        raise CheckpointError(reading.manifest.path, f"holds {layers or 'no'} LoRA layers without {what}")
     adapters = (a if a.scale is not None else replace(a, scale=alpha) for a in reading.adapters)
     return replace(reading, adapters=tuple(adapters))
 
