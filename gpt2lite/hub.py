@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from huggingface_hub import HfApi, constants, errors, hf_hub_download, try_to_lo
 
 from gpt2lite.checkpoint import FOLDER_FILES
 from gpt2lite.checkpoint.foreign import shortened
+from gpt2lite.dialects.configs import read_json
 from gpt2lite.dialects.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError, GPT2LiteError, UsageError
 
@@ -120,10 +120,10 @@ def _shards(weights: Path) -> set[str]:
     """The files that an index names; none for weights that are one file."""
     if not weights.name.endswith(INDEX):
         return set()
-    try:
-        return set(map(str, json.loads(weights.read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(weights, "not an index of shards; expected JSON with a weight_map") from None
+    placed = read_json(weights).get("weight_map")
+    if not isinstance(placed, dict):
+        raise CheckpointError(weights, "not an index of shards; expected a weight_map")
+    return set(map(str, placed.values()))
 
 
 def _download(repo: str, revision: str | None, token: str | bool | None, cache: Path | None) -> Path:

@@ -147,7 +147,7 @@ def _in_the_file(reading: Reading) -> Iterator[Source]:
     path, values = reading.manifest.path, dict[str, Any](reading.manifest.values)
     for key in BOUND:
         if isinstance(bound := values.get(key), str):
-            yield Source(f"{path}, the config in it", _parsed(path, bound), is_whole=True)
+            yield Source(f"{path}, the config in it", read_json(path, bound), is_whole=True)
     values = {unwrapped(name): value for name, value in values.items()} | values
     above = above_of(reading.container)
     beside = {word: said for word, said in _below(values, above).items() if not isinstance(said, dict)}
@@ -166,7 +166,7 @@ def _in_the_file(reading: Reading) -> Iterator[Source]:
     for place, said in values.items() if reading.manifest.modules else ():
         for pattern, word in ATTRIBUTES.items():
             if re.fullmatch(pattern, place.removeprefix(root)):
-                said = APPROXIMATE.get(said, said) if word == "activation" else said
+                said = APPROXIMATE.get(str(said), said) if word == "activation" else said
                 yield Source(f"{path}, {place}", {word or place.rpartition(".")[2]: said})
 
 
@@ -211,18 +211,14 @@ def check_model_type(path: Path) -> None:
         raise CheckpointError(path, f"its config.json says model_type={kind!r}; gpt2lite opens gpt2 only")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds. Raises CheckpointError."""
-    return _parsed(path, path.read_text(encoding="utf-8", errors="replace"))
-
-
-def _parsed(path: Path, text: str) -> dict[str, Any]:
+def read_json(path: Path, text: str | None = None) -> dict[str, Any]:
+    """The object that a JSON file, or a text in it, holds. Raises CheckpointError."""
     try:
-        found = json.loads(text)
+        found = json.loads(path.read_text(encoding="utf-8", errors="replace") if text is None else text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(path, f"not valid JSON ({error})") from None
     if not isinstance(found, dict):
-        raise CheckpointError(path, f"holds a {type(found).__name__}, expected an object of config fields")
+        raise CheckpointError(path, f"holds a JSON {type(found).__name__}, expected an object")
     return found
 
 
@@ -327,9 +323,9 @@ def _said_by_shapes(reading: Reading) -> dict[str, Any]:
     spans = {name: reading.manifest.tensors[placed.source] for name, placed in placements.items()}
     wanted = {"tok_emb.weight": "(vocab_size, emb_dim)", "pos_emb.weight": "(context_length, emb_dim)"}
     for name, axes in wanted.items():
-        shape = spans[name].shape if name in spans else None
-        if shape is None or len(shape) != 2:
-            raise CheckpointError(path, f"{name} is {shape or 'missing'}, wanted {axes}", name=name)
+        shape = spans[name].shape if name in spans else "missing"
+        if shape == "missing" or len(shape) != 2:
+            raise CheckpointError(path, f"{name} is {shape}, wanted {axes}", name=name)
     token, position, head = (spans[name] for name in (*wanted, "out_head.weight"))
     is_classifier = head.name.removesuffix("weight").endswith(CLASSIFIERS)
     changed_alone = {*TIED} & {adapter.weight for adapter in reading.adapters}

@@ -310,14 +310,16 @@ class _Model(NamedTuple):
     prefix: str
     marker: str
 
+    def behind(self, prefix: str, name: str) -> str | None:
+        """A stored name of the container without prefix and wrappers; None for one that lies elsewhere."""
+        plain = _plain(name.removeprefix(self.container))
+        is_behind = name.startswith(self.container) and plain.startswith(prefix)
+        return plain.removeprefix(prefix) if is_behind else None
+
     def own(self, name: str) -> str | None:
-        """A stored name without what stands before it, heads beside the prefix included; None for others."""
-        plain, above = _plain(name.removeprefix(self.container)), above_of(self.prefix)
-        if not name.startswith(self.container):
-            return None
-        if plain.startswith(self.prefix):
-            return plain.removeprefix(self.prefix)
-        return plain.removeprefix(above) if plain.startswith(tuple(above + head for head in HEADS)) else None
+        """The same of the model's own prefix, or of a head that lies beside it."""
+        head = self.behind(above_of(self.prefix), name) or ""
+        return self.behind(self.prefix, name) or (head if head.startswith(HEADS) else None)
 
 
 def _models(manifest: Manifest) -> dict[_Model, str]:
@@ -331,7 +333,7 @@ def _models(manifest: Manifest) -> dict[_Model, str]:
                 found[_Model(container, plain.removesuffix(marker), marker)] = name
     distinct: dict[object, _Model] = {}
     for model in found:
-        places = ((model.own(name), span.address) for name, span in manifest.tensors.items())
+        places = ((model.behind(model.prefix, name), span.address) for name, span in manifest.tensors.items())
         distinct.setdefault(frozenset(place for place in places if place[0] is not None), model)
     return {model: found[model] for model in distinct.values()}
 
