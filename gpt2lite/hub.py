@@ -76,11 +76,10 @@ def fetch(
         return Path(name)
     name = os.fspath(name)
     repo = OFFICIAL.get(name, name)
-    if name.endswith(FILE_SUFFIXES) or name.startswith(".") or os.path.isabs(name):
-        raise CheckpointNotFoundError(name, "no such file or folder")
-    if not REPO_ID.fullmatch(repo):
-        known = f"the name of a Hub model ({', '.join(OFFICIAL)} or owner/name)"
-        raise CheckpointNotFoundError(name, f"no such file or folder, and not {known}")
+    is_path = name.endswith(FILE_SUFFIXES) or name.startswith(".") or os.path.isabs(name)
+    if is_path or not REPO_ID.fullmatch(repo):
+        also = "" if is_path else f", and not the name of a Hub model ({', '.join(OFFICIAL)} or owner/name)"
+        raise CheckpointNotFoundError(name, f"no such file or folder{also}")
     cache = None if cache_dir is None else Path(cache_dir).expanduser()
     problem: Exception = errors.OfflineModeIsEnabled()
     if not local_files_only:
@@ -169,12 +168,9 @@ def _explained(error: Exception, repo: str, revision: str | None, cache: Path | 
     status = getattr(getattr(error, "response", None), "status_code", None)
     is_vague = status is None and getattr(error, "errno", None) is None
     kind = Exception if is_vague and kind in (errors.HfHubHTTPError, OSError) else kind
-    said = EXPLAINED[kind].format(
-        cache=cache or constants.HF_HUB_CACHE,
-        at="" if revision is None else f" at {revision}",
-        why="HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "local_files_only=True",
-        hub=constants.ENDPOINT,
-        **{"repo": repo, "revision": revision, "status": status, "error": error},
-    )
+    found = {"repo": repo, "revision": revision, "status": status, "error": error, "hub": constants.ENDPOINT}
+    at, place = "" if revision is None else f" at {revision}", cache or constants.HF_HUB_CACHE
+    why = "HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "local_files_only=True"
+    said = EXPLAINED[kind].format(**found, cache=place, at=at, why=why)
     is_absent = kind in (errors.RevisionNotFoundError, errors.RepositoryNotFoundError)
     return (CheckpointNotFoundError if is_absent else CheckpointError)(repo, said)
