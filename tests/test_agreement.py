@@ -410,6 +410,18 @@ def test_one_model_that_is_stored_under_two_names_is_one(tmp_path: Path):
     assert GPTModel.from_checkpoint(path, config=HEADS).config.n_layers == 3
 
 
+def test_a_model_and_its_own_body_beside_it_are_one(tmp_path: Path):
+    theirs = huggingface()
+    both = {"model": theirs.state_dict(), "transformer": theirs.transformer.state_dict()}
+    assert GPTModel.from_checkpoint(save_pth(both, tmp_path), config=HEADS).config.n_layers == 3
+
+
+@pytest.mark.filterwarnings("ignore:.*ignored scale")
+def test_a_configs_word_scale_is_not_the_attentions(model: GPTModel, tmp_path: Path):
+    path = save_pth({"model": model.state_dict(), "config": {"n_heads": 4, "scale": 3.0}}, tmp_path)
+    assert GPTModel.from_checkpoint(path).config.n_heads == 4
+
+
 def test_heads_beside_the_language_model_are_left_out_with_a_warning(tmp_path: Path, ids: torch.Tensor):
     theirs = huggingface()
     state = dict(theirs.state_dict())
