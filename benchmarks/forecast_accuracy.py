@@ -28,7 +28,7 @@ from gpt2lite import GPTConfig, GPTModel, clean_up, forecast, track_memory
 from gpt2lite.cli.env import environment
 from gpt2lite.cli.terminal import steps_bar, table
 from gpt2lite.config import OFFICIAL_SIZES
-from gpt2lite.dialects import DIALECTS
+from gpt2lite.dialects.reading import DIALECTS
 from gpt2lite.loading import STRATEGIES
 
 MIB = 1 << 20
@@ -58,7 +58,7 @@ def layout(dialect: str, config: GPTConfig) -> dict[str, tuple[int, ...]]:
                 stored[placement.rows_axis] *= 3 if placement.narrows else 1
                 shapes[theirs.format(i=i)] = tuple(stored)
     for suffix in DIALECTS[dialect].masks[:1]:
-        block = DIALECTS[dialect].marker.rsplit(".", 3)[0].replace("0", "{i}")
+        block = DIALECTS[dialect].query[0].rsplit(".", 3)[0]
         for i in range(config.n_layers):
             shapes[f"{block.format(i=i)}{suffix}"] = (config.context_length, config.context_length)
     return shapes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
@@ -16,10 +16,15 @@ OFFICIAL_SIZES = {
     "gpt2-large": (36, 1280, 20),
     "gpt2-xl": (48, 1600, 25),
 }
-OFFICIAL_HEADS = {(n_layers, emb_dim): n_heads for n_layers, emb_dim, n_heads in OFFICIAL_SIZES.values()}
-
-
 ACTIVATIONS = {"gelu_tanh": "tanh", "gelu": "none"}  # our name → torch's `approximate`
+# What a field may be, by its name or else by its type.
+VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "n_classes": (lambda value: type(value) is int and value >= 0, "0 or a positive int"),
+    "int": (lambda value: type(value) is int and value > 0, "a positive int"),
+    "bool": (lambda value: type(value) is bool, "True or False"),
+    "float": (lambda value: isinstance(value, (int, float)) and 0 <= value < 1, "in [0, 1)"),
+    "str": (lambda value: value in tuple(ACTIVATIONS), " or ".join(ACTIVATIONS)),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +36,7 @@ class GPTConfig:
     OpenAI trained GPT-2, and it saves vocab_size × emb_dim numbers. The article's dict says nothing about
     it and means an untied head. `n_classes` above 0 is a classifier: a head of so many rows in place of the
     vocabulary's, with a bias if `head_bias`. `activation` is "gelu_tanh", as OpenAI, the book and Hugging
-    Face have it, or "gelu", exact, as nanoGPT has it. Raises UsageError for what cannot be.
+    Face have it, or "gelu", exact, as nanoGPT has it. Raises UsageError for values that cannot work.
     """
 
     vocab_size: int
@@ -48,23 +53,11 @@ class GPTConfig:
     activation: str = "gelu_tanh"
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise UsageError(f"GPTConfig.{name} must be a positive int, got {value!r}")
-        for name in ("qkv_bias", "bias", "tied_head", "head_bias"):
-            if type(getattr(self, name)) is not bool:
-                raise UsageError(f"GPTConfig.{name} must be True or False, got {getattr(self, name)!r}")
-        if not isinstance(self.drop_rate, (int, float)) or not 0 <= self.drop_rate < 1:
-            raise UsageError(f"GPTConfig.drop_rate must be in [0, 1), got {self.drop_rate!r}")
-        if type(self.n_classes) is not int or self.n_classes < 0 or (self.n_classes and self.tied_head):
-            raise UsageError(
-                f"GPTConfig.n_classes must be 0, or more with an untied head, got {self.n_classes!r}"
-            )
-        if self.activation not in ACTIVATIONS:
-            raise UsageError(
-                f"GPTConfig.activation must be of {' '.join(ACTIVATIONS)}, got {self.activation!r}"
-            )
+        for name, value in self.as_dict().items():
+            if wrong := misfit(name, value):
+                raise UsageError(f"GPTConfig.{wrong}")
+        if self.n_classes and self.tied_head:
+            raise UsageError(f"GPTConfig: a classifier (n_classes={self.n_classes}) needs tied_head=False")
         if self.emb_dim % self.n_heads:
             raise UsageError(f"GPTConfig: emb_dim={self.emb_dim} does not divide by n_heads={self.n_heads}")
 
@@ -87,21 +80,23 @@ class GPTConfig:
         if isinstance(config, GPTConfig):
             return config
         cls.check_names(config)
-        missing = sorted(
-            field.name for field in fields(cls) if field.default is MISSING and field.name not in config
-        )
-        if missing:
-            raise UsageError(f"config lacks {', '.join(missing)}")
+        if lacking := [f.name for f in fields(cls) if f.default is MISSING and f.name not in config]:
+            raise UsageError(f"config lacks {', '.join(lacking)}")
         return cls(**config)
 
     @classmethod
     def check_names(cls, config: Mapping[str, Any]) -> None:
         """Raise UsageError for a key that is no field."""
         known = [field.name for field in fields(cls)]
-        unknown = sorted(set(config) - set(known))
-        if unknown:
+        if unknown := sorted(set(config) - set(known)):
             raise UsageError(f"config has no field {', '.join(unknown)}; it has {', '.join(known)}")
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as a plain dict: what a side file `<stem>.json` holds."""
         return asdict(self)
+
+
+def misfit(name: str, value: object) -> str | None:
+    """`name must be …, got …` for a value that a field of GPTConfig cannot have; None for others."""
+    is_valid, wanted = VALID.get(name) or VALID[str(GPTConfig.__dataclass_fields__[name].type)]
+    return None if is_valid(value) else f"{name} must be {wanted}, got {value!r:.50}"

@@ -27,7 +27,7 @@ from gpt2lite.checkpoint.tensor_folder import fill_tensor_folder
 from gpt2lite.checkpoint.torch_zip import fill_torch_zip
 from gpt2lite.checkpoint.writing import Progress, TensorToWrite, Wrote
 from gpt2lite.config import GPTConfig
-from gpt2lite.dialects import DIALECTS, Placement, expand_rows
+from gpt2lite.dialects.reading import DIALECTS, Placement, expand_rows
 from gpt2lite.errors import CheckpointError, UsageError, listed
 from gpt2lite.loading.options import check_names
 from gpt2lite.loading.skeleton import sketch

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
 import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, errors, hf_hub_download, try_to_load_from_cache
 
 from gpt2lite.checkpoint import FOLDER_FILES
+from gpt2lite.checkpoint.foreign import shortened
+from gpt2lite.dialects.configs import read_json
 from gpt2lite.dialects.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError, GPT2LiteError, UsageError
 
@@ -26,9 +29,8 @@ BESIDE = (
     *("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"),
 )
 
-REPO_ID = re.compile(r"(?!.*(--|\.\.))\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
+REPO_ID = re.compile(r"(?!.*(--|\.\.)|.{97})\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
 FILE_SUFFIXES = (".bin", ".ckpt", ".gguf", ".h5", ".index", ".json", ".pt", ".pth", ".safetensors", ".zip")
-MAX_NAMED = 5
 
 # HTTPError is the root of the client's HTTP library; a captive portal's answer, no JSON, is a ValueError.
 CLIENT_ERRORS = (errors.HTTPError, OSError, ValueError)  # type: ignore[attr-defined]
@@ -72,7 +74,12 @@ def fetch(
         if revision is not None:
             raise UsageError(f"{name}: a local path has no revision={revision!r}; leave it out")
         return Path(name)
-    repo = _repo_of(os.fspath(name))
+    name = os.fspath(name)
+    repo = OFFICIAL.get(name, name)
+    is_path = name.endswith(FILE_SUFFIXES) or name.startswith(".") or os.path.isabs(name)
+    if is_path or not REPO_ID.fullmatch(repo):
+        also = "" if is_path else f", and not the name of a Hub model ({', '.join(OFFICIAL)} or owner/name)"
+        raise CheckpointNotFoundError(name, f"no such file or folder{also}")
     cache = None if cache_dir is None else Path(cache_dir).expanduser()
     problem: Exception = errors.OfflineModeIsEnabled()
     if not local_files_only:
@@ -83,10 +90,9 @@ def fetch(
         except CLIENT_ERRORS as error:
             problem = error
     names = () if isinstance(problem, errors.RevisionNotFoundError) else _names_of(repo)
-    found = next(filter(None, (_cached(name, revision, cache) for name in names)), None)
-    if found is None:
-        raise _explained(problem, repo, revision, cache) from problem
-    return found
+    if folder := _cached(names, revision, cache):
+        return folder
+    raise _explained(problem, repo, revision, cache) from problem
 
 
 def fetch_file(repo: str, filename: str) -> Path:
@@ -104,19 +110,6 @@ def fetch_file(repo: str, filename: str) -> Path:
         raise _explained(error, repo, None, None) from error
 
 
-def _repo_of(name: str) -> str:
-    if name in OFFICIAL:
-        return OFFICIAL[name]
-    if name.endswith(FILE_SUFFIXES) or name.startswith(".") or os.path.isabs(name):
-        raise CheckpointNotFoundError(name, "no such file or folder")
-    if not REPO_ID.fullmatch(name) or len(name) > 96:
-        known = f"{', '.join(OFFICIAL)} or owner/name"
-        raise CheckpointNotFoundError(
-            name, f"no such file or folder, and not the name of a Hub model ({known})"
-        )
-    return name
-
-
 def _names_of(repo: str) -> list[str]:
     """The names under which a repository may lie in the cache: its own, and a short one."""
     return [repo, *(short for short, name in OFFICIAL.items() if name == repo)]
@@ -126,10 +119,10 @@ def _shards(weights: Path) -> set[str]:
     """The files that an index names; none for weights that are one file."""
     if not weights.name.endswith(INDEX):
         return set()
-    try:
-        return set(map(str, json.loads(weights.read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(weights, "not an index of shards; expected JSON with a weight_map") from None
+    placed = read_json(weights).get("weight_map")
+    if not isinstance(placed, dict):
+        raise CheckpointError(weights, "not an index of shards; expected a weight_map")
+    return set(map(str, placed.values()))
 
 
 def _download(repo: str, revision: str | None, token: str | bool | None, cache: Path | None) -> Path:
@@ -139,11 +132,10 @@ def _download(repo: str, revision: str | None, token: str | bool | None, cache: 
     weights = next((name for name in WEIGHTS if name in listed), None)
     if weights is None:
         wanted = f"holds no weights that gpt2lite opens; expected {' or '.join(WEIGHTS)}"
-        raise CheckpointNotFoundError(repo, f"{wanted}, found {_named(listed)}")
-    for short in _names_of(repo)[1:]:
-        folder = _cached(short, found.sha, cache)
-        if folder and (CONFIG not in listed or (folder / CONFIG).exists()):
-            return folder
+        raise CheckpointNotFoundError(repo, f"{wanted}, found {shortened(listed)}")
+    kept = _cached(_names_of(repo)[1:], found.sha, cache)
+    if kept and (CONFIG not in listed or (kept / CONFIG).exists()):
+        return kept
     get = partial(hf_hub_download, repo, token=token, cache_dir=cache)
     adapter = next((name for name in ADAPTER_WEIGHTS if name in listed), weights)  # beside its base
     first, *rest = [name for name in (*BESIDE, adapter, weights) if name in listed]
@@ -152,26 +144,20 @@ def _download(repo: str, revision: str | None, token: str | bool | None, cache: 
         get(name, revision=folder.name)
     shards = _shards(folder / weights)
     if absent := shards - listed:
-        raise CheckpointError(repo, f"{weights} names files that are not there: {_named(absent)}")
+        raise CheckpointError(repo, f"{weights} names files that are not there: {shortened(absent)}")
     for shard in shards:
         get(shard, revision=folder.name)
     return folder
 
 
-def _cached(repo: str, revision: str | None, cache: Path | None) -> Path | None:
-    """The snapshot as it lies in the cache, None unless it has a whole set of weights."""
-    for name in WEIGHTS:
+def _cached(repos: Sequence[str], revision: str | None, cache: Path | None) -> Path | None:
+    """The first snapshot of these that lies in the cache with a whole set of weights."""
+    for repo, name in itertools.product(repos, WEIGHTS):
         found = try_to_load_from_cache(repo, name, cache_dir=cache, revision=revision)
-        if isinstance(found, str) and all(
-            (Path(found).parent / shard).exists() for shard in _shards(Path(found))
-        ):
-            return Path(found).parent
+        folder = Path(found).parent if isinstance(found, str) else None
+        if folder and all((folder / shard).exists() for shard in _shards(folder / name)):
+            return folder
     return None
-
-
-def _named(names: set[str]) -> str:
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return (", ".join(sorted(names)[:MAX_NAMED]) or "nothing") + more
 
 
 def _explained(error: Exception, repo: str, revision: str | None, cache: Path | None) -> CheckpointError:
@@ -182,12 +168,9 @@ def _explained(error: Exception, repo: str, revision: str | None, cache: Path | 
     status = getattr(getattr(error, "response", None), "status_code", None)
     is_vague = status is None and getattr(error, "errno", None) is None
     kind = Exception if is_vague and kind in (errors.HfHubHTTPError, OSError) else kind
-    said = EXPLAINED[kind].format(
-        cache=cache or constants.HF_HUB_CACHE,
-        at="" if revision is None else f" at {revision}",
-        why="HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "local_files_only=True",
-        hub=constants.ENDPOINT,
-        **{"repo": repo, "revision": revision, "status": status, "error": error},
-    )
+    found = {"repo": repo, "revision": revision, "status": status, "error": error, "hub": constants.ENDPOINT}
+    at, place = "" if revision is None else f" at {revision}", cache or constants.HF_HUB_CACHE
+    why = "HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "local_files_only=True"
+    said = EXPLAINED[kind].format(**found, cache=place, at=at, why=why)
     is_absent = kind in (errors.RevisionNotFoundError, errors.RepositoryNotFoundError)
     return (CheckpointNotFoundError if is_absent else CheckpointError)(repo, said)

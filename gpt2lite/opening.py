@@ -34,9 +34,6 @@ from gpt2lite.loading.skeleton import sketch
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# Of which layers and embeddings the weights become int8: all but positions.
-QUANTIZERS: dict[str, Callable[[str], bool]] = {"int8": lambda layer: layer != "pos_emb"}
-
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -75,17 +72,13 @@ class Opened(Generic[Model]):
         """What `load` would do; the device need not be there. Raises as `load`, but for memory."""
         check_names(options, LoadOptions)
         quantize, config = options.get("quantize"), self.sizes
-        if quantize not in (None, *QUANTIZERS):
-            raise UsageError(f"quantize must be None or {' or '.join(QUANTIZERS)}, got {quantize!r}")
+        if quantize not in (None, "int8"):
+            raise UsageError(f"quantize must be None or int8, got {quantize!r}")
         require_one_dtype(self.reading, options.get("dtype"), quantized=quantize is not None)
-        return make_plan(
-            self.reading,
-            partial(self.model, config),
-            name_device(device),
-            options,
-            hint=partial(_official_hint, config, self.reading),
-            quantizable=QUANTIZERS[quantize] if quantize else None,
-        )
+        build, hint = partial(self.model, config), partial(_official_hint, config, self.reading)
+        quantizable = (lambda layer: layer != "pos_emb") if quantize else None  # all but positions
+        place = name_device(device)
+        return make_plan(self.reading, build, place, options, hint=hint, quantizable=quantizable)
 
     def forecast(
         self, device: str | torch.device = "cpu", **options: Unpack[LoadOptions]
@@ -107,10 +100,8 @@ class Opened(Generic[Model]):
 
         Warns of what was left out of the file.
         """
-        check_names(options, LoadOptions)
         complete(self.reading, self.found)  # raises where `plan` would take something for granted
-        if any(adapter.scale is None for adapter in self.reading.adapters):
-            with_lora_alpha(self.reading, None)  # raises, since it is missing
+        with_lora_alpha(self.reading, None)  # raises where one is missing
         for note in self.found.notes:
             warnings.warn(note, UserWarning, stacklevel=2)
         return load(partial(self.plan, **options), device, strategy, options)  # type: ignore[return-value]

@@ -6,41 +6,165 @@ they lie in its folder under the names that other programs give them, and belong
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from gpt2lite import encoding
 from gpt2lite.checkpoint import side_file
 from gpt2lite.checkpoint.inert_pickle import DescribingUnpickler, describe
 from gpt2lite.checkpoint.writing import replacing
+from gpt2lite.dialects.configs import folder_of
 from gpt2lite.dialects.peft import find_adapter
 from gpt2lite.errors import CheckpointError, GPT2LiteError, UsageError
-
-GPT2_SIZES = (50257, 50304, 50432)  # GPT-2's vocabulary, and padded to multiples of 64, 128 and 256
 
 if TYPE_CHECKING:
     import tiktoken
 
-Files = Mapping[str, Path]
-
-RANKS = "tiktoken"  # beside model.pth: model.tiktoken
-TREE, VOCAB, MERGES, META = "tokenizer.json", "vocab.json", "merges.txt", "meta.pkl"
-ADDED, SETTINGS = "added_tokens.json", ("special_tokens_map.json", "tokenizer_config.json")
-UNREAD = ("vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "bpe_merges.txt")
-GENERATION = "generation_config.json"
-MAX_META_BYTES = 16 << 20
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # of a BPE with byte_fallback
-OTHER_RULES = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
-FLAGS = ("lstrip", "rstrip", "single_word")
-REWRITE = "transformers' AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes it"
+END_OF_TEXT = "<|endoftext|>"
+UNKNOWN = "\ufffd".encode()
+Allowed: TypeAlias = Literal["all"] | AbstractSet[str]
+Files: TypeAlias = Mapping[str, Path]
 
 
-# ---- GPT-2's own -------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Tokenizer:
+    """The tokenizer that belongs to a checkpoint.
+
+    `n_vocab` is its largest id plus one, `eot_token` the id that ends a text, or None. `ids_of(text,
+    allowed)` reads the allowed special tokens as such and others as plain text; `bytes_of` raises KeyError
+    for an id without a token. With `cuts_at_spaces`, a text that is cut before a space or a line end gives
+    the same ids as the whole.
+    """
+
+    name: str
+    n_vocab: int
+    eot_token: int | None
+    ids_of: Callable[[str, Allowed], list[int]]
+    bytes_of: Callable[[int], bytes]
+    cuts_at_spaces: bool = True
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """The ids of a text in which special tokens are plain text."""
+        return self.ids_of(text, frozenset())
+
+    def encode(self, text: str, *, allowed_special: Allowed = frozenset()) -> list[int]:
+        """The ids of a text, with these special tokens read as such; others are plain text."""
+        return self.ids_of(text, allowed_special)
+
+    def decode_single_token_bytes(self, token: int) -> bytes:
+        """What a token stands for inside a text: UTF-8, perhaps a part of a character.
+
+        An id that the tokenizer does not have, such as a padding row of the model, is U+FFFD.
+        """
+        try:
+            return self.bytes_of(token)
+        except KeyError:
+            return UNKNOWN
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text; U+FFFD for ids without a token and for bytes that are not UTF-8."""
+        return b"".join(map(self.decode_single_token_bytes, tokens)).decode("utf-8", errors="replace")
+
+
+Encoding: TypeAlias = "Tokenizer | tiktoken.Encoding"
+
+
+def as_tokenizer(encoding: tiktoken.Encoding, end: str = END_OF_TEXT) -> Tokenizer:
+    """The same encoding; the token `end` ends a text, if there is one of this name."""
+
+    def ids_of(text: str, allowed: Allowed) -> list[int]:
+        return encoding.encode(text, allowed_special=allowed, disallowed_special=())
+
+    end_id = encoding.encode_single_token(end) if end in encoding.special_tokens_set else None
+    return Tokenizer(encoding.name, encoding.n_vocab, end_id, ids_of, encoding.decode_single_token_bytes)
+
+
+def end_of_text(encoding: Encoding) -> int:
+    """The id that ends a text. Raises UsageError where the tokenizer has none."""
+    if encoding.eot_token is None:
+        raise UsageError(f"{encoding.name}: this tokenizer has no end-of-text token, which is needed here")
+    return encoding.eot_token
+
+
+# ---- byte-level BPE, which tiktoken computes ---------------------------------------------------------------
+# vocab.json and merges.txt name the pair that each merge joins; tiktoken knows only the rank of the result.
+# Both give the same ids for every text if each token, split by the merges before its own, is the pair that
+# its merge names; `as_encoding` checks that.
+
+GPT2_SIZES = (50257, 50304, 50432)  # GPT-2's vocabulary, and padded to multiples of 64, 128 and 256
+WORDS_AND_SPACES = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+# vocab.json spells a token byte by byte, each as a visible character.
+_SEEN = {*range(33, 127), *range(161, 173), *range(174, 256)}
+_UNSEEN = [byte for byte in range(256) if byte not in _SEEN]
+CHARACTERS = [chr(byte if byte in _SEEN else 256 + _UNSEEN.index(byte)) for byte in range(256)]
+BYTES = {character: byte for byte, character in enumerate(CHARACTERS)}
+
+
+def unspelled(token: str) -> bytes:
+    """A token of vocab.json as bytes; an added token, which is not spelled, as UTF-8."""
+    return bytes(BYTES[c] for c in token) if BYTES.keys() >= set(token) else token.encode()
+
+
+def _split(token: str, ranks: Mapping[str, int], below: int) -> list[str]:
+    """The parts of a token, merged by the ranks that are less than `below`."""
+    parts = [*token]
+    while len(parts) > 1:
+        rank, at = min((ranks.get(a + b, below), at) for at, (a, b) in enumerate(pairwise(parts)))
+        if rank >= below:
+            break
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts
+
+
+def _encoding(name: str, ranks: dict[bytes, int], special: dict[str, int]) -> tiktoken.Encoding:
+    import tiktoken  # here: who loads a model without text does not need it
+
+    return tiktoken.Encoding(name, pat_str=WORDS_AND_SPACES, mergeable_ranks=ranks, special_tokens=special)
+
+
+def as_encoding(
+    name: str, vocab: Mapping[str, int], merges: Sequence[Sequence[str]], special: dict[str, int]
+) -> tiktoken.Encoding | None:
+    """tiktoken's encoding that gives the same ids for every text, or None where it would not.
+
+    Takes half a second for GPT-2's vocabulary. Raises KeyError for a merge that is not in the vocabulary.
+    """
+    ranks = {a + b: vocab[a + b] for a, b in merges}
+    tokens = {token: vocab[token] for token in CHARACTERS if token in vocab} | ranks
+    if (
+        len(tokens) < 256 + len(merges)
+        or [*ranks.values()] != sorted(ranks.values())
+        or vocab.keys() - tokens.keys() - special.keys()
+        or any(vocab.get(token, id) != id for token, id in special.items())
+        or any(b.startswith(a) for a, b in pairwise(sorted(special)))  # tiktoken may take the shorter
+        or any(_split(a + b, ranks, ranks[a + b]) != [a, b] for a, b in merges)
+    ):
+        return None
+    return _encoding(name, {unspelled(token): id for token, id in tokens.items()}, special)
+
+
+def read_encoding(path: Path) -> tiktoken.Encoding:
+    """The byte-pair encoding in a `.tiktoken` file: per line the base64 of a token's bytes, and its rank.
+
+    `<|endoftext|>` takes the id after the last rank. Raises CheckpointError for a damaged file.
+    """
+    try:
+        lines = [line.split() for line in path.read_bytes().splitlines() if line]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except ValueError as error:
+        raise CheckpointError(path, f"not a tiktoken file of 'base64 rank' lines ({error})") from None
+    if sorted(ranks.values()) != list(range(len(lines))) or not lines:
+        raise CheckpointError(path, f"the ranks of its {len(lines)} lines must be 0, 1, 2 …, each once")
+    if any(bytes([byte]) not in ranks for byte in range(256)):
+        raise CheckpointError(path, "lacks some of the 256 single bytes, so some text could not be encoded")
+    return _encoding(path.stem, ranks, {END_OF_TEXT: len(ranks)})
 
 
 def gpt2_encoding() -> tiktoken.Encoding:
@@ -59,7 +183,7 @@ def gpt2_encoding() -> tiktoken.Encoding:
         try:
             files = {name: fetch_file(OFFICIAL["gpt2"], name) for name in (VOCAB, MERGES)}
             vocab, merges = _json(files, VOCAB), _merges(files[MERGES])
-            made = encoding.as_encoding("gpt2", vocab, merges, {encoding.END_OF_TEXT: 50256})
+            made = as_encoding("gpt2", vocab, merges, {END_OF_TEXT: 50256})
             if made is None or made.n_vocab != GPT2_SIZES[0]:
                 raise CheckpointError(files[VOCAB], "not GPT-2's vocabulary")
         except (CheckpointError, ValueError, KeyError) as second:
@@ -70,6 +194,18 @@ def gpt2_encoding() -> tiktoken.Encoding:
 
 
 # ---- tokenizer.json, or vocab.json and merges.txt ----------------------------------------------------------
+
+RANKS = "tiktoken"  # beside model.pth: model.tiktoken
+TREE, VOCAB, MERGES, META = "tokenizer.json", "vocab.json", "merges.txt", "meta.pkl"
+ADDED, SETTINGS = "added_tokens.json", ("special_tokens_map.json", "tokenizer_config.json")
+UNREAD = ("vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "bpe_merges.txt")
+GENERATION = "generation_config.json"
+MAX_META_BYTES = 16 << 20
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # of a BPE with byte_fallback
+OTHER_RULES = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
+FLAGS = ("lstrip", "rstrip", "single_word")
+REWRITE = "transformers' AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes it"
 
 
 def _json(files: Files, name: str) -> Any:
@@ -127,7 +263,7 @@ def _has_gpt2_rules(tree: Mapping[str, Any]) -> bool:
     )
 
 
-def _through_tokenizers(name: str, tree: Mapping[str, Any], end: str) -> encoding.Tokenizer:
+def _through_tokenizers(name: str, tree: Mapping[str, Any], end: str) -> Tokenizer:
     """Any tokenizer.json, computed by the package tokenizers."""
     try:
         import tokenizers
@@ -138,7 +274,7 @@ def _through_tokenizers(name: str, tree: Mapping[str, Any], end: str) -> encodin
     peer.no_padding()
     is_byte_level = "ByteLevel" in json.dumps(tree["decoder"])
 
-    def ids_of(text: str, allowed: encoding.Allowed) -> list[int]:
+    def ids_of(text: str, allowed: Allowed) -> list[int]:
         peer.encode_special_tokens = not allowed
         ids = list(peer.encode(text, add_special_tokens=False).ids)
         back = peer.decode(ids, skip_special_tokens=False)
@@ -152,20 +288,20 @@ def _through_tokenizers(name: str, tree: Mapping[str, Any], end: str) -> encodin
         if token is None:
             raise KeyError(id)
         if is_byte_level:
-            return encoding.unspelled(token)
+            return unspelled(token)
         if BYTE_TOKEN.fullmatch(token):
             return bytes.fromhex(token[3:5])
         pair, one = (peer.decode([id] * n, skip_special_tokens=False) for n in (2, 1))
         return str(pair)[len(one) :].encode()  # inside a text, so with the space before it
 
     n_vocab = max(peer.get_vocab().values()) + 1
-    return encoding.Tokenizer(name, n_vocab, peer.token_to_id(end), ids_of, bytes_of, cuts_at_spaces=False)
+    return Tokenizer(name, n_vocab, peer.token_to_id(end), ids_of, bytes_of, cuts_at_spaces=False)
 
 
-def _from_hub(files: Files) -> encoding.Tokenizer:
+def _from_hub(files: Files) -> Tokenizer:
     name = str(files.get(TREE) or next(iter(files.values())))
     settings = {key: value for file in SETTINGS for key, value in _json(files, file).items()}
-    tree, names = _tree(files, settings), {"eos_token": encoding.END_OF_TEXT} | _special_names(settings)
+    tree, names = _tree(files, settings), {"eos_token": END_OF_TEXT} | _special_names(settings)
     said, before = settings.get("add_prefix_space"), tree["pre_tokenizer"] or {}
     if said is not None and before.get("add_prefix_space", said) != said:
         raise CheckpointError(name, f"{SETTINGS[1]} says add_prefix_space={said}, {TREE} says {not said}")
@@ -181,40 +317,39 @@ def _from_hub(files: Files) -> encoding.Tokenizer:
     tree["added_tokens"] = sorted(added, key=lambda row: row["id"])
     if _has_gpt2_rules(tree):
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in tree["model"]["merges"]]
-        if bpe := encoding.as_encoding(name, vocab, pairs, {token: row["id"] for token, row in rows.items()}):
-            return encoding.as_tokenizer(bpe, end)
+        if bpe := as_encoding(name, vocab, pairs, {token: row["id"] for token, row in rows.items()}):
+            return as_tokenizer(bpe, end)
     return _through_tokenizers(name, tree, end)
 
 
 # ---- every kind --------------------------------------------------------------------------------------------
 
 
-def _from_characters(files: Files) -> encoding.Tokenizer:
+def _from_characters(files: Files) -> Tokenizer:
     """nanoGPT's meta.pkl: one id per character, and no token that ends a text."""
     path = files[META]
     if path.stat().st_size > MAX_META_BYTES:
         raise CheckpointError(path, f"over {MAX_META_BYTES >> 20} MiB, too large for a table of characters")
     with open(path, "rb") as file:
         found: Any = describe(path, DescribingUnpickler(file))
+    itos, ids = found["itos"], found["stoi"]
     # types first: what a pickle nests can take forever to compare or to hash
-    if not all(type(id) is int and type(c) is str and len(c) == 1 for id, c in found["itos"].items()):
+    if not all(type(id) is int and type(c) is str and len(c) == 1 for id, c in itos.items()):
         raise CheckpointError(path, "expected nanoGPT's table of ids, each with one character")
-    texts = {id: character.encode() for id, character in found["itos"].items()}
-    ids = {character: id for id, character in found["itos"].items()}
-    if ids != found["stoi"]:
+    if {character: id for id, character in itos.items()} != ids:
         raise CheckpointError(path, "its stoi and its itos disagree")
 
-    def ids_of(text: str, allowed: encoding.Allowed) -> list[int]:
+    def ids_of(text: str, allowed: Allowed) -> list[int]:
         if unknown := next((character for character in text if character not in ids), None):
             raise UsageError(f"{path}: has no token for {unknown!r}; leave it out of the text")
         return [ids[character] for character in text]
 
-    return encoding.Tokenizer(str(path), max(texts) + 1, None, ids_of, texts.__getitem__)
+    return Tokenizer(str(path), max(itos) + 1, None, ids_of, lambda id: itos[id].encode())
 
 
 # Each kind of tokenizer: the files that only it has, and what reads them.
-KINDS: tuple[tuple[frozenset[str], Callable[[Files], encoding.Tokenizer]], ...] = (
-    (frozenset({RANKS}), lambda files: encoding.as_tokenizer(encoding.read_encoding(files[RANKS]))),
+KINDS: tuple[tuple[frozenset[str], Callable[[Files], Tokenizer]], ...] = (
+    (frozenset({RANKS}), lambda files: as_tokenizer(read_encoding(files[RANKS]))),
     (frozenset({TREE, VOCAB, MERGES, ADDED, *SETTINGS, *UNREAD}), _from_hub),
     (frozenset({META}), _from_characters),
 )
@@ -223,7 +358,7 @@ NAMES = sorted(frozenset().union(*(names for names, _ in KINDS)))
 
 def files_beside(checkpoint: Path) -> dict[str, Path]:
     """The tokenizer's files by their own names: called after the checkpoint, in its folder, or its base's."""
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.absolute().parent
+    folder = folder_of(checkpoint)
     levels = (
         {name: side_file(checkpoint, f".{name}") for name in NAMES},
         {name: folder / name for name in NAMES if name != RANKS},
@@ -242,7 +377,7 @@ def _fetch(name: str, revision: str | None) -> Path:
     return fetch(name, revision=revision)
 
 
-def _read(files: Files) -> encoding.Tokenizer:
+def _read(files: Files) -> Tokenizer:
     """Raises CheckpointError for files that are damaged, disagree or are of no kind known here."""
     first = next(iter(files.values()))
     (names, read), *others = [(names & files.keys(), read) for names, read in KINDS if names & files.keys()]
@@ -257,7 +392,7 @@ def _read(files: Files) -> encoding.Tokenizer:
         raise CheckpointError(first, f"not a valid tokenizer ({type(error).__name__}: {error})") from None
 
 
-def tokenizer_for(checkpoint: Path, vocab_size: int) -> encoding.Tokenizer:
+def tokenizer_for(checkpoint: Path, vocab_size: int) -> Tokenizer:
     """The tokenizer that lies beside a checkpoint; where none does and the vocabulary is GPT-2's, GPT-2's.
 
     Reads `<stem>.tiktoken`, `tokenizer.json`, `vocab.json` with `merges.txt`, and nanoGPT's `meta.pkl`. A
@@ -271,11 +406,10 @@ def tokenizer_for(checkpoint: Path, vocab_size: int) -> encoding.Tokenizer:
     files = files_beside(checkpoint)
     if not files and vocab_size not in GPT2_SIZES:
         said = f"no tokenizer beside it, and a vocabulary of {vocab_size} is not GPT-2's {GPT2_SIZES[0]}"
-        own = side_file(checkpoint, f".{RANKS}").name
-        names = f"{own}, {TREE}, {VOCAB} with {MERGES}, or nanoGPT's {META}"
+        names = f"{side_file(checkpoint, f'.{RANKS}').name}, {TREE}, {VOCAB} with {MERGES}, or {META}"
         do = f"Put {names} there, or call gpt2lite.generate with token ids"
         raise UsageError(f"{checkpoint}: {said}. {do}")
-    found = _read(files) if files else encoding.as_tokenizer(gpt2_encoding())
+    found = _read(files) if files else as_tokenizer(gpt2_encoding())
     if found.n_vocab > vocab_size:
         where = next(iter(files.values()), checkpoint)
         raise CheckpointError(where, f"{found.n_vocab} tokens for a model with a vocabulary of {vocab_size}")
@@ -291,11 +425,13 @@ def _as_json(fields: Mapping[str, Any]) -> bytes:
 
 def _hub_lists(bpe: tiktoken.Encoding) -> dict[str, bytes]:
     """vocab.json, merges.txt and settings, as GPT2Tokenizer.save_pretrained writes them."""
-    vocab, merges = encoding.as_lists(bpe)
-    names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), encoding.END_OF_TEXT)
+    ids = (id for id in range(bpe.n_vocab) if not bpe.is_special_token(id))
+    vocab = {"".join(CHARACTERS[byte] for byte in bpe.decode_single_token_bytes(id)): id for id in ids}
+    merges = [_split(token, vocab, rank) for token, rank in vocab.items() if len(token) > 1]
+    names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     rules = {"add_prefix_space": False, "clean_up_tokenization_spaces": False}
     return {
-        VOCAB: _as_json(vocab | {encoding.END_OF_TEXT: bpe.eot_token}),
+        VOCAB: _as_json(vocab | {END_OF_TEXT: bpe.eot_token}),
         MERGES: "\n".join(["#version: 0.2", *map(" ".join, merges), ""]).encode(),
         SETTINGS[0]: _as_json(names),
         SETTINGS[1]: _as_json({"tokenizer_class": "GPT2Tokenizer", **names, **rules}),
@@ -309,7 +445,7 @@ def tokenizer_files(checkpoint: Path, *, in_folder: bool = False) -> dict[str, b
     """
     files = files_beside(checkpoint)
     if RANKS in files and in_folder:
-        return _hub_lists(encoding.read_encoding(files[RANKS]))
+        return _hub_lists(read_encoding(files[RANKS]))
     return {name: path.read_bytes() for name, path in files.items()}
 
 
@@ -338,6 +474,6 @@ def hub_files(checkpoint: Path, vocab_size: int) -> dict[str, bytes]:
         return {}
     if META in files:
         warnings.warn(f"{META} is copied; gpt2lite reads it, transformers does not", stacklevel=2)
-    said = (checkpoint if checkpoint.is_dir() else checkpoint.absolute().parent) / GENERATION
+    said = folder_of(checkpoint) / GENERATION
     ids = {"_from_model_config": True, "bos_token_id": end, "eos_token_id": end}
     return files | {GENERATION: said.read_bytes() if said.is_file() else _as_json(ids)}

@@ -15,7 +15,7 @@ from gpt2lite.checkpoint import FOLDER_FILES
 from gpt2lite.checkpoint.reading import read_tensors
 from gpt2lite.config import GPTConfig
 from gpt2lite.converting import convert
-from gpt2lite.dialects.configs import is_for_transformers, is_of_folder
+from gpt2lite.dialects.configs import folder_configs, folder_of
 from gpt2lite.errors import UsageError
 from gpt2lite.model import GPTModel, Source
 from gpt2lite.opening import Opened
@@ -88,8 +88,8 @@ def _transformers(opened: Opened[GPTModel], dtype: torch.dtype, folder: Path) ->
     except ImportError as error:
         raise UsageError(f"transformers cannot be imported ({error}): pip install transformers") from None
     logging.disable_progress_bar()
-    path, shared = opened.path if opened.path.is_dir() else opened.path.absolute().parent, ""
-    has_config = is_of_folder(opened.path) and is_for_transformers(path / "config.json")
+    path, shared = folder_of(opened.path), ""
+    has_config = "model_type" in folder_configs(opened.path).get("config.json", {})
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
     if not has_config or opened.reading.dialect != "huggingface" or opened.path.name not in FOLDER_FILES:
         shared = f"the config and the names: {CONVERTED}"

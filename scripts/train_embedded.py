@@ -27,8 +27,8 @@ from torch import Tensor
 
 from gpt2lite import generate
 from gpt2lite.config import GPTConfig
-from gpt2lite.encoding import END_OF_TEXT, WORDS_AND_SPACES, read_encoding
 from gpt2lite.model import GPTModel
+from gpt2lite.tokenizer import END_OF_TEXT, WORDS_AND_SPACES, read_encoding
 
 DATA = Path(__file__).resolve().parent.parent / "gpt2lite" / "data"
 TRAINING_STORIES = {"seed": 1, "count": 7000}  # 6.0 MB

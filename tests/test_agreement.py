@@ -19,7 +19,7 @@ from test_loading import HEADS, huggingface, save_pth
 from torch import nn
 
 from gpt2lite import CheckpointError, GPTConfig, GPTModel, UsageError, convert, load_module, open_model
-from gpt2lite.dialects.config_words import COMPUTED, DOES_NOT_MATTER, OURS
+from gpt2lite.dialects.configs import COMPUTED, DOES_NOT_MATTER, OURS
 from gpt2lite.loading import STRATEGIES
 from gpt2lite.verification import verify
 
@@ -95,7 +95,7 @@ def test_another_config_in_the_file_must_agree(key: str, beside: Any, model: GPT
 
 def test_heads_of_an_unknown_key_are_not_believed(model: GPTModel, tmp_path: Path):
     path = save_pth({"model": model.state_dict(), "encoder": {"n_heads": 8}}, tmp_path)
-    with pytest.raises(CheckpointError, match="number of attention heads cannot be read off weights"):
+    with pytest.raises(CheckpointError, match="number of heads cannot be read off weights"):
         GPTModel.from_checkpoint(path)
 
 
@@ -111,9 +111,9 @@ def test_heads_of_an_unknown_key_are_not_believed(model: GPTModel, tmp_path: Pat
             "n_layers is 3 in .*weights, but 12 in .*model.pth, config",
         ),
         ({"model_args": {"n_head": 4, "block_size": 64}}, "context_length is 32 in .*64 in .*model_args"),
-        ({"hyper_parameters": {"n_head": "4"}}, "n_heads is '4', wanted a whole number"),
-        ({"config": {"n_head": True}}, "n_heads is 'True', wanted a whole number"),
-        ({"config": {"n_head": 4, "activation": "relu"}}, "activation='relu', wanted gelu_new"),
+        ({"hyper_parameters": {"n_head": "4"}}, "n_heads must be a positive int, got '4'"),
+        ({"config": {"n_head": True}}, "n_heads must be a positive int, got True"),
+        ({"config": {"n_head": 4, "activation": "relu"}}, "activation='relu', wanted 'gelu_new'"),
     ],
 )
 def test_what_a_file_says_of_itself_must_agree(beside: Any, said: str, model: GPTModel, tmp_path: Path):
@@ -420,7 +420,7 @@ def test_names_that_fit_nowhere_are_shown_beside_the_nearest(tmp_path: Path):
 def test_two_models_in_one_file_are_an_error_that_names_both(second: Any, tmp_path: Path):
     first, other = huggingface().state_dict(), randomise(huggingface(), seed=5).state_dict()
     path = save_pth({"raw": first, **second(other)}, tmp_path)
-    with pytest.raises(CheckpointError, match=r"holds 2 models, under 'raw.*' and '"):
+    with pytest.raises(CheckpointError, match=r"holds 2 models, under 'raw.*' \(huggingface\) and '"):
         GPTModel.from_checkpoint(path, config=HEADS)
 
 
@@ -428,6 +428,18 @@ def test_one_model_that_is_stored_under_two_names_is_one(tmp_path: Path):
     state = huggingface().state_dict()
     path = save_pth({"model": state, "ema": state}, tmp_path)
     assert GPTModel.from_checkpoint(path, config=HEADS).config.n_layers == 3
+
+
+def test_a_model_and_its_own_body_beside_it_are_one(tmp_path: Path):
+    theirs = huggingface()
+    both = {"model": theirs.state_dict(), "transformer": theirs.transformer.state_dict()}
+    assert GPTModel.from_checkpoint(save_pth(both, tmp_path), config=HEADS).config.n_layers == 3
+
+
+@pytest.mark.filterwarnings("ignore:.*ignored scale")
+def test_a_configs_word_scale_is_not_the_attentions(model: GPTModel, tmp_path: Path):
+    path = save_pth({"model": model.state_dict(), "config": {"n_heads": 4, "scale": 3.0}}, tmp_path)
+    assert GPTModel.from_checkpoint(path).config.n_heads == 4
 
 
 def test_heads_beside_the_language_model_are_left_out_with_a_warning(tmp_path: Path, ids: torch.Tensor):
@@ -707,7 +719,7 @@ def test_an_attention_with_another_scale_is_refused(
     if is_right:
         assert difference(GPTModel.from_checkpoint(tmp_path / "model.pth"), theirs) < 1e-4
         return
-    with pytest.raises(CheckpointError, match=rf"1.att.{attribute} is {scale}, wanted 0.2887 = 1/sqrt"):
+    with pytest.raises(CheckpointError, match=rf"1.att.{attribute}: its scale={scale}, wanted 0.2886"):
         GPTModel.from_checkpoint(tmp_path / "model.pth")
 
 

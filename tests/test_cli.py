@@ -14,7 +14,7 @@ from conftest import randomise
 
 from gpt2lite import CheckpointError, GPTConfig, GPTModel, save_per_tensor
 from gpt2lite.cli import COMMANDS, arguments, main
-from gpt2lite.encoding import read_encoding
+from gpt2lite.tokenizer import read_encoding
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 GPT2_FILES = ("6d1cbeee0f20b3d9449abfede4726ed8212e3aee", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")
@@ -122,7 +122,7 @@ def test_inspect_names_what_is_odd(tmp_path: Path, capsys: pytest.CaptureFixture
         "unknown tensors: model_state_dict.more",
     ):
         assert oddity in text
-    assert "the number of attention heads cannot be read off weights" in text
+    assert "the number of heads cannot be read off weights" in text
     assert "n_heads=None  n_layers=1" in text
 
 
@@ -267,13 +267,13 @@ def test_the_package_imports_no_more_than_is_used(use: str, at_most: set[str]):
 
 
 def test_the_names_in_help_are_the_librarys():
-    from gpt2lite import loading, opening
+    from gpt2lite import loading
     from gpt2lite.converting import DIALECTS, WRITERS
     from gpt2lite.generation import ENGINES
     from gpt2lite.verification import REFERENCES
 
-    tables = (loading.STRATEGIES, ENGINES, WRITERS, REFERENCES, opening.QUANTIZERS)
-    said = (arguments.STRATEGIES, arguments.ENGINES, arguments.FORMATS, arguments.REFERENCES, ("int8",))
+    tables = (loading.STRATEGIES, ENGINES, WRITERS, REFERENCES)
+    said = (arguments.STRATEGIES, arguments.ENGINES, arguments.FORMATS, arguments.REFERENCES)
     assert [tuple(table) for table in tables] == list(said)
     assert set(arguments.DIALECTS.values()) <= set(DIALECTS)
 

@@ -22,7 +22,7 @@ from gpt2lite import CheckpointError, GPTConfig, GPTModel, UsageError, convert
 from gpt2lite.benchmarking import write_random_checkpoint
 from gpt2lite.checkpoint import writing
 from gpt2lite.cli import main
-from gpt2lite.dialects import DIALECTS
+from gpt2lite.dialects.reading import DIALECTS
 
 MIB = 1 << 20
 MEDIUM = GPTConfig(8000, 512, 512, 8, 6)

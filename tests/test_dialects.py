@@ -19,7 +19,7 @@ from gpt2lite import CheckpointError, GPTConfig, GPTModel, UsageError, forecast
 from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.checkpoint.reading import read_span
 from gpt2lite.cli import main
-from gpt2lite.dialects import DIALECTS, read_dialect
+from gpt2lite.dialects.reading import DIALECTS, read_dialect
 
 OPENAI = Path(__file__).parent / "data" / "openai_tf_tiny"
 TURNED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
@@ -120,7 +120,7 @@ def test_a_config_of_the_hub_chooses_the_activation(tmp_path: Path, ids: torch.T
 
 
 def test_an_activation_that_is_none_is_refused():
-    with pytest.raises(UsageError, match="activation must be of gelu_tanh gelu, got 'relu'"):
+    with pytest.raises(UsageError, match="activation must be gelu_tanh or gelu, got 'relu'"):
         GPTConfig.of(TINY.as_dict() | {"activation": "relu"})
 
 

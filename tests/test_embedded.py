@@ -14,8 +14,8 @@ import torch
 import gpt2lite.model
 from gpt2lite import generate
 from gpt2lite.config import GPTConfig
-from gpt2lite.encoding import END_OF_TEXT, read_encoding
 from gpt2lite.model import GPTModel
+from gpt2lite.tokenizer import END_OF_TEXT, read_encoding
 
 DATA = Path(gpt2lite.model.__file__).parent / "data"
 SCRIPTS = Path(__file__).parent.parent / "scripts"

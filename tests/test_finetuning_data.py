@@ -17,7 +17,6 @@ from test_cli import has_gpt2_encoding
 from gpt2lite import CheckpointError, GPTConfig, UsageError
 from gpt2lite.cli import main
 from gpt2lite.cli.terminal import EMBEDDED
-from gpt2lite.encoding import END_OF_TEXT, WORDS_AND_SPACES, Encoding
 from gpt2lite.finetuning import data
 from gpt2lite.finetuning.data import (
     IGNORED,
@@ -39,7 +38,7 @@ from gpt2lite.finetuning.examples import (
 )
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.finetuning.tasks import classifier_task, instruction_task, open_text, text_task
-from gpt2lite.tokenizer import gpt2_encoding, tokenizer_for
+from gpt2lite.tokenizer import END_OF_TEXT, WORDS_AND_SPACES, Encoding, gpt2_encoding, tokenizer_for
 
 # What GPT-2's pattern treats apart, or Python and Rust might: among them NBSP, U+001C, which only Python
 # takes for a space, a combining accent, and a zero-width joiner.

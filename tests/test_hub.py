@@ -496,7 +496,8 @@ def test_another_cache_can_be_named(tiny: str, tmp_path: Path):
         ("owner/gated", CheckpointError, r"owner/gated: is gated. Accept its terms .*HF_TOKEN"),
         ("owner/lost", CheckpointError, r"owner/lost: pytorch_model.bin.index.json names .* not there: a, b"),
         ("owner/odd", CheckpointError, r"owner/odd: .* names files that are not there: 1, \['a'\]"),
-        ("owner/bad", CheckpointError, "not an index of shards; expected JSON with a weight_map"),
+        ("owner/bad", CheckpointError, "index.json: not valid JSON"),
+        ("owner/list", CheckpointError, "not an index of shards; expected a weight_map"),
     ],
 )
 def test_what_the_hub_refuses_is_one_clear_error(
@@ -509,6 +510,7 @@ def test_what_the_hub_refuses_is_one_clear_error(
     hub.repos["owner/lost"] = small(pytorch_model__bin__index__json=index)
     odd = json.dumps({"weight_map": {"x": 1, "y": ["a"]}}).encode()
     hub.repos["owner/odd"] = small(pytorch_model__bin__index__json=odd)
+    hub.repos["owner/list"] = small(pytorch_model__bin__index__json=b'{"weight_map": []}')
     hub.repos["owner/bad"] = small(pytorch_model__bin__index__json=b"[1")
     with pytest.raises(kind, match=message) as raised:
         fetch(name)

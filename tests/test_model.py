@@ -135,7 +135,7 @@ def test_an_impossible_config_is_refused(change: dict[str, object], message: str
 
 
 def test_a_config_that_lacks_sizes_names_them():
-    with pytest.raises(UsageError, match=r"config lacks context_length, n_heads, n_layers, vocab_size"):
+    with pytest.raises(UsageError, match=r"config lacks vocab_size, context_length, n_heads, n_layers"):
         GPTModel({"emb_dim": 48})
 
 

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from gpt2lite import STRATEGIES, GPTConfig, GPTModel
 from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.checkpoint import reading as checkpoint_reading
-from gpt2lite.dialects import read_dialect
+from gpt2lite.dialects.reading import read_dialect
 from gpt2lite.loading import LoadPlan, forecasts, make_plan, strategies
 from gpt2lite.loading.forecast import Ledger
 

@@ -20,8 +20,7 @@ from torch import nn
 from gpt2lite import CheckpointError, GPTConfig, GPTModel, UsageError, convert
 from gpt2lite.cli import main
 from gpt2lite.cli.terminal import EMBEDDED
-from gpt2lite.encoding import Tokenizer, as_encoding
-from gpt2lite.tokenizer import GPT2_SIZES, tokenizer_for, write_beside
+from gpt2lite.tokenizer import GPT2_SIZES, Tokenizer, as_encoding, tokenizer_for, write_beside
 
 TRAINED_ON = "мама мыла раму, и папа читал газету вечером. The cat sat on the mat; it's 12 345!\n\n  eeee"
 AWKWARD = (

@@ -15,13 +15,12 @@ from gpt2lite.cli.arguments import DEFAULT_NEW_TOKENS, DEFAULT_PROMPT, EMBEDDED_
 from gpt2lite.cli.loading import load_to_read, local_path
 from gpt2lite.cli.terminal import EMBEDDED, read_text, steps_bar
 from gpt2lite.config import GPTConfig
-from gpt2lite.encoding import Encoding, end_of_text
 from gpt2lite.errors import UsageError
 from gpt2lite.generation.decoding import require_fit, require_language_head
 from gpt2lite.generation.text import stream_text
 from gpt2lite.model import GPTModel
 from gpt2lite.reading_text import filled_lines, typed_text
-from gpt2lite.tokenizer import tokenizer_for
+from gpt2lite.tokenizer import Encoding, end_of_text, tokenizer_for
 
 ROWS_AT_ONCE = 8
 RULE = "─" * 40 + "\n"

@@ -8,7 +8,8 @@ from typing import Any
 
 from gpt2lite.cli.loading import config_of
 from gpt2lite.cli.terminal import as_json, facts
-from gpt2lite.dialects import UNSAYABLE, Reading
+from gpt2lite.dialects.configs import UNSAYABLE
+from gpt2lite.dialects.reading import Reading
 from gpt2lite.errors import CheckpointError
 from gpt2lite.memory import human
 from gpt2lite.model import GPTModel, open_model

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,20 +22,104 @@ from gpt2lite.checkpoint import FOLDER_FILES, TensorSpan, side_file
 from gpt2lite.checkpoint.described import CHANGES
 from gpt2lite.checkpoint.manifest import BOUND_CONFIG
 from gpt2lite.checkpoint.reading import read_span
-from gpt2lite.config import OFFICIAL_HEADS, GPTConfig
-from gpt2lite.dialects.config_words import COMPUTED, SCALE, in_our_words, refusals, said_by_part, unknown
-from gpt2lite.dialects.reading import CLASSIFIERS, Reading, above_of, unwrapped
+from gpt2lite.config import ACTIVATIONS as OURS_ARE
+from gpt2lite.config import OFFICIAL_SIZES, GPTConfig, misfit
+from gpt2lite.dialects.reading import CLASSIFIERS, TIED, Reading, above_of, unwrapped
 from gpt2lite.errors import CheckpointError, UsageError, listed
+
+# ---- their words -------------------------------------------------------------------------------------------
+# What other programs' configs say, word by word: what it is of ours, what we compute, what does not matter. A
+# word that is in none of these tables is not known here, so nobody can say that it does not matter.
+
+# Their words for our fields: config.json, hparams.json, nanoGPT's model_args, Lightning's hyper_parameters.
+OURS = {
+    **dict.fromkeys(("n_head", "num_heads", "num_attention_heads"), "n_heads"),
+    **dict.fromkeys(("n_layer", "num_hidden_layers"), "n_layers"),
+    **dict.fromkeys(("n_embd", "hidden_size"), "emb_dim"),
+    **dict.fromkeys(("n_positions", "block_size", "max_position_embeddings"), "context_length"),
+    **dict.fromkeys(("resid_pdrop", "dropout"), "drop_rate"),
+    **{"n_vocab": "vocab_size", "activation_function": "activation", "tie_word_embeddings": "tied_head"},
+}
+# Their names of the same two functions, up to rounding, and the classes that compute them. gelu_10 clips,
+# quick_gelu is another function.
+_TANH = """
+NewGELUActivation NewGELU PytorchGELUTanh GELUTanh FastGELUActivation AccurateGELUActivation
+gelu_pytorch_tanh gelu_python_tanh gelu_fast gelu_accurate gelu_new
+"""
+ACTIVATIONS = {"gelu_python": "gelu", "GELUActivation": "gelu"} | dict.fromkeys(_TANH.split(), "gelu_tanh")
+APPROXIMATE = {approximate: ours for ours, approximate in OURS_ARE.items()}
+# Said by a pickled module alone: of its attention, which must be 1/sqrt(head_dim), and of any part of it.
+SCALE, CLASS = "its scale", "its class"
+# Places in a pickled module: the classes that compute as we do (all others are refused), and what attributes
+# are as words of a config, an empty one standing for their own. Every block must say the same.
+ATTENTION, NORM = r"(trf_blocks|h)\.\d+\.attn?", r"trf_blocks\.\d+\.norm[12]|h\.\d+\.ln_[12]|final_norm|ln_f"
+ACTIVATION = r"trf_blocks\.\d+\.ff\.layers\.1|h\.\d+\.mlp\.(act|gelu)"
+CLASSES = {
+    ATTENTION: r"(PyTorch)?MultiHeadAttention(CombinedQKV)?|MHA\w+|CausalSelfAttention|GPT2\w*Attention\w*",
+    ACTIVATION: "GELU",
+    NORM: r"\w*LayerNorm\w*",
+    r"(trf_blocks|h)\.\d+": "TransformerBlock(Fast)?|GPT2Block|Block",
+}
+ATTRIBUTES = {
+    rf"{ATTENTION}\.(n_heads?|num_heads|is_causal|scale_attn\w*|sliding_window\w*)": "",
+    rf"{ATTENTION}\.(scaling|scale)": SCALE,
+    rf"({ACTIVATION})\.approximate": "activation",
+    rf"({NORM})\.eps": "layer_norm_epsilon",
+    r"drop(_emb)?\.p": "drop_rate",
+}
+# What changes the computation, with the values that ours has; a refusal names the last.
+COMPUTED: dict[str, tuple[object, ...]] = {
+    "model_type": (None, "gpt2"),
+    **dict.fromkeys(("layer_norm_epsilon", "layer_norm_eps", "norm_eps"), (None, 1e-5)),
+    **dict.fromkeys(("scale_attn_weights", "is_causal"), (None, True)),
+    **dict.fromkeys(("scale_attn_by_inverse_layer_idx", "add_cross_attention"), (None, False)),
+    **dict.fromkeys(("is_encoder_decoder", "use_bidirectional_attention"), (None, False)),
+    **dict.fromkeys(("activation_function", "activation"), (*OURS_ARE, *ACTIVATIONS)),
+    "is_decoder": (None, False, True),  # GPT-2 is causal either way
+    "pruned_heads": (None, {}),
+    **dict.fromkeys(("quantization_config", "auto_map", "multi_query"), (None,)),  # auto_map: code of its own
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), (None,)),
+    **dict.fromkeys(("sliding_window", "sliding_window_size"), (None,)),
+    CLASS: ("GPT-2's own; if it computes the same, save model.state_dict() instead",),
+}
+OF_ANYTHING = {"model_type", "activation_function", "activation"}  # words that other parts of a file use, too
+# What changes nothing between ids and logits in eval mode: names, training, generation, other heads, outputs.
+_DOES_NOT_MATTER = """
+_name_or_path transformers_version architectures dtype torch_dtype task_specific_params tokenizer_class
+initializer_range embd_pdrop attn_pdrop gradient_checkpointing chunk_size_feed_forward reorder_and_upcast_attn
+use_cache torchscript use_bfloat16 tf_legacy_loss tie_encoder_decoder n_ctx summary_type summary_use_proj
+summary_activation summary_proj_to_labels summary_first_dropout output_hidden_states output_attentions
+output_past return_dict return_dict_in_generate output_scores id2label label2id num_labels problem_type
+finetuning_task prefix decoder_start_token_id cross_attention_hidden_size bos_token_id eos_token_id
+pad_token_id sep_token_id forced_bos_token_id forced_eos_token_id begin_suppress_tokens suppress_tokens
+bad_words_ids max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
+temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+encoder_no_repeat_ngram_size num_return_sequences remove_invalid_values exponential_decay_length_penalty
+learning_rate lr min_lr max_lr weight_decay beta1 beta2 betas eps optimizer scheduler decay_lr grad_clip
+batch_size gradient_accumulation_steps max_iters max_steps max_epochs num_epochs epochs warmup_iters
+warmup_steps lr_decay_iters seed device compile dataset out_dir eval_interval eval_iters log_interval
+predict_special_tokens _attn_implementation _attn_implementation_autoset _commit_hash attn_implementation
+"""
+DOES_NOT_MATTER = frozenset(_DOES_NOT_MATTER.split())
+
+FIELDS = GPTConfig.__dataclass_fields__
+KNOWN = {"n_inner", *FIELDS, *OURS, *COMPUTED, *DOES_NOT_MATTER}
+
+
+def in_our_words(words: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of our config that words of any program say; None says nothing."""
+    said = {OURS.get(word, word): value for word, value in words.items() if value is not None}
+    if isinstance(activation := said.get("activation"), str):
+        said["activation"] = ACTIVATIONS.get(activation, activation)
+    return {name: value for name, value in said.items() if name in FIELDS}
+
+
+# ---- who speaks --------------------------------------------------------------------------------------------
 
 BOUND = (BOUND_CONFIG, f"__metadata__.{BOUND_CONFIG}")
 # Where known programs keep the model's config, beside the dict of its weights: nanoGPT (whose "config" is the
 # command line, and may say another size), build-nanogpt, Lightning, an index.
 MODEL_ARGS, OTHER_KEYS = "model_args.", ("config.", "hyper_parameters.", "metadata.")
-# What weights do not tell, what it is where nobody can know, and what no memory depends on.
-UNSAYABLE: dict[str, Any] = {"n_heads": 1, "activation": "gelu_tanh"}
-KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-FIELDS = {field.name: str(field.type) for field in fields(GPTConfig)}
-MASK_ROWS = 64  # read at a time: 256 KiB of GPT-2's
 
 
 class Source(NamedTuple):
@@ -44,78 +129,56 @@ class Source(NamedTuple):
     words: Mapping[str, Any]
     is_whole: bool = False
 
-    def said(self) -> dict[str, Any]:
-        """The fields of our config that it says."""
-        return {name: value for name, value in in_our_words(self.words).items() if name in FIELDS}
-
-
-@dataclass(frozen=True)
-class Found:
-    """The fields of a config as far as they are known, and what a user should hear of how they were found.
-
-    `is_asked`: whether the caller said some of them.
-    """
-
-    fields: Mapping[str, Any]
-    notes: tuple[str, ...] = ()
-    is_asked: bool = False
-
-
-# ---- who speaks --------------------------------------------------------------------------------------------
-
 
 def _below(values: Mapping[str, object], prefix: str) -> dict[str, Any]:
     """The values under a dotted prefix by their next name; what is nested deeper is a dict."""
     words: dict[str, Any] = {}
-    for name, value in values.items():
+    for name in (name for name in values if name.startswith(prefix)):
         word, _, deeper = name.removeprefix(prefix).partition(".")
-        if not name.startswith(prefix):
-            continue
         if not deeper:
-            words[word] = value
+            words[word] = values[name]
         elif isinstance(nested := words.setdefault(word, {}), dict):
-            nested[deeper] = value
+            nested[deeper] = values[name]
     return words
 
 
 def _in_the_file(reading: Reading) -> Iterator[Source]:
     """What lies in the weights' own file: also behind the names that wrappers of a pickled module add."""
-    path, values = reading.manifest.path, reading.manifest.values
+    path, values = reading.manifest.path, dict[str, Any](reading.manifest.values)
     for key in BOUND:
         if isinstance(bound := values.get(key), str):
-            yield Source(f"{path}, the config in it", _parsed(path, bound), is_whole=True)
-    values = {**{unwrapped(name): value for name, value in values.items()}, **values}
+            yield Source(f"{path}, the config in it", read_json(path, bound), is_whole=True)
+    values = {unwrapped(name): value for name, value in values.items()} | values
     above = above_of(reading.container)
-    if beside := {word: said for word, said in _below(values, above).items() if not isinstance(said, dict)}:
-        yield Source(f"{path}, {above.rstrip('.') or 'beside its weights'}", beside)
+    beside = {word: said for word, said in _below(values, above).items() if not isinstance(said, dict)}
+    yield Source(f"{path}, {above.rstrip('.') or 'beside its weights'}", beside)
     keys = (MODEL_ARGS,) if _below(values, above + MODEL_ARGS) else OTHER_KEYS
     roots = (reading.root.removesuffix("transformer."), reading.root, unwrapped(reading.root))
     for place in dict.fromkeys(
         (*(above + key for key in keys), *(f"{root}config." for root in roots if root))
     ):
-        if words := _below(values, place):
-            yield Source(f"{path}, {place.rstrip('.')}", words, is_whole=not place.endswith("metadata."))
+        is_whole = not place.endswith("metadata.")
+        yield Source(f"{path}, {place.rstrip('.')}", _below(values, place), is_whole)
+    root = unwrapped(reading.root)
     for place, kind in reading.manifest.modules.items():
-        for where, words in said_by_part(unwrapped(place), unwrapped(reading.root), kind, values):
-            yield Source(f"{path}, {where}", words)
+        place, name = unwrapped(place), kind.rpartition(".")[2]
+        for pattern, classes in CLASSES.items():
+            if re.fullmatch(pattern, place.removeprefix(root)) and not re.fullmatch(classes, name):
+                yield Source(f"{path}, {place}", {"activation" if pattern == ACTIVATION else CLASS: name})
+    for place, said in values.items() if reading.manifest.modules else ():
+        for pattern, word in ATTRIBUTES.items():
+            if re.fullmatch(pattern, place.removeprefix(root)):
+                said = APPROXIMATE.get(str(said), said) if word == "activation" else said
+                yield Source(f"{path}, {place}", {word or place.rpartition(".")[2]: said})
 
 
 def _beside_the_file(reading: Reading) -> Iterator[Source]:
-    """`<stem>.json` where the file has no config of its own, and the configs of its folder.
-
-    A folder's config.json is about its model.safetensors or pytorch_model.bin if it has one, else about any.
-    """
+    """`<stem>.json` where the file has no config of its own, and the configs of its folder."""
     path = reading.manifest.path
-    if not _is_bound(reading) and (beside := _side_json(path)):
+    if reading.manifest.values.keys().isdisjoint(BOUND) and (beside := _side_json(path)):
         yield Source(str(beside), read_json(beside))
-    for name in ("config.json", "hparams.json") if is_of_folder(path) else ():
-        if (beside := folder_of(path) / name).is_file():
-            yield Source(str(beside), read_json(beside), is_whole=name == "config.json")
-
-
-def _is_bound(reading: Reading) -> bool:
-    """Whether the file carries its own config, which our writers put there."""
-    return not reading.manifest.values.keys().isdisjoint(BOUND)
+    for name, words in folder_configs(path).items():
+        yield Source(str(folder_of(path) / name), words, is_whole=name == "config.json")
 
 
 def _side_json(path: Path) -> Path | None:
@@ -124,60 +187,58 @@ def _side_json(path: Path) -> Path | None:
     return beside if beside.is_file() and beside.name != "config.json" else None
 
 
-def check_model_type(path: Path) -> None:
-    """Raise CheckpointError where a checkpoint's own config.json says that it is no GPT-2."""
-    config = folder_of(path) / "config.json"
-    kind = read_json(config).get("model_type") if is_of_folder(path) and config.is_file() else None
-    if kind not in COMPUTED["model_type"]:
-        raise CheckpointError(path, f"its config.json says model_type={kind!r}; gpt2lite opens gpt2 only")
-
-
 def folder_of(path: Path) -> Path:
     """The folder of a checkpoint, which may be a folder itself."""
     return path if path.is_dir() else path.absolute().parent
 
 
-def is_of_folder(path: Path) -> bool:
-    """Whether the configs of a checkpoint's folder are its own: not if they belong to other weights there."""
-    others = (path.absolute().parent / name for name in FOLDER_FILES)
+def folder_configs(path: Path) -> dict[str, dict[str, Any]]:
+    """What config.json and hparams.json of a checkpoint's folder say, unless they are about others.
+
+    They are about model.safetensors or pytorch_model.bin if the folder has one, else about any file in it.
+    """
+    folder = folder_of(path)
     without_variant = f"{path.name.split('.')[0]}{path.suffix}"  # transformers' model.fp16.safetensors
-    is_named = not {path.name, without_variant}.isdisjoint(FOLDER_FILES)
-    return path.is_dir() or is_named or not any(other.exists() for other in others)
+    is_named = path.is_dir() or not {path.name, without_variant}.isdisjoint(FOLDER_FILES)
+    if not is_named and any((folder / name).exists() for name in FOLDER_FILES):
+        return {}
+    names = ("config.json", "hparams.json")
+    return {name: read_json(folder / name) for name in names if (folder / name).is_file()}
 
 
-def is_for_transformers(path: Path) -> bool:
-    """Whether this is a config.json in transformers' words."""
-    return path.is_file() and "model_type" in read_json(path)
+def check_model_type(path: Path) -> None:
+    """Raise CheckpointError where a checkpoint's own config.json says that it is no GPT-2."""
+    kind = folder_configs(path).get("config.json", {}).get("model_type")
+    if kind not in COMPUTED["model_type"]:
+        raise CheckpointError(path, f"its config.json says model_type={kind!r}; gpt2lite opens gpt2 only")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds. Raises CheckpointError."""
-    return _parsed(path, path.read_text(encoding="utf-8", errors="replace"))
-
-
-def _parsed(path: Path, text: str) -> dict[str, Any]:
+def read_json(path: Path, text: str | None = None) -> dict[str, Any]:
+    """The object that a JSON file, or a text in it, holds. Raises CheckpointError."""
     try:
-        found = json.loads(text)
+        found = json.loads(path.read_text(encoding="utf-8", errors="replace") if text is None else text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(path, f"not valid JSON ({error})") from None
     if not isinstance(found, dict):
-        raise CheckpointError(path, f"holds a {type(found).__name__}, expected an object of config fields")
+        raise CheckpointError(path, f"holds a JSON {type(found).__name__}, expected an object")
     return found
 
 
 # ---- whether they agree ------------------------------------------------------------------------------------
 
-
-def _check_kind(where: str, name: str, value: object) -> None:
-    """Raise CheckpointError for a value of a kind that its field cannot have."""
-    kind = FIELDS[name]
-    if type(value).__name__ not in (kind, "int" if kind == "float" else kind):
-        raise CheckpointError(where, f"{name} is {str(value)[:50]!r}, wanted {KINDS[kind]}")
+MASK_ROWS = 64  # read at a time: 256 KiB of GPT-2's
 
 
-def _require_computed(reading: Reading, sources: list[Source]) -> None:
+def _require_computed(
+    reading: Reading, sources: list[Source], computed: Mapping[str, tuple[object, ...]]
+) -> None:
     """Raise CheckpointError that lists all that asks for a computation that we do not have."""
-    lines = [f"{source.where}: {line}" for source in sources for line in refusals(source.words)]
+    lines = [
+        f"{where}: {word}={words[word]!r}, wanted {values[-1]!r}"
+        for where, words, _ in sources
+        for word, values in computed.items()
+        if word in words and not any(_is_same(words[word], value) for value in values)
+    ]
     lines += [
         f"{place} of a pickled module changes what it computes"
         for place in reading.manifest.values
@@ -185,6 +246,13 @@ def _require_computed(reading: Reading, sources: list[Source]) -> None:
     ]
     if lines:
         raise CheckpointError(reading.manifest.path, f"not loaded; gpt2lite does not compute{listed(lines)}")
+
+
+def _is_same(said: object, value: object) -> bool:
+    """Whether two values are equal: floats up to the rounding of fp32, and True is not 1."""
+    if isinstance(said, float) and isinstance(value, float):
+        return math.isclose(said, value, rel_tol=1e-6)
+    return isinstance(said, bool) == isinstance(value, bool) and said == value
 
 
 def _check_masks(reading: Reading) -> None:
@@ -200,40 +268,42 @@ def _check_masks(reading: Reading) -> None:
         size, name = span.shape[-1], span.name
         rows, count = (range(0, size, MASK_ROWS), MASK_ROWS) if number == 0 else ((0, size // 2, size - 1), 1)
         is_square = span.shape[-2:] == (size, size) and span.numel == size * size and span.is_contiguous
-        if not is_square or not all(_is_causal(span, row, count) for row in rows):
+        if not is_square or not all(_is_causal(span, range(row, min(row + count, size))) for row in rows):
             said = "is not GPT-2's causal mask; gpt2lite computes no other. Use the program that wrote it"
             raise CheckpointError(span.source, f"{name} {said}", name=name)
 
 
-def _is_causal(span: TensorSpan, row: int, count: int) -> bool:
-    """Whether rows of a mask (size, size) hide what follows each token: 1 for hidden (book) or seen (Hub)."""
-    size = span.shape[-1]
-    count = min(count, size - row)
-    begin = span.offset + row * size * span.dtype.itemsize
-    stored = read_span(replace(span, shape=(count, size), stride=(size, 1), offset=begin)) != 0
-    follows = torch.ones(count, size, dtype=torch.bool, device="cpu").triu(row + 1)
+def _is_causal(span: TensorSpan, rows: range) -> bool:
+    """Whether rows of a square mask hide what follows each token: 1 for hidden (book) or seen (Hub)."""
+    *outer, _, size = span.shape
+    box = [*map(range, outer), rows, range(size)]
+    stored = read_span(span.part(box)).view(len(rows), size) != 0
+    follows = torch.ones_like(stored).triu(rows.start + 1)
     return torch.equal(stored, follows if span.name.endswith(".mask") else ~follows)
 
 
-def _agreed(reading: Reading, sources: list[Source], shapes: Mapping[str, Any]) -> dict[str, Any]:
-    """What all sources say together. Raises CheckpointError that names every two places that differ."""
-    agreed, lines = dict[str, Any](), list[str]()
-    places = dict.fromkeys(shapes, f"{reading.manifest.path}, its weights")
-    head, token = (reading.placements[name].source for name in ("out_head.weight", "tok_emb.weight"))
-    for source in sources:
-        for name, value in source.said().items():
-            _check_kind(source.where, name, value)
-            known = {**shapes, **agreed}.get(name, value)
+def _agreed(reading: Reading, sources: list[Source]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What sources say together, the weights first, and which said it first.
+
+    Raises CheckpointError that names every two places that differ.
+    """
+    (weights, shapes, _), *others = sources
+    agreed, places, lines = dict(shapes), dict.fromkeys(shapes, weights), list[str]()
+    head, token = (reading.placements[name].source for name in TIED)
+    for where, words, _ in others:
+        for name, value in in_our_words(words).items():
+            if wrong := misfit(name, value):
+                raise CheckpointError(where, wrong)
+            known = agreed.setdefault(name, value)
             # a file without a head of its own must be tied
             differs = value is False and head == token if name == "tied_head" else value != known
             if differs and name != "drop_rate":
-                lines.append(f"{name} is {known!r} in {places[name]}, but {value!r} in {source.where}")
-            agreed.setdefault(name, value)
-            places.setdefault(name, source.where)
+                lines.append(f"{name} is {known!r} in {places[name]}, but {value!r} in {where}")
+            places.setdefault(name, where)
     if lines:
         said = "not loaded; its sources disagree. Correct or remove the wrong one"
         raise CheckpointError(reading.manifest.path, said + listed(lines))
-    return agreed
+    return agreed, places
 
 
 def _known_activation(reading: Reading) -> dict[str, str]:
@@ -244,9 +314,7 @@ def _known_activation(reading: Reading) -> dict[str, str]:
     if reading.dialect != "nanogpt" or reading.manifest.format == "llmc":
         return {"activation": "gelu_tanh"}
     is_nano = any(".model_args." in f".{name}" for name in reading.manifest.values)
-    head, token = (reading.placements[name].source for name in ("out_head.weight", "tok_emb.weight"))
-    is_tied = reading.manifest.tensors[head].address == reading.manifest.tensors[token].address
-    if is_nano == bool(reading.masks) or (is_tied and not is_nano):  # minGPT's head is not tied
+    if is_nano == bool(reading.masks) or (reading.is_tied and not is_nano):  # minGPT's head is not tied
         return {}
     return {"activation": "gelu" if is_nano else "gelu_tanh"}
 
@@ -254,18 +322,15 @@ def _known_activation(reading: Reading) -> dict[str, str]:
 def _said_by_shapes(reading: Reading) -> dict[str, Any]:
     """Everything that names, shapes and shared storage tell; all but n_heads, drop_rate and activation."""
     path, placements = reading.manifest.path, reading.placements
-    lacking = [name for name in ("tok_emb.weight", "pos_emb.weight") if name not in placements]
-    if lacking:
-        raise CheckpointError(path, f"holds no {' and no '.join(lacking)}", name=lacking[0])
-    token, position, head = (
-        reading.manifest.tensors[placements[f"{layer}.weight"].source]
-        for layer in ("tok_emb", "pos_emb", "out_head")
-    )
-    for span, wanted in ((token, "(vocab_size, emb_dim)"), (position, "(context_length, emb_dim)")):
-        if len(span.shape) != 2:
-            raise CheckpointError(path, f"{span.name} is {span.shape}, wanted {wanted}", name=span.name)
+    spans = {name: reading.manifest.tensors[placed.source] for name, placed in placements.items()}
+    wanted = {"tok_emb.weight": "(vocab_size, emb_dim)", "pos_emb.weight": "(context_length, emb_dim)"}
+    for name, axes in wanted.items():
+        shape = spans[name].shape if name in spans else "missing"
+        if shape == "missing" or len(shape) != 2:
+            raise CheckpointError(path, f"{name} is {shape}, wanted {axes}", name=name)
+    token, position, head = (spans[name] for name in (*wanted, "out_head.weight"))
     is_classifier = head.name.removesuffix("weight").endswith(CLASSIFIERS)
-    changed_alone = {"tok_emb.weight", "out_head.weight"} & {adapter.weight for adapter in reading.adapters}
+    changed_alone = {*TIED} & {adapter.weight for adapter in reading.adapters}
     return {
         "vocab_size": token.shape[0],
         "context_length": position.shape[0],
@@ -273,43 +338,67 @@ def _said_by_shapes(reading: Reading) -> dict[str, Any]:
         "n_layers": reading.size[0],
         "qkv_bias": any(name.endswith(".W_query.bias") for name in placements),
         "bias": "final_norm.shift" in placements,
-        "tied_head": token.address == head.address and not changed_alone,
+        "tied_head": reading.is_tied and not changed_alone,
         "n_classes": head.shape[0] if is_classifier or head.shape[:1] != token.shape[:1] else 0,
         "head_bias": "out_head.bias" in placements,
     }
+
+
+def _require_unsaid(reading: Reading, believed: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where a place of a file that is not known to be its config says otherwise."""
+    path, values = reading.manifest.path, reading.manifest.values
+    if {*BOUND} & values.keys() or _below(values, above_of(reading.container) + MODEL_ARGS):
+        return  # the program that wrote it is known, and where it keeps its config
+    places = [Source(f"{path}, {place}", {place.rpartition(".")[2]: said}) for place, said in values.items()]
+    for where, words, _ in places:
+        for name, said in in_our_words(words).items():
+            if name in believed and type(said) is type(believed[name]) and said != believed[name]:
+                assumed = f"but gpt2lite would assume {name}={believed[name]!r}"
+                do = f"Pass the right one: config={{{name!r}: …}}"
+                raise CheckpointError(f"{where} says {said!r}, {assumed}. {do}")
+    _require_computed(reading, places, {word: COMPUTED[word] for word in COMPUTED.keys() - OF_ANYTHING})
+
+
+# ---- what is known -----------------------------------------------------------------------------------------
+
+# What weights do not tell, what it is where nobody can know, and what no memory depends on.
+UNSAYABLE: dict[str, Any] = {"n_heads": 1, "activation": "gelu_tanh"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """The fields of a config as far as they are known, and what a user should hear of how they were found.
+
+    `is_asked`: whether the caller said some of them.
+    """
+
+    fields: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+    is_asked: bool = False
 
 
 def _notes(reading: Reading, sources: list[Source], agreed: Mapping[str, Any]) -> Iterator[str]:
     """What is worth a warning."""
     path, tensors = reading.manifest.path, reading.manifest.tensors
     for where, words, is_whole in sources:
-        if is_whole and (names := unknown(words)):
-            yield f"{where}: ignored {', '.join(names)}, which gpt2lite does not know"
+        unknown = [word for word, value in words.items() if word not in KNOWN and value not in (None, False)]
+        if is_whole and unknown:
+            yield f"{where}: ignored {', '.join(sorted(unknown))}, which gpt2lite does not know"
         rates = {str(words[key]) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop") if key in words}
         if len(rates) > 1:
             yield f"{where}: has dropouts {' and '.join(sorted(rates))}; training uses resid_pdrop for all"
-    if _is_bound(reading) and (beside := _side_json(path)):
+    if not reading.manifest.values.keys().isdisjoint(BOUND) and (beside := _side_json(path)):
         with suppress(CheckpointError):  # another program's file of that name
-            said = Source(str(beside), read_json(beside)).said()
+            said = in_our_words(read_json(beside))
             if any(agreed.get(name, value) != value for name, value in said.items()):
                 yield f"{beside}: differs from the config in {path}, which is used"
     own = {placement.source.removeprefix(reading.container) for placement in reading.placements.values()}
     loaded = {tensors[placement.source].address for placement in reading.placements.values()}
-    for name in reading.passengers:
-        plain = name.removeprefix(reading.manifest.container_of(name))
-        if plain in own and tensors[name].address not in loaded:
-            yield f"{path}: also holds {name} …, other weights; they are not loaded"
-            break
+    others = (name for name in reading.passengers if tensors[name].address not in loaded)
+    if same := [name for name in others if name.removeprefix(reading.manifest.container_of(name)) in own]:
+        yield f"{path}: also holds {same[0]} …, other weights; they are not loaded"
     if reading.left_out:
         yield f"{path}: opens the language model without {', '.join(reading.left_out)}"
-
-
-def _said_by_caller(config: GPTConfig | Mapping[str, Any] | None) -> dict[str, Any]:
-    said = config.as_dict() if isinstance(config, GPTConfig) else {} if config is None else config
-    if not isinstance(said, Mapping):
-        raise UsageError(f"config must be a GPTConfig, a dict or None, got {config!r}")
-    GPTConfig.check_names(said)
-    return dict(said)
 
 
 def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None = None) -> Found:
@@ -318,55 +407,30 @@ def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
     Sizes that the caller says are left for the plan to compare, tensor by tensor. Raises CheckpointError for
     a contradiction, and for a computation that we do not have.
     """
-    path, said, shapes = reading.manifest.path, _said_by_caller(config), _said_by_shapes(reading)
-    sources = [*_in_the_file(reading), *_beside_the_file(reading)]
-    _require_computed(reading, sources)
+    said = config.as_dict() if isinstance(config, GPTConfig) else {} if config is None else config
+    if not isinstance(said, Mapping):
+        raise UsageError(f"config must be a GPTConfig, a dict or None, got {config!r}")
+    GPTConfig.check_names(said)
+    path = reading.manifest.path
+    weights = Source(f"{path}, its weights", _said_by_shapes(reading))
+    sources = [weights, *_in_the_file(reading), *_beside_the_file(reading)]
+    _require_computed(reading, sources, COMPUTED | {"n_inner": (None, 4 * reading.size[1])})
     _check_masks(reading)
-    agreed = _agreed(reading, sources, shapes)
+    agreed, places = _agreed(reading, sources)
     defaults: dict[str, Any] = dict(_known_activation(reading))
     binding = defaults | agreed if isinstance(config, GPTConfig) else agreed
-    for name in ("n_heads", "activation"):
-        if name in said and said[name] != (known := binding.get(name, said[name])):
-            places = [source.where for source in sources if source.said().get(name) == known]
-            where = [*places, "the program that wrote it"][0]
-            raise CheckpointError(path, f"{name}={said[name]!r} was passed, but {where} says {known!r}")
-    heads = OFFICIAL_HEADS.get((shapes["n_layers"], shapes["emb_dim"]))
-    defaults |= {} if heads is None else {"n_heads": heads}
-    known = defaults | agreed | shapes | said
+    for name in UNSAYABLE.keys() & said.keys() & binding.keys():
+        if said[name] != binding[name]:
+            where = f"{places.get(name, 'the program that wrote it')} says {binding[name]!r}"
+            raise CheckpointError(path, f"{name}={said[name]!r} was passed, but {where}")
+    if official := [heads for *size, heads in OFFICIAL_SIZES.values() if tuple(size) == reading.size]:
+        defaults["n_heads"] = official[0]
+    known = defaults | agreed | dict(said)
     _require_unsaid(reading, {name: known[name] for name in UNSAYABLE.keys() & known.keys() - said.keys()})
     if isinstance(heads := known.get("n_heads"), int) and heads > 0:
-        _require_scale(path, sources, known["emb_dim"] / heads)
+        scale = (known["emb_dim"] / heads) ** -0.5  # True: old transformers' flag
+        _require_computed(reading, sources, {SCALE: (None, True, 1 / scale, scale)})
     return Found(known, tuple(_notes(reading, sources, agreed)), bool(said))
-
-
-def _require_scale(path: Path, sources: list[Source], head_dim: float) -> None:
-    """Raise CheckpointError where a pickled module does not scale its attention by 1/sqrt(head_dim)."""
-    for where, words, _ in sources:
-        scale = words.get(SCALE, True)  # True, False: old transformers' flag
-        if not isinstance(scale, (int, float)):
-            continue
-        is_right = any(math.isclose(scale, head_dim**power, rel_tol=1e-3) for power in (-0.5, 0.5))
-        if scale is not True and not is_right:
-            raise CheckpointError(path, f"{where} is {scale}, wanted {head_dim**-0.5:.4g} = 1/sqrt(head_dim)")
-
-
-def _require_unsaid(reading: Reading, believed: Mapping[str, Any]) -> None:
-    """Raise CheckpointError where a place of a file that is not known to be its config says otherwise."""
-    values, above = reading.manifest.values, above_of(reading.container)
-    if _is_bound(reading) or any(name.startswith(above + MODEL_ARGS) for name in values):
-        return  # the writer is known, and where it keeps the config
-    for place, value in values.items():
-        words = {place.rpartition(".")[2]: value}
-        for name, said in in_our_words(words).items():
-            if name in believed and type(said) is type(believed[name]) and said != believed[name]:
-                assumed = f"but gpt2lite would assume {name}={believed[name]!r}"
-                do = f"Pass the right one: config={{{name!r}: …}}"
-                raise CheckpointError(reading.manifest.path, f"{place} says {said!r}, {assumed}. {do}")
-        if words.keys() & COMPUTED.keys() - {"model_type"} and (lines := [*refusals(words)]):
-            do = "If that is not about this model, save its state_dict alone"
-            raise CheckpointError(
-                reading.manifest.path, f"{place}: gpt2lite does not compute {lines[0]}. {do}"
-            )
 
 
 def complete(reading: Reading, found: Found) -> GPTConfig:
@@ -375,8 +439,7 @@ def complete(reading: Reading, found: Found) -> GPTConfig:
     if known.get("n_heads") is None:
         size = f"{known['n_layers']} layers of {known['emb_dim']} are not an official size"
         do = f'Pass config={{"n_heads": …}} (--n-heads), or put that into {side_file(path, ".json").name}'
-        said = f"the number of attention heads cannot be read off weights, and {size}. {do}"
-        raise CheckpointError(path, said)
+        raise CheckpointError(path, f"the number of heads cannot be read off weights, and {size}. {do}")
     if "activation" not in known:
         said = "may be of nanoGPT, with exact GELU, or of minGPT or older nanoGPT, with the tanh GELU"
         do = 'Pass config={"activation": "gelu"} or {"activation": "gelu_tanh"} (--activation)'

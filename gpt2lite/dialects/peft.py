@@ -14,14 +14,13 @@ from typing import Any, NamedTuple
 
 from gpt2lite.checkpoint import FOLDER_FILES, Manifest, TensorSpan
 from gpt2lite.dialects.configs import read_json
-from gpt2lite.dialects.reading import Adapter, Reading, block_of, expand_rows
-from gpt2lite.dialects.tables import DIALECTS, Placement, Transpose
+from gpt2lite.dialects.reading import TIED, Adapter, Placement, Reading, Transpose, block_of
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError, listed
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # the first that exists, as in peft
+FILES = (ADAPTER_CONFIG, *ADAPTER_WEIGHTS)
 BESIDE = "adapter:"  # put before the adapter's names, which may be the base's too
-TIED = ("tok_emb.weight", "out_head.weight")
 
 FACTOR = re.compile(r"(.+)\.lora_(embedding_)?A(\.weight)?")
 BEFORE = re.compile(r"(base_model\.)?((model|module|_orig_mod|transformer)\.)*")
@@ -82,21 +81,18 @@ def find_adapter(path: Path, locate: Callable[[str, str | None], Path]) -> Found
     means the base alone, which a warning says. Raises CheckpointError for another method than LoRA, by name.
     """
     folder = path.parent if path.name in ADAPTER_WEIGHTS and path.is_file() else path
-    if not any((folder / name).is_file() for name in (ADAPTER_CONFIG, *ADAPTER_WEIGHTS)):
+    found = {name: folder / name for name in FILES if (folder / name).is_file()}
+    if not found:
         if path.is_file() and (path.parent / ADAPTER_CONFIG).is_file():
             warnings.warn(f"{path}: loaded without the PEFT adapter beside it; open the folder", stacklevel=2)
         return None
-    said = _config(_file(folder, ADAPTER_CONFIG))
-    weights = path if path.is_file() else _file(folder, *ADAPTER_WEIGHTS)
+    for names in ((ADAPTER_CONFIG,), ADAPTER_WEIGHTS):
+        if found.keys().isdisjoint(names):
+            raise CheckpointNotFoundError(folder, f"a PEFT adapter without its {' or '.join(names)}")
+    said = _config(found[ADAPTER_CONFIG])
+    weights = path if path.is_file() else next(found[name] for name in ADAPTER_WEIGHTS if name in found)
     has_base = any((folder / name).is_file() for name in FOLDER_FILES)
     return Found(said, weights, folder if has_base else _base_of(folder, said, locate))
-
-
-def _file(folder: Path, *names: str) -> Path:
-    found = next((folder / name for name in names if (folder / name).is_file()), None)
-    if found is None:
-        raise CheckpointNotFoundError(folder, f"a PEFT adapter without its {' or '.join(names)}")
-    return found
 
 
 def _base_of(folder: Path, said: Mapping[str, Any], locate: Callable[[str, str | None], Path]) -> Path:
@@ -107,7 +103,7 @@ def _base_of(folder: Path, said: Mapping[str, Any], locate: Callable[[str, str |
     except (CheckpointError, OSError, TypeError, ValueError) as error:
         said_here = f"base_model_name_or_path={name!r} in {ADAPTER_CONFIG} is not found ({error})"
         raise CheckpointNotFoundError(folder, f"a PEFT adapter without its base: {said_here}") from error
-    for file in (ADAPTER_CONFIG, *ADAPTER_WEIGHTS):
+    for file in FILES:
         own, other = folder / file, base / file
         if other.is_file() and not (own.is_file() and filecmp.cmp(own, other, shallow=False)):
             do = "merge that one first (peft's merge_and_unload), or remove it if it does not count"
@@ -148,21 +144,12 @@ def _config(path: Path) -> dict[str, Any]:
     return said
 
 
-def _places(reading: Reading) -> dict[str, list[tuple[str, Placement]]]:
-    """Their name → the parameters that the base has there."""
-    places: dict[str, list[tuple[str, Placement]]] = {}
-    for theirs, ours, placement in expand_rows(DIALECTS[reading.dialect].rows, reading.size[0]):
-        if ours in reading.placements:
-            places.setdefault(theirs, []).append((ours, placement))
-    return places
-
-
 def _adapters(reading: Reading, manifest: Manifest, said: Mapping[str, Any]) -> Iterator[Adapter]:
     """Every pair of A (r, in) and B (out, r); of an embedding A is (r, vocab_size) and B (emb_dim, r).
 
     Query, key and value share the A of their fused layer, and take a third of the rows of its B each.
     """
-    places = _places(reading)
+    places = reading.places()
     for name in manifest.tensors:
         found = FACTOR.fullmatch(name)
         other = name.replace(".lora_A", ".lora_B").replace("embedding_A", "embedding_B")
@@ -195,7 +182,7 @@ def _lacking(reading: Reading, said: Mapping[str, Any], adapted: set[str]) -> li
     left_out = [f".{name}.weight" for name in (*excluded, *(said["modules_to_save"] or ()))]
     return [
         f"{theirs}: has no LoRA, though {ADAPTER_CONFIG} targets it"
-        for theirs, rows in _places(reading).items()
+        for theirs, rows in reading.places().items()
         if theirs.endswith(".weight")
         and adapted.isdisjoint(ours for ours, _ in rows)
         and _is_targeted({**said, "target_modules": targets}, theirs.removesuffix(".weight"))
@@ -227,13 +214,11 @@ def _replaced(reading: Reading, names: set[str], saved: list[str]) -> tuple[dict
     A head or an embedding that is not among the saved modules is the base's own; where the two are tied it
     stands for both, the head before the embedding, as peft copies one after the other into it.
     """
-    placements, places = dict(reading.placements), _places(reading)
-    sources = {placements[end].source for end in TIED if end in placements}
-    tied = len({reading.manifest.tensors[source].address for source in sources}) == 1
+    placements, places = dict(reading.placements), reading.places()
     wrong = []
     for name in sorted(names, key=lambda name: (not _is_saved(name, saved), name), reverse=True):
         rows = places.get(BEFORE.sub("", name.replace(".base_layer.", "."), count=1), [])
-        if tied and rows and rows[0][0] in TIED and not _is_saved(name, saved):
+        if reading.is_tied and rows and rows[0][0] in TIED and not _is_saved(name, saved):
             rows = [(end, rows[0][1]) for end in TIED]
         placements |= {ours: replace(placement, source=BESIDE + name) for ours, placement in rows}
         if not rows:

@@ -1,31 +1,236 @@
-"""Whose checkpoint is this? Its names, freed of prefixes and wrappers, as placements of our parameters."""
+"""Whose checkpoint is this? Its names, freed of prefixes and wrappers, as placements of our parameters.
+
+A dialect is a table of rows (their name, our name, placement), `{i}` for the block; a placement says which
+view of which stored tensor a parameter is. Nothing else in the program knows a foreign name, so another
+dialect is another table.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
 
 from gpt2lite.checkpoint import Manifest, TensorSpan
-from gpt2lite.dialects.tables import DIALECTS, Placement, Row, Transpose
+from gpt2lite.checkpoint.foreign import shortened
+from gpt2lite.checkpoint.reading import read_span
 from gpt2lite.errors import CheckpointError, UsageError, listed
+
+# ---- placements --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Narrow:
+    """`start` to `stop` of an axis: of its elements, or of as many equal parts of it as `parts` says."""
+
+    axis: int
+    start: int
+    stop: int
+    parts: int = 0
+
+    def of(self, rows: range) -> range:
+        """What it leaves of an axis. Raises ValueError where that has not so many or cannot be so divided."""
+        size, rest = divmod(len(rows), self.parts) if self.parts else (1, 0)
+        start, stop = self.start * size, self.stop * size
+        if rest or not 0 <= start <= stop <= len(rows):
+            raise ValueError(f"{self} of {len(rows)} elements")
+        return rows[start:stop]
+
+
+@dataclass(frozen=True, slots=True)
+class Transpose:
+    """The axes of a matrix, exchanged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """An axis of size 1, left out."""
+
+    axis: int
+
+
+View: TypeAlias = Narrow | Transpose | Drop
+
+
+def inside(box: Sequence[range], outer: Sequence[range]) -> tuple[slice, ...]:
+    """The index that takes `box` out of a tensor that is `outer`. Raises ValueError if it is not in it."""
+    pairs = list(zip(box, outer, strict=True))
+    if any(r.start < o.start or r.stop > o.stop for r, o in pairs):
+        raise ValueError(f"{box} reaches beyond {outer}")
+    return tuple(slice(r.start - o.start, r.stop - o.start) for r, o in pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """One parameter as a view of one stored tensor; each of `views` is taken of what the last one gave."""
+
+    source: str
+    views: tuple[View, ...] = ()
+
+    def _placed(self, stored: Sequence[int]) -> tuple[list[range], list[int]]:
+        """The part of each stored axis, and which of these are the parameter's axes, in its order.
+
+        Raises ValueError or IndexError for a shape that the views do not fit.
+        """
+        box, axes = list(map(range, stored)), list(range(len(stored)))
+        for view in self.views:
+            if isinstance(view, Transpose):
+                axes.reverse()
+            elif isinstance(view, Narrow):
+                box[axes[view.axis]] = view.of(box[axes[view.axis]])
+            elif len(box[axes.pop(view.axis)]) != 1:
+                raise ValueError(f"{view} of {tuple(stored)}")
+        return box, axes
+
+    def box(self, stored: Sequence[int]) -> list[range]:
+        """The part of each axis of the stored tensor, by the latter's shape, that the parameter is."""
+        return self._placed(stored)[0]
+
+    def shape_of(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """The parameter's shape, from the stored tensor's; the latter itself where the views do not fit."""
+        try:
+            box, axes = self._placed(stored)
+        except (IndexError, ValueError):
+            return stored
+        return tuple(len(box[axis]) for axis in axes)
+
+    def of(self, stored: Tensor) -> Tensor:
+        """The parameter as a view of the stored tensor: no bytes move."""
+        box = self.box(stored.shape)
+        return self.turn(stored[tuple(slice(rows.start, rows.stop) for rows in box)])
+
+    def read(self, span: TensorSpan) -> Tensor:
+        """The parameter in fresh host memory; no other row of the stored tensor is read."""
+        return self.turn(read_span(span.part(self.box(span.shape))))
+
+    def turn(self, part: Tensor) -> Tensor:
+        """What stands like a part of the stored tensor, turned to stand like the parameter, as a view."""
+        return _turned(part, self.views, torch.squeeze)
+
+    def unplace(self, parameter: Tensor) -> Tensor:
+        """The parameter, turned to stand like its part of the stored tensor, as a view."""
+        return _turned(parameter, self.views[::-1], torch.unsqueeze)
+
+    @property
+    def narrows(self) -> tuple[Narrow, ...]:
+        """Those of its views that leave something out; none where it is the whole tensor."""
+        return tuple(view for view in self.views if isinstance(view, Narrow))
+
+    @property
+    def rows_axis(self) -> int:
+        """The stored axis that the parameter's first one is: its thirds are joined along it."""
+        return -1 if Transpose() in self.views else 0
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the view of a contiguous tensor is contiguous, too."""
+        return Transpose() not in self.views and all(view.axis == 0 for view in self.narrows)
+
+
+def _turned(tensor: Tensor, views: Iterable[View], drop: Callable[[Tensor, int], Tensor]) -> Tensor:
+    for view in views:
+        if isinstance(view, Transpose):
+            tensor = tensor.t()
+        elif isinstance(view, Drop):
+            tensor = drop(tensor, view.axis)
+    return tensor
+
+
+# ---- tables ------------------------------------------------------------------------------------------------
+
+Row: TypeAlias = tuple[str, str, Placement]
+BLOCK = "trf_blocks.{i}"
+EMBEDDINGS = ("tok_emb", "pos_emb")
+QKV = (f"{BLOCK}.att.W_query", f"{BLOCK}.att.W_key", f"{BLOCK}.att.W_value")
+LAYERS = (f"{BLOCK}.att.out_proj", f"{BLOCK}.ff.layers.0", f"{BLOCK}.ff.layers.2")
+NORMS = (f"{BLOCK}.norm1", f"{BLOCK}.norm2", "final_norm")
+BOOK = {ours: ours for ours in (*EMBEDDINGS, *NORMS, *LAYERS[1:], "out_head", *QKV, LAYERS[0])}
+FAST = BOOK | dict.fromkeys(QKV, f"{BLOCK}.att.qkv") | {LAYERS[0]: f"{BLOCK}.att.proj"}
+
+
+def _peers(embeddings: Sequence[str], block: str, final_norm: str, dot: str = ".") -> dict[str, str]:
+    """The names that OpenAI gave GPT-2 and that others took over; query, key and value are one layer."""
+    layers = ("ln_1", *["attn.c_attn"] * 3, "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+    theirs = [f"{block}.{layer}".replace(".", dot) for layer in layers]
+    ours = (*EMBEDDINGS, NORMS[0], *QKV, LAYERS[0], NORMS[1], *LAYERS[1:], NORMS[2])
+    return dict(zip(ours, (*embeddings, *theirs, final_norm), strict=True))
+
+
+HUB = _peers(("wte", "wpe"), "h.{i}", "ln_f") | {"out_head": "lm_head"}
+OPENAI = _peers(("model/wte", "model/wpe"), "model/h{i}", "model/ln_f", "/")
+# How the names of norms, layers and embeddings end.
+BOOKS = ((".scale", ".shift"), (".weight", ".bias"), (".weight",))
+TORCH = ((".weight", ".bias"), (".weight", ".bias"), (".weight",))
+
+
+def _rows(
+    modules: Mapping[str, str], ends: Sequence[Sequence[str]], turned: Sequence[Transpose | Drop] = ()
+) -> list[Row]:
+    """The rows of our modules by the names of theirs; what several of ours share is theirs in equal parts.
+
+    `turned` makes weights of a block (out, in).
+    """
+    norm, layer, embedding = ends
+    rows = []
+    for ours, theirs in modules.items():
+        own = (".scale", ".shift") if ours in NORMS else (".weight", ".bias")
+        theirs_end = norm if ours in NORMS else embedding if ours in EMBEDDINGS else layer
+        sharing = [other for other, name in modules.items() if name == theirs]
+        part = sharing.index(ours)
+        third = (Narrow(0, part, part + 1, len(sharing)),) if len(sharing) > 1 else ()
+        for end, leaf in zip(theirs_end, own, strict=False):  # an embedding has no bias
+            views = turned if ours in (*QKV, *LAYERS) and leaf == ".weight" else ()
+            rows.append((theirs + end, ours + leaf, Placement(theirs + end, (*views, *third))))
+    return rows
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """A family of checkpoints; `masks` end names of no weights."""
+
+    rows: list[Row]
+    masks: tuple[str, ...] = ()
+
+    @property
+    def query(self) -> Row:
+        """The row of the query weight: in the first block, its name tells the dialect."""
+        return next(row for row in self.rows if row[1] == f"{QKV[0]}.weight")
+
+
+HUB_MASKS = (".attn.bias", ".attn.masked_bias")
+OPENAIS = (("/g", "/b"), ("/w", "/b"), ("",))
+DIALECTS = {
+    "book": Dialect(_rows(BOOK, BOOKS), (".att.mask",)),
+    "book-fast": Dialect(_rows(FAST, TORCH)),
+    "huggingface": Dialect(_rows(HUB, TORCH, (Transpose(),)), HUB_MASKS),
+    "nanogpt": Dialect(_rows(HUB, TORCH), HUB_MASKS),
+    "openai": Dialect(_rows(OPENAI, OPENAIS, (Drop(0), Transpose()))),
+}
+# The name of the first query weight → the dialects that have it.
+MARKERS: dict[str, list[str]] = {}
+for _key, _dialect in DIALECTS.items():
+    MARKERS.setdefault(_dialect.query[0].format(i=0), []).append(_key)
+
+
+# ---- readings ----------------------------------------------------------------------------------------------
 
 # What wrappers put into every name (DataParallel, torch.compile, DeepSpeed, FSDP), and LoRA before a leaf.
 NOISE = ("module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 BEFORE_LEAF = ("linear", "base_layer")
 # Heads other than the language model's: the first that is there is a classifier's, the rest are left out.
 CLASSIFIERS = ("score.", "classifier.")
-OTHER_HEADS = ("v_head.", "value_head.", "multiple_choice_head.", "qa_outputs.", "summary.", "mc_head.")
-OTHERS = (*CLASSIFIERS, *OTHER_HEADS)
+DIALOGPT = "lm_head.decoder."
+AUXILIARY = ("v_head.", "value_head.", "multiple_choice_head.", "qa_outputs.", "summary.", "mc_head.")
+OTHERS = (DIALOGPT, *CLASSIFIERS, *AUXILIARY)
+HEADS = ("lm_head.", "out_head.", *OTHERS)
 LEAVES = ("weight", "bias")
-# Marker → the dialects that have it.
-MARKERS = {
-    dialect.marker: [key for key, other in DIALECTS.items() if other.marker == dialect.marker]
-    for dialect in DIALECTS.values()
-}
+TIED = ("tok_emb.weight", "out_head.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +272,20 @@ class Reading:
         shape = self.manifest.tensors[token.source].shape if token else ()
         return 1 + max(map(block_of, self.placements)), shape[1] if len(shape) == 2 else 0
 
+    def places(self) -> dict[str, list[tuple[str, Placement]]]:
+        """Their name → the parameters that it has there, as rows place them."""
+        places: dict[str, list[tuple[str, Placement]]] = {}
+        for theirs, ours, placement in expand_rows(DIALECTS[self.dialect].rows, self.size[0]):
+            if ours in self.placements:
+                places.setdefault(theirs, []).append((ours, placement))
+        return places
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether head and token embedding, as far as they are there, are the same bytes."""
+        ends = (self.placements[end].source for end in TIED if end in self.placements)
+        return len({self.manifest.tensors[end].address for end in ends}) == 1
+
 
 def above_of(prefix: str) -> str:
     """What a dotted prefix lies in: `a.` for `a.b.`, nothing for `a.`."""
@@ -91,11 +310,16 @@ class _Model(NamedTuple):
     prefix: str
     marker: str
 
-    def own(self, name: str) -> str | None:
-        """A stored name without container, prefix and wrappers; None for one that lies elsewhere."""
+    def behind(self, prefix: str, name: str) -> str | None:
+        """A stored name of the container without prefix and wrappers; None for one that lies elsewhere."""
         plain = _plain(name.removeprefix(self.container))
-        is_inside = name.startswith(self.container) and plain.startswith(self.prefix)
-        return plain.removeprefix(self.prefix) if is_inside else None
+        is_behind = name.startswith(self.container) and plain.startswith(prefix)
+        return plain.removeprefix(prefix) if is_behind else None
+
+    def own(self, name: str) -> str | None:
+        """The same of the model's own prefix, or of a head that lies beside it."""
+        head = self.behind(above_of(self.prefix), name) or ""
+        return self.behind(self.prefix, name) or (head if head.startswith(HEADS) else None)
 
 
 def _models(manifest: Manifest) -> dict[_Model, str]:
@@ -107,69 +331,54 @@ def _models(manifest: Manifest) -> dict[_Model, str]:
         for marker in MARKERS:
             if f".{plain}".endswith(f".{marker}"):
                 found[_Model(container, plain.removesuffix(marker), marker)] = name
-    if len(found) < 2:
-        return found
-    distinct = {}
-    for model in reversed(found):
-        places = ((model.own(name), span.address) for name, span in manifest.tensors.items())
-        distinct[frozenset(place for place in places if place[0] is not None)] = model
-    return {model: found[model] for model in reversed(distinct.values())}
+    distinct: dict[object, _Model] = {}
+    for model in found:
+        places = ((model.behind(model.prefix, name), span.address) for name, span in manifest.tensors.items())
+        distinct.setdefault(frozenset(place for place in places if place[0] is not None), model)
+    return {model: found[model] for model in distinct.values()}
 
 
 def _one_model(manifest: Manifest) -> tuple[_Model, str]:
     """The model that a file holds, and the dialect of its names. Raises CheckpointError unless it is one."""
     found = _models(manifest)
     if not found:
-        raise _unknown(manifest)
-    if len(kinds := {MARKERS[model.marker][0] for model in found}) > 1:
-        names = " and ".join(sorted(kinds))
-        raise CheckpointError(manifest.path, f"holds the names of {names} at once; save them separately")
+        nearest = {name for marker in MARKERS for name in get_close_matches(marker, manifest.tensors, 3, 0.5)}
+        what = (
+            f"{'its nearest names are' if nearest else 'it holds'} {shortened(nearest or manifest.tensors)}"
+        )
+        wanted = f"Expected one of {', '.join(sorted(MARKERS))}, behind any prefix"
+        do = "For a module of your own, use gpt2lite.load_module"
+        raise CheckpointError(manifest.path, f"not a GPT-2 with known names; {what}. {wanted}. {do}")
     if len(found) > 1:
-        places = " and ".join(repr((model.container + model.prefix).rstrip(".")) for model in found)
+        places = [f"{f'{m.container}{m.prefix}'.rstrip('.')!r} ({MARKERS[m.marker][0]})" for m in found]
         save = "torch.save(torch.load(path, weights_only=True)['…'], 'model.pth')"
-        raise CheckpointError(manifest.path, f"holds {len(found)} models, under {places}. Save one: {save}")
+        said = f"holds {len(found)} models, under {' and '.join(places)}. Save one: {save}"
+        raise CheckpointError(manifest.path, said)
     ((model, name),) = found.items()
-    keys = MARKERS[model.marker]
-    return model, next((key for key in keys if _is_square(key, manifest.tensors[name])), keys[0])
-
-
-def _unknown(manifest: Manifest) -> CheckpointError:
-    """The error for a file without a marker: what it holds that is nearest to what is expected."""
-    nearest = {name for marker in MARKERS for name in get_close_matches(marker, manifest.tensors, 3, 0.5)}
-    sample = sorted(nearest)[:3] or list(manifest.tensors)[:4]
-    what = f"{'its nearest names are' if nearest else 'it holds'} {', '.join(sample) or 'no tensors'}"
-    return CheckpointError(
-        manifest.path,
-        f"not a GPT-2 with known names; {what}. Expected one of {', '.join(sorted(MARKERS))}, "
-        "behind any prefix. For a module of your own, use gpt2lite.load_module",
-    )
+    for key in MARKERS[model.marker]:  # a square query weight tells (in, out) from (out, in)
+        shape = DIALECTS[key].query[2].shape_of(manifest.tensors[name].shape)
+        if len(shape) == 2 and shape[0] == shape[1]:
+            return model, key
+    return model, MARKERS[model.marker][0]
 
 
 def _names_of(manifest: Manifest, model: _Model) -> tuple[dict[str, str], list[str]]:
-    """Plain name → stored name, of the model behind its prefix and the heads beside it; all the rest."""
+    """Plain name → stored name, of the model and its heads; and the names beside them in its container."""
     inside, beside = dict[str, str](), list[str]()
-    above = model._replace(prefix=above_of(model.prefix))
     for name in filter(lambda name: name.startswith(model.container), manifest.tensors):
-        own, head = model.own(name), above.own(name) or ""
-        if own is None and not head.startswith(("lm_head.", "out_head.", *OTHERS)):
+        if (own := model.own(name)) is None:
             beside.append(name)
-        elif inside.setdefault(own or head, name) != name:
-            said = f"{inside[own or head]} and {name} are both {own or head}"
-            raise CheckpointError(manifest.path, said, name=name)
+        elif inside.setdefault(own, name) != name:
+            raise CheckpointError(manifest.path, f"{inside[own]} and {name} are both {own}", name=name)
     return inside, beside
 
 
 def _require_readable(manifest: Manifest, model: _Model, wanted: Collection[str]) -> None:
     """Raise CheckpointError for a weight, LoRA factor or mask that is stored in a way we do not read."""
-    wanted = {*wanted, "out_head.weight", "lm_head.weight"}
     ends = (".lora.A", ".lora.B", *(end for dialect in DIALECTS.values() for end in dialect.masks))
-    above = model._replace(prefix=above_of(model.prefix))
-    names = (
-        name
-        for name in manifest.unreadable
-        if {model.own(name), above.own(name)} & wanted or name.endswith(ends)
-    )
-    if lines := {name: f"{name} {manifest.unreadable[name]}" for name in names}:
+    unreadable = {name: f"{name} {reason}" for name, reason in manifest.unreadable.items()}
+    lines = {n: line for n, line in unreadable.items() if model.own(n) in wanted or n.endswith(ends)}
+    if lines:
         said = f"{len(lines)} weight(s) cannot be read{listed([*lines.values()])}"
         raise CheckpointError(manifest.path, said, name=next(iter(lines)))
 
@@ -178,21 +387,11 @@ def _with_heads(names: Mapping[str, str], dialect: str) -> tuple[dict[str, str],
     """Names with the output head under its dialect's own, and the stored names of other heads."""
     found = dict(names)
     own = "out_head" if dialect.startswith("book") else "lm_head"
-    if (decoder := found.pop("lm_head.decoder.weight", None)) is not None:  # DialoGPT's
-        found.setdefault(f"{own}.weight", decoder)
-    head = next((head for head in CLASSIFIERS if f"{head}weight" in found), None)
-    if head and f"{own}.weight" not in found:
-        found |= {f"{own}.{leaf}": found.pop(head + leaf) for leaf in LEAVES if head + leaf in found}
-    left_out = tuple(stored for name, stored in found.items() if name.startswith(OTHERS))
-    return {name: stored for name, stored in found.items() if not name.startswith(OTHERS)}, left_out
-
-
-def _is_square(dialect: str, marker: TensorSpan) -> bool:
-    """Whether a dialect's reading of the query weight gives (C, C): it tells (in, out) from (out, in)."""
-    rows, theirs = DIALECTS[dialect].rows, DIALECTS[dialect].marker
-    placement = next(placement for name, _, placement in rows if name.format(i=0) == theirs)
-    shape = placement.shape_of(marker.shape)
-    return len(shape) == 2 and shape[0] == shape[1]
+    for head in (DIALOGPT, *CLASSIFIERS):
+        if f"{own}.weight" not in found and f"{head}weight" in found:
+            found |= {f"{own}.{leaf}": found.pop(head + leaf) for leaf in LEAVES if head + leaf in found}
+    left_out = tuple(found.pop(name) for name in names if name in found and name.startswith(OTHERS))
+    return found, left_out
 
 
 def block_of(name: str) -> int:
@@ -221,25 +420,24 @@ def read_dialect(manifest: Manifest) -> Reading:
     if n_layers > len(names):
         raise CheckpointError(manifest.path, f"names block {n_layers - 1}, but has only {len(names)} tensors")
     all_rows = list(expand_rows(DIALECTS[key].rows, n_layers))
-    _require_readable(manifest, model, {theirs for theirs, _, _ in all_rows})
+    _require_readable(manifest, model, {theirs for theirs, _, _ in all_rows} | {*TIED, "lm_head.weight"})
     rows = [row for row in all_rows if row[0] in names]
     placements = {ours: replace(placement, source=names[theirs]) for theirs, ours, placement in rows}
-    for absent, present in (("out_head.weight", "tok_emb.weight"), ("tok_emb.weight", "out_head.weight")):
+    for absent, present in (TIED, TIED[::-1]):
         if present in placements:
             placements.setdefault(absent, placements[present])
     adapters = tuple(_adapters(names, placements))
-    used = {names[theirs] for theirs, _, _ in rows}
-    used |= {factor.source for adapter in adapters for factor in (adapter.a, adapter.b)}
+    factors = (factor for adapter in adapters for factor in (adapter.a, adapter.b))
+    used = {placement.source for placement in (*placements.values(), *factors)}
     rest = {name: stored for name, stored in names.items() if stored not in used}
     masks = tuple(stored for name, stored in rest.items() if name.endswith(DIALECTS[key].masks or "\0"))
-    known = {*names.values(), *left_out, *beside}
     return Reading(
         manifest,
         key,
         placements,
         masks=masks,
         unexpected=(*(stored for stored in rest.values() if stored not in masks), *beside),
-        passengers=tuple(name for name in manifest.tensors if name not in known),
+        passengers=tuple(name for name in manifest.tensors if not name.startswith(model.container)),
         adapters=adapters,
         left_out=left_out,
         container=model.container,
@@ -253,20 +451,18 @@ def _adapters(names: Mapping[str, str], placements: Mapping[str, Placement]) -> 
         layer = name.removesuffix(".lora.A")
         b = names.get(f"{layer}.lora.B")
         if layer != name and b is not None and f"{layer}.weight" in placements:
-            turned = (Transpose(),)
-            yield Adapter(f"{layer}.weight", Placement(a, turned), Placement(b, turned))
+            yield Adapter(f"{layer}.weight", Placement(a, (Transpose(),)), Placement(b, (Transpose(),)))
 
 
 def with_lora_alpha(reading: Reading, alpha: float | None) -> Reading:
     """The reading with `alpha` for the book's LoRA layers. Raises CheckpointError if one lacks the other."""
-    path, layers = reading.manifest.path, sum(adapter.scale is None for adapter in reading.adapters)
-    if alpha is None and layers:
-        how = "pass the alpha that they were trained with: lora_alpha=… (--lora-alpha for commands)"
-        raise CheckpointError(path, f"holds {layers} LoRA layers without their alpha; {how}")
+    layers = sum(adapter.scale is None for adapter in reading.adapters)
     if alpha is not None and (type(alpha) not in (int, float) or not math.isfinite(alpha)):
         raise UsageError(f"lora_alpha must be a number, got {alpha!r}")
-    if alpha is not None and not layers:
-        raise CheckpointError(path, f"holds no LoRA layers without an alpha; leave out lora_alpha={alpha}")
+    if bool(layers) != (alpha is not None):
+        lacking = "their alpha; pass the one of their training: lora_alpha=… (--lora-alpha for commands)"
+        what = lacking if layers else f"an alpha; leave out lora_alpha={alpha}"
+        raise CheckpointError(reading.manifest.path, f"holds {layers or 'no'} LoRA layers without {what}")
     adapters = (a if a.scale is not None else replace(a, scale=alpha) for a in reading.adapters)
     return replace(reading, adapters=tuple(adapters))
 

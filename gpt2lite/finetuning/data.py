@@ -18,9 +18,9 @@ from torch import Tensor
 from gpt2lite.checkpoint.reading import memory_of
 from gpt2lite.checkpoint.writing import Progress, replacing
 from gpt2lite.config import GPTConfig
-from gpt2lite.encoding import END_OF_TEXT, Encoding
 from gpt2lite.errors import CheckpointError, UsageError
 from gpt2lite.reading_text import not_utf8, text_stream
+from gpt2lite.tokenizer import END_OF_TEXT, Encoding
 
 NO_HEADER = "no header"  # nanoGPT's train.bin
 IGNORED = -100  # a target that does not count; F.cross_entropy's own ignore_index

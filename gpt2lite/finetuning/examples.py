@@ -12,10 +12,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gpt2lite.encoding import Encoding, end_of_text
 from gpt2lite.errors import UsageError
 from gpt2lite.finetuning.data import IGNORED, Example, shuffled
 from gpt2lite.reading_text import decode_text, filled_lines
+from gpt2lite.tokenizer import Encoding, end_of_text
 
 PREAMBLE = "Below is an instruction that describes a task. "
 PREAMBLE += "Write a response that appropriately completes the request."

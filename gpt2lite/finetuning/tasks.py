@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from gpt2lite.config import GPTConfig
-from gpt2lite.encoding import Encoding, end_of_text
 from gpt2lite.errors import UsageError
 from gpt2lite.finetuning import data, examples
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.finetuning.states import Task
 from gpt2lite.model import GPTModel
+from gpt2lite.tokenizer import Encoding, end_of_text
 
 HELD_OUT = 0.1  # of the data, for validation
 MOST_WINDOWS = 64

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from gpt2lite.config import GPTConfig
-from gpt2lite.encoding import Encoding
 from gpt2lite.errors import UsageError
 from gpt2lite.generation.cache import KVCache, require_room
 from gpt2lite.generation.engines import ENGINES, LanguageModel, choose_engine
 from gpt2lite.generation.prompts import Batch, Ids, Rows, Stops, as_batch, usable_vocabulary
 from gpt2lite.generation.sampling import Sampling, draw, make_generators, penalise
 from gpt2lite.loading.options import check_names
+from gpt2lite.tokenizer import Encoding
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gpt2lite.config import GPTConfig
-from gpt2lite.encoding import Encoding
 from gpt2lite.errors import UsageError
+from gpt2lite.tokenizer import Encoding
 
 Rows = Sequence[Tensor | Sequence[int]]
 Ids = Tensor | Rows

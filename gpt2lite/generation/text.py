@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable, Iterator, Sequence
 
-from gpt2lite.encoding import Encoding
+from gpt2lite.tokenizer import Encoding
 
 
 def _held_back(text: str, stops: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2lite.devices import CPU, resolve_device
-from gpt2lite.dialects import Placement
+from gpt2lite.dialects.reading import Placement
 from gpt2lite.errors import InsufficientMemoryError, UsageError, first_line, is_out_of_memory
 from gpt2lite.loading.forecast import Forecast, Ledger
 from gpt2lite.loading.options import LoadOptions

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gpt2lite.checkpoint import Manifest, TensorSpan
 from gpt2lite.checkpoint.manifest import contiguous_stride
 from gpt2lite.checkpoint.source import LocalFile
-from gpt2lite.dialects import Placement, Reading
+from gpt2lite.dialects.reading import Placement, Reading
 from gpt2lite.errors import CheckpointError, UsageError, listed
 from gpt2lite.loading.options import LoadOptions, Progress, check_values
 from gpt2lite.loading.schedule import MIB, Schedule, Tuning, make_schedule

@@ -23,7 +23,7 @@ from gpt2lite.checkpoint.manifest import TensorSpan, contiguous_stride
 from gpt2lite.checkpoint.reading import as_strided, memory_of
 from gpt2lite.checkpoint.source import ByteSource
 from gpt2lite.devices import copies_async
-from gpt2lite.dialects.tables import inside
+from gpt2lite.dialects.reading import inside
 from gpt2lite.errors import UsageError
 from gpt2lite.quantization import scale_of
 
