@@ -1,6 +1,8 @@
-"""Keys and values of the tokens seen so far, allocated once, and what they cost before they are."""
+"""Keys and values of the tokens seen so far, allocated once."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -10,36 +12,30 @@ from gpt2lite.errors import InsufficientMemoryError
 from gpt2lite.memory import find_budget, human
 
 
-def cache_bytes(config: GPTConfig, batch: int, capacity: int, dtype: torch.dtype) -> int:
-    """What a `KVCache` takes: 2 × n_layers × batch × capacity × emb_dim elements (gpt2: 72 KiB a token)."""
-    return 2 * config.n_layers * batch * capacity * config.emb_dim * dtype.itemsize
-
-
-def require_room(config: GPTConfig, batch: int, capacity: int, like: Tensor) -> None:
-    """Raise InsufficientMemoryError if a `KVCache` would not fit into the available memory."""
-    needed = cache_bytes(config, batch, capacity, like.dtype)
-    place = "host" if like.device.type == "cpu" else "device"
-    limit = find_budget(like.device).of(place)
-    if not limit.admits(needed):
-        raise InsufficientMemoryError(
-            f"keys and values of {batch} × {capacity} tokens take {human(needed)} on {like.device}; "
-            f"available: {limit.said}. Nothing was allocated; ask for fewer tokens or prompts",
-            needed={place: needed},
-            available={place: limit.nbytes or 0},
-        )
-
-
 class KVCache:
     """Keys and values of at most `capacity` tokens per row, in the dtype and on the device of `like`.
 
     `length` counts the tokens in it. Row b begins with `pads[b]` padding tokens: shorter prompts are padded
-    on the left. Memory: `cache_bytes`, (n_layers, 2, B, H, capacity, D).
+    on the left. Memory: (n_layers, 2, B, H, capacity, D), of gpt2 in fp32 72 KiB per token and row; raises
+    InsufficientMemoryError, before it is allocated, if that is not available.
     """
 
     def __init__(
         self, config: GPTConfig, batch: int, capacity: int, like: Tensor, pads: Tensor | None = None
     ) -> None:
         shape = (config.n_layers, 2, batch, config.n_heads, capacity, config.head_dim)
+        needed, place = (
+            math.prod(shape) * like.dtype.itemsize,
+            "host" if like.device.type == "cpu" else "device",
+        )
+        limit = find_budget(like.device).of(place)
+        if not limit.admits(needed):
+            raise InsufficientMemoryError(
+                f"keys and values of {batch} × {capacity} tokens take {human(needed)} on {like.device}; "
+                f"available: {limit.said}. Nothing was allocated; ask for fewer tokens or prompts",
+                needed={place: needed},
+                available={place: limit.nbytes or 0},
+            )
         self.memory = torch.empty(shape, dtype=like.dtype, device=like.device)
         self.length, self.pads = 0, pads
 
