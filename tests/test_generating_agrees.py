@@ -332,9 +332,7 @@ def test_one_prompt_that_is_too_long_is_refused_before_any_is_written_on(
 
 
 def test_a_prompt_that_fills_the_context_is_not_told_to_ask_for_none(model: GPTModel):
-    with pytest.raises(
-        UsageError, match="40 tokens and 3 new ones exceed the context of 32; shorten the prompt, or let"
-    ):
+    with pytest.raises(UsageError, match="new ones exceed the context of 32; shorten the prompt, or let"):
         model.generate([[1] * 40], 3)
     with pytest.raises(UsageError, match="shorten the prompt, ask for 2 at most, or let a window slide"):
         model.generate([[1] * 30], 3)

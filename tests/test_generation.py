@@ -394,10 +394,10 @@ def test_a_cache_that_does_not_fit_is_refused_first():
         model = GPTModel(wide)
     model.to_empty(device="cpu")
     ids = torch.zeros(64, 1, dtype=torch.long)
-    for generate in (model.generate, model.generate_tokens):
-        with pytest.raises(InsufficientMemoryError, match="keys and values of 64 × 4000001 tokens take") as e:
-            generate(ids, 4_000_000)
-        assert e.value.needed == {"host": 2 * 96 * 64 * 4_000_001 * 64 * 4}
+    for write in (model.generate, model.generate_tokens):
+        with pytest.raises(InsufficientMemoryError, match="keys and values of 64 × 4000001 tokens") as raised:
+            write(ids, 4_000_000)
+        assert raised.value.needed == {"host": 2 * 96 * 64 * 4_000_001 * 64 * 4}
 
 
 # ---- what a CUDA graph needs, on any device ----------------------------------------------------------------

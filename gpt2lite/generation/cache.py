@@ -24,10 +24,8 @@ class KVCache:
         self, config: GPTConfig, batch: int, capacity: int, like: Tensor, pads: Tensor | None = None
     ) -> None:
         shape = (config.n_layers, 2, batch, config.n_heads, capacity, config.head_dim)
-        needed, place = (
-            math.prod(shape) * like.dtype.itemsize,
-            "host" if like.device.type == "cpu" else "device",
-        )
+        needed = math.prod(shape) * like.dtype.itemsize
+        place = "host" if like.device.type == "cpu" else "device"
         limit = find_budget(like.device).of(place)
         if not limit.admits(needed):
             raise InsufficientMemoryError(

@@ -1,4 +1,4 @@
-"""Token after token: prefill the cache with the prompts, then decode, drawing one token of each row at a time."""
+"""Token after token: prefill the cache with the prompts, then draw one token of each row at a time."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def require_fit(T: int, max_new_tokens: int, window: int | None, config: GPTConf
     fewer = f", ask for {context - T} at most" if context > T else ""
     raise UsageError(
         f"a prompt of {T} tokens and {max_new_tokens} new ones exceed the context of {context}; shorten the "
-        f"prompt{fewer}, or let a window slide: window={max(context // 2, 1)} keeps that many whenever it is full"
+        f"prompt{fewer}, or let a window slide: window={max(context // 2, 1)} keeps that many when it is full"
     )
 
 
