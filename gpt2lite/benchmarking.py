@@ -1,6 +1,6 @@
 """What every way of loading costs here: each strategy in a fresh process, checked against plain torch.
 
-The parent starts `python -m gpt2lite.benchmarking` for plain torch, then once for each strategy, and compares.
+The parent starts `python -m gpt2lite.benchmarking` for plain torch and for each strategy, and compares.
 """
 
 from __future__ import annotations
