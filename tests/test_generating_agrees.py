@@ -19,9 +19,8 @@ from gpt2lite.cli.terminal import EMBEDDED
 from gpt2lite.finetuning.data import open_tokens, tokenize_file
 from gpt2lite.finetuning.examples import read_records
 from gpt2lite.generation import KVCache
-from gpt2lite.generation.cache import CursorCache
 from gpt2lite.generation.decoding import Sampling, keep_top_p, penalise, probabilities
-from gpt2lite.generation.engines import last_logits
+from gpt2lite.generation.engines import CursorCache, last_logits
 from gpt2lite.reading_text import typed_text
 from gpt2lite.tokenizer import tokenizer_for
 

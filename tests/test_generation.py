@@ -15,7 +15,6 @@ from test_loading import HEADS, huggingface
 from gpt2lite import GPTConfig, GPTModel, InsufficientMemoryError, UsageError, convert, generate
 from gpt2lite.cli.terminal import EMBEDDED
 from gpt2lite.generation import ENGINES, KVCache
-from gpt2lite.generation.cache import CursorCache
 from gpt2lite.generation.decoding import (
     Sampling,
     draw,
@@ -25,7 +24,7 @@ from gpt2lite.generation.decoding import (
     penalise,
     probabilities,
 )
-from gpt2lite.generation.engines import last_logits
+from gpt2lite.generation.engines import CursorCache, last_logits
 from gpt2lite.generation.prompts import usable_vocabulary
 from gpt2lite.tokenizer import tokenizer_for
 

@@ -13,8 +13,7 @@ from torch import Tensor
 from gpt2lite.config import GPTConfig
 from gpt2lite.encoding import Encoding
 from gpt2lite.errors import UsageError
-from gpt2lite.generation.cache import KVCache
-from gpt2lite.generation.engines import ENGINES, LanguageModel, choose_engine
+from gpt2lite.generation.engines import ENGINES, KVCache, LanguageModel, choose_engine
 from gpt2lite.generation.prompts import Batch, Ids, Rows, Stops, as_batch, usable_vocabulary
 from gpt2lite.loading.options import check_names
 
