@@ -77,10 +77,9 @@ class UsageError(GPT2LiteError, ValueError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of torch, Python or the system says that host or device memory ran out."""
-    known = (
-        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    )  # torch's, not imported
-    return known or any(said in str(error) for said in ("allocate memory", "can't start new thread"))
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, not imported
+        return True
+    return any(said in str(error) for said in ("allocate memory", "can't start new thread"))
 
 
 def first_line(error: BaseException) -> str:

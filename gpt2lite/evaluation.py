@@ -55,13 +55,9 @@ def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, 
 
     A window begins every `stride` tokens; reading `context` of them predicts up to the one behind.
     """
-    predicted = 1
-    for begin in range(0, length, stride):
-        end = min(begin + context + 1, length)
-        yield begin, end, predicted
-        predicted = end
-        if end == length:
-            return
+    for begin in range(0, max(length - 1 - context, 0) + stride, stride):
+        first = begin + context + 1 - stride if begin else 1  # where the window before this one ended
+        yield begin, min(begin + context + 1, length), first
 
 
 @torch.inference_mode()
@@ -87,11 +83,10 @@ def evaluate(
     require_language_head(model.config)
     most = model.config.context_length
     context = most if context is None else context
-    if type(context) is not int or not 1 <= context <= most:
-        raise UsageError(f"context must be in 1 … {most}, the model's context, got {context}")
     stride = max(context // 2, 1) if stride is None else stride
-    if type(stride) is not int or not 1 <= stride <= context:
-        raise UsageError(f"stride must be in 1 … {context}, the context, got {stride}")
+    for name, value, highest in (("context", context, most), ("stride", stride, context)):
+        if type(value) is not int or not 1 <= value <= highest:
+            raise UsageError(f"{name} must be in 1 … {highest}, got {value}")
     if not isinstance(ids, Tensor) or ids.dim() != 1 or ids.dtype not in INTEGERS:
         found = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise UsageError(f"ids must be a tensor of integers of shape (tokens,), one text, got {found}")

@@ -74,8 +74,6 @@ def plain_model(opened: Opened[GPTModel], dtype: torch.dtype | None) -> GPTModel
 
 
 Forward = Callable[[Tensor], Tensor]  # ids (1, T) → logits (1, T, V)
-Load = Callable[[Opened[GPTModel], torch.dtype, Path], tuple[Forward, str]]  # …, and what it shares with ours
-
 SAME_CONFIG = "the config and the forward pass: both loads take gpt2lite's (try --against transformers)"
 CONVERTED = "transformers cannot read this file, so gpt2lite converted it"
 
@@ -107,7 +105,8 @@ def _transformers(opened: Opened[GPTModel], dtype: torch.dtype, folder: Path) ->
     return lambda ids: model(ids).logits, shared
 
 
-REFERENCES: dict[str, tuple[str, Load]] = {
+# What loads a checkpoint into a dtype, with a folder for its files: the model, and what it shares with ours.
+REFERENCES: dict[str, tuple[str, Callable[[Opened[GPTModel], torch.dtype, Path], tuple[Forward, str]]]] = {
     "torch": ("plain torch", lambda opened, dtype, folder: (plain_model(opened, dtype), SAME_CONFIG)),
     "transformers": ("transformers", _transformers),
 }
@@ -149,9 +148,7 @@ def verify(
         theirs = forward(ids)[0].float()
     tolerance = TOLERANCES[dtype] * float(theirs.abs().max())
     difference = float((ours - theirs).abs().max()) if ours.shape == theirs.shape else float("inf")
-    before, written = theirs[start - 1 : -1], ids[0, start:, None]
-    agreed = int((before.gather(1, written)[:, 0] >= before.amax(1) - 2 * tolerance).sum())
-    new = len(written)
-    return Verification(
-        reference, unchecked, config, difference, tolerance, ids[0].tolist(), start, new, agreed
-    )
+    before, new = theirs[start - 1 : -1], ids[0, start:]
+    agreed = int((before.gather(1, new[:, None])[:, 0] >= before.amax(1) - 2 * tolerance).sum())
+    compared = reference, unchecked, config, difference, tolerance
+    return Verification(*compared, ids[0].tolist(), start, len(new), agreed)

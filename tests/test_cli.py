@@ -168,7 +168,7 @@ def test_bench_refuses_a_checkpoint_that_does_not_fit_before_it_measures(
     [
         (["inspect", "no.pth"], "no.pth: no such file or folder"),
         (["generate", "--model", "no.pth"], "no.pth: no such file or folder"),
-        (["generate", "--prompt", "word " * 400], "tokens, the context 256; shorten it"),
+        (["generate", "--prompt", "word " * 400], "exceed the context of 256; shorten the prompt, or"),
         (["generate", "--max-new-tokens", "300"], "exceed the context of 256"),
         (["generate", "--max-new-tokens", "-1"], "max_new_tokens must be at least 1, got -1"),
         (["generate", "--temperature", "-1"], "temperature must be 0"),

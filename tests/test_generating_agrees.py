@@ -19,9 +19,8 @@ from gpt2lite.cli.terminal import EMBEDDED
 from gpt2lite.finetuning.data import open_tokens, tokenize_file
 from gpt2lite.finetuning.examples import read_records
 from gpt2lite.generation import KVCache
-from gpt2lite.generation.cache import CursorCache
-from gpt2lite.generation.engines import last_logits
-from gpt2lite.generation.sampling import Sampling, keep_top_p, penalise, probabilities
+from gpt2lite.generation.decoding import Sampling, keep_top_p, penalise, probabilities
+from gpt2lite.generation.engines import CursorCache, last_logits
 from gpt2lite.reading_text import typed_text
 from gpt2lite.tokenizer import tokenizer_for
 
@@ -328,11 +327,11 @@ def test_one_prompt_that_is_too_long_is_refused_before_any_is_written_on(
     assert main(["generate", "--prompts", str(tmp_path / "prompts.txt"), *extra]) == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert "tokens, the context 256; shorten it, or let a window slide: window=128" in err
+    assert "new ones exceed the context of 256; shorten the prompt, or let a window slide: window=128" in err
 
 
 def test_a_prompt_that_fills_the_context_is_not_told_to_ask_for_none(model: GPTModel):
-    with pytest.raises(UsageError, match="the prompt has 40 tokens, the context 32; shorten it, or let"):
+    with pytest.raises(UsageError, match="new ones exceed the context of 32; shorten the prompt, or let"):
         model.generate([[1] * 40], 3)
     with pytest.raises(UsageError, match="shorten the prompt, ask for 2 at most, or let a window slide"):
         model.generate([[1] * 30], 3)

@@ -15,10 +15,7 @@ from test_loading import HEADS, huggingface
 from gpt2lite import GPTConfig, GPTModel, InsufficientMemoryError, UsageError, convert, generate
 from gpt2lite.cli.terminal import EMBEDDED
 from gpt2lite.generation import ENGINES, KVCache
-from gpt2lite.generation.cache import CursorCache, cache_bytes
-from gpt2lite.generation.engines import last_logits
-from gpt2lite.generation.prompts import usable_vocabulary
-from gpt2lite.generation.sampling import (
+from gpt2lite.generation.decoding import (
     Sampling,
     draw,
     keep_min_p,
@@ -27,6 +24,8 @@ from gpt2lite.generation.sampling import (
     penalise,
     probabilities,
 )
+from gpt2lite.generation.engines import CursorCache, last_logits
+from gpt2lite.generation.prompts import usable_vocabulary
 from gpt2lite.tokenizer import tokenizer_for
 
 LONG = GPTConfig(vocab_size=101, context_length=256, emb_dim=48, n_heads=4, n_layers=3)
@@ -388,21 +387,16 @@ def test_rows_that_only_pad_the_vocabulary_are_never_drawn(vocab_size: int, usab
 # ---- memory ------------------------------------------------------------------------------------------------
 
 
-def test_the_caches_cost_is_known_before_it_is_allocated(model: GPTModel):
-    cache = KVCache(model.config, 3, 20, model.pos_emb.weight)
-    assert cache.memory.numel() * 4 == cache_bytes(model.config, 3, 20, torch.float32)
-
-
 def test_a_cache_that_does_not_fit_is_refused_first():
     wide = GPTConfig(vocab_size=11, context_length=1 << 22, emb_dim=64, n_heads=1, n_layers=96)
     with torch.device("meta"):
         model = GPTModel(wide)
     model.to_empty(device="cpu")
     ids = torch.zeros(64, 1, dtype=torch.long)
-    with pytest.raises(
-        InsufficientMemoryError, match=r"keys and values of 64 × 4000001 tokens take .* TiB|GiB"
-    ):
-        model.generate(ids, 4_000_000)
+    for write in (model.generate, model.generate_tokens):
+        with pytest.raises(InsufficientMemoryError, match="keys and values of 64 × 4000001 tokens") as raised:
+            write(ids, 4_000_000)
+        assert raised.value.needed == {"host": 2 * 96 * 64 * 4_000_001 * 64 * 4}
 
 
 # ---- what a CUDA graph needs, on any device ----------------------------------------------------------------

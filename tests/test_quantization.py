@@ -25,8 +25,7 @@ from gpt2lite import (
 )
 from gpt2lite.benchmarking import write_random_checkpoint
 from gpt2lite.cli import main
-from gpt2lite.generation.cache import KVCache
-from gpt2lite.generation.engines import ENGINES
+from gpt2lite.generation.engines import ENGINES, KVCache
 from gpt2lite.quantization import Int8Embedding, Int8Linear
 
 MIB = 1 << 20

@@ -17,7 +17,7 @@ from gpt2lite.cli.terminal import EMBEDDED, read_text, steps_bar
 from gpt2lite.config import GPTConfig
 from gpt2lite.errors import UsageError
 from gpt2lite.generation.decoding import require_fit, require_language_head
-from gpt2lite.generation.text import stream_text
+from gpt2lite.generation.prompts import stream_text
 from gpt2lite.model import GPTModel
 from gpt2lite.reading_text import filled_lines, typed_text
 from gpt2lite.tokenizer import Encoding, end_of_text, tokenizer_for

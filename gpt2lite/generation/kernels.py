@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import numba
@@ -75,16 +75,12 @@ def threads_of_torch() -> Iterator[int]:
     Afterwards both have as many as before: OpenMP keeps one number for the two, which numba's pool sets.
     """
     count = torch.get_num_threads()
-    try:
-        before = numba.get_num_threads()
+    with ExitStack() as afterwards:
+        afterwards.callback(torch.set_num_threads, count)
+        afterwards.callback(numba.set_num_threads, numba.get_num_threads())
         parts = min(count, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
         numba.set_num_threads(parts)
-        try:
-            yield parts
-        finally:
-            numba.set_num_threads(before)
-    finally:
-        torch.set_num_threads(count)
+        yield parts
 
 
 def _number(stored: Any) -> Any:

@@ -1,8 +1,9 @@
-"""Prompts of any lengths → one batch, padded on the left, and when each of its rows stops."""
+"""What goes in and comes out: prompts → one padded batch; where each text stops; tokens → text."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import codecs
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,10 +95,12 @@ class Stops:
         end = (encoding.eot_token if encoding else 0) or 0
         self.fill = torch.full((rows, 1), end if end < vocab_size else 0, device=device)
         self.tails = [b""] * rows
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # tokens up to the stop
 
     def take(self, token: Tensor) -> Tensor:
         """The tokens drawn (B, 1) → the same; in rows that had stopped, their stop id or the end of text."""
         token = torch.where(self.running[:, None], token, self.fill)
+        self.lengths = self.lengths + self.running
         if len(self.ids):
             stopped = torch.isin(token[:, 0], self.ids)
             self.fill = torch.where((stopped & self.running)[:, None], token, self.fill)
@@ -117,3 +120,29 @@ class Stops:
     def all_stopped(self) -> bool:
         """Whether every row has stopped; costs no synchronisation if nothing can stop."""
         return bool(len(self.ids) or self.strings) and not bool(self.running.any())
+
+
+def _held_back(text: str, stops: Sequence[str]) -> int:
+    """How many of the last characters may be the beginning of a stop string."""
+    lengths = range(max(map(len, stops), default=0) - 1, 0, -1)
+    return next((n for n in lengths if n <= len(text) and any(s.startswith(text[-n:]) for s in stops)), 0)
+
+
+def stream_text(tokens: Iterable[int], encoding: Encoding, stops: Sequence[str] = ()) -> Iterator[str]:
+    """Pieces of text, the last before the end-of-text token or a stop string.
+
+    A piece holds whole characters and nothing that may turn out to begin a stop string.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    held = ""
+    for token in tokens:
+        if token == encoding.eot_token:
+            break
+        held += decoder.decode(encoding.decode_single_token_bytes(token))
+        if ends := [held.find(stop) for stop in stops if stop in held]:
+            yield held[: min(ends)]
+            return
+        ready = len(held) - _held_back(held, stops)
+        yield held[:ready]
+        held = held[ready:]
+    yield held + decoder.decode(b"", final=True)
