@@ -333,6 +333,15 @@ def test_every_window_of_a_text_can_be_drawn():
     assert text_batches(COUNTED[:17], 16, 1, seed=0)(0).targets[0].tolist() == list(range(1, 17))
 
 
+@pytest.mark.parametrize("length", [0, 1, 16])
+def test_a_text_shorter_than_a_window_is_refused(length):
+    message = f"the text has {length} tokens, a window needs 17; use a smaller seq_len"
+    with pytest.raises(UsageError, match=message):
+        text_batches(COUNTED[:length], 16, 4, seed=0)
+    with pytest.raises(UsageError, match=message):
+        text_windows(COUNTED[:length], 16, 4, most=10)
+
+
 def test_text_windows_predict_each_token_once():
     batches = text_windows(COUNTED, 16, 8, most=1000)
     assert [len(batch.ids) for batch in batches] == [8] * 7 + [6]

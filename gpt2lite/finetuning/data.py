@@ -218,17 +218,30 @@ def shuffled(count: int, seed: int, number: int) -> list[int]:
     return torch.randperm(count, generator=_generator(seed, number), device="cpu").tolist()
 
 
+def _starts(tokens: Tensor, seq_len: int) -> int:
+    """At how many places a window and its last target can start. Raises UsageError for a shorter text."""
+    if len(tokens) <= seq_len:
+        raise UsageError(
+            f"the text has {len(tokens)} tokens, a window needs {seq_len + 1}; use a smaller seq_len"
+        )
+    return len(tokens) - seq_len
+
+
 def _windows(tokens: Tensor, starts: Sequence[int], seq_len: int) -> Batch:
     rows = torch.stack([tokens[start : start + seq_len + 1].long() for start in starts])
     return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
 
 
 def text_batches(tokens: Tensor, seq_len: int, batch_size: int, seed: int) -> Batches:
-    """Windows of a text (N,), N > seq_len, at random places, drawn from (seed, number of the batch)."""
+    """Windows of a text (N,) at random places, drawn from (seed, number of the batch).
+
+    Raises UsageError where N <= seq_len.
+    """
+    count = _starts(tokens, seq_len)
 
     def batch(number: int) -> Batch:
         generator = _generator(seed, number)
-        starts = torch.randint(len(tokens) - seq_len, (batch_size,), generator=generator, device="cpu")
+        starts = torch.randint(count, (batch_size,), generator=generator, device="cpu")
         return _windows(tokens, starts.tolist(), seq_len)
 
     return batch
@@ -237,9 +250,9 @@ def text_batches(tokens: Tensor, seq_len: int, batch_size: int, seed: int) -> Ba
 def text_windows(tokens: Tensor, seq_len: int, batch_size: int, most: int) -> list[Batch]:
     """The first `most` windows of a text, or all: one behind the other, so that no target comes twice.
 
-    The last batch may be smaller.
+    The last batch may be smaller. Raises UsageError where N <= seq_len.
     """
-    starts = range(0, len(tokens) - seq_len, seq_len)[:most]
+    starts = range(0, _starts(tokens, seq_len), seq_len)[:most]
     firsts = range(0, len(starts), batch_size)
     return [_windows(tokens, starts[first : first + batch_size], seq_len) for first in firsts]
 
