@@ -42,9 +42,9 @@ def forecasts(plan: LoadPlan) -> dict[str, Forecast]:
 
 def _forecast(plan: LoadPlan, name: str) -> Forecast:
     ledger = Ledger(plan.device)
-    STRATEGIES[name].enter(plan, ledger)
+    STRATEGIES[name].forecast(plan, ledger)
     if plan.reading.adapters:
-        enter_merged(plan, ledger)
+        forecast_merged(plan, ledger)
     return ledger.balance()
 
 
@@ -172,7 +172,7 @@ def _factor(plan: LoadPlan, placement: Placement) -> Tensor:
     return stored.to(plan.device, torch.promote_types(stored.dtype, torch.float32))
 
 
-def enter_merged(plan: LoadPlan, ledger: Ledger) -> None:
+def forecast_merged(plan: LoadPlan, ledger: Ledger) -> None:
     """What `merge_adapters` adds: mapped weights that become anonymous, and two factors at a time."""
     tensors, adapters = plan.manifest.tensors, plan.reading.adapters
     merged = {adapter.weight for adapter in adapters}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any, TypedDict
@@ -42,11 +43,11 @@ class OpenOptions(TypedDict, total=False):
     revision, token, cache_dir, local_files_only: of a model on the Hub, see `gpt2lite.hub.fetch`.
     """
 
-    config: Any
+    config: GPTConfig | Mapping[str, object] | None
     lora_alpha: float | None
     revision: str | None
     token: str | bool | None
-    cache_dir: Any
+    cache_dir: str | os.PathLike[str] | None
     local_files_only: bool
 
 

@@ -1,6 +1,6 @@
 """The ways to load: the article's five recipes and `stream`, a row of `STRATEGIES` each.
 
-A strategy takes a `LoadPlan` and returns the filled module; its `enter` writes the same allocations, in
+A strategy takes a `LoadPlan` and returns the filled module; its `forecast` writes the same allocations, in
 the same order, in a `Ledger`; `refuses` says why it cannot do what is planned. The five allocate where and
 when the article's code does, so that comparing them is honest; its gaps are closed (buffers, ties).
 """
@@ -27,7 +27,7 @@ from gpt2lite.loading.skeleton import (
     storage_bytes,
     unsaved_buffers,
 )
-from gpt2lite.loading.stream import enter_allocated, enter_unsaved_buffers
+from gpt2lite.loading.stream import forecast_allocated, forecast_unsaved_buffers
 
 CPU = torch.device("cpu")
 
@@ -45,7 +45,7 @@ def _built_for_real(plan: LoadPlan) -> nn.Module:
     return module.to(plan.device)
 
 
-def _enter_built(plan: LoadPlan, ledger: Ledger) -> None:
+def _forecast_built(plan: LoadPlan, ledger: Ledger) -> None:
     unsaved = unsaved_buffers(plan.skeleton)
     built = [target.numel * target.built.itemsize for target in plan.targets]
     ledger.host.take(sum(built) + storage_bytes(unsaved))
@@ -89,7 +89,7 @@ def _copy_all(plan: LoadPlan, module: nn.Module, read: Callable[[str], Tensor]) 
     return module
 
 
-def _enter_read(plan: LoadPlan, ledger: Ledger, names: Iterable[str], pool: Pool) -> list[int]:
+def _forecast_read(plan: LoadPlan, ledger: Ledger, names: Iterable[str], pool: Pool) -> list[int]:
     """What `read_tensors` allocates: on the host, and from there to the device, one after the other."""
     blocks = []
     for nbytes in sizes_read(plan.manifest, names):
@@ -134,9 +134,9 @@ def _loaded_by_itself(plan: LoadPlan) -> nn.Module:
     return module
 
 
-def _enter_baseline(plan: LoadPlan, ledger: Ledger) -> None:
-    _enter_built(plan, ledger)
-    for block in _enter_read(plan, ledger, plan.spans, ledger.device):
+def _forecast_baseline(plan: LoadPlan, ledger: Ledger) -> None:
+    _forecast_built(plan, ledger)
+    for block in _forecast_read(plan, ledger, plan.spans, ledger.device):
         ledger.device.give(block)
 
 
@@ -150,9 +150,9 @@ def sequential(plan: LoadPlan) -> nn.Module:
     return _copy_all(plan, module, state.__getitem__)
 
 
-def _enter_sequential(plan: LoadPlan, ledger: Ledger) -> None:
-    _enter_built(plan, ledger)
-    state = _enter_read(plan, ledger, plan.spans, ledger.host)
+def _forecast_sequential(plan: LoadPlan, ledger: Ledger) -> None:
+    _forecast_built(plan, ledger)
+    state = _forecast_read(plan, ledger, plan.spans, ledger.host)
     for target in plan.targets if not ledger.on_cpu else ():
         ledger.device.touch(target.span.nbytes)
     for block in state:
@@ -170,11 +170,11 @@ def meta(plan: LoadPlan) -> nn.Module:
     return _copy_all(plan, module, state.__getitem__)
 
 
-def _enter_meta(plan: LoadPlan, ledger: Ledger) -> None:
-    enter_allocated(plan, ledger)
-    for block in _enter_read(plan, ledger, plan.spans, ledger.device):
+def _forecast_meta(plan: LoadPlan, ledger: Ledger) -> None:
+    forecast_allocated(plan, ledger)
+    for block in _forecast_read(plan, ledger, plan.spans, ledger.device):
         ledger.device.give(block)
-    enter_unsaved_buffers(plan, ledger)
+    forecast_unsaved_buffers(plan, ledger)
 
 
 @torch.no_grad()
@@ -216,7 +216,7 @@ def _is_view(plan: LoadPlan, target: Target, *, again: bool) -> bool:
     return stays_itself and (plan.device == CPU or is_straight)
 
 
-def _enter_mmap(plan: LoadPlan, ledger: Ledger) -> None:
+def _forecast_mmap(plan: LoadPlan, ledger: Ledger) -> None:
     touched, reached = Counter[ByteSource](), Counter[ByteSource]()
     last = {span.source: name for name, span in plan.spans.items()}
     for name, targets in plan.filled.items():
@@ -234,7 +234,7 @@ def _enter_mmap(plan: LoadPlan, ledger: Ledger) -> None:
         ledger.stays_mapped += fresh if ledger.on_cpu and any(are_views) else 0
         if last[source] == name and not plan.tuning.prefetch:  # with its last tensor the mapping goes
             ledger.mapped.give(touched[source])
-    enter_unsaved_buffers(plan, ledger)
+    forecast_unsaved_buffers(plan, ledger)
 
 
 def per_tensor(plan: LoadPlan) -> nn.Module:
@@ -247,18 +247,18 @@ def per_tensor(plan: LoadPlan) -> nn.Module:
     return _copy_all(plan, module, lambda name: read_tensors(plan.manifest, [name], CPU)[name])
 
 
-def _enter_per_tensor(plan: LoadPlan, ledger: Ledger) -> None:
+def _forecast_per_tensor(plan: LoadPlan, ledger: Ledger) -> None:
     if not ledger.on_cpu:
-        enter_allocated(plan, ledger)
+        forecast_allocated(plan, ledger)
     for target in plan.targets:
-        loaded = _enter_read(plan, ledger, [target.span.name], ledger.host)
+        loaded = _forecast_read(plan, ledger, [target.span.name], ledger.host)
         if ledger.on_cpu:
             ledger.host.take(target.nbytes)
         else:
             ledger.device.touch(target.span.nbytes)
         for block in loaded:
             ledger.host.give(block)
-    enter_unsaved_buffers(plan, ledger)
+    forecast_unsaved_buffers(plan, ledger)
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
@@ -292,16 +292,16 @@ class Strategy(NamedTuple):
     """A way to load: what does it, what enters its cost, and why it cannot do a plan ("" where it can)."""
 
     load: Callable[[LoadPlan], nn.Module]
-    enter: Callable[[LoadPlan, Ledger], None]
+    forecast: Callable[[LoadPlan, Ledger], None]
     refuses: Callable[[LoadPlan], str]
 
 
 STRATEGIES: dict[str, Strategy] = {
-    "baseline": Strategy(baseline, _enter_baseline, _beyond("files", "building", "own loading")),
-    "sequential": Strategy(sequential, _enter_sequential, _beyond("files", "building")),
-    "meta": Strategy(meta, _enter_meta, _beyond("files")),
-    "mmap": Strategy(mmap, _enter_mmap, _beyond("files", "prefetch")),
-    "per_tensor": Strategy(per_tensor, _enter_per_tensor, _beyond()),
-    "stream": Strategy(stream.load, stream.enter, _beyond("files", "quantize", "keep_cached")),
+    "baseline": Strategy(baseline, _forecast_baseline, _beyond("files", "building", "own loading")),
+    "sequential": Strategy(sequential, _forecast_sequential, _beyond("files", "building")),
+    "meta": Strategy(meta, _forecast_meta, _beyond("files")),
+    "mmap": Strategy(mmap, _forecast_mmap, _beyond("files", "prefetch")),
+    "per_tensor": Strategy(per_tensor, _forecast_per_tensor, _beyond()),
+    "stream": Strategy(stream.load, stream.forecast, _beyond("files", "quantize", "keep_cached")),
 }
 AUTO = ("stream", "mmap", "sequential", "baseline")  # the fastest first, and copying before mapping

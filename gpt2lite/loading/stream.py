@@ -97,13 +97,13 @@ def _allocate(plan: LoadPlan) -> dict[str, Tensor]:
     return found
 
 
-def enter_allocated(plan: LoadPlan, ledger: Ledger) -> None:
+def forecast_allocated(plan: LoadPlan, ledger: Ledger) -> None:
     """The memory of all targets, then of their scales."""
     for nbytes in (*(t.nbytes for t in plan.targets), *(t.scale_bytes for t in plan.targets)):
         ledger.device.take(nbytes)
 
 
-def enter_unsaved_buffers(plan: LoadPlan, ledger: Ledger) -> None:
+def forecast_unsaved_buffers(plan: LoadPlan, ledger: Ledger) -> None:
     """What `restore_unsaved_buffers` adds: it builds all buffers again, then moves those that it needs."""
     unsaved = unsaved_buffers(plan.skeleton)
     if not unsaved:
@@ -298,12 +298,12 @@ def load(plan: LoadPlan) -> nn.Module:
     return plan.skeleton
 
 
-def enter(plan: LoadPlan, ledger: Ledger) -> None:
+def forecast(plan: LoadPlan, ledger: Ledger) -> None:
     """What `load` takes, by the schedule that it will follow."""
     schedule = plan.schedule
     if caches_in_blocks(plan.device):  # fetched for a moment
         ledger.device.touch(_large_bytes(plan))
-    enter_allocated(plan, ledger)
+    forecast_allocated(plan, ledger)
     working = WORKING_BYTES if plan.is_quantized else 0
     buffers = 0 if plan.tuning.keep_cached else schedule.readers * BUFFER_BYTES
     if copies_async(plan.device):
@@ -314,4 +314,4 @@ def enter(plan: LoadPlan, ledger: Ledger) -> None:
     else:  # a slot is written to as far as the largest of its chunks
         staged = (chunk.nbytes for chunk in schedule.chunks if not chunk.in_place)
         ledger.host.touch(sum(nlargest(schedule.slots, staged)) + working + buffers)
-    enter_unsaved_buffers(plan, ledger)
+    forecast_unsaved_buffers(plan, ledger)
