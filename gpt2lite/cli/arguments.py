@@ -59,7 +59,7 @@ LOADING = ("--strategy", "--device", *CONFIG, "--lora-alpha", "--dtype", *CAPS)
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command: where its `run_NAME` is, its own arguments, which of SHARED it takes, which exclude each other."""
+    """A command: where its `run_NAME` is, its own arguments, its SHARED ones, which exclude each other."""
 
     module: str
     summary: str
