@@ -30,7 +30,7 @@ import torch
 
 from gpt2lite import GPTConfig, GPTModel, convert
 from gpt2lite.benchmarking import write_random_checkpoint
-from gpt2lite.cli.env import environment
+from gpt2lite.cli.bench import environment
 from gpt2lite.cli.terminal import as_json, steps_bar, table
 from gpt2lite.config import OFFICIAL_SIZES
 

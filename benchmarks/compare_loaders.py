@@ -31,7 +31,7 @@ from machine import LIMITS, read, warm_memory
 from gpt2lite import GPTConfig, GPTModel, Tuning, convert, track_memory
 from gpt2lite.benchmarking import TINY, write_random_checkpoint
 from gpt2lite.checkpoint.source import LocalFile
-from gpt2lite.cli.env import environment
+from gpt2lite.cli.bench import environment
 from gpt2lite.cli.terminal import bytes_bar, steps_bar, table
 from gpt2lite.config import OFFICIAL_SIZES
 from gpt2lite.loading import STRATEGIES

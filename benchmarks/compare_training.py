@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from gpt2lite import GPTConfig, GPTModel, track_memory
-from gpt2lite.cli.env import environment
+from gpt2lite.cli.bench import environment
 from gpt2lite.cli.terminal import as_json, steps_bar, table
 from gpt2lite.config import OFFICIAL_SIZES
 from gpt2lite.finetuning.data import Batch

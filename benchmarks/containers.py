@@ -32,7 +32,7 @@ from forecast_accuracy import SIZES
 from gpt2lite import GPTConfig, GPTModel, InsufficientMemoryError, forecast, save_per_tensor
 from gpt2lite.benchmarking import write_random_checkpoint
 from gpt2lite.checkpoint.source import LocalFile
-from gpt2lite.cli.env import environment
+from gpt2lite.cli.bench import environment
 from gpt2lite.cli.terminal import steps_bar
 from gpt2lite.loading import STRATEGIES
 from gpt2lite.memory import human, parse_size

@@ -21,7 +21,7 @@ from statistics import median
 
 from gpt2lite import GPTConfig
 from gpt2lite.benchmarking import TINY, write_random_checkpoint
-from gpt2lite.cli.env import environment
+from gpt2lite.cli.bench import environment
 from gpt2lite.cli.terminal import bytes_bar, facts
 from gpt2lite.config import OFFICIAL_SIZES
 from gpt2lite.memory import human

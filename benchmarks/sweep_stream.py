@@ -24,7 +24,7 @@ import torch
 
 from gpt2lite import GPTConfig, GPTModel, Tuning
 from gpt2lite.benchmarking import write_random_checkpoint
-from gpt2lite.cli.env import environment
+from gpt2lite.cli.bench import environment
 from gpt2lite.cli.terminal import bytes_bar, steps_bar, table
 from gpt2lite.config import OFFICIAL_SIZES
 

@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from gpt2lite import Batch, GPTConfig, GPTModel, Recipe, Task, finetune, forecast_training, track_memory
-from gpt2lite.cli.env import environment
+from gpt2lite.cli.bench import environment
 from gpt2lite.cli.terminal import as_json, table
 
 MIB = 1 << 20

@@ -284,11 +284,11 @@ import sys, warnings
 from gpt2lite import cli
 before = warnings.formatwarning, sys.stdout.errors
 class Loud:
-    def run(args):
+    def run_env(args):
         warnings.warn("careful", UserWarning)
         assert sys.stdout.errors == "replace"
         raise OSError("over")
-sys.modules["gpt2lite.cli.env"] = Loud
+sys.modules["gpt2lite.cli.bench"] = Loud
 assert cli.main(["env"]) == 1
 assert (warnings.formatwarning, sys.stdout.errors) == before
 """

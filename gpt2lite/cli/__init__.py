@@ -66,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _plain_output():
             args = _parser().parse_args(arguments)
             importlib.import_module("gpt2lite._torch")
-            return int(importlib.import_module(f"gpt2lite.cli.{args.command}").run(args))
+            module = importlib.import_module(f"gpt2lite.cli.{COMMANDS[args.command].module}")
+            return int(getattr(module, f"run_{args.command}")(args))
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

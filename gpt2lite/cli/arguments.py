@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gpt2lite.cli.terminal import EMBEDDED
-from gpt2lite.cli.training import add_recipe_arguments
 from gpt2lite.config import ACTIVATIONS, OFFICIAL_SIZES
+from gpt2lite.finetuning.recipe import LORA_TARGETS, Recipe
 
 # Tables of the library, by their names: the tables themselves hold functions of torch.
 STRATEGIES = ("baseline", "sequential", "meta", "mmap", "per_tensor", "stream")
@@ -58,8 +59,9 @@ LOADING = ("--strategy", "--device", *CONFIG, "--lora-alpha", "--dtype", *CAPS)
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command: its own arguments, which of SHARED it takes, which of all of them exclude each other."""
+    """A command: where its `run_NAME` is, its own arguments, its SHARED ones, which exclude each other."""
 
+    module: str
     summary: str
     own: Rows
     shared: tuple[str, ...]
@@ -70,6 +72,7 @@ class Command:
 
 COMMANDS = {
     "generate": Command(
+        "texts",
         "write text with a model, the embedded one by default",
         {
             "--model": _arg(OR_EMBEDDED, default=EMBEDDED, metavar="PATH|NAME"),
@@ -91,6 +94,7 @@ COMMANDS = {
         one_of=("--prompt", "--prompts"),
     ),
     "bench": Command(
+        "bench",
         "measure what every way of loading costs in memory and time",
         {
             "path": _arg(OR_EMBEDDED, nargs="?"),
@@ -104,6 +108,7 @@ COMMANDS = {
         one_of=("path", "--size"),
     ),
     "plan": Command(
+        "plan",
         "show what a load will cost, what fits, and what auto would choose, before loading",
         {
             "--device": _arg("cpu, cuda, cuda:1 …; it may be absent (default: cpu)", default="cpu"),
@@ -115,6 +120,7 @@ COMMANDS = {
         with_recipe=True,
     ),
     "convert": Command(
+        "checkpoints",
         "write a checkpoint with another program's names, layout and file format",
         {
             "source": _arg(CHECKPOINT),
@@ -127,11 +133,13 @@ COMMANDS = {
         (*CONFIG, "--dtype"),
     ),
     "inspect": Command(
+        "checkpoints",
         "describe a checkpoint from its headers alone",
         {"path": _arg("a .pth, .safetensors or TensorFlow model.ckpt, a folder, or a Hub model: gpt2 …")},
         ("--json", *CONFIG),
     ),
     "verify": Command(
+        "checkpoints",
         "load a checkpoint in two independent ways and compare what they compute",
         {
             "--against": _arg("the other way (default: torch)", choices=REFERENCES, default="torch"),
@@ -140,6 +148,7 @@ COMMANDS = {
         ("path", "--json", *LOADING),
     ),
     "evaluate": Command(
+        "texts",
         "measure how well a model predicts a text: its perplexity",
         {
             "--text": _arg("UTF-8; - reads standard input", required=True, metavar="FILE"),
@@ -149,6 +158,7 @@ COMMANDS = {
         ("path", "--json", *LOADING, "--quantize"),
     ),
     "finetune": Command(
+        "finetune",
         "train a checkpoint further, on text, instructions or labelled texts",
         {
             "--text": _file("UTF-8, or tokens: .npy, or .bin as gpt2lite, nanoGPT and llm.c write it"),
@@ -163,6 +173,7 @@ COMMANDS = {
         with_recipe=True,
     ),
     "tokenize": Command(
+        "texts",
         "write a text as a token file to train on",
         {
             "text": _path("UTF-8; <|endoftext|> separates documents"),
@@ -171,8 +182,49 @@ COMMANDS = {
         },
         ("--revision",),
     ),
-    "env": Command("show versions, processors and available memory", {}, ("--json",)),
+    "env": Command("bench", "show versions, processors and available memory", {}, ("--json",)),
 }
+
+
+RECIPE = {
+    "steps": "optimisation steps",
+    "batch_size": "rows in memory at once",
+    "seq_len": "tokens a row (default: the context)",
+    "accumulate": "batches a step",
+    "learning_rate": "at its highest",
+    "warmup_steps": "steps until the learning rate is at its highest",
+    "weight_decay": "of matrices",
+    "clip": "largest norm of the gradient, 0 for no clipping",
+    "seed": "of the data's order, adapters and dropout",
+    "autocast": "bf16 (or fp16) in matrix products",
+    "recompute": "keep only blocks' inputs, run blocks again in backward",
+    "chunked_loss": "logits for a few rows at a time",
+    "step_in_backward": "step each weight as soon as its gradient is there (with --clip 0)",
+    "lora_rank": "train only adapters of this rank, 0 for none",
+    "lora_alpha": "what their product is multiplied by",
+    "lora_targets": f"layers that get an adapter: {', '.join(LORA_TARGETS)}",
+    "last_blocks": "train only this many last blocks and the last norm",
+    "eight_bit": "Adam's moments in 8 bits, by torchao",
+    "compile": "torch.compile the step",
+    "validate_every": "steps between validations",
+    "save_every": "steps between saved states",
+    "keep": "saved states to keep",
+}
+BY_TYPE: dict[type, dict[str, Any]] = {
+    bool: {"action": argparse.BooleanOptionalAction},
+    tuple: {"nargs": "+", "metavar": "LAYER"},
+}
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    """Declare a flag for each field of Recipe; only those that are given are in the arguments."""
+    group = parser.add_argument_group("recipe")
+    for field in fields(Recipe):
+        flag, default = f"--{field.name.replace('_', '-')}", field.default
+        number = {"type": int if default is None else type(default), "metavar": "N"}
+        options = BY_TYPE.get(type(default), number)
+        shown = f" (default: {default})" if options is number and default is not None else ""
+        group.add_argument(flag, default=argparse.SUPPRESS, help=RECIPE[field.name] + shown, **options)
 
 
 def add_arguments(parser: argparse.ArgumentParser, command: Command) -> None:
@@ -182,4 +234,12 @@ def add_arguments(parser: argparse.ArgumentParser, command: Command) -> None:
     for name, options in rows.items():
         (group if name in command.one_of else parser).add_argument(name, **options)
     if command.with_recipe:
-        add_recipe_arguments(parser)
+        _add_recipe(parser)
+
+
+def recipe_of(args: argparse.Namespace, otherwise: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe that the flags say, and `otherwise` where they are silent. Raises UsageError."""
+    said = {field.name: getattr(args, field.name) for field in fields(Recipe) if hasattr(args, field.name)}
+    found: dict[str, Any] = {**(otherwise or {}), **said}
+    found |= {name: tuple(value) for name, value in found.items() if isinstance(value, list)}
+    return Recipe(**found)

@@ -1,22 +1,130 @@
-"""`gpt2lite bench`: the article's table, measured here."""
+"""`gpt2lite bench` and `env`: what this machine is, and what loading costs on it; plots of both runs."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import platform
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from gpt2lite._version import __version__
 from gpt2lite.benchmarking import Failure, Measurement, compare_strategies, write_random_checkpoint
-from gpt2lite.cli.env import environment
 from gpt2lite.cli.loading import config_of, local_path
-from gpt2lite.cli.plot import plot_timelines, require_matplotlib
-from gpt2lite.cli.terminal import EMBEDDED, as_json, bytes_bar, steps_bar, table
+from gpt2lite.cli.terminal import EMBEDDED, as_json, bytes_bar, facts, steps_bar, table
 from gpt2lite.config import GPTConfig
-from gpt2lite.devices import resolve_device
+from gpt2lite.devices import accelerators, free_memory, name_of, resolve_device, total_memory
 from gpt2lite.errors import UsageError
-from gpt2lite.memory import GIB, MIB, human
+from gpt2lite.memory import GIB, MIB, host_memory, human
+
+PACKAGES = ("psutil", "tiktoken", "huggingface_hub", "transformers", "safetensors", "matplotlib")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def environment() -> dict[str, Any]:
+    """Versions, processors and memory, in bytes."""
+    return {
+        "gpt2lite": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "packages": {package: _version(package) for package in PACKAGES},
+        "system": platform.platform(),
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "host_memory": asdict(host_memory()),
+        "gpus": [
+            {"name": name_of(device), "free": free_memory(device), "total": total_memory(device)}
+            for device in accelerators()
+        ],
+    }
+
+
+def run_env(args: argparse.Namespace) -> int:
+    """Print the environment."""
+    found = environment()
+    if args.json:
+        print(as_json(found))
+        return 0
+    memory = found["host_memory"]
+    free, total = human(memory["available"]), human(memory["total"])
+    gpus = [f"{gpu['name']}, {human(gpu['free'])} free of {human(gpu['total'])}" for gpu in found["gpus"]]
+    print(facts([
+        *((name, found[name]) for name in ("gpt2lite", "python", "torch")),
+        *found["packages"].items(),
+        ("system", found["system"]),
+        ("cpu", f"{found['cpu']}, {found['cores']} cores for this process"),
+        ("memory", f"{free} of {total} available, limited by {memory['limited_by']}"),
+        ("swap", f"{human(memory['swap'])} free, which auto does not count on"),
+        ("gpu", "; ".join(gpus) or "none that torch can use"),
+    ]))  # fmt: skip
+    return 0
+
+
+def require_matplotlib() -> None:
+    """Raise UsageError, which names the extra, before anything long begins."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UsageError("plots need matplotlib: pip install 'gpt2lite[plot]'") from None
+
+
+@contextmanager
+def _axes(path: Path, **labels: str) -> Iterator[Any]:
+    """Axes to draw on, written to `path` at the end."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    yield axes
+    axes.set(**labels)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def plot_timelines(measured: Sequence[Measurement], path: Path, title: str) -> None:
+    """Draw anonymous host memory (solid) and mapped files (dotted) until the first logits."""
+    labels = {"xlabel": "seconds from the start of the load", "ylabel": "GiB above the imports"}
+    with _axes(path, title=title, **labels) as axes:
+        for result in measured:
+            seconds, anonymous, mapped = zip(*result.timeline, strict=True)
+            (line,) = axes.plot(seconds, [n / GIB for n in anonymous], label=result.strategy)
+            axes.plot(seconds, [n / GIB for n in mapped], ":", color=line.get_color())
+        axes.legend(title="solid: anonymous\ndotted: mapped file")
+
+
+def plot_losses(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw the loss of every step and of every validation. Raises UsageError without matplotlib."""
+    require_matplotlib()
+    with _axes(path, xlabel="step", ylabel="loss (nats per target)") as axes:
+        for key, label, style in (("loss", "step", "-"), ("validation_loss", "validation", "o-")):
+            found = [each for each in metrics if key in each]
+            axes.plot([each["step"] + 1 for each in found], [each[key] for each in found], style, label=label)
+        axes.legend()
+
 
 HEADER = ("strategy", "load s", "logits s", "device", "plan", "host anon", "plan", "host file", "exact")
 DEVICE_COLUMNS = (3, 4)
@@ -82,7 +190,7 @@ def _check(args: argparse.Namespace) -> None:
         require_matplotlib()
 
 
-def run(args: argparse.Namespace) -> int:
+def run_bench(args: argparse.Namespace) -> int:
     """Measure and print; 1 if a strategy failed or was not exact."""
     _check(args)
     subject = f"random {args.size}" if args.size else str(args.path or "the embedded model")

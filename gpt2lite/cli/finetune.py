@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gpt2lite.cli.arguments import recipe_of
+from gpt2lite.cli.bench import plot_losses
 from gpt2lite.cli.loading import config_of, load_options, local_path
-from gpt2lite.cli.plot import plot_losses
 from gpt2lite.cli.terminal import bytes_bar, steps_bar
-from gpt2lite.cli.training import recipe_of
 from gpt2lite.devices import resolve_device
 from gpt2lite.errors import UsageError
 from gpt2lite.finetuning.heads import as_classifier, relabel
@@ -76,7 +76,7 @@ def _reports(steps: int) -> Iterator[Callable[[Metrics], None]]:
         yield report
 
 
-def run(args: argparse.Namespace) -> int:
+def run_finetune(args: argparse.Namespace) -> int:
     """Train, and print where the model is."""
     recipe = recipe_of(args, saved_recipe(args.out) if args.resume else {})
     path = local_path(args.path, args.revision)

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from gpt2lite.cli.arguments import recipe_of
 from gpt2lite.cli.loading import config_of, dtype_of
 from gpt2lite.cli.terminal import as_json, facts, table
-from gpt2lite.cli.training import recipe_of
 from gpt2lite.devices import name_device
 from gpt2lite.errors import InsufficientMemoryError, UsageError
 from gpt2lite.finetuning.forecast import TrainingForecast, find_levers, forecast_training
@@ -98,7 +98,7 @@ def _plan_training(args: argparse.Namespace) -> int:
     return 0 if fits else 1
 
 
-def run(args: argparse.Namespace) -> int:
+def run_plan(args: argparse.Namespace) -> int:
     """Print forecasts, available memory, and what fits; 1 if nothing does."""
     if (args.fit or args.classes) and not args.train:
         raise UsageError("--fit and --classes are about training: add --train")

@@ -1,19 +1,25 @@
-"""`gpt2lite inspect`: what a checkpoint is, from its headers alone."""
+"""`gpt2lite inspect`, `verify`, `convert`: what a checkpoint is, if it loads right, in another's form."""
 
 from __future__ import annotations
 
 import argparse
 from collections import Counter, defaultdict
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from gpt2lite.cli.loading import config_of
-from gpt2lite.cli.terminal import as_json, facts
+from gpt2lite.cli.arguments import DIALECTS
+from gpt2lite.cli.loading import config_of, dtype_of, load_to_read, local_path, strategy_of
+from gpt2lite.cli.terminal import as_json, bytes_bar, facts
+from gpt2lite.converting import plan_conversion, run_conversion
 from gpt2lite.dialects.configs import UNSAYABLE
 from gpt2lite.dialects.reading import Reading
-from gpt2lite.errors import CheckpointError
+from gpt2lite.errors import CheckpointError, UsageError
 from gpt2lite.memory import human
 from gpt2lite.model import GPTModel, open_model
 from gpt2lite.opening import Opened
+from gpt2lite.tokenizer import tokenizer_for
+from gpt2lite.verification import Verification, verify
 
 MAX_NAMED = 3
 
@@ -68,7 +74,7 @@ def _describe(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def run(args: argparse.Namespace) -> int:
+def run_inspect(args: argparse.Namespace) -> int:
     """Print what the checkpoint is."""
     found = _describe(args)
     if args.json:
@@ -85,5 +91,55 @@ def run(args: argparse.Namespace) -> int:
         ("dtypes", ", ".join(f"{name} × {count}" for name, count in found["dtypes"].items())),
         ("ties", "; ".join(" = ".join(names) for names in found["ties"]) or "none"),
         ("oddities", "\n          ".join(found["oddities"]) or "none"),
+    ]))  # fmt: skip
+    return 0
+
+
+def _text(path: Path, found: Verification) -> str:
+    try:
+        return repr(tokenizer_for(path, found.config.vocab_size).decode(found.ids[found.prompt_tokens :]))
+    except (CheckpointError, UsageError):
+        return "no tokenizer at hand"
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """Print the largest difference, and pass or fail; 1 for fail."""
+    path = local_path(args.path, args.revision)
+    opened = open_model(path, config=config_of(args), lora_alpha=args.lora_alpha)
+    found = verify(lambda: load_to_read(path, args), opened, against=args.against, folder=args.folder)
+    if args.json:
+        print(as_json({"path": str(path), **asdict(found), "passed": found.passed}))
+    else:
+        print(facts([
+            ("loaded by", f"gpt2lite, strategy {strategy_of(args)}; and {found.reference}"),
+            ("logits", f"largest difference {found.difference:.3g}, allowed {found.tolerance:.3g}"),
+            ("greedy tokens", f"{found.agreed_tokens} of {found.new_tokens} agree"),
+            ("written", _text(path, found)),
+            ("not checked", found.unchecked or "nothing is shared but the weights' bytes"),
+        ]))  # fmt: skip
+        print("PASS" if found.passed else "FAIL")
+    return 0 if found.passed else 1
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, and say what was made."""
+    job = plan_conversion(
+        local_path(args.source, args.revision),
+        args.destination,
+        to=DIALECTS[args.to],
+        format=args.format,
+        dtype=dtype_of(args),
+        max_shard_size=args.max_shard_size,
+        config=config_of(args),
+    )
+    with bytes_bar(f"writing {args.destination.name}") as progress:
+        run_conversion(job, verified=not args.no_verify, progress=progress)
+    print(facts([
+        ("source", f"{args.source} ({job.dialect}, {job.source.format})"),
+        ("destination", job.destination),
+        ("dialect", job.to),
+        ("format", job.format),
+        ("size", f"{human(job.nbytes)} in {len(job.tensors)} tensors"),
+        ("verified", "no" if args.no_verify else "yes, every tensor read back"),
     ]))  # fmt: skip
     return 0

@@ -1,8 +1,9 @@
-"""`gpt2lite generate`: text, to see that a load was right."""
+"""`gpt2lite generate`, `evaluate` and `tokenize`: texts written, predicted and cut into tokens."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import threading
 import time
@@ -13,14 +14,16 @@ import torch
 
 from gpt2lite.cli.arguments import DEFAULT_NEW_TOKENS, DEFAULT_PROMPT, EMBEDDED_PROMPT
 from gpt2lite.cli.loading import load_to_read, local_path
-from gpt2lite.cli.terminal import EMBEDDED, read_text, steps_bar
+from gpt2lite.cli.terminal import EMBEDDED, as_json, bytes_bar, facts, read_text, steps_bar
 from gpt2lite.config import GPTConfig
 from gpt2lite.errors import UsageError
+from gpt2lite.evaluation import evaluate
+from gpt2lite.finetuning.data import tokenize_file
 from gpt2lite.generation.decoding import require_fit, require_language_head
 from gpt2lite.generation.prompts import stream_text
-from gpt2lite.model import GPTModel
+from gpt2lite.model import GPTModel, open_model
 from gpt2lite.reading_text import filled_lines, typed_text
-from gpt2lite.tokenizer import Encoding, end_of_text, tokenizer_for
+from gpt2lite.tokenizer import Encoding, end_of_text, gpt2_encoding, tokenizer_for
 
 ROWS_AT_ONCE = 8
 RULE = "─" * 40 + "\n"
@@ -87,7 +90,7 @@ def _batches(
         yield from (row[len(prompt) :].tolist() for prompt, row in zip(batch, rows, strict=True))
 
 
-def run(args: argparse.Namespace) -> int:
+def run_generate(args: argparse.Namespace) -> int:
     """Print prompts and continuations: one as it comes, more of them in batches."""
     path = local_path(args.model, args.revision)
     model = load_to_read(path, args)
@@ -114,4 +117,45 @@ def run(args: argparse.Namespace) -> int:
     if sys.stderr.isatty():
         seconds = time.perf_counter() - began
         print(f"\n{count} tokens, {count / seconds:.1f} tokens/s", file=sys.stderr)
+    return 0
+
+
+PROTOCOL = """\
+perplexity: e to the mean loss per token. Each token but the first is predicted once,
+from the tokens before it in its window. bits per byte: comparable across vocabularies."""
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    """Print the perplexity."""
+    path, text = local_path(args.path, args.revision), read_text(args.text)
+    model = load_to_read(path, args)
+    require_language_head(model.config)
+    encoding = tokenizer_for(path, model.config.vocab_size)
+    ids = torch.tensor(encoding.encode(text, allowed_special="all"), dtype=torch.int64)
+    with bytes_bar("reading", "token") as progress:
+        found = evaluate(model, ids, context=args.context, stride=args.stride, progress=progress)
+    context = args.context or model.config.context_length
+    result = {
+        "perplexity": round(found.perplexity, 4),
+        "loss": round(found.nats / found.tokens, 5),
+        "bits_per_byte": round(found.nats / math.log(2) / len(text.encode()), 5),
+        "tokens": found.tokens,
+        "tokens_per_second": round(found.tokens_per_second, 1),
+        "context": context,
+        "stride": args.stride or max(context // 2, 1),
+    }
+    if args.json:
+        print(as_json({"path": str(path), "text": args.text, **result}))
+    else:
+        print(facts([(name.replace("_", " "), value) for name, value in result.items()]) + f"\n\n{PROTOCOL}")
+    return 0
+
+
+def run(args: argparse.Namespace) -> int:
+    """Tokenize, and say how much it was."""
+    model = local_path(args.model, args.revision) if args.model else None
+    encoding = tokenizer_for(model, open_model(model).sizes.vocab_size) if model else gpt2_encoding()
+    with bytes_bar(f"tokenizing {args.text.name}") as progress:
+        count = tokenize_file(args.text, args.tokens, encoding, progress)
+    print(f"{count} tokens to {args.tokens}")
     return 0
