@@ -7,7 +7,7 @@ from functools import cache
 from itertools import chain, combinations
 
 from gpt2lite import GPTConfig, GPTModel, Recipe, TrainingForecast, forecast_training
-from gpt2lite.finetuning.forecast import LEVERS, find_levers
+from gpt2lite.finetuning.forecast import LEVERS, WORKSPACE, find_levers
 
 CONFIG = GPTConfig(500, 32, 64, 4, 2, tied_head=True)
 ASKED = Recipe(batch_size=8, accumulate=2, chunked_loss=False)
@@ -34,3 +34,12 @@ def test_the_cheapest_levers_that_fit_are_named_whenever_any_do():
         assert found.peak == peaks[wanted] <= limit
     _, lowest = find_levers(ASKED, min(peaks.values()) - 1, predict)
     assert lowest.peak == min(peaks.values())
+
+
+def test_a_tied_tables_two_gradients_are_added_in_place_as_autograd_adds_them():
+    config = GPTConfig(20000, 8, 64, 2, 1, tied_head=True)
+    recipe = Recipe(batch_size=1, autocast=True, chunked_loss=False)
+    found = forecast_training(lambda: GPTModel(config), recipe)
+    table = 20000 * 64 * 4
+    step = found.peak - found.weights - found.optimizer - WORKSPACE
+    assert 2 * table < step < 2.25 * table  # a sum of its own would be a third
