@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2lite.checkpoint.reading import memory_of
+from gpt2lite.checkpoint.source import memory_of
 from gpt2lite.checkpoint.torch_zip import fill_torch_zip
 from gpt2lite.checkpoint.writing import TensorToWrite, join, require_space, write_whole
 from gpt2lite.config import GPTConfig

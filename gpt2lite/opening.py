@@ -6,12 +6,15 @@ Below model.py, and handed what builds the model.
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
@@ -19,7 +22,6 @@ from torch import nn
 
 from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.checkpoint.tf_bundle import index_of
-from gpt2lite.collector import collector_paused
 from gpt2lite.config import OFFICIAL_SIZES, GPTConfig
 from gpt2lite.devices import name_device
 from gpt2lite.dialects.configs import UNSAYABLE, Found, check_model_type, complete, find_fields
@@ -35,6 +37,29 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Model = TypeVar("Model", bound=nn.Module)
+
+
+_lock = Lock()
+_pauses: list[bool] = []  # one for each load under way: whether the first of them found it enabled
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Pause the cyclic garbage collector; also a decorator. It is as it was once the last thread has left.
+
+    The pause must last until the objects made meanwhile are gone, otherwise the walk is only put off. Without
+    it, reading the headers of gpt2-xl makes the collector walk all of torch's objects: 85 of the 170 ms of
+    mapping it.
+    """
+    with _lock:
+        _pauses.append(_pauses[0] if _pauses else gc.isenabled())
+        gc.disable()
+    try:
+        yield
+    finally:
+        with _lock:
+            if _pauses.pop() and not _pauses:
+                gc.enable()
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from torch import nn
 
 from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.checkpoint.manifest import Manifest
-from gpt2lite.checkpoint.reading import map_tensors, memory_of, read_span, read_tensors
+from gpt2lite.checkpoint.reading import map_tensors, read_span, read_tensors
 from gpt2lite.checkpoint.safetensors import DTYPES
+from gpt2lite.checkpoint.source import memory_of
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError
 
 CPU = torch.device("cpu")

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from gpt2lite import GPTConfig, GPTModel, UsageError, clean_up, track_memory
-from gpt2lite.collector import collector_paused
 from gpt2lite.memory import cgroup_grants, find_budget, host_memory, human, parse_size, process_grants
+from gpt2lite.opening import collector_paused
 
 MIB = 1 << 20
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc on this system")

@@ -25,11 +25,11 @@ from gpt2lite import STRATEGIES, GPTConfig, GPTModel, Tuning, UsageError, foreca
 from gpt2lite.benchmarking import write_random_checkpoint
 from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.checkpoint.source import FileReader
-from gpt2lite.collector import collector_paused
 from gpt2lite.dialects.reading import Drop, Narrow, Placement, Transpose, read_names
 from gpt2lite.loading import LoadPlan, forecasts, make_plan, schedule
 from gpt2lite.loading import stream as stream_engine
 from gpt2lite.loading.schedule import Schedule
+from gpt2lite.opening import collector_paused
 
 MIB = 1 << 20
 SMALL = Tuning(readers=4, chunk_bytes=4096, ring_bytes=1 << 15)

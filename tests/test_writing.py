@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gpt2lite.checkpoint import open_checkpoint, tensor_folder
-from gpt2lite.checkpoint.reading import memory_of, read_span
+from gpt2lite.checkpoint.reading import read_span
+from gpt2lite.checkpoint.source import memory_of
 from gpt2lite.checkpoint.torch_zip import ALIGNMENT, fill_torch_zip
 from gpt2lite.checkpoint.writing import TensorToWrite, replacing, require_space, write_whole
 from gpt2lite.converting import convert, save_per_tensor

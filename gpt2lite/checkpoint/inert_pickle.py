@@ -2,6 +2,10 @@
 
 The few names that describe tensors are looked up in a table here. Every other name becomes an `Inert`: a
 description that remembers what it was called and the attributes and items it was given, and does nothing.
+`described` then gives by name what lies in the pickle: tensors, plain values, the classes of modules. The names
+of a module's tensors are those that its `state_dict()` would give, in its order; the attributes of modules and
+of other objects are values under their dotted paths.
+
 Format: the opcodes of Lib/pickletools.py, and torch/_utils.py for what rebuilds tensors.
 """
 
@@ -11,13 +15,22 @@ import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain, count, islice
 from types import NoneType
 from typing import Any, ClassVar
 
 import torch
 
-from gpt2lite.checkpoint.manifest import are_sizes, is_countable
+from gpt2lite.checkpoint.manifest import (
+    MAX_DEPTH,
+    MAX_ENTRIES,
+    MAX_NAME,
+    are_sizes,
+    contents_of,
+    dotted,
+    is_countable,
+    walk,
+)  # fmt: skip
 from gpt2lite.errors import CheckpointError
 
 # Opcodes that look objects up in this process: a registry of extensions, and buffers handed to the unpickler.
@@ -30,6 +43,10 @@ QUANTIZED = tuple(dtype for name, dtype in STORAGE_DTYPES.items() if name.starts
 RECONSTRUCTOR = re.compile(r"copy_?reg\.(_reconstructor|__newobj__)")
 TENSOR_TYPES = ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter")
 FEW = 64  # arguments or names that are looked at
+MAX_ITEMS = 1000  # of a container within an object: what is longer is a vocabulary or data
+CHANGES = ("_forward_hooks", "_forward_pre_hooks", "forward")  # what makes one module compute otherwise
+PLAIN = (str, int, float, NoneType, torch.dtype)
+Facts = Iterable[tuple[object, object]]  # names, and what they stand for
 REGISTRIES = ("_parameters", "_buffers", "_modules")  # what makes an object a module
 
 
@@ -340,3 +357,103 @@ def describe(source: object, unpickler: DescribingUnpickler) -> object:
         raise CheckpointError(source, error) from None
     except Exception as error:  # a damaged pickle can raise anything; none of it is ours
         raise CheckpointError(source, f"its pickle is damaged ({type(error).__name__}: {error})") from None
+
+
+# ---- what it gives by name ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Described:
+    """A pickle's contents by dotted name; `is_plain` as in `Manifest`."""
+
+    is_plain: bool
+    tensors: dict[str, TensorRecord] = field(default_factory=dict)
+    values: dict[str, object] = field(default_factory=dict)
+    modules: dict[str, str] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
+    dicts: set[str] = field(default_factory=set)
+
+    def containers(self) -> dict[str, str]:
+        """For each tensor the dict that holds it, or the module at the top of those around it."""
+        tops = {name for name in self.modules if not any(above in self.modules for above in _above(name))}
+        holders = tops | self.dicts
+        held = {name: next((a for a in _above(name) if a in holders), "") for name in self.tensors}
+        return {name: holder for name, holder in held.items() if holder}
+
+
+def _above(name: str) -> Iterator[str]:
+    """Every dotted name that `name` lies in, the nearest first."""
+    while name:
+        yield (name := name.rpartition(".")[0])
+
+
+def _contents(node: object) -> Facts | None:
+    """What counts as data: a container's contents, and what is registered in a module."""
+    if isinstance(node, Inert):
+        return node.registered() if node.is_module else node.items.items()
+    return contents_of(node)
+
+
+def _values(
+    facts: Facts, name: str, depth: int, visited: Iterator[int], seen: set[int]
+) -> Iterator[tuple[str, object]]:
+    """The public plain values among attributes and within them; ends without a word past MAX_ENTRIES of all.
+
+    Each object is looked into once, and no module.
+    """
+    for key, fact in facts:
+        if depth > MAX_DEPTH or next(visited) > MAX_ENTRIES:
+            return
+        path = dotted(name, key)
+        if str(key).startswith("_") or key == "training" or len(path) > MAX_NAME:
+            continue
+        if isinstance(fact, PLAIN):
+            yield path, fact
+        within = contents_of(fact) or ()
+        if isinstance(fact, Inert) and not fact.is_module and id(fact) not in seen:
+            seen.add(id(fact))
+            within = chain(fact.attributes(), fact.items.items())
+        yield from _values(islice(within, MAX_ITEMS), path, depth + 1, visited, seen)
+
+
+def _keep(target: dict[str, Any], name: str, node: object) -> None:
+    if name in target:
+        raise CheckpointError(f"the name {name!r} occurs twice")
+    target[name] = node
+
+
+def _sort(tree: object, found: Described) -> None:
+    visited, root, seen = count(), None, set[int]()  # of facts: too many do not matter, they end
+    for name, node in walk(tree, count(), _contents):
+        if isinstance(node, TensorRecord):
+            _keep(found.tensors, name, node)
+        elif isinstance(node, Unreadable):
+            _keep(found.unreadable, name, node.reason)
+        elif isinstance(node, PLAIN):
+            _keep(found.values, name, node)
+        elif isinstance(node, dict):
+            found.dicts.add(name)
+        elif isinstance(node, Inert):
+            if root is None or not f"{name}.".startswith(root):  # one config may serve two models
+                root, seen = f"{name}." if name else "", set()
+            seen.add(id(node))
+            if node.is_module:
+                found.modules[name] = node.name
+                found.values.update((dotted(name, key), key) for key in CHANGES if node.attribute(key))
+            elif node.holds_tensor:
+                found.unreadable[name] = f"is made by {node}, which was not run"
+            found.values.update(_values(node.attributes(), name, 1, visited, seen))
+
+
+def described(source: object, unpickler: DescribingUnpickler) -> Described:
+    """The next object of a pickle of `source`, by its names.
+
+    Raises CheckpointError for a name that occurs twice, and for trees too deep or too large to be data.
+    """
+    tree = describe(source, unpickler)
+    found = Described(unpickler.is_plain and unpickler.proto == 2)
+    try:
+        _sort(tree, found)
+    except CheckpointError as error:
+        raise CheckpointError(source, error) from None
+    return found

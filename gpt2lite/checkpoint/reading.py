@@ -14,18 +14,10 @@ import torch
 from torch import Tensor
 
 from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, flatten
-from gpt2lite.checkpoint.source import STEP, ByteSource
+from gpt2lite.checkpoint.source import STEP, ByteSource, memory_of
 from gpt2lite.errors import CheckpointError, first_line, is_out_of_memory
 
 MADV_WILLNEED, MADV_POPULATE_READ = 3, 22  # Python does not name the latter yet
-
-
-def memory_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, writable and without a copy; they keep the tensor alive."""
-    nbytes = tensor.numel() * tensor.element_size()
-    exposed = (ctypes.c_char * nbytes).from_address(tensor.data_ptr())
-    exposed.owner = tensor  # type: ignore[attr-defined]
-    return memoryview(exposed).cast("B")
 
 
 def as_strided(flat: Tensor, span: TensorSpan) -> Tensor:

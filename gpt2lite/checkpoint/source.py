@@ -5,6 +5,7 @@ A local file can also be read without leaving anything in the system's page cach
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import io
 import mmap
@@ -29,6 +30,14 @@ BUFFER_BYTES = 2 << 20  # of a reader past the page cache: a huge page
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 SAMPLES = 16
 LINUX_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # Python names it from 3.13 on
+
+
+def memory_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, writable and without a copy; they keep the tensor alive."""
+    nbytes = tensor.numel() * tensor.element_size()
+    exposed = (ctypes.c_char * nbytes).from_address(tensor.data_ptr())
+    exposed.owner = tensor  # type: ignore[attr-defined]
+    return memoryview(exposed).cast("B")
 
 
 @dataclass(frozen=True, slots=True)

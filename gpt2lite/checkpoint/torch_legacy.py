@@ -10,9 +10,16 @@ from __future__ import annotations
 import struct
 from typing import BinaryIO
 
-from gpt2lite.checkpoint.described import described
 from gpt2lite.checkpoint.foreign import DAMAGED, RESAVE
-from gpt2lite.checkpoint.inert_pickle import DescribingUnpickler, Inert, Storage, describe, shown, stored
+from gpt2lite.checkpoint.inert_pickle import (
+    DescribingUnpickler,
+    Inert,
+    Storage,
+    describe,
+    described,
+    shown,
+    stored,
+)
 from gpt2lite.checkpoint.manifest import Manifest, are_sizes
 from gpt2lite.checkpoint.source import ByteSource
 from gpt2lite.checkpoint.torch_zip import MAX_SMALL_BYTES, manifest_of

@@ -19,9 +19,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from gpt2lite.checkpoint.described import Described, described
 from gpt2lite.checkpoint.foreign import DAMAGED, RESAVE, what_is_zip
-from gpt2lite.checkpoint.inert_pickle import DescribingUnpickler, Storage
+from gpt2lite.checkpoint.inert_pickle import Described, DescribingUnpickler, Storage, described
 from gpt2lite.checkpoint.manifest import BOUND_CONFIG, Manifest, TensorSpan, contiguous_stride
 from gpt2lite.checkpoint.source import ByteSource, FileState, read_each
 from gpt2lite.checkpoint.writing import Config, TensorToWrite, Wrote, made_ahead

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2lite.checkpoint.reading import memory_of
+from gpt2lite.checkpoint.source import memory_of
 from gpt2lite.devices import caller_stream, on_stream
 from gpt2lite.errors import UsageError
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gpt2lite.checkpoint import FOLDER_FILES, TensorSpan, side_file
-from gpt2lite.checkpoint.described import CHANGES
+from gpt2lite.checkpoint.inert_pickle import CHANGES
 from gpt2lite.checkpoint.manifest import BOUND_CONFIG
 from gpt2lite.checkpoint.reading import read_span
 from gpt2lite.config import ACTIVATIONS as OURS_ARE

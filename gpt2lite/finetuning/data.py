@@ -15,7 +15,7 @@ from typing import NamedTuple, TextIO
 import torch
 from torch import Tensor
 
-from gpt2lite.checkpoint.reading import memory_of
+from gpt2lite.checkpoint.source import memory_of
 from gpt2lite.checkpoint.writing import Progress, replacing
 from gpt2lite.config import GPTConfig
 from gpt2lite.errors import CheckpointError, UsageError

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from gpt2lite.checkpoint.manifest import TensorSpan, contiguous_stride
-from gpt2lite.checkpoint.reading import as_strided, memory_of
-from gpt2lite.checkpoint.source import ByteSource
+from gpt2lite.checkpoint.reading import as_strided
+from gpt2lite.checkpoint.source import ByteSource, memory_of
 from gpt2lite.devices import copies_async
 from gpt2lite.dialects.reading import inside
 from gpt2lite.errors import UsageError

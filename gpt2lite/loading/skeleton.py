@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
-from gpt2lite.checkpoint.reading import memory_of
+from gpt2lite.checkpoint.source import memory_of
 from gpt2lite.errors import CheckpointError, UsageError, listed
 
 # What initialisers that are not torch.nn.init's call. On meta they change nothing, and dispatching them there

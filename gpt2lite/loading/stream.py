@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2lite.checkpoint.manifest import contiguous_stride
-from gpt2lite.checkpoint.reading import memory_of
-from gpt2lite.checkpoint.source import BUFFER_BYTES, ByteSource
+from gpt2lite.checkpoint.source import BUFFER_BYTES, ByteSource, memory_of
 from gpt2lite.devices import caches_in_blocks, copies_async, synchronize
 from gpt2lite.loading.forecast import MIB, Ledger, round_up
 from gpt2lite.loading.plan import LoadPlan, Target
