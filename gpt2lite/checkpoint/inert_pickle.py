@@ -2,9 +2,9 @@
 
 The few names that describe tensors are looked up in a table here. Every other name becomes an `Inert`: a
 description that remembers what it was called and the attributes and items it was given, and does nothing.
-`described` then gives by name what lies in the pickle: tensors, plain values, the classes of modules. The names
-of a module's tensors are those that its `state_dict()` would give, in its order; the attributes of modules and
-of other objects are values under their dotted paths.
+`described` gives by name what lies in the pickle: tensors, plain values, the classes of modules. The tensors of
+a module have the names that its `state_dict()` would give, in its order; the attributes of modules and of other
+objects are values under their dotted paths.
 
 Format: the opcodes of Lib/pickletools.py, and torch/_utils.py for what rebuilds tensors.
 """
@@ -21,16 +21,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from gpt2lite.checkpoint.manifest import (
-    MAX_DEPTH,
-    MAX_ENTRIES,
-    MAX_NAME,
-    are_sizes,
-    contents_of,
-    dotted,
-    is_countable,
-    walk,
-)  # fmt: skip
+from gpt2lite.checkpoint import manifest
+from gpt2lite.checkpoint.manifest import are_sizes, contents_of, dotted, is_countable
 from gpt2lite.errors import CheckpointError
 
 # Opcodes that look objects up in this process: a registry of extensions, and buffers handed to the unpickler.
@@ -397,15 +389,15 @@ def _contents(node: object) -> Facts | None:
 def _values(
     facts: Facts, name: str, depth: int, visited: Iterator[int], seen: set[int]
 ) -> Iterator[tuple[str, object]]:
-    """The public plain values among attributes and within them; ends without a word past MAX_ENTRIES of all.
+    """The public plain values among attributes and within them; ends without a word past manifest.MAX_ENTRIES of all.
 
     Each object is looked into once, and no module.
     """
     for key, fact in facts:
-        if depth > MAX_DEPTH or next(visited) > MAX_ENTRIES:
+        if depth > manifest.MAX_DEPTH or next(visited) > manifest.MAX_ENTRIES:
             return
         path = dotted(name, key)
-        if str(key).startswith("_") or key == "training" or len(path) > MAX_NAME:
+        if str(key).startswith("_") or key == "training" or len(path) > manifest.MAX_NAME:
             continue
         if isinstance(fact, PLAIN):
             yield path, fact
@@ -424,7 +416,7 @@ def _keep(target: dict[str, Any], name: str, node: object) -> None:
 
 def _sort(tree: object, found: Described) -> None:
     visited, root, seen = count(), None, set[int]()  # of facts: too many do not matter, they end
-    for name, node in walk(tree, count(), _contents):
+    for name, node in manifest.walk(tree, count(), _contents):
         if isinstance(node, TensorRecord):
             _keep(found.tensors, name, node)
         elif isinstance(node, Unreadable):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -35,11 +36,11 @@ def _adamw8bit(groups: Any, **options: Any) -> torch.optim.Optimizer:
 def map_from(nbytes: int) -> None:
     """Have glibc give every block of so many bytes pages of its own, which go back when it is freed.
 
-    Otherwise what activations leave behind is kept in pieces that fit nothing else: a fifth more memory was
-    seen, and no forecast could say how much. Elsewhere than on glibc this does nothing.
+    Otherwise what activations leave behind is kept in pieces that fit nothing else: one recipe took 335 MiB
+    instead of 210, another 58 instead of 48, and no forecast could say how much. Elsewhere than on glibc this
+    does nothing.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(M_MMAP_THRESHOLD, nbytes)
 
 
@@ -234,7 +235,8 @@ class Trainer:
     def close(self) -> None:
         """Let go of the model."""
         if self.device.type == "cpu":
-            map_from(GLIBCS_MOST)
+            # glibc cannot be asked what it was: the user's, or where it ends once such a block has been freed
+            map_from(int(os.environ.get("MALLOC_MMAP_THRESHOLD_") or GLIBCS_MOST))
         for handle in self.handles:
             handle.remove()
 
