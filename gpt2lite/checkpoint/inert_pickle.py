@@ -2,9 +2,9 @@
 
 The few names that describe tensors are looked up in a table here. Every other name becomes an `Inert`: a
 description that remembers what it was called and the attributes and items it was given, and does nothing.
-`described` gives by name what lies in the pickle: tensors, plain values, the classes of modules. The tensors of
-a module have the names that its `state_dict()` would give, in its order; the attributes of modules and of other
-objects are values under their dotted paths.
+`described` gives by name what lies in the pickle: tensors, plain values, the classes of modules. A module's
+tensors have the names that its `state_dict()` would give, in its order; the attributes of modules and of
+other objects are values under their dotted paths.
 
 Format: the opcodes of Lib/pickletools.py, and torch/_utils.py for what rebuilds tensors.
 """
@@ -389,7 +389,7 @@ def _contents(node: object) -> Facts | None:
 def _values(
     facts: Facts, name: str, depth: int, visited: Iterator[int], seen: set[int]
 ) -> Iterator[tuple[str, object]]:
-    """The public plain values among attributes and within them; ends without a word past manifest.MAX_ENTRIES of all.
+    """The public plain values among attributes and within them; ends without a word past MAX_ENTRIES of all.
 
     Each object is looked into once, and no module.
     """
