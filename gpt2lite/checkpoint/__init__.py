@@ -8,14 +8,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from gpt2lite.checkpoint import llmc_bin, tf_bundle, torch_legacy
-from gpt2lite.checkpoint.folders import FOLDER_FILES, candidates, refuse_divided, without_weights
+from gpt2lite.checkpoint import folders, llmc_bin, tf_bundle, torch_legacy
+from gpt2lite.checkpoint.folders import FOLDER_FILES
 from gpt2lite.checkpoint.foreign import READABLE, shortened, what_is
 from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, joined, validate
 from gpt2lite.checkpoint.safetensors import open_safetensors
-from gpt2lite.checkpoint.sharded import INDEX_SUFFIX, open_sharded
 from gpt2lite.checkpoint.source import ByteSource, LocalFile
-from gpt2lite.checkpoint.tensor_folder import open_tensors
 from gpt2lite.checkpoint.torch_zip import open_torch_zip
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError
 
@@ -28,7 +26,7 @@ OPENERS: dict[str, Callable[[ByteSource], Manifest]] = {
     "zip": open_torch_zip,
     "legacy": torch_legacy.open_torch_legacy,
     "safetensors": open_safetensors,
-    "sharded": lambda source: open_sharded(source, partial(_open_file, is_shard=True)),
+    "sharded": lambda source: folders.open_sharded(source, partial(_open_file, is_shard=True)),
     "llmc": llmc_bin.open_llmc,
     "tf bundle": tf_bundle.open_tf_bundle,
 }
@@ -63,9 +61,9 @@ def _open_folder(path: Path) -> Manifest:
     """The checkpoint that a folder is or holds. Raises CheckpointError where none or more than one does."""
     if named := next((path / name for name in FOLDER_FILES if (path / name).is_file()), None):
         return _open_file(LocalFile(named))
-    refuse_divided(path)
-    tensors = open_tensors(path)
-    files = candidates(path, tensors)
+    folders.refuse_divided(path)
+    tensors = folders.open_tensors(path)
+    files = folders.candidates(path, tensors)
     if len(files) == 1 and len(tensors) < 2:
         return _open_file(LocalFile(files[0]))
     if files:
@@ -76,7 +74,7 @@ def _open_folder(path: Path) -> Manifest:
         return joined(list(tensors.values()))
     if indices := sorted(path.glob("*.index")):
         return tf_bundle.open_tf_bundle(LocalFile(tf_bundle.current_index(path, indices)))
-    raise without_weights(path)
+    raise folders.without_weights(path)
 
 
 def side_file(path: Path, suffix: str) -> Path:
@@ -88,7 +86,7 @@ def side_file(path: Path, suffix: str) -> Path:
     path = path.absolute()
     if os.path.isdir(path):
         return path.with_name(path.name + suffix)
-    return path.with_name(path.name.removesuffix(INDEX_SUFFIX)).with_suffix(suffix)
+    return path.with_name(path.name.removesuffix(folders.INDEX_SUFFIX)).with_suffix(suffix)
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Manifest:
