@@ -301,6 +301,16 @@ def test_what_is_no_file_of_adapters_is_refused(content: bytes | None, tmp_path:
         load_lora(fresh(), path)
 
 
+def test_adapters_of_another_base_are_a_warning(tmp_path: Path):
+    recipe, other, same = replace(QUICK, steps=1, lora_rank=2), fresh(), fresh()
+    finetune(fresh(), task(recipe), tmp_path / "out", recipe)
+    with torch.no_grad():
+        other.trf_blocks[1].norm1.scale[3] += 1e-3
+    with pytest.warns(UserWarning, match=r"trained on another model.* trf_blocks.1.norm1.scale"):
+        load_lora(other, tmp_path / "out" / "adapters.pth")
+    load_lora(same, tmp_path / "out" / "adapters.pth")
+
+
 def test_adapters_of_another_model_are_refused(tmp_path: Path):
     from gpt2lite import CheckpointError
 

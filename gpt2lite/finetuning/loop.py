@@ -136,9 +136,10 @@ def finetune(
         choose_trained(model, recipe)
         with closing(Trainer(model, recipe)) as trainer:
             out.mkdir(parents=True, exist_ok=True)
-            _go_on(Run(trainer, task, out, identity), report)
+            run = Run(trainer, task, out, identity)
+            _go_on(run, report)
         if recipe.lora_rank:
-            states.save_lora(trainer.trained, recipe.lora_alpha, out / "adapters.pth")
+            states.save_lora(run, out / "adapters.pth")
             merge_lora(model)
     path = model.save_checkpoint(out / "model.pth")
     if task.labels:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gpt2lite.checkpoint.writing import replacing, tensors_of
 from gpt2lite.errors import CheckpointError, UsageError, first_line
@@ -55,18 +55,22 @@ class Run:
     identity: dict[str, Any]
 
 
+def weights_of(model: nn.Module) -> dict[str, str]:
+    """A digest of each tensor that a model saves, by name. Reads all bytes, a GB or two a second."""
+    return {
+        t.name: digest_of([f"{t.dtype} {t.shape} {t.shares}".encode()], () if t.shares else t.chunks())
+        for t in tensors_of(model.state_dict())
+    }
+
+
 def identity_of(model: GPTModel, task: Task, recipe: Recipe) -> dict[str, Any]:
     """What a run was made from, which it must be resumed with: digests of the whole model and of the data.
 
-    All of a model's bytes are read (a second for each GB or two), because one that differs in a single row
-    would end as another.
+    One that differs in a single row would end as another.
     """
-    tensors = tensors_of(model.state_dict())
-    described = "".join(f"{t.name} {t.dtype} {t.shape} {t.shares};" for t in tensors)
-    weights = (chunk for tensor in tensors if not tensor.shares for chunk in tensor.chunks())
     batches = tensor_parts(*task.train(0), *sum(task.validation, ()))
     return {
-        "base": digest_of([f"{model.config} {described}".encode()], weights),
+        "base": weights_of(model) | {"": f"{model.config}"},
         "data": digest_of([f"{task.digest} {task.labels}".encode()], batches),
         "recipe": asdict(recipe),
         "labels": list(task.labels),
@@ -200,12 +204,12 @@ def restore(run: Run) -> int:
 # ---- adapters ----------------------------------------------------------------------------------------------
 
 
-def save_lora(trained: Mapping[str, Tensor], alpha: float, path: Path) -> None:
-    """Write what was trained, by name: adapters, the alpha that no weight holds, and a classifier's head."""
+def save_lora(run: Run, path: Path) -> None:
+    """Write what was trained, by name: adapters and a classifier's head; their alpha; digests of the base."""
+    trained = {name: p.detach() for name, p in run.trainer.trained.items()}
+    base = {name: digest for name, digest in run.identity["base"].items() if name and name not in trained}
     with replacing(path) as temporary:
-        torch.save(
-            {"lora_alpha": alpha, "lora": {name: p.detach() for name, p in trained.items()}}, temporary
-        )
+        torch.save({"lora_alpha": run.trainer.recipe.lora_alpha, "lora": trained, "base": base}, temporary)
 
 
 @torch.inference_mode(False)
@@ -213,10 +217,11 @@ def save_lora(trained: Mapping[str, Tensor], alpha: float, path: Path) -> None:
 def load_lora(model: nn.Module, path: Path) -> None:
     """Put the adapters of a file around a model's layers; `merge_lora` makes it plain again.
 
-    The head of a classifier, which was trained with them, replaces the model's. Raises CheckpointError,
-    before anything is changed, for a damaged file, or one whose layers are not the model's.
+    The head of a classifier, which was trained with them, replaces the model's. Warns where the model's other
+    weights are not those that they were trained on, which reads them all. Raises CheckpointError, before
+    anything is changed, for a damaged file, or one whose layers are not the model's.
     """
-    saved = _read(path, ("lora_alpha", "lora"), "a file of LoRA adapters")
+    saved = _read(path, ("lora_alpha", "lora", "base"), "a file of LoRA adapters")
     tensors, modules, own = saved["lora"], dict(model.named_modules()), dict(model.named_parameters())
     adapted = dict[str, LinearWithLoRA]()
     for name in sorted({name.rpartition(".lora.")[0] for name in tensors if ".lora." in name}):
@@ -230,6 +235,10 @@ def load_lora(model: nn.Module, path: Path) -> None:
             found = f"one of {tuple(own[name].shape)}" if name in own else "no such weight"
             what = f"{name} is {tuple(tensor.shape)}, the model has {found}"
             raise CheckpointError(path, f"{what} (a classifier's head? call as_classifier first)", name=name)
+    now = weights_of(model)
+    if others := [name for name, digest in saved["base"].items() if now.get(name, digest) != digest]:
+        said = f"these adapters were trained on another model, or in another dtype: {others[0]} … differs"
+        warnings.warn(f"{path}: {said}", stacklevel=2)
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
     for name, added in adapted.items():
