@@ -182,7 +182,7 @@ def _in_fresh_process(**arguments: Any) -> dict[str, Any]:
     command = [sys.executable, "-m", "gpt2lite.benchmarking", json.dumps(arguments)]
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode < 0:
-        raise GPT2LiteError(f"killed by signal {-process.returncode}, probably for lack of memory")
+        raise GPT2LiteError(f"killed by signal {-process.returncode}, probably out of memory")
     if process.returncode:
         raise GPT2LiteError(f"it failed: {process.stderr.strip().splitlines()[-1]}")
     answer: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])

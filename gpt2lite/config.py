@@ -70,7 +70,7 @@ class GPTConfig:
     def named(cls, name: str) -> GPTConfig:
         """The config of an official size: gpt2, gpt2-medium, gpt2-large or gpt2-xl, with its tied head."""
         if name not in OFFICIAL_SIZES:
-            raise UsageError(f"no GPT-2 is called {name!r}; the names are {', '.join(OFFICIAL_SIZES)}")
+            raise UsageError(f"unknown GPT-2 size {name!r}; choose from {', '.join(OFFICIAL_SIZES)}")
         n_layers, emb_dim, n_heads = OFFICIAL_SIZES[name]
         return cls(50257, 1024, emb_dim, n_heads, n_layers, tied_head=True)
 

@@ -1,7 +1,7 @@
 """One program's checkpoint as another's: names, orientation, layout and file, tensor by tensor.
 
-Names and orientation come from the dialects' tables, read backwards; what is special of a target's files
-stands in TARGETS.
+Names and orientation come from the dialects' tables, read backwards; what is special about a target's
+files is in TARGETS.
 """
 
 from __future__ import annotations
@@ -199,11 +199,11 @@ def _target_config(found: GPTConfig, to: str, views: Mapping[str, Tensor]) -> GP
     """The config in which a target holds this model. Raises UsageError where it cannot."""
     config = TARGETS[to].fields(found)
     if found.n_classes and to != "book":
-        raise UsageError(f"{to} has no head of {found.n_classes} classes, as this model has")
+        raise UsageError(f"{to} has no head for this model's {found.n_classes} classes")
     if found.activation != "gelu_tanh" and to == "book":
-        raise UsageError("the book's model computes GELU by tanh, this one exactly; choose another target")
+        raise UsageError("the book's model uses tanh GELU, this one exact GELU; choose another target")
     if config.tied_head and not found.tied_head and not torch.equal(views[HEAD], views[EMBEDDING]):
-        raise UsageError(f"{to} has no output head apart from its token embedding, as this model has")
+        raise UsageError(f"{to} ties its output head to the token embedding; this model does not")
     return config
 
 
@@ -270,7 +270,7 @@ def plan_conversion(source: AnyPath, destination: AnyPath, **options: Unpack[Con
     format, in_folder = _format_of(destination, options.get("format"))
     max_shard_bytes = parse_size(size) if size is not None else None
     if max_shard_bytes and not (in_folder and format == "safetensors"):
-        raise UsageError(f"{destination}: shards go into a folder, as safetensors; name a folder")
+        raise UsageError(f"{destination}: only a folder of safetensors has shards; name a folder")
     opened = open_model(source, config=options.get("config"))
     manifest = opened.reading.manifest
     if opened.reading.adapters:
@@ -314,7 +314,7 @@ WRITERS: dict[str, Writer] = {
 
 
 def _hashed(tensor: TensorToWrite, digests: dict[str, bytes]) -> TensorToWrite:
-    """The tensor, whose hash is among the digests once its last chunk was asked for."""
+    """The tensor; once its last chunk has been taken, its hash is in `digests`."""
 
     def chunks() -> Iterator[memoryview]:
         seen = hashlib.sha256()

@@ -118,7 +118,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def on_stream(stream: torch.Stream | None) -> AbstractContextManager[object]:
-    """What is given to a device inside goes to this stream; None: wherever it would go."""
+    """Inside, work for the device goes to this stream; None: where it would go anyway."""
     return nullcontext() if stream is None else stream
 
 
@@ -128,7 +128,7 @@ def current_stream(device: torch.device) -> torch.Stream | None:
 
 
 def caller_stream() -> torch.Stream | None:
-    """Where this thread's work for the current device goes, for another thread to go on there.
+    """This thread's stream on the current device, for another thread to continue on.
 
     None where no accelerator was used yet: asking would start one.
     """

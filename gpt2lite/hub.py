@@ -42,7 +42,7 @@ EXPLAINED: dict[type[Exception], str] = {
     f"Allow it once, or {ELSEWHERE}",
     errors.GatedRepoError: f"is gated. Accept its terms at {{hub}}/{{repo}}, then {LOG_IN}",
     errors.RevisionNotFoundError: "has no revision {revision!r}; pass a branch, a tag or a full commit hash",
-    errors.RepositoryNotFoundError: "no such file or folder, and no such model on {hub} that you may see. "
+    errors.RepositoryNotFoundError: "no such file or folder, and no model on {hub} that you can access. "
     f"Check the spelling; if it is private, {LOG_IN}",
     errors.HfHubHTTPError: f"{{hub}} answered {{status}}. Try later, or {ELSEWHERE}; to get access, {LOG_IN}",
     OSError: "cannot be stored in {cache}: {error.strerror}. Pass another cache_dir or set HF_HOME",

@@ -195,9 +195,9 @@ class GPTModel(nn.Module):
         """
         path = Path(path)
         if any(isinstance(part, Int8Linear) for part in self.modules()):
-            raise UsageError(f"{path}: an int8 model is not saved; quantize the checkpoint when loading it")
+            raise UsageError(f"{path}: cannot save an int8 model; quantize the checkpoint when loading it")
         if path.suffix not in SAVERS:
-            raise UsageError(f"{path}: a checkpoint's name ends in {' or '.join(SAVERS)}")
+            raise UsageError(f"{path}: the name must end in {' or '.join(SAVERS)}")
         fill, ties = SAVERS[path.suffix]
         tensors = [tensor for tensor in tensors_of(self.state_dict()) if ties or not tensor.shares]
         require_space(path, sum(tensor.nbytes for tensor in tensors if not tensor.shares))

@@ -1,7 +1,7 @@
 """A path or a name → `Opened`: all that a checkpoint says, found once, for whoever inspects, plans or loads
 it.
 
-Below model.py, and handed what builds the model.
+Imports no model.py: callers pass the builder.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 _lock = Lock()
-_pauses: list[bool] = []  # one for each load under way: whether the first of them found it enabled
+_pauses: list[bool] = []  # one per running load: whether the first one found the collector on
 
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Pause the cyclic garbage collector; also a decorator. It is as it was once the last thread has left.
+    """Pause the cyclic garbage collector; also a decorator. The last thread to leave restores it.
 
     The pause must last until the objects made meanwhile are gone, otherwise the walk is only put off. Without
     it, reading the headers of gpt2-xl makes the collector walk all of torch's objects: 85 of the 170 ms of
@@ -64,7 +64,7 @@ def collector_paused() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Opened(Generic[Model]):
-    """A checkpoint of which the headers are read: what it holds, the model's config, and what builds the
+    """A checkpoint whose headers have been read: what it holds, the model's config, and what builds the
     model.
 
     No tensor data is in memory. Look at `config`, ask `forecast`, then `load`; nothing is opened twice.
@@ -86,7 +86,7 @@ class Opened(Generic[Model]):
 
     @cached_property
     def sizes(self) -> GPTConfig:
-        """The config to plan with: what nobody knows and no byte depends on is taken for granted."""
+        """The config to plan with: unknown fields that no byte depends on get defaults."""
         return complete(self.reading, replace(self.found, fields=UNSAYABLE | dict(self.found.fields)))
 
     def build(self) -> Model:
@@ -94,7 +94,7 @@ class Opened(Generic[Model]):
         return self.model(self.config)
 
     def plan(self, device: str | torch.device = "cpu", **options: Unpack[LoadOptions]) -> LoadPlan:
-        """What `load` would do; the device need not be there. Raises as `load`, but for memory."""
+        """What `load` would do; the device may be absent. Raises as `load`, except for memory."""
         check_names(options, LoadOptions)
         quantize, config = options.get("quantize"), self.sizes
         if quantize not in (None, "int8"):
@@ -123,7 +123,7 @@ class Opened(Generic[Model]):
     ) -> Model:
         """The model, in eval mode; `GPTModel.from_checkpoint` says what strategies and options mean.
 
-        Warns of what was left out of the file.
+        Warns of what it ignored in the file.
         """
         complete(self.reading, self.found)  # raises where `plan` would take something for granted
         with_lora_alpha(self.reading, None)  # raises where one is missing
@@ -133,7 +133,7 @@ class Opened(Generic[Model]):
 
 
 def locate(name: str | os.PathLike[str], options: Mapping[str, Any]) -> Path:
-    """A path as it is, or where the Hub's model of this name lies once it is fetched."""
+    """An existing path unchanged, else the local path of the Hub model, fetched."""
     path = Path(name)
     if options.get("revision") is None and (path.exists() or index_of(path).is_file()):
         return path

@@ -238,7 +238,7 @@ def _tree(files: Files, settings: Mapping[str, Any]) -> dict[str, Any]:
     if tree:
         known = {row["content"]: row["id"] for row in tree["added_tokens"]} | _ids(tree["model"]["vocab"])
         if stale := next((token for token, id in vocab.items() if known.get(token) != id), None):
-            ids = f"{vocab[stale]}, in {TREE} beside it {known.get(stale)}"
+            ids = f"{vocab[stale]} here, {known.get(stale)} in {TREE}"
             raise CheckpointError(files[VOCAB], f"{stale!r} is {ids}; remove the stale file")
         return tree
     if not vocab or MERGES not in files or not all(type(id) is int for id in vocab.values()):
@@ -383,7 +383,7 @@ def _read(files: Files) -> Tokenizer:
     (names, read), *others = [(names & files.keys(), read) for names, read in KINDS if names & files.keys()]
     if others:
         both = ", and ".join(" and ".join(sorted(kind)) for kind in (names, others[0][0]))
-        raise CheckpointError(first.parent, f"holds two tokenizers, {both}; remove the one of another model")
+        raise CheckpointError(first.parent, f"holds two tokenizers, {both}; remove the wrong one")
     try:
         return read(files)
     except GPT2LiteError:

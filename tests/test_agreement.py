@@ -497,7 +497,7 @@ def test_a_mistyped_option_names_the_nearest(call: Callable[..., Any], pth: Path
 
 
 def test_a_field_of_the_config_that_is_passed_alone_is_told_where_it_belongs(pth: Path):
-    with pytest.raises(TypeError, match=r"'n_heads'; it belongs into config=\{'n_heads': …\}"):
+    with pytest.raises(TypeError, match=r"'n_heads'; it belongs in config=\{'n_heads': …\}"):
         GPTModel.from_checkpoint(pth, n_heads=4)
 
 
@@ -810,7 +810,7 @@ def test_trained_weights_beside_their_base_are_said_not_to_be_loaded(tmp_path: P
 def test_old_nanogpts_weights_without_model_args_are_not_taken_for_mingpts(tmp_path: Path):
     state = turned(peer("gelu"))
     state |= {f"transformer.h.{i}.attn.bias": torch.ones(T, T).tril().view(1, 1, T, T) for i in range(3)}
-    with pytest.raises(CheckpointError, match="may be of nanoGPT"):
+    with pytest.raises(CheckpointError, match="may be from nanoGPT"):
         GPTModel.from_checkpoint(save_pth(state, tmp_path), config=HEADS)
 
 

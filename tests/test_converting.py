@@ -279,7 +279,7 @@ def test_the_data_of_a_safetensors_file_begin_aligned(pth: Path):
         ("out.pth", {"max_shard_size": "1MiB"}, "shards go into a folder"),
         ("out", {"max_shard_size": "much"}, "'much' is not a memory size"),
         ("there", {}, "there: already exists; choose a new folder"),
-        ("there", {"format": "pth"}, "is a folder, and a file is to be written there"),
+        ("there", {"format": "pth"}, "is a folder, which a file cannot replace"),
         ("nowhere/out.pth", {}, "the folder .*nowhere does not exist"),
         ("out.pth", {"dtype": torch.int8}, "dtype must be a floating-point"),
         ("out.pth", {"config": {"n_heads": 4, "tied_head": True}}, "are two tensors; the model ties"),

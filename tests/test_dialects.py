@@ -99,7 +99,7 @@ def test_what_may_be_of_either_program_is_an_error_that_names_both(
     saved = {"model": state | masks(), "model_args": MODEL_ARGS} if wrapped else state
     path = save_pth(saved, tmp_path)
     with pytest.raises(
-        CheckpointError, match=r"may be of nanoGPT.*or of minGPT.*\{\"activation\": \"gelu\"\}"
+        CheckpointError, match=r"may be from nanoGPT.*or from minGPT.*\{\"activation\": \"gelu\"\}"
     ):
         GPTModel.from_checkpoint(path, config=HEADS)
     assert_same_logits(GPTModel.from_checkpoint(path, config=HEADS | {"activation": "gelu"}), theirs, ids)
@@ -226,7 +226,7 @@ def test_lora_without_its_alpha_and_an_alpha_without_lora_are_errors(tmp_path: P
 
 
 def test_an_alpha_for_a_file_without_lora_is_an_error(pth: Path):
-    with pytest.raises(CheckpointError, match="holds no LoRA layers without an alpha"):
+    with pytest.raises(CheckpointError, match="holds no LoRA layers that need lora_alpha"):
         GPTModel.from_checkpoint(pth, config=HEADS, lora_alpha=2.0)
 
 

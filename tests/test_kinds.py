@@ -174,7 +174,7 @@ def test_an_optimizer_alone_is_said(model: GPTModel, tmp_path: Path):
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     torch.save({"optimizer_state_dict": optimizer.state_dict(), "step": 3}, tmp_path / "state.pth")
     for path in (tmp_path / "optimizer.pt", tmp_path / "state.pth", tmp_path):
-        assert refusal(path).endswith("an optimizer's state alone; pass the file of the weights")
+        assert refusal(path).endswith("only an optimizer's state; pass the weights file")
     torch.save({"model": W, "optimizer": optimizer.state_dict()}, tmp_path / "whole.pth")
     assert "model.w" in open_checkpoint(tmp_path / "whole.pth").tensors
 
@@ -219,10 +219,10 @@ NOT_CHECKPOINTS: dict[str, tuple[bytes, str]] = {
     "XML": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code>', "is a web page"),
     "a JSON error": (b'{"error":"No such repository"}', r"a server's error \(No such repository\); download"),
     "a JSON message": (b'{"message": "Not Found", "status": "404"}', r"a server's error \(Not Found\)"),
-    "config.json": (b'{"model_type": "gpt2", "n_head": 12}', "a model's config; pass the folder that"),
-    "other JSON": (b'{"a": 1}', "it is JSON, not weights; pass the file of the weights"),
+    "config.json": (b'{"model_type": "gpt2", "n_head": 12}', "a model's config; pass its folder"),
+    "other JSON": (b'{"a": 1}', "it is JSON, not weights; pass the weights file"),
     "a JSON list": (b"[1, 2]", "is text, not weights"),
-    "text": (b"Entry not found", "is text, not weights; if a server wrote it, download again"),
+    "text": (b"Entry not found", "is text, not weights; if you downloaded it, try again"),
     "UTF-8": ("Nicht gefunden: größer".encode(), "is text, not weights"),
     "gzip": (gzip.compress(b"x" * 99), "is compressed with gzip; unpack it first"),
     "bzip2": (bz2.compress(b"x" * 99), "is compressed with bzip2; unpack it first"),
@@ -244,8 +244,8 @@ NOT_CHECKPOINTS: dict[str, tuple[bytes, str]] = {
     "TorchScript": (scripted(), r"a TorchScript program, or Rust's \.ot; .*torch\.jit\.load"),
     "a zip": (zipped(**{"model/config.json": b"{}", "model/model.safetensors": b""}),
         "it holds model/config.json, model/model.safetensors: unpack it first"),
-    "a bare pickle": (pickle.dumps({"w": [1.0]}), "is a bare pickle, which only running it could read"),
-    "TensorFlow's note": (b'model_checkpoint_path: "model.ckpt"\n', "pass its folder or the index"),
+    "a bare pickle": (pickle.dumps({"w": [1.0]}), "is a bare pickle, readable only by running it"),
+    "TensorFlow's note": (b'model_checkpoint_path: "model.ckpt"\n', "pass its folder or a checkpoint's .index"),
     "zeros": (bytes(999), r"begins with b'\\x00"),
 }  # fmt: skip
 

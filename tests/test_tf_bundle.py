@@ -254,7 +254,7 @@ DAMAGES = {
     "only magic": (MAGIC, "its 8 bytes do not end"),
     "empty": (b"", "its 0 bytes do not end"),
     "too large": (bytes(MAX_INDEX_BYTES) + MAGIC, "larger than 1024 KiB"),
-    "footer without an end": (bytes(60) + b"\xff" * 40 + MAGIC, "a number in it has no end"),
+    "footer without an end": (bytes(60) + b"\xff" * 40 + MAGIC, "a varint in it never ends"),
     "footer of zeros": (bytes(100) + MAGIC, "a block of 0 bytes announces 0 restarts"),
     "footer past the file": (varint(2**63) * 4 + MAGIC, "lies in bytes 9223372036854775808"),
     "block past the footer": (handles_to(0, 1 << 40), "a block lies in bytes 0 to 1099511627776"),
@@ -263,17 +263,17 @@ DAMAGES = {
     "a thousand empty blocks": (table(*[block()] * 1001), "has more than 1000 blocks"),
     "handle cut": (
         table(block(pair(b"", HEADER)), handles=[b"\x80"]),
-        "a number in it has no end",
+        "a varint in it never ends",
     ),
     "snappy": (table(block(pair(b"", HEADER), kind=1)), "is compressed.*Save it again"),
     "restarts past the block": (pairs(restarts=1 << 31), "announces 2147483648 restarts"),
-    "shares more than there is": (pairs(pair(b"w", entry(), shared=1)), "shares 1 bytes with one of 0"),
+    "shares more than there is": (pairs(pair(b"w", entry(), shared=1)), "shares 1 bytes of a 0-byte name"),
     "value past the block": (
         table(block(pair(b"", HEADER), varint(0) + varint(1) + varint(1 << 40) + b"w")),
         "1099511627776 of value",
     ),
-    "long name": (pairs(pair(b"x" * 2000, entry())), "names end at 1000"),
-    "cut in a pair": (pairs(b"\0"), "a name shares 0 bytes|has no end"),
+    "long name": (pairs(pair(b"x" * 2000, entry())), "names have at most 1000"),
+    "cut in a pair": (pairs(b"\0"), "an entry shares 0 bytes|never ends"),
     "names that fall": (two_blocks(b"w", b"v"), "the name b'v' comes after b'w'"),
     "one name twice": (two_blocks(b"w", b"w"), "the name b'w' comes after b'w'"),
     "name that is not UTF-8": (pairs(pair(b"\xff", entry())), r"the name b'\\xff' is not UTF-8"),
@@ -287,18 +287,18 @@ DAMAGES = {
     "sliced": (bundle(entry(more=field(7, b""))), "b'w' is partitioned: stored in slices"),
     "a slice": (slice_key(), "b'w' is partitioned: stored in slices"),
     "entry cut": (bundle(entry()[:-3]), "a field of kind 5 and 4 bytes reaches past its message"),
-    "entry that ends in a number": (bundle(entry() + b"\x80"), "a number in it has no end"),
-    "endless number": (bundle(b"\x08" + b"\xff" * 30), "a number in it has no end"),
+    "entry that ends in a number": (bundle(entry() + b"\x80"), "a varint in it never ends"),
+    "endless number": (bundle(b"\x08" + b"\xff" * 30), "a varint in it never ends"),
     "part past its message": (bundle(field(1, 1) + b"\x12\x7f"), "a field of kind 2 and 127 bytes"),
     "groups": (bundle(b"\x0b\x0c"), "a field of kind 3"),
-    "unknown rank": (bundle(entry(field(3, 1))), "w has shape .*as no tensor can"),
+    "unknown rank": (bundle(entry(field(3, 1))), "w has shape .*which no tensor can"),
     "negative size": (bundle(entry(shape_of(2, (1 << 64) - 3))), "w has shape .2, 18446744073709551613"),
-    "a thousand axes": (bundle(entry(shape_of(*[1] * 1000), 4)), "as no tensor can"),
+    "a thousand axes": (bundle(entry(shape_of(*[1] * 1000), 4)), "which no tensor can"),
     "negative offset": (bundle(entry(offset=INTO_SIGN)), "offset 9223372036854775808.*no tensor"),
-    "negative bytes": (bundle(entry(nbytes=INTO_SIGN)), "9223372036854775808 bytes, as no tensor"),
+    "negative bytes": (bundle(entry(nbytes=INTO_SIGN)), "9223372036854775808 bytes, which no tensor"),
     "sizes that overflow": (bundle(entry(shape_of(2**40, 2**40))), "more bytes than can be counted"),
     "empty, sizes that overflow": (bundle(entry(shape_of(0, 2**62, 2**62), 0)), "more bytes than can be"),
-    "data file that is not": (bundle(entry(shard=1)), "w lies in data file 1, counted from 0, of 1"),
+    "data file that is not": (bundle(entry(shard=1)), "w is in data file 1; the last is 0"),
     "too few bytes for its shape": (bundle(entry(nbytes=20)), "takes 20 bytes, .* needs 24"),
     "past the end": (bundle(entry(offset=4)), "w lies in bytes 4 to 28, the file ends at 24"),
     "overlap": (bundle(entry(), entry(offset=20)), "x begins at byte 20, inside of the tensor before"),
@@ -334,7 +334,7 @@ def test_a_short_data_file_is_truncated(copied: Path):
 
 @pytest.mark.parametrize("name", [SHARD, "checkpoint"])
 def test_another_of_its_files_is_no_checkpoint_and_the_index_is_asked_for(name: str):
-    assert_refused(WRITTEN / name, "the index of a TensorFlow checkpoint")
+    assert_refused(WRITTEN / name, "checkpoint")
 
 
 def test_a_prefix_without_an_index_is_not_found(tmp_path: Path):

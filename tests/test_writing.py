@@ -262,7 +262,7 @@ def test_replacing_leaves_nothing_when_interrupted(tmp_path):
 
 def test_too_little_disk_is_an_error_before_writing(tmp_path):
     require_space(tmp_path, 1)
-    with pytest.raises(OSError, match=r"are to be written, .* are free") as caught:
+    with pytest.raises(OSError, match=r"needs .* GiB, .* are free") as caught:
         require_space(tmp_path, 1 << 62)
     assert caught.value.errno == errno.ENOSPC
 
@@ -334,16 +334,16 @@ def occupied_by_socket(path: Path) -> None:
 
 
 NO_DESTINATIONS = {
-    "a circle of links": ("model.pth", circle, "model.pth: links lead in a circle; choose another name"),
+    "a circle of links": ("model.pth", circle, "model.pth: its links form a loop; choose another name"),
     "a link into no folder": (
         "model.pth",
         link_into_nowhere,
         "model.pth: is a link to .*nowhere/model.pth; the folder .*nowhere does not exist",
     ),
-    "a FIFO": ("model.pth", os.mkfifo, "model.pth: is a FIFO, socket or device, and a file is to be written"),
+    "a FIFO": ("model.pth", os.mkfifo, "model.pth: is a FIFO, socket or device, which a file cannot replace"),
     "a socket": ("model.pth", occupied_by_socket, "model.pth: is a FIFO, socket or device"),
     "a device": ("model.pth", lambda path: path.symlink_to("/dev/null"), "is a FIFO, socket or device"),
-    "a folder": ("model.pth", Path.mkdir, "model.pth: is a folder, and a file is to be written there"),
+    "a folder": ("model.pth", Path.mkdir, "model.pth: is a folder, which a file cannot replace"),
     "a long name": (
         "x" * 252 + ".pth",
         lambda path: None,
@@ -394,7 +394,7 @@ def test_a_tensor_whose_name_no_file_can_have_is_refused_before_anything_is_writ
 
 def test_a_file_where_a_folder_is_wanted_is_said(tmp_path: Path):
     (tmp_path / "parts").touch()
-    with pytest.raises(UsageError, match="parts: is a file, and a folder is to be made there"):
+    with pytest.raises(UsageError, match="parts: already exists as a file"):
         save_per_tensor(Tied(), tmp_path / "parts")
 
 

@@ -104,5 +104,5 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Manifest:
     else:
         raise CheckpointNotFoundError(path, "no such file or folder")
     if manifest.tensors and all(map(OPTIMIZER.fullmatch, manifest.tensors)):
-        raise CheckpointError(manifest.path, "an optimizer's state alone; pass the file of the weights")
+        raise CheckpointError(manifest.path, "only an optimizer's state; pass the weights file")
     return validate(manifest)

@@ -164,7 +164,7 @@ def open_sharded(source: ByteSource, open_shard: Callable[[ByteSource], Manifest
     """
     state = source.state()
     if state.size > MAX_INDEX_BYTES:
-        raise CheckpointError(source, f"has {state.size} bytes; an index ends at {MAX_INDEX_BYTES >> 20} MiB")
+        raise CheckpointError(source, f"has {state.size} bytes; the limit is {MAX_INDEX_BYTES >> 20} MiB")
     with source.open() as file:
         index = json_object(source, file.read(), "index")
     weight_map, metadata = index.get("weight_map"), index.get("metadata")

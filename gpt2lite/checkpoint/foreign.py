@@ -1,4 +1,4 @@
-"""What lies under the name of a checkpoint and is none: tables that say what it is and what to do.
+"""Files that look like checkpoints but are not: tables that say what each is and what to do.
 
 Formats by their first bytes: ggml's docs/gguf.md; onnx.proto, whose field 1 is ir_version, 2 the producer's
 name and 7 the graph; msgpack's spec, of which Flax's files begin with a map and a string.
@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 DAMAGED = "truncated or damaged; copy or download it again"
 MAX_SHOWN = 5  # names in a message
-RESAVE = "Where it came from, save the weights alone: torch.save(model.state_dict(), 'model.pth')"
+RESAVE = "Where it was made, save only the weights: torch.save(model.state_dict(), 'model.pth')"
 UNPACK = "unpack it first, and pass what is in it"
 ORIGINAL = "pass the checkpoint that it was converted from (model.safetensors or pytorch_model.bin)"
 CONVERT = "save it as safetensors with transformers 4"
@@ -29,9 +29,9 @@ FIRST_BYTES = (
     (rb"([\x81-\x8f]|\xde..|\xdf....)[\xa1-\xbf\xd9]", f"Flax's msgpack; {CONVERT} (from_flax=True)"),
     (rb"\x93NUMPY", "one NumPy array; a checkpoint names its tensors: torch.save({name: tensor, …}, path)"),
     (rb".{257}ustar", f"a tar archive; {UNPACK}. If torch before 0.1.10 wrote it, load it there. {RESAVE}"),
-    (rb"\x80", f"a bare pickle, which only running it could read. {RESAVE}"),
-    (rb"model_checkpoint_path", "TensorFlow's note; pass its folder or the index of a TensorFlow checkpoint"),
-    (rb"[\t\n\r -~][\t\n\r -~\x80-\xff]*\Z", "text, not weights; if a server wrote it, download again"),
+    (rb"\x80", f"a bare pickle, readable only by running it. {RESAVE}"),
+    (rb"model_checkpoint_path", "TensorFlow's list of checkpoints; pass its folder or a checkpoint's .index"),
+    (rb"[\t\n\r -~][\t\n\r -~\x80-\xff]*\Z", "text, not weights; if you downloaded it, try again"),
 )
 READABLE = (
     "wanted a file of torch.save (zip or older), safetensors, an index of shards, the index of a TensorFlow "
@@ -51,8 +51,8 @@ def what_is_json(tree: Mapping[str, object]) -> str:
     if error := next((tree[key] for key in ("error", "message", "detail") if key in tree), None):
         return f"a server's error ({str(error)[:80]}); download the file again, logged in if it is private"
     if tree.keys() & {"architectures", "model_type", "n_layer", "n_layers", "_name_or_path"}:
-        return "a model's config; pass the folder that it lies in, or the file of the weights"
-    return "JSON, not weights; pass the file of the weights"
+        return "a model's config; pass its folder, or the weights file"
+    return "JSON, not weights; pass the weights file"
 
 
 def what_is_zip(names: Collection[str]) -> str:

@@ -95,7 +95,7 @@ class Inert:
         if RECONSTRUCTOR.fullmatch(self.name) and args and isinstance(args[0], Inert):
             return Inert(args[0].name)
         if self.name.startswith("torch.") and "._rebuild_" in self.name:
-            return Unreadable(f"is made by {self}, a kind of tensor that is not read")
+            return Unreadable(f"is made by {self}, an unsupported kind of tensor")
         parts = (part for arg in args[:FEW] for part in (arg[:FEW] if isinstance(arg, tuple) else (arg,)))
         return Inert(self.name, any(isinstance(part, TENSORS) for part in parts))
 
@@ -190,7 +190,7 @@ def _from_type(build: object, kind: object, args: Iterable[object], state: objec
     """A tensor with attributes, or of a subclass, which may mean anything by its numbers."""
     if callable(build) and isinstance(kind, Inert) and kind.name in TENSOR_TYPES:
         return as_tensor(build(*args))
-    return Unreadable(f"is a {shown(kind)}, a kind of tensor that is not read")
+    return Unreadable(f"is a {shown(kind)}, an unsupported kind of tensor")
 
 
 def _device(kind: object, index: object = None) -> str:
@@ -271,7 +271,7 @@ class DescribingUnpickler(pickle._Unpickler):
         if isinstance(target, Inert):
             target.state = state
         elif not isinstance(target, _State):
-            raise CheckpointError(f"its pickle wants to alter {shown(target)}, which was not done")
+            raise CheckpointError(f"its pickle tries to modify {shown(target)}: refused")
 
     def load_setitem(self) -> None:
         """One key and value into a dict."""
@@ -290,7 +290,7 @@ class DescribingUnpickler(pickle._Unpickler):
     def _set_items(self, items: list[object]) -> None:
         target = self.stack[-1].items if isinstance(self.stack[-1], Inert) else self.stack[-1]
         if not isinstance(target, dict):
-            raise CheckpointError(f"its pickle wants to alter {shown(target)}, which was not done")
+            raise CheckpointError(f"its pickle tries to modify {shown(target)}: refused")
         named = _named(zip(items[::2], items[1::2], strict=True))
         self.is_plain &= 2 * len(named) == len(items)
         target.update(named)
@@ -389,7 +389,7 @@ def _contents(node: object) -> Facts | None:
 def _values(
     facts: Facts, name: str, depth: int, visited: Iterator[int], seen: set[int]
 ) -> Iterator[tuple[str, object]]:
-    """The public plain values among attributes and within them; ends without a word past MAX_ENTRIES of all.
+    """The public plain values among attributes and within them; stops silently after MAX_ENTRIES in total.
 
     Each object is looked into once, and no module.
     """

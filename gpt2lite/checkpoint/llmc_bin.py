@@ -57,7 +57,7 @@ def _read_header(source: ByteSource) -> tuple[torch.dtype, dict[str, int]]:
     if said["n_head"] > 0 and said["n_embd"] % said["n_head"]:
         wrong.append(f"n_embd {said['n_embd']} is not a multiple of n_head {said['n_head']}")
     if any(numbers[len(FIELDS) :]):
-        wrong.append("it goes on after eight numbers")
+        wrong.append("it has more than eight numbers")
     if wrong:
         raise CheckpointError(source, f"its llm.c header is damaged: {'; '.join(wrong)}")
     return DTYPES[version], said

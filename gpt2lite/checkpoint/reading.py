@@ -57,7 +57,7 @@ def _planned(manifest: Manifest, names: Iterable[str]) -> tuple[list[tuple[ByteS
 
 
 def read_tensors(manifest: Manifest, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
-    """At least `names`, at once, on `device`, by the call that its users write (torch.load for `.pth`).
+    """At least `names`, at once, on `device`, by the format's usual call (torch.load for `.pth`).
 
     Costs what torch.load costs: every byte of the file on the device, passengers included, and on the way
     there one tensor of host memory. A pickle that torch.load may refuse is read tensor by tensor.
@@ -93,9 +93,9 @@ def stored_versions(manifest: Manifest, prefix: str) -> dict[str, object]:
 
 
 def prefetch(tensors: Iterable[Tensor], readers: int, chunk_bytes: int) -> None:
-    """Read what mapped tensors stand on and enter it into the page tables, where the system can be told so.
+    """Read the pages of mapped tensors and enter them into the page tables, where the system allows it.
 
-    `readers` threads; takes page cache and nothing else. (Linux 5.14; before, the disk is only told.)
+    `readers` threads; takes page cache and nothing else. (Linux 5.14; before, only reading ahead.)
     """
     if sys.platform != "linux":
         return

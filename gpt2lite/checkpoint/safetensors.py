@@ -48,7 +48,7 @@ def json_object(source: ByteSource, raw: bytes, what: str) -> dict[str, Any]:
     try:
         return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(source, f"its {what} is not sound JSON ({error}): {DAMAGED}") from None
+        raise CheckpointError(source, f"its {what} is not valid JSON ({error}): {DAMAGED}") from None
 
 
 def _span(source: ByteSource, name: str, entry: Any, start: int) -> TensorSpan | str:

@@ -177,7 +177,7 @@ class LocalFile:
         return (PastCache if past_cache else FileReader)(self.path)
 
     def is_best_past_cache(self) -> bool:
-        """Whether it lies on the disk and not in the page cache, and reading past that one is fast here."""
+        """Whether most of it is not in the page cache, and O_DIRECT reads are fast here."""
         try:
             if "[never]" in HUGE_PAGES.read_text():
                 return False
@@ -242,7 +242,7 @@ def _pages(offset: int, nbytes: int) -> tuple[int, int]:
 
 
 def _read_cached(file: int, nbytes: int, offset: int) -> bytes | None:
-    """A range that lies in the page cache; None where it is known not to, nothing where that is not known."""
+    """A range from the page cache; None if it is known not to be there, b"" if the system cannot tell."""
     memory = bytearray(nbytes)
     try:
         return bytes(memory) if os.preadv(file, [memory], offset, os.RWF_NOWAIT) == nbytes else None
@@ -255,8 +255,8 @@ def _read_cached(file: int, nbytes: int, offset: int) -> bytes | None:
 def read_each(file: int, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
     """Small ranges (offset, bytes) from all over a file, each shorter where the file ends in it.
 
-    What is cold the disk is asked for at once, and it leaves the page cache again: a page that stays there
-    alone breaks up what the system later reads ahead, and cost a cold load a quarter of its time.
+    Uncached pages are requested from the disk together and dropped again: a lone page left in the cache
+    breaks up what the system later reads ahead, and cost a cold load a quarter of its time.
     """
     _advise(file, "POSIX_FADV_RANDOM")  # or the system takes neighbours of a range along
     found = [(each, _read_cached(file, each[1], each[0])) for each in ranges]

@@ -1,7 +1,7 @@
 """TensorFlow's V2 checkpoints, as OpenAI released GPT-2: `<prefix>.index` and `<prefix>.data-0000k-of-0000n`.
 
 The index is a LevelDB table from names to `BundleEntryProto`; the data files are the tensors' bytes in a row.
-Its sums are not compared, as no other format's are: a tensor lies where nothing else does, and fits exactly.
+Its checksums are ignored, as in other formats; but tensors must fit exactly, and none may overlap.
 Formats: https://github.com/google/leveldb/blob/main/doc/table_format.md and
 https://github.com/tensorflow/tensorflow/blob/master/tensorflow/core/protobuf/tensor_bundle.proto
 """
@@ -52,7 +52,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         number |= (byte & 0x7F) << 7 * place
         if byte < 0x80:
             return number & 0xFFFFFFFFFFFFFFFF, at + place + 1
-    raise _damaged("a number in it has no end")
+    raise _damaged("a varint in it never ends")
 
 
 def _message(data: bytes) -> Message:
@@ -76,7 +76,7 @@ def _message(data: bytes) -> Message:
 
 
 def _handle(data: bytes, at: int = 0) -> tuple[Handle, int]:
-    """Where a block lies, and where that is said no more."""
+    """Where a block lies, and where its handle ends."""
     offset, at = _varint(data, at)
     size, at = _varint(data, at)
     return (offset, size), at
@@ -99,8 +99,8 @@ def _pairs(index: bytes, handle: Handle) -> Iterator[tuple[bytes, bytes]]:
         rest, at = _varint(block, at)
         length, at = _varint(block, at)
         if shared > len(key) or shared + rest > MAX_NAME or at + rest + length > end:
-            said = f"a name shares {shared} bytes with one of {len(key)}, has {rest} of its own and {length}"
-            raise _damaged(f"{said} of value, {end - at} bytes before the end; names end at {MAX_NAME}")
+            said = f"an entry shares {shared} bytes of a {len(key)}-byte name, adds {rest} and {length}"
+            raise _damaged(f"{said} of value; {end - at} are left, and names have at most {MAX_NAME}")
         key = key[:shared] + block[at : at + rest]
         at += rest + length
         yield key, block[at - length : at]
@@ -109,7 +109,7 @@ def _pairs(index: bytes, handle: Handle) -> Iterator[tuple[bytes, bytes]]:
 def _table(index: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Keys and values of the whole table, in the order that the format demands."""
     if len(index) > MAX_INDEX_BYTES:
-        raise CheckpointError(f"is larger than {MAX_INDEX_BYTES >> 10} KiB, which no model's index is")
+        raise CheckpointError(f"is larger than {MAX_INDEX_BYTES >> 10} KiB, too large for an index")
     if len(index) < FOOTER_BYTES or not index.endswith(MAGIC):
         raise _damaged(f"its {len(index)} bytes do not end as a TensorFlow index does")
     footer = index[-FOOTER_BYTES : -len(MAGIC)]
@@ -161,12 +161,12 @@ def _span(key: bytes, content: bytes, shards: list[ByteSource]) -> TensorSpan | 
     shape = tuple(_message(axis)[0].get(1, 0) for axis in axes[1].get(2, []))
     code, shard, offset, nbytes = (numbers.get(field, 0) for field in (1, 3, 4, 5))
     if axes[0].get(3) or not are_sizes(shape) or not are_sizes((offset, nbytes)):  # 3: its rank is unknown
-        said = f"has shape {shape[:8]}, offset {offset}, {nbytes} bytes, as no tensor can"
+        said = f"has shape {shape[:8]}, offset {offset}, {nbytes} bytes, which no tensor can have"
         raise _damaged(f"{name[:MAX_SHOWN]} {said}")
     if code not in DTYPES:
         return name, f"has TensorFlow's dtype {code}, which is not read"
     if shard >= len(shards):
-        raise _damaged(f"{name[:MAX_SHOWN]} lies in data file {shard}, counted from 0, of {len(shards)}")
+        raise _damaged(f"{name[:MAX_SHOWN]} is in data file {shard}; the last is {len(shards) - 1}")
     return contiguous_span(name, DTYPES[code], shape, shards[shard], offset, nbytes)
 
 

@@ -77,7 +77,7 @@ class LegacyUnpickler(DescribingUnpickler):
                 size = root.dtype.itemsize
                 if (first + numel) * size <= root.nbytes:
                     return self._known(key, Storage(root.key, root.dtype, numel * size, first * size))
-        raise CheckpointError(f"its pickle views storage {root.key} as {shown(view)}, which is not within it")
+        raise CheckpointError(f"its pickle has a view {shown(view)} that does not fit storage {root.key}")
 
     def _known(self, name: str, storage: Storage) -> Storage:
         """The storage, unless the name already stands for another one; empty ones may change their dtype."""
@@ -94,7 +94,7 @@ def _check_head(source: ByteSource, pickles: _Pickles) -> None:
         if type(found) is not int or found != wanted:
             raise CheckpointError(source, f"its {what} is {shown(found)}, wanted {wanted}: {DAMAGED}")
     if not isinstance(machine, dict) or machine.get("little_endian") is not True:
-        raise CheckpointError(source, f"written on a machine that it does not call little-endian. {RESAVE}")
+        raise CheckpointError(source, f"not marked as written on a little-endian machine. {RESAVE}")
 
 
 def _find_storages(

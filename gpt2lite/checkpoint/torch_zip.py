@@ -126,7 +126,7 @@ def open_torch_zip(source: ByteSource) -> Manifest:
             names = ("data.pkl", "byteorder", CONFIG_ENTRY)
             pickled, order, config = (_read_small(source, file, entries, name) for name in names)
     except DAMAGED_ZIP as error:
-        what = f"no sound zip directory at its end ({type(error).__name__}: {error})"
+        what = f"no valid zip directory at its end ({type(error).__name__}: {error})"
         raise CheckpointError(source, f"{what}: {DAMAGED}") from None
     if order not in (b"little", b""):
         raise CheckpointError(source, f"written on a machine of other byte order, {order[:20]!r}. {RESAVE}")

@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 Wrote = Callable[[int], None]  # bytes that were just written
 Config = Mapping[str, Any]  # the fields of a model's config
 MAX_PREFIX = 20  # characters of a temporary name that are the file's own: it must fit wherever the file does
-NO_PLACE = {errno.ELOOP: "links lead in a circle", errno.ENAMETOOLONG: "longer than the file system allows"}
+NO_PLACE = {errno.ELOOP: "its links form a loop", errno.ENAMETOOLONG: "longer than the file system allows"}
 CHUNK_BYTES = 8 << 20
 TILE = (256, 112)  # of a transpose: fits the cache, and one thread does it (torch divides 32768 elements)
 
@@ -71,7 +71,7 @@ def _turn(piece: Tensor, out: Tensor) -> None:
 
 
 def _joined(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Pieces side by side, cast, contiguous, on the host; a single one that is all that is not copied."""
+    """Pieces side by side, cast, contiguous, on the host; a single one that already is, is not copied."""
     if len(pieces) == 1 and not _is_turned(pieces[0]):
         return pieces[0].to("cpu", dtype).contiguous()
     rows, widths = pieces[0].shape[0], [piece.shape[1] for piece in pieces]
@@ -141,7 +141,7 @@ Fill = Callable[[Path, Sequence[TensorToWrite], Wrote, Config | None], None]
 
 
 def counting(progress: Progress, tensors: Iterable[TensorToWrite]) -> Wrote:
-    """What adds up the bytes written of some tensors and says so to `progress`."""
+    """A callback that adds up the bytes written and reports them to `progress`."""
     total, done = sum(tensor.nbytes for tensor in tensors if not tensor.shares), 0
 
     def wrote(nbytes: int) -> None:
@@ -153,7 +153,7 @@ def counting(progress: Progress, tensors: Iterable[TensorToWrite]) -> Wrote:
 
 
 def _flush(path: Path) -> None:
-    """Have the disk hold a file, or every file of a folder, before its name says that it does."""
+    """Flush a file, or every file of a folder, to the disk before it gets its final name."""
     for file in path.iterdir() if path.is_dir() else (path,):
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
@@ -180,7 +180,7 @@ def destination_of(path: Path) -> Path:
     found = state_of(path)
     if found is not None and not stat.S_ISREG(found.st_mode):
         kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a FIFO, socket or device"
-        raise UsageError(f"{path}: is {kind}, and a file is to be written there; choose another name")
+        raise UsageError(f"{path}: is {kind}, which a file cannot replace; choose another name")
     followed = Path(os.path.realpath(path))
     if not followed.parent.is_dir():
         wrong = "is a file, not a folder" if followed.parent.exists() else "does not exist; make it first"
@@ -222,7 +222,7 @@ def write_whole(
 def require_new_folder(folder: Path) -> None:
     """Raise UsageError where a folder is to be made and something lies already."""
     if state_of(folder) is not None:
-        kind = "already exists" if folder.is_dir() else "is a file, and a folder is to be made there"
+        kind = "already exists" if folder.is_dir() else "already exists as a file"
         raise UsageError(f"{folder}: {kind}; choose a new folder")
 
 
@@ -234,5 +234,5 @@ def require_space(path: Path, nbytes: int) -> None:
     folder = path if os.path.isdir(path) else destination_of(path).parent
     free = shutil.disk_usage(folder).free
     if free < nbytes:
-        said = f"{nbytes / 2**30:.1f} GiB are to be written, {free / 2**30:.1f} GiB are free"
+        said = f"needs {nbytes / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
         raise OSError(errno.ENOSPC, said, str(folder))

@@ -34,7 +34,7 @@ EPILOG = """examples:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gpt2lite",
-        description="A minimal GPT-2 whose constructors know memory.",
+        description="A minimal GPT-2 that knows what loading costs.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -99,7 +99,7 @@ def _text(path: Path, found: Verification) -> str:
     try:
         return repr(tokenizer_for(path, found.config.vocab_size).decode(found.ids[found.prompt_tokens :]))
     except (CheckpointError, UsageError):
-        return "no tokenizer at hand"
+        return "no tokenizer found"
 
 
 def run_verify(args: argparse.Namespace) -> int:
@@ -121,7 +121,7 @@ def run_verify(args: argparse.Namespace) -> int:
     return 0 if found.passed else 1
 
 
-def run(args: argparse.Namespace) -> int:
+def run_convert(args: argparse.Namespace) -> int:
     """Convert, and say what was made."""
     job = plan_conversion(
         local_path(args.source, args.revision),

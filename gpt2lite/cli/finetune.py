@@ -47,7 +47,7 @@ def _put_head(path: Path, model: GPTModel, labels: tuple[str, ...], recipe: Reci
     known = read_labels(path)
     if len(known) != model.config.n_classes:
         found = f"{len(known) or 'no'} labels beside a head of {model.config.n_classes} classes"
-        raise UsageError(f"{path}: {found}; write labels.json, their names in the order of the head")
+        raise UsageError(f"{path}: {found}; write labels.json, one name per row of the head")
     if known != labels:
         kept = relabel(model, known, labels, recipe.seed)
         parts = {"kept": kept, "new": set(labels) - set(kept), "dropped": set(known) - set(kept)}

@@ -16,7 +16,7 @@ from gpt2lite.opening import locate
 
 
 def local_path(name: str | Path, revision: str | None) -> Path:
-    """A path as it is, or where the Hub's model of this name lies once it is fetched."""
+    """An existing path unchanged, else the local path of the Hub model, fetched."""
     return locate(name, {"revision": revision})
 
 

@@ -94,7 +94,7 @@ def _plan_training(args: argparse.Namespace) -> int:
         print(facts([(name, _size(nbytes)) for name, nbytes in asdict(found).items()]))
         if limit is not None:
             print(f"\n{facts(levers or [('as asked', '')])}")
-            print(f"\n{'fits' if fits else 'does not fit'} into {human(limit)}")
+            print(f"\n{'fits' if fits else 'does not fit'} in {human(limit)}")
     return 0 if fits else 1
 
 

@@ -151,7 +151,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def run(args: argparse.Namespace) -> int:
+def run_tokenize(args: argparse.Namespace) -> int:
     """Tokenize, and say how much it was."""
     model = local_path(args.model, args.revision) if args.model else None
     encoding = tokenizer_for(model, open_model(model).sizes.vocab_size) if model else gpt2_encoding()

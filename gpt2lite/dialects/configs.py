@@ -1,6 +1,6 @@
 """What shape a checkpoint's model has: said by its tensors, with them, beside them, or by the caller.
 
-Whoever speaks must agree. Names and shapes say all but the number of heads, the activation and dropout; those
+All sources must agree. Names and shapes say all but the number of heads, the activation and dropout; those
 are said by the first of: the config that our own writers put into the file, the dict or object that the
 writing program puts beside its weights, `<stem>.json`, the folder's config.json or hparams.json.
 """
@@ -48,10 +48,10 @@ gelu_pytorch_tanh gelu_python_tanh gelu_fast gelu_accurate gelu_new
 """
 ACTIVATIONS = {"gelu_python": "gelu", "GELUActivation": "gelu"} | dict.fromkeys(_TANH.split(), "gelu_tanh")
 APPROXIMATE = {approximate: ours for ours, approximate in OURS_ARE.items()}
-# Said by a pickled module alone: of its attention, which must be 1/sqrt(head_dim), and of any part of it.
+# Only pickled modules have these: attention's scale (must be 1/sqrt(head_dim)), and any part's class.
 SCALE, CLASS = "its scale", "its class"
-# Places in a pickled module: the classes that compute as we do (all others are refused), and what attributes
-# are as words of a config, an empty one standing for their own. Every block must say the same.
+# Places in a pickled module: the classes that compute as we do (all others are refused), and the config
+# words that its attributes stand for ("": their own names). Every block must say the same.
 ATTENTION, NORM = r"(trf_blocks|h)\.\d+\.attn?", r"trf_blocks\.\d+\.norm[12]|h\.\d+\.ln_[12]|final_norm|ln_f"
 ACTIVATION = r"trf_blocks\.\d+\.ff\.layers\.1|h\.\d+\.mlp\.(act|gelu)"
 CLASSES = {
@@ -245,7 +245,7 @@ def _require_computed(
         if place.startswith(reading.root.removesuffix("transformer.")) and place.rpartition(".")[2] in CHANGES
     ]
     if lines:
-        raise CheckpointError(reading.manifest.path, f"not loaded; gpt2lite does not compute{listed(lines)}")
+        raise CheckpointError(reading.manifest.path, f"not loaded; gpt2lite does not support{listed(lines)}")
 
 
 def _is_same(said: object, value: object) -> bool:
@@ -269,7 +269,7 @@ def _check_masks(reading: Reading) -> None:
         rows, count = (range(0, size, MASK_ROWS), MASK_ROWS) if number == 0 else ((0, size // 2, size - 1), 1)
         is_square = span.shape[-2:] == (size, size) and span.numel == size * size and span.is_contiguous
         if not is_square or not all(_is_causal(span, range(row, min(row + count, size))) for row in rows):
-            said = "is not GPT-2's causal mask; gpt2lite computes no other. Use the program that wrote it"
+            said = "is not GPT-2's causal mask, the only one supported. Use the program that wrote it"
             raise CheckpointError(span.source, f"{name} {said}", name=name)
 
 
@@ -345,7 +345,7 @@ def _said_by_shapes(reading: Reading) -> dict[str, Any]:
 
 
 def _require_unsaid(reading: Reading, believed: Mapping[str, Any]) -> None:
-    """Raise CheckpointError where a place of a file that is not known to be its config says otherwise."""
+    """Raise CheckpointError if other values in a file contradict what would be assumed."""
     path, values = reading.manifest.path, reading.manifest.values
     if {*BOUND} & values.keys() or _below(values, above_of(reading.container) + MODEL_ARGS):
         return  # the program that wrote it is known, and where it keeps its config
@@ -361,7 +361,7 @@ def _require_unsaid(reading: Reading, believed: Mapping[str, Any]) -> None:
 
 # ---- what is known -----------------------------------------------------------------------------------------
 
-# What weights do not tell, what it is where nobody can know, and what no memory depends on.
+# Not in weights, and no memory depends on it: what to plan with where nobody says it.
 UNSAYABLE: dict[str, Any] = {"n_heads": 1, "activation": "gelu_tanh"}
 
 
@@ -441,7 +441,7 @@ def complete(reading: Reading, found: Found) -> GPTConfig:
         do = f'Pass config={{"n_heads": …}} (--n-heads), or put that into {side_file(path, ".json").name}'
         raise CheckpointError(path, f"the number of heads cannot be read off weights, and {size}. {do}")
     if "activation" not in known:
-        said = "may be of nanoGPT, with exact GELU, or of minGPT or older nanoGPT, with the tanh GELU"
+        said = "may be from nanoGPT (exact GELU), or from minGPT or older nanoGPT (tanh GELU)"
         do = 'Pass config={"activation": "gelu"} or {"activation": "gelu_tanh"} (--activation)'
         raise CheckpointError(path, f"{said}. {do}")
     try:

@@ -106,7 +106,7 @@ def _base_of(folder: Path, said: Mapping[str, Any], locate: Callable[[str, str |
     for file in FILES:
         own, other = folder / file, base / file
         if other.is_file() and not (own.is_file() and filecmp.cmp(own, other, shallow=False)):
-            do = "merge that one first (peft's merge_and_unload), or remove it if it does not count"
+            do = "merge that one first (peft's merge_and_unload), or remove it if it is unused"
             raise CheckpointError(folder, f"a PEFT adapter whose base, {base}, holds another adapter; {do}")
     return base
 

@@ -27,7 +27,7 @@ from gpt2lite.errors import CheckpointError, UsageError, listed
 
 @dataclass(frozen=True, slots=True)
 class Narrow:
-    """`start` to `stop` of an axis: of its elements, or of as many equal parts of it as `parts` says."""
+    """`start` to `stop` along an axis: in elements, or in equal parts where `parts` counts them."""
 
     axis: int
     start: int
@@ -35,7 +35,7 @@ class Narrow:
     parts: int = 0
 
     def of(self, rows: range) -> range:
-        """What it leaves of an axis. Raises ValueError where that has not so many or cannot be so divided."""
+        """What it keeps of an axis. Raises ValueError where the axis is too short or not divisible."""
         size, rest = divmod(len(rows), self.parts) if self.parts else (1, 0)
         start, stop = self.start * size, self.stop * size
         if rest or not 0 <= start <= stop <= len(rows):
@@ -89,11 +89,11 @@ class Placement:
         return box, axes
 
     def box(self, stored: Sequence[int]) -> list[range]:
-        """The part of each axis of the stored tensor, by the latter's shape, that the parameter is."""
+        """The range of each stored axis that the parameter takes; `stored` is a shape."""
         return self._placed(stored)[0]
 
     def shape_of(self, stored: tuple[int, ...]) -> tuple[int, ...]:
-        """The parameter's shape, from the stored tensor's; the latter itself where the views do not fit."""
+        """The parameter's shape, from the stored one; `stored` itself where the views do not fit."""
         try:
             box, axes = self._placed(stored)
         except (IndexError, ValueError):
@@ -110,11 +110,11 @@ class Placement:
         return self.turn(read_span(span.part(self.box(span.shape))))
 
     def turn(self, part: Tensor) -> Tensor:
-        """What stands like a part of the stored tensor, turned to stand like the parameter, as a view."""
+        """A part of the stored tensor, turned to the parameter's orientation, as a view."""
         return _turned(part, self.views, torch.squeeze)
 
     def unplace(self, parameter: Tensor) -> Tensor:
-        """The parameter, turned to stand like its part of the stored tensor, as a view."""
+        """The parameter, turned back to the stored orientation, as a view."""
         return _turned(parameter, self.views[::-1], torch.unsqueeze)
 
     @property
@@ -124,7 +124,7 @@ class Placement:
 
     @property
     def rows_axis(self) -> int:
-        """The stored axis that the parameter's first one is: its thirds are joined along it."""
+        """The stored axis of the parameter's rows, along which fused q, k and v are joined."""
         return -1 if Transpose() in self.views else 0
 
     @property
@@ -172,7 +172,7 @@ TORCH = ((".weight", ".bias"), (".weight", ".bias"), (".weight",))
 def _rows(
     modules: Mapping[str, str], ends: Sequence[Sequence[str]], turned: Sequence[Transpose | Drop] = ()
 ) -> list[Row]:
-    """The rows of our modules by the names of theirs; what several of ours share is theirs in equal parts.
+    """Rows from our module names to theirs; a module of theirs that several of ours share is split evenly.
 
     `turned` makes weights of a block (out, in).
     """
@@ -192,7 +192,7 @@ def _rows(
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """A family of checkpoints; `masks` end names of no weights."""
+    """A checkpoint family; `masks`: suffixes of mask buffers."""
 
     rows: list[Row]
     masks: tuple[str, ...] = ()
@@ -273,7 +273,7 @@ class Reading:
         return 1 + max(map(block_of, self.placements)), shape[1] if len(shape) == 2 else 0
 
     def places(self) -> dict[str, list[tuple[str, Placement]]]:
-        """Their name → the parameters that it has there, as rows place them."""
+        """Their name → our parameters stored there, with the rows' views."""
         places: dict[str, list[tuple[str, Placement]]] = {}
         for theirs, ours, placement in expand_rows(DIALECTS[self.dialect].rows, self.size[0]):
             if ours in self.placements:
@@ -317,7 +317,7 @@ class _Model(NamedTuple):
         return plain.removeprefix(prefix) if is_behind else None
 
     def own(self, name: str) -> str | None:
-        """The same of the model's own prefix, or of a head that lies beside it."""
+        """`behind` with the model's own prefix, or for a head beside the model."""
         head = self.behind(above_of(self.prefix), name) or ""
         return self.behind(self.prefix, name) or (head if head.startswith(HEADS) else None)
 
@@ -355,7 +355,7 @@ def _one_model(manifest: Manifest) -> tuple[_Model, str]:
         said = f"holds {len(found)} models, under {' and '.join(places)}. Save one: {save}"
         raise CheckpointError(manifest.path, said)
     ((model, name),) = found.items()
-    for key in MARKERS[model.marker]:  # a square query weight tells (in, out) from (out, in)
+    for key in MARKERS[model.marker]:  # only the right orientation gives a square query
         shape = DIALECTS[key].query[2].shape_of(manifest.tensors[name].shape)
         if len(shape) == 2 and shape[0] == shape[1]:
             return model, key
@@ -410,7 +410,7 @@ def expand_rows(rows: Iterable[Row], n_layers: int) -> Iterable[Row]:
 def read_dialect(manifest: Manifest) -> Reading:
     """Find the dialect of a GPT-2 checkpoint by its names and place every parameter that it holds.
 
-    Whatever stands before the names is taken off. A checkpoint without a head is tied: its head is its token
+    Prefixes before the names are stripped. A checkpoint without a head is tied: its head is its token
     embedding. Raises CheckpointError, also for a file that holds two models.
     """
     model, key = _one_model(manifest)
@@ -460,9 +460,9 @@ def with_lora_alpha(reading: Reading, alpha: float | None) -> Reading:
     if alpha is not None and (type(alpha) not in (int, float) or not math.isfinite(alpha)):
         raise UsageError(f"lora_alpha must be a number, got {alpha!r}")
     if bool(layers) != (alpha is not None):
-        lacking = "their alpha; pass the one of their training: lora_alpha=… (--lora-alpha for commands)"
-        what = lacking if layers else f"an alpha; leave out lora_alpha={alpha}"
-        raise CheckpointError(reading.manifest.path, f"holds {layers or 'no'} LoRA layers without {what}")
+        lacking = "without their alpha; pass the one they trained with: lora_alpha=… (--lora-alpha)"
+        what = lacking if layers else f"that need lora_alpha={alpha}; leave it out"
+        raise CheckpointError(reading.manifest.path, f"holds {layers or 'no'} LoRA layers {what}")
     adapters = (a if a.scale is not None else replace(a, scale=alpha) for a in reading.adapters)
     return replace(reading, adapters=tuple(adapters))
 

@@ -198,7 +198,7 @@ def open_tokens(path: Path, vocab_size: int) -> Tensor:
         kind, dtype, offset, count = _layout_of(path, head, nbytes)
         found, wanted = nbytes - offset, count * dtype.itemsize
         if found < 1 or found != wanted:
-            raise CheckpointError(path, f"{found} bytes of tokens ({kind}), wanted {wanted}; is it cut?")
+            raise CheckpointError(path, f"{found} bytes of tokens ({kind}), wanted {wanted}; truncated?")
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     tokens = torch.frombuffer(content, dtype=dtype, count=count, offset=offset)
     _require_ids(path, tokens, vocab_size, has_header=kind != NO_HEADER)

@@ -74,8 +74,8 @@ class _Counter(TorchDispatchMode):
 def _is_summed_in_place(gradient: Tensor, *rest: object) -> bool:
     """Whether autograd adds to this gradient in place, which it does not do with tensors without memory.
 
-    It does where nothing else holds it. Source: `can_accumulate_inplace` of torch's input_buffer.cpp. Two
-    hold a storage that is held once: the tensor, and who asks.
+    It does where nothing else holds it. Source: `can_accumulate_inplace` of torch's input_buffer.cpp. A
+    storage with one owner counts two: the tensor, and this call.
     """
     holders: int = torch._C._storage_Use_Count(gradient.untyped_storage()._cdata)
     return not torch.is_grad_enabled() and holders == 2
@@ -95,7 +95,7 @@ def _hidden_casts(func: Any, args: Any, made: list[Tensor]) -> int:
 
 @contextmanager
 def _freeing(parameters: list[nn.Parameter], wanted: bool) -> Iterator[None]:
-    """Gradients go as soon as they are there, as the optimizer's hook lets them."""
+    """Free each gradient once it is computed, as the optimizer's hook does."""
 
     def free(parameter: Tensor) -> None:
         parameter.grad = None
@@ -196,8 +196,8 @@ def find_levers(
 ) -> tuple[list[tuple[str, str]], TrainingForecast]:
     """The cheapest levers, each with what it costs, that bring a recipe's peak to a limit, and the forecast.
 
-    Of two choices the cheaper is the one without the dearest lever that they do not share, so none is taken
-    that is not needed. Where none fits, those with the lowest peak. Predicts up to 64 times, seconds each for
+    Of two choices, the one without the dearest lever not in both is the cheaper, so no lever is taken
+    without need. Where none fits, those with the lowest peak. Predicts up to 64 times, seconds each for
     the largest models.
     """
     chosen_already = recipe.lora_rank or recipe.last_blocks  # what is trained was asked for

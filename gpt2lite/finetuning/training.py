@@ -236,7 +236,8 @@ class Trainer:
         """Let go of the model."""
         if self.device.type == "cpu":
             # glibc cannot be asked what it was: the user's, or where it ends once such a block has been freed
-            map_from(int(os.environ.get("MALLOC_MMAP_THRESHOLD_") or GLIBCS_MOST))
+            said = os.environ.get("MALLOC_MMAP_THRESHOLD_", "")
+            map_from(int(said) if said.isdecimal() else GLIBCS_MOST)
         for handle in self.handles:
             handle.remove()
 

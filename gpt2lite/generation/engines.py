@@ -21,9 +21,9 @@ from gpt2lite.quantization import Int8Linear
 
 Step = Callable[[Tensor], Tensor]  # ids (B, T) → logits (B, V) of the last; the cache grows by T tokens
 FLOATS = (torch.float32, torch.bfloat16)  # in which numba's loops compute
-MOST_ROWS = 128  # of texts × tokens for numba; above it torch's products of whole blocks win
-# When starting an engine pays off: for a graph so many tokens; for numba's half a second so many weights
-# read, over all tokens (20 of gpt2).
+MOST_ROWS = 128  # texts × tokens per step for numba; above it torch's matmuls are faster
+# Worth starting from this many tokens (graph), or weights × tokens (numba, which takes
+# half a second to start: 20 tokens of gpt2).
 FEWEST_FOR_GRAPH, FEWEST_FOR_NUMBA = 16, 25 * 10**8
 ONE_AT_A_TIME = threading.Lock()  # not all of numba's thread pools can be entered twice
 NUMBA_FAILED: list[str] = []  # why numba is not tried again in this process
@@ -59,14 +59,14 @@ class KVCache:
         self.length, self.pads = 0, pads
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, H, T, D) behind `length` and return all S = length + T; `length` itself stays."""
+        """Store (B, H, T, D) behind `length` and return all S = length + T; `length` is unchanged."""
         end = self.length + k.shape[2]
         keys, values = self.memory[layer, :, :, :, :end]
         keys[:, :, self.length :], values[:, :, self.length :] = k, v
         return keys, values
 
     def positions(self, T: int) -> Tensor:
-        """Of the next T tokens in their texts, (T,) or (B, T)."""
+        """Text positions of the next T tokens, (T,) or (B, T)."""
         columns = torch.arange(self.length, self.length + T, device=self.memory.device)
         return columns if self.pads is None else (columns - self.pads[:, None]).clamp(min=0)
 
@@ -107,7 +107,7 @@ class CursorCache(KVCache):
         return keys.index_copy_(2, self.cursor, k), values.index_copy_(2, self.cursor, v)
 
     def positions(self, T: int) -> Tensor:
-        """Of the next token, (1,) or (B, 1)."""
+        """The next position, (1,) or (B, 1)."""
         return self.cursor if self.pads is None else self.cursor - self.pads[:, None]
 
     def mask(self, T: int) -> Tensor:
@@ -117,7 +117,7 @@ class CursorCache(KVCache):
         return (columns <= self.cursor) & (columns >= begin[:, None, None, None])
 
     def advance(self, T: int) -> None:
-        """Do nothing: a replay would not count."""
+        """Do nothing: replays run no Python."""
 
 
 # ---- torch -------------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ class LanguageModel(Protocol):
 
     @property
     def out_head(self) -> nn.Linear:
-        """What is hidden (..., C) → logits (..., V)."""
+        """Hidden states (..., C) → logits (..., V)."""
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Token ids (B, T) → (B, T, C); a cache is extended by T tokens."""
@@ -150,8 +150,8 @@ class LanguageModel(Protocol):
 def in_eval_mode(model: LanguageModel) -> Iterator[None]:
     """No module of the model is in training mode; afterwards, also after an error, each is as it was.
 
-    Only one thread at a time changes a model's mode: another would find it in eval mode, and get dropout back
-    on the way. Only the flags are set, since some modules override `train` and do more.
+    Only one thread at a time changes a model's mode: another would find it in eval mode, and get dropout
+    back midway. Only the flags are set, since some modules override `train` and do more.
     """
     with OUT_OF_MODE:
         training = [module for module in model.modules() if module.training]
@@ -168,7 +168,7 @@ def in_eval_mode(model: LanguageModel) -> Iterator[None]:
 
 
 def last_logits(model: LanguageModel, ids: Tensor, cache: KVCache) -> Tensor:
-    """Ids (B, T) → logits (B, V) of the last of them, without dropout; the head sees no other."""
+    """Ids (B, T) → logits (B, V) of the last one, without dropout; only it reaches the head."""
     with in_eval_mode(model):
         return model.out_head(model.hidden(ids, cache)[:, -1])
 
@@ -205,7 +205,7 @@ def _lacks_for_numba(model: Any, batch: int) -> str:
         import gpt2lite.generation.kernels  # noqa: F401  # here, since numba takes half a second
     except ImportError as error:
         return f"numba cannot be imported ({error}): pip install 'gpt2lite[cpu]'"
-    except Exception as error:  # a folder for what it compiles cannot be found: a RuntimeError
+    except Exception as error:  # a RuntimeError where numba finds no writable cache folder
         _give_up_numba(error)
     return "".join(NUMBA_FAILED)
 
@@ -259,14 +259,14 @@ def _numba_step(model: Any, cache: KVCache) -> Step:
 
 
 def _graph_step(model: LanguageModel, cache: KVCache) -> Step:
-    """A token is replayed without Python or launches between its kernels; a longer prompt is torch's."""
+    """Single tokens replay a recorded graph, without Python or launches; longer inputs go to torch."""
     recorded: tuple[CursorCache, Tensor, Callable[[], None], Tensor] | None = None
 
     def step(ids: Tensor) -> Tensor:
         nonlocal recorded
         if ids.shape[1] > 1:
             return last_logits(model, ids, cache)
-        if recorded is None or recorded[0].pads is not cache.pads:  # a window moves the pads
+        if recorded is None or recorded[0].pads is not cache.pads:  # new pads: window slid
             moving, own = CursorCache(cache), ids.clone()
             recorded = moving, own, *record(ids.device, lambda: last_logits(model, own, moving))
         moving, own, replay, logits = recorded
@@ -282,7 +282,7 @@ def _graph_step(model: LanguageModel, cache: KVCache) -> Step:
 # ---- the choice --------------------------------------------------------------------------------------------
 
 
-# Why an engine cannot run a model and so many rows ("" if it can), and what makes its step.
+# Per engine: why it cannot run this model and batch ("" if it can), and what makes a step.
 ENGINES: dict[str, tuple[Callable[[LanguageModel, int], str], Callable[[LanguageModel, KVCache], Step]]] = {
     "numba": (_lacks_for_numba, _numba_step),
     "cuda_graph": (

@@ -36,7 +36,7 @@ class Verdict:
 
 
 def forecasts(plan: LoadPlan) -> dict[str, Forecast]:
-    """What each strategy that can do what is planned would take. Milliseconds; allocates nothing."""
+    """What each strategy that can carry out the plan would take. Milliseconds; allocates nothing."""
     return {name: _forecast(plan, name) for name, row in STRATEGIES.items() if not row.refuses(plan)}
 
 
@@ -123,7 +123,7 @@ def _refusal(
 
 
 def helps(plan: LoadPlan, strategy: str, budget: Budget) -> Iterator[str]:
-    """The nearest changes of the arguments with which a load would fit that does not as it is."""
+    """The smallest changes to the arguments that would make a load fit."""
     half = tuple(replace(t, dtype=HALVES.get(t.dtype, t.dtype)) for t in plan.targets)
     stored = tuple(t if t.is_quantized else replace(t, dtype=t.span.dtype) for t in plan.targets)
     halved = replace(plan, targets=half)

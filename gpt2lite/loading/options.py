@@ -59,13 +59,13 @@ HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 
 
 def check_names(options: Mapping[str, Any], known: Any = Options) -> None:
-    """Raise TypeError for a keyword that no option has, with the nearest that has."""
+    """Raise TypeError for an unknown keyword, suggesting the nearest known one."""
     names = sorted(known.__optional_keys__)
     for name in options.keys() - set(names):
         near = get_close_matches(name, names, 1)
         hint = f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(names)}"
         if "config" in names and name in GPTConfig.__dataclass_fields__:
-            hint = f"; it belongs into config={{{name!r}: …}}"
+            hint = f"; it belongs in config={{{name!r}: …}}"
         raise TypeError(f"unexpected keyword argument {name!r}{hint}")
 
 

@@ -51,12 +51,12 @@ class Target:
 
     @property
     def scale_bytes(self) -> int:
-        """Bytes of the scale of rows that are quantised on the way: fp32, one for each."""
+        """Bytes of the fp32 scales, one per row, if the load quantises; else 0."""
         return 4 * self.shape[0] if self.is_quantized else 0
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the load makes int8 of what is stored otherwise."""
+        """Whether the load turns stored floats into int8."""
         return self.dtype == torch.int8 and self.span.dtype.is_floating_point
 
 
@@ -64,8 +64,8 @@ class Target:
 class LoadPlan:
     """Everything that a strategy needs. `skeleton` is the module on meta, for one strategy to fill.
 
-    `lost` names what of the module exists only where it is built with its memory, `own_loading` the hooks by
-    which it loads itself from `reading`; the spans of its targets then stand for its own tensors.
+    `lost` names what only a build with real memory gives, `own_loading` the hooks by which the module loads
+    itself; then a target's span describes the module's tensor, not a place in the file.
     """
 
     reading: Reading
@@ -116,7 +116,7 @@ class LoadPlan:
         return any(target.is_quantized for target in self.targets)
 
 
-Groups = list[tuple[tuple[str, ...], Tensor]]  # all names of one memory, and one of the tensors there
+Groups = list[tuple[tuple[str, ...], Tensor]]  # (every name of a tied tensor, that tensor)
 
 
 def _mismatches(reading: Reading, groups: Groups) -> Iterator[str]:
@@ -172,7 +172,7 @@ def make_plan(
     """Match a checkpoint with the module that `build` makes; nothing but the skeleton on meta is allocated.
 
     An absent device can be planned for. Raises CheckpointError that lists every missing, unexpected and
-    misshapen tensor at once, after what `hint()` says of the whole; UsageError for an option that cannot
+    misshapen tensor at once, preceded by `hint()`; UsageError for an option that cannot
     work. Linear layers and embeddings for whose names `quantizable` is true become int8 where `options` ask
     for it.
     """
@@ -184,8 +184,8 @@ def make_plan(
     if not own:
         _check(reading, groups, hint)
     elif quantizable or reading.adapters or reading.unexpected:
-        said = f"{path}: a module that changes its own loading ({', '.join(own[:5])})"
-        raise UsageError(f"{said} takes no quantize, no LoRA layers and no other names")
+        said = f"{path}: a module that loads itself ({', '.join(own[:5])})"
+        raise UsageError(f"{said} takes no quantize, LoRA layers or unknown names")
     targets = tuple(_targets(reading, groups, options.get("dtype"), bool(own)))
     if quantizable is not None and options.get("quantize"):
         if reading.adapters:
@@ -200,7 +200,7 @@ def make_plan(
 
 
 def _targets(reading: Reading, groups: Groups, dtype: torch.dtype | None, own: bool) -> Iterator[Target]:
-    """What fills each tensor; of a module that loads itself, `own`, the tensor as it is built."""
+    """What fills each tensor; if the module loads itself (`own`), the tensor as built."""
     # Of names that share their bytes in the file, the first stands for all.
     first = {span.address: span for span in reversed(list(reading.manifest.tensors.values()))}
     for names, tensor in groups:
@@ -219,8 +219,7 @@ def _targets(reading: Reading, groups: Groups, dtype: torch.dtype | None, own: b
 def require_one_dtype(reading: Reading, dtype: torch.dtype | None, *, quantized: bool = False) -> None:
     """Raise where a GPTModel could not compute with the floating dtypes that it would be loaded in.
 
-    CheckpointError for those of the file, of which matrices that become int8 may have any; UsageError for the
-    `dtype` to which all are cast.
+    CheckpointError for dtypes in the file (matrices that become int8 may have any), UsageError for `dtype`.
     """
     if getattr(dtype, "is_floating_point", False) and dtype not in COMPUTABLE:
         raise UsageError(f"GPTModel cannot compute in {dtype}; pass dtype=torch.float32 (--dtype float32)")

@@ -55,7 +55,7 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 
 class Skeleton(NamedTuple):
-    """A module without memory, and the names of what only building it with its memory can give."""
+    """A module without memory, and the names of what only a build with real memory gives."""
 
     module: nn.Module
     lost: tuple[str, ...]
@@ -214,7 +214,7 @@ def unsaved_buffers(module: nn.Module) -> list[Tensor]:
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the memory that some tensors stand on, each piece of it once; on meta, that they would."""
+    """Bytes of the storages under some tensors, each once; on meta, what they would take."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
     return sum(storage.nbytes() for storage in storages.values())
 

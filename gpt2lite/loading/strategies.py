@@ -270,7 +270,7 @@ def _needs(plan: LoadPlan) -> Iterator[tuple[str, str]]:
         names = ", ".join(plan.own_loading[:5])
         yield "own loading", f'a module that loads itself ({names}) needs strategy="baseline" or "auto"'
     if plan.lost:
-        what = f"a module that must be built with its memory ({', '.join(plan.lost[:5])})"
+        what = f"a module that cannot be built on meta ({', '.join(plan.lost[:5])})"
         yield "building", f'{what} needs strategy="sequential", "baseline" or "auto"'
     if plan.is_quantized:
         yield "quantize", 'quantize goes with strategy="stream" or "auto"'

@@ -118,9 +118,9 @@ def forecast_unsaved_buffers(plan: LoadPlan, ledger: Ledger) -> None:
 
 
 class Lane:
-    """The way onto a device with streams: buffers there, filled by turns on a stream of their own.
+    """The way onto a device with streams: buffers there, filled in turn on their own stream.
 
-    So one is filled over the bus while another is scattered on the stream of whoever loads.
+    So one is filled over the bus while another is scattered on the loading thread's stream.
     """
 
     def __init__(self, count: int, nbytes: int, device: torch.device) -> None:
@@ -131,7 +131,7 @@ class Lane:
         self.turn = 0
 
     def carry(self, flat: Tensor) -> tuple[Tensor, torch.Event]:
-        """Start a copy of page-locked bytes; what the current stream is given next waits for its event."""
+        """Start a copy of page-locked bytes; later work on the current stream waits for it."""
         self.turn = (self.turn + 1) % len(self.buffers)
         with self.copying:
             if self.turn in self.scattered:
@@ -142,7 +142,7 @@ class Lane:
         return there, copied
 
     def release(self) -> None:
-        """The buffer that was filled last may be filled again once the current stream has come so far."""
+        """Let the last buffer be refilled once the current stream has reached this point."""
         self.scattered[self.turn] = self.scattering.record_event()
 
 
@@ -152,7 +152,7 @@ Slot = tuple[Tensor, torch.Event | None]  # a buffer of the ring, and when its l
 class Ring:
     """Equal host buffers in one allocation, page-locked and with a lane to the device where that has streams.
 
-    Readers take slots and fill them, whoever loads delivers what they hold to the parameters, `tensors`.
+    Readers take and fill slots; the loading thread delivers their contents to the parameters, `tensors`.
     """
 
     def __init__(self, schedule: Schedule, device: torch.device, tensors: Mapping[str, Tensor]) -> None:
@@ -202,7 +202,7 @@ def allocate_ring(nbytes: int, *, pinned: bool) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
 
-Read = tuple[Chunk, Tensor | None]  # a chunk that was read, and the slot where it lies; None: in its place
+Read = tuple[Chunk, Tensor | None]  # a chunk that was read, and its slot; None: read straight into place
 
 
 def _read(
@@ -225,9 +225,9 @@ def _read(
 
 
 def _read_all(plan: LoadPlan, ring: Ring) -> Generator[Read, None, None]:
-    """Everything, each chunk as soon as it is there. Stops all readers when one fails, and raises its error.
+    """Every chunk, as soon as it has been read. Stops all readers when one fails, and raises its error.
 
-    The system may grant fewer threads than wanted, which then read more each, or none: then this one reads.
+    If the system grants fewer threads than wanted, each reads more; if it grants none, the caller reads.
     """
     chunks, readers, keep_cached = plan.schedule.chunks, plan.schedule.readers, plan.tuning.keep_cached
     sources = {chunk.source for chunk in chunks}
@@ -257,13 +257,13 @@ def _read_all(plan: LoadPlan, ring: Ring) -> Generator[Read, None, None]:
                 try:
                     raise found
                 finally:
-                    del found  # or the error holds this frame, this frame the error, and both the parameters
+                    del found  # break the cycle of error and frame, which keeps the parameters alive
             yield found
     finally:
         ring.close(len(started))
         for thread in started:
             thread.join()
-        while not done.empty():  # the errors of others, of which the same is true
+        while not done.empty():  # drop other readers' errors for the same reason
             done.get()
 
 
@@ -272,9 +272,9 @@ def load(plan: LoadPlan) -> nn.Module:
 
     Device: the model once, plus two chunks (16 MiB). Host: the ring (64 MiB), or less; on a CPU target the
     parameters' own memory, one piece on huge pages, is what is read into; it is given back when the last of
-    them is gone, and none of them can be resized. What is quantised takes whole rows of the layer at a time:
-    of a weight that lies in (in, out) order all of it, for which the ring may have to grow; so is read whole
-    what no order of its dimensions makes contiguous. With `keep_cached=False`, 2 MiB a reader more, through
+    them is gone, and none of them can be resized. Quantising reads whole rows of a layer, which in
+    (in, out) order means the whole weight, and the ring may have to grow; a tensor that is contiguous in no
+    order of its axes is also read whole. With `keep_cached=False`, 2 MiB a reader more, through
     which a cold file is read past the page cache. Raises CheckpointError where a file ends early; the error
     of a reader is raised as it is.
     """
