@@ -245,7 +245,7 @@ NOT_CHECKPOINTS: dict[str, tuple[bytes, str]] = {
     "a zip": (zipped(**{"model/config.json": b"{}", "model/model.safetensors": b""}),
         "it holds model/config.json, model/model.safetensors: unpack it first"),
     "a bare pickle": (pickle.dumps({"w": [1.0]}), "is a bare pickle, readable only by running it"),
-    "TensorFlow's note": (b'model_checkpoint_path: "model.ckpt"\n', "pass its folder or a checkpoint's .index"),
+    "TensorFlow's note": (b'model_checkpoint_path: "model.ckpt"\n', "pass its folder or a checkpoint's .ind"),
     "zeros": (bytes(999), r"begins with b'\\x00"),
 }  # fmt: skip
 
