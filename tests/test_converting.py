@@ -164,7 +164,7 @@ def test_nanogpt_gets_its_wrapper_and_out_in_weights(tied_model: GPTModel, tmp_p
 
 def test_a_head_that_equals_the_embedding_is_nanogpts_tie_and_another_is_refused(tmp_path: Path):
     model = ours()
-    with pytest.raises(UsageError, match="nanogpt has no output head apart from its token embedding"):
+    with pytest.raises(UsageError, match="nanogpt ties its output head to the token embedding"):
         convert(save_pth(model.state_dict(), tmp_path), tmp_path / "c.pt", to="nanogpt", config=HEADS)
     assert names_in(tmp_path) == {"model.pth"}
     model.out_head.weight.data.copy_(model.tok_emb.weight)
@@ -187,8 +187,8 @@ def test_nanogpts_file_comes_back_with_the_same_logits(activation: str, tmp_path
 @pytest.mark.parametrize(
     ("config", "to", "said"),
     [
-        ({"n_classes": 2}, "huggingface", "huggingface has no head of 2 classes"),
-        ({"activation": "gelu"}, "book", "the book's model computes GELU by tanh"),
+        ({"n_classes": 2}, "huggingface", "huggingface has no head for this model's 2 classes"),
+        ({"activation": "gelu"}, "book", "the book's model uses tanh GELU"),
     ],
 )
 def test_what_a_target_cannot_compute_is_refused(
@@ -276,7 +276,7 @@ def test_the_data_of_a_safetensors_file_begin_aligned(pth: Path):
         ("out.pth", {"to": "llama"}, "unknown target 'llama'; choose from book, huggingface, nanogpt"),
         ("out.pth", {"format": "zip"}, "unknown format 'zip'; choose from pth, safetensors, per-tensor"),
         ("out.pth", {"format": "safetensors"}, "its suffix says pth, format says safetensors"),
-        ("out.pth", {"max_shard_size": "1MiB"}, "shards go into a folder"),
+        ("out.pth", {"max_shard_size": "1MiB"}, "only a folder of safetensors has shards"),
         ("out", {"max_shard_size": "much"}, "'much' is not a memory size"),
         ("there", {}, "there: already exists; choose a new folder"),
         ("there", {"format": "pth"}, "is a folder, which a file cannot replace"),
@@ -351,7 +351,7 @@ def test_a_link_to_the_source_is_the_source(pth: Path):
 
 def test_too_little_disk_is_an_error_before_writing(pth: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
-    with pytest.raises(OSError, match="are to be written"):
+    with pytest.raises(OSError, match="GiB are free"):
         convert(pth, pth.parent / "out.pth", config=HEADS)
     assert names_in(pth.parent) == {"model.pth"}
 
@@ -540,7 +540,7 @@ def test_a_model_that_stands_on_a_file_is_saved_over_it(name: str, model: GPTMod
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("model.bin", "a checkpoint's name ends in .pth or .safetensors"), ("no/m.pth", "does not exist")],
+    [("model.bin", "the name must end in .pth or .safetensors"), ("no/m.pth", "does not exist")],
 )
 def test_a_wrong_place_to_save_is_a_usage_error(name: str, message: str, model: GPTModel, tmp_path: Path):
     with pytest.raises(UsageError, match=message):

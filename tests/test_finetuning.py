@@ -1123,7 +1123,7 @@ def test_plan_tells_training_and_fits_it(pth: Path, capsys: pytest.CaptureFixtur
     assert fitted["forecast"]["peak"] < whole["peak"]
     assert fitted["levers"]
     assert main([*words, "--fit", "1KiB"]) == 1
-    assert "does not fit into 1.0 KiB" in capsys.readouterr().out
+    assert "does not fit in 1.0 KiB" in capsys.readouterr().out
     assert main(["plan", str(pth), "--n-heads", "4", "--fit", "1GiB"]) == 1
     assert "add --train" in capsys.readouterr().err
 

@@ -237,7 +237,7 @@ def test_numpys_files_say_their_width(kind: str, tmp_path: Path):
         (array("f", IDS).tobytes(), "holds the id"),
         (array("i", [-100, *IDS]).tobytes(), "holds the id 65535"),
         (b"Once there was a fox. " * 9, "looks like text, not tokens; give it another suffix than .bin"),
-        (llmc(torch.uint16)[:-2], "70 bytes of tokens .llm.c., wanted 72; is it cut"),
+        (llmc(torch.uint16)[:-2], "70 bytes of tokens .llm.c., wanted 72; truncated"),
         (llmc(torch.uint32, version=3), "llm.c's tokens of version 3, wanted 7"),
         (llmc(torch.uint16, [5, 2000]), "holds the id 2000, the model's are below 1024"),
         ("cut", "280 bytes of tokens ..npy., wanted 288"),

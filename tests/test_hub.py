@@ -486,7 +486,7 @@ def test_another_cache_can_be_named(tiny: str, tmp_path: Path):
         (
             "owner/none",
             CheckpointNotFoundError,
-            "owner/none: no such file or folder, and no such model on http",
+            "owner/none: no such file or folder, and no model on http",
         ),
         (
             "owner/empty",
@@ -654,7 +654,7 @@ def test_the_hubs_vocabulary_stands_in_for_tiktokens_download(hub: Hub, tmp_path
     [
         ({"merges.txt": b"other merges", "vocab.json": b"{}"}, "KeyError|the Hub"),
         ({"merges.txt": b"a b\n", "vocab.json": b'{"a": 0, "b": 1, "ab": 2}'}, "not GPT-2's vocabulary"),
-        ({}, "answered 404|no such model on http"),
+        ({}, "answered 404|no model on http"),
     ],
 )
 def test_without_the_right_vocabulary_the_error_says_how_to_do_without_a_network(

@@ -142,7 +142,7 @@ def test_the_command_fails_with_1(
     assert main(["verify", str(pth), "--n-heads", "4"]) == 1
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == "FAIL"
-    assert "no tokenizer at hand" in out
+    assert "no tokenizer found" in out
 
 
 def test_a_file_in_the_official_layout_is_converted_for_transformers(tmp_path: Path):
