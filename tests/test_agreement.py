@@ -8,9 +8,11 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy
 import pytest
 import torch
 from conftest import TINY, randomise
@@ -822,3 +824,120 @@ def test_what_merely_lies_beside_the_weights_does_not_hide_other_heads(tmp_path:
     path = save_pth({"model": state, "config": {"vocab_size": 8}, "cfg": {"n_head": 6}}, tmp_path)
     with pytest.raises(CheckpointError, match=r"cfg.n_head says 6"):
         open_model(path)
+
+
+# ---- values that cannot be read, words that disagree ------------------------------------------------------
+
+
+class Kind(Enum):
+    SIX, RELU = 6, "relu"
+
+
+class Shape(NamedTuple):
+    n_head: int = 6
+
+
+def of_an_official_size(beside: dict[str, Any], folder: Path) -> Path:
+    """Twelve layers of 768, whose heads would be taken for twelve."""
+    with torch.device("meta"):
+        weights = GPTModel(GPTConfig(8, 8, 768, 6, 12)).state_dict()
+    return save_pth(
+        {"model": {k: torch.zeros(1).expand(v.shape) for k, v in weights.items()}} | beside, folder
+    )
+
+
+UNREADABLE: dict[str, Any] = {
+    "numpy": {"config": {"n_head": numpy.int64(6)}},
+    "a tensor": {"config": {"n_head": torch.tensor(6)}},
+    "an enum": {"hyper_parameters": {"n_head": Kind.SIX}},
+    "bytes": {"n_head": b"6"},
+    "a named tuple": {"config": Shape()},
+    "JSON that is none": {"config": "{'n_head': 6}"},
+    "somewhere": {"args": Namespace(n_head=numpy.int64(6))},
+    "an enum's activation": {"config": {"n_head": 12, "activation": Kind.RELU}},
+    "a class": {"config": {"n_head": 12, "activation": nn.ReLU}},
+    "a module": {"config": {"n_head": 12, "activation": nn.ReLU()}},
+    "a function": {"config": Namespace(n_head=12, activation=torch.relu)},
+    "numpy's text": {"config": {"n_head": 12, "activation_function": numpy.str_("relu")}},
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_cannot_be_read_is_asked_for(kind: str, tmp_path: Path):
+    path = of_an_official_size(UNREADABLE[kind], tmp_path)
+    with pytest.raises(CheckpointError, match=r"<.*, which cannot be read|got <|says <"):
+        open_model(path)
+    heads = 6 if kind in list(UNREADABLE)[:7] else 12
+    assert open_model(path, config={"n_heads": heads, "activation": "gelu"}).config.n_heads == heads
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("layer_norm_eps", numpy.float32(1e-3)),
+        ("scale_attn_weights", numpy.bool_(False)),
+        ("sliding_window", torch.tensor(8)),
+    ],
+)
+def test_a_computation_that_cannot_be_read_is_refused(word: str, value: Any, tmp_path: Path):
+    path = of_an_official_size({"config": {"n_head": 12, word: value}}, tmp_path)
+    with pytest.raises(CheckpointError, match=rf"config: {word}=<.*, which cannot be read>, wanted"):
+        open_model(path, config={"n_heads": 12, "activation": "gelu_tanh"})
+
+
+def test_what_cannot_be_read_and_does_not_matter_opens(tmp_path: Path):
+    beside = {"config": {"n_head": 12, "vocab_size": numpy.int64(8), "lr": numpy.float32(1)}, "rng": b"1"}
+    path = of_an_official_size(beside | {"best": numpy.float64(1), "loss": torch.tensor(2.0)}, tmp_path)
+    assert open_model(path).config.n_heads == 12
+
+
+def test_a_config_in_json_text_is_read(tmp_path: Path):
+    path = of_an_official_size({"config": json.dumps({"n_head": 6, "betas": [0.9, 0.95]})}, tmp_path)
+    assert open_model(path).config.n_heads == 6
+
+
+@pytest.mark.parametrize("place", ["model_args", "config", "hyper_parameters", "config.json"])
+def test_two_words_for_one_field_must_agree(place: str, tmp_path: Path):
+    said = {"num_attention_heads": 6, "n_head": 4}
+    path = of_an_official_size({} if place == "config.json" else {place: said}, tmp_path)
+    if place == "config.json":
+        (tmp_path / place).write_text(json.dumps(said))
+    with pytest.raises(CheckpointError, match=rf"{place}: num_attention_heads=6 and n_head=4 disagree"):
+        open_model(path)
+
+
+def test_model_args_without_heads_do_not_hide_those_of_another_place(tmp_path: Path):
+    path = of_an_official_size({"model_args": {"block_size": 8}, "config": {"n_head": 6}}, tmp_path)
+    with pytest.raises(CheckpointError, match=r"config.n_head says 6, but gpt2lite would assume n_heads=12"):
+        open_model(path)
+
+
+def test_the_caller_must_agree_with_what_is_nested_in_hyper_parameters(tmp_path: Path):
+    path = of_an_official_size({"hyper_parameters": {"config": {"n_head": 4}}}, tmp_path)
+    with pytest.raises(CheckpointError, match=r"hyper_parameters.config.n_head says 4, .* n_heads=6"):
+        open_model(path, config={"n_heads": 6})
+
+
+@pytest.mark.parametrize("word", ["causal", "pre_norm", "use_pos_emb", "attn_scale"])
+def test_an_unknown_word_is_a_warning_also_where_it_says_no(word: str, model: GPTModel, tmp_path: Path):
+    said = {"n_heads": 4, word: 0.0 if word == "attn_scale" else False}
+    path = save_pth({"model": model.state_dict(), "model_args": said}, tmp_path)
+    with pytest.warns(UserWarning, match=f"model_args: ignored {word}, which gpt2lite does not know"):
+        GPTModel.from_checkpoint(path, config={"activation": "gelu_tanh"})
+
+
+@pytest.mark.parametrize("log", ['[{"loss": 1}]', '{"loss": 1}\n{"loss": 2}\n', '{"dropout": 2}'])
+def test_another_programs_log_beside_a_file_is_not_its_config(log: str, model: GPTModel, tmp_path: Path):
+    path = save_pth({"model": model.state_dict(), "config": {"n_heads": 4}}, tmp_path)
+    path.with_suffix(".json").write_text(log)
+    assert GPTModel.from_checkpoint(path).config.n_heads == 4
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(101, 110), (110, 101)])
+def test_a_language_head_of_another_vocabulary_is_not_a_classifier(rows: int, tokens: int, tmp_path: Path):
+    state = {**huggingface().state_dict(), "lm_head.weight": torch.zeros(rows, 48)}
+    state["transformer.wte.weight"] = torch.zeros(tokens, 48)
+    with pytest.raises(
+        CheckpointError, match=f"lm_head.weight has {rows} rows, the token embedding {tokens}"
+    ):
+        GPTModel.from_checkpoint(save_pth(state, tmp_path), config=HEADS)

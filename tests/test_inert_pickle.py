@@ -28,6 +28,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2lite import GPTConfig, GPTModel
 from gpt2lite.checkpoint import open_checkpoint
+from gpt2lite.checkpoint.manifest import Unread
 from gpt2lite.checkpoint.reading import read_span, read_tensors, sizes_read
 from gpt2lite.errors import CheckpointError
 
@@ -103,6 +104,7 @@ sys.meta_path.insert(0, Blocker())
 import torch
 from gpt2lite import GPTModel
 from gpt2lite.checkpoint import open_checkpoint
+from gpt2lite.checkpoint.manifest import Unread
 from gpt2lite.checkpoint.reading import map_tensors, read_span, read_tensors
 path, out, config = sys.argv[1:]
 found = open_checkpoint(path)
@@ -327,9 +329,24 @@ def test_the_attributes_of_a_config_object_are_values(key, protocol, tmp_path):
     assert found.values.get("config.betas.1", 0.95) == 0.95
 
 
-def test_what_is_known_by_position_has_no_name(tmp_path):
-    torch.save({"config": OURS, "other": Slotted()}, tmp_path / "m.pth")
-    assert open_checkpoint(tmp_path / "m.pth").values == {}
+class Heads(enum.IntEnum):
+    SIX = 6
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_what_is_not_plain_is_seen_but_not_read(protocol, tmp_path):
+    unread = {
+        "slots": OURS,
+        "other": Slotted(),
+        "numpy": numpy.int64(6),
+        "enum": Heads.SIX,
+        "function": torch.relu,
+    }
+    unread |= {"bytes": b"6", "type": torch.nn.ReLU, "within": [SimpleNamespace(n_head=numpy.int64(6))]}
+    torch.save(unread, tmp_path / "m.pth", pickle_protocol=protocol)
+    values = open_checkpoint(tmp_path / "m.pth").values
+    assert list(values) == [*list(unread)[:-1], "within.0.n_head"]
+    assert all(isinstance(value, Unread) for value in values.values())
 
 
 def test_a_config_that_two_models_share_is_listed_behind_both(tmp_path):

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 
 from gpt2lite.checkpoint import manifest
-from gpt2lite.checkpoint.manifest import are_sizes, contents_of, dotted, is_countable
+from gpt2lite.checkpoint.manifest import Unread, are_sizes, contents_of, dotted, is_countable
 from gpt2lite.errors import CheckpointError
 
 # Opcodes that look objects up in this process: a registry of extensions, and buffers handed to the unpickler.
@@ -126,6 +126,12 @@ class Inert:
         """Whether it was made of a tensor, or has one among its first attributes."""
         attributes = islice(self.attributes(), FEW)
         return self.wraps_tensor or any(isinstance(value, TENSORS) for _, value in attributes)
+
+    @property
+    def has_names(self) -> bool:
+        """Whether anything public is among what it first holds by name."""
+        facts = islice(chain(self.attributes(), self.items.items()), FEW)
+        return any(not str(key).startswith("_") for key, _ in facts)
 
     @property
     def is_module(self) -> bool:
@@ -386,12 +392,17 @@ def _contents(node: object) -> Facts | None:
     return contents_of(node)
 
 
+def unread(node: object) -> Unread:
+    """What stands for a value that is not plain."""
+    return Unread(node.name if isinstance(node, Inert) else type(node).__name__)
+
+
 def _values(
     facts: Facts, name: str, depth: int, visited: Iterator[int], seen: set[int]
 ) -> Iterator[tuple[str, object]]:
-    """The public plain values among attributes and within them; stops silently after MAX_ENTRIES in total.
+    """The public values among attributes and within them; stops silently after MAX_ENTRIES in total.
 
-    Each object is looked into once, and no module.
+    Each object is looked into once, and no module. What has nothing to look at is Unread.
     """
     for key, fact in facts:
         if depth > manifest.MAX_DEPTH or next(visited) > manifest.MAX_ENTRIES:
@@ -401,10 +412,16 @@ def _values(
             continue
         if isinstance(fact, PLAIN):
             yield path, fact
-        within = contents_of(fact) or ()
-        if isinstance(fact, Inert) and not fact.is_module and id(fact) not in seen:
+            continue
+        within = contents_of(fact)
+        if isinstance(fact, Inert) and (fact.is_module or id(fact) in seen):
+            continue
+        if isinstance(fact, Inert) and fact.has_names:
             seen.add(id(fact))
             within = chain(fact.attributes(), fact.items.items())
+        if within is None:
+            yield path, unread(fact)
+            continue
         yield from _values(islice(within, MAX_ITEMS), path, depth + 1, visited, seen)
 
 
@@ -434,7 +451,11 @@ def _sort(tree: object, found: Described) -> None:
                 found.values.update((dotted(name, key), key) for key in CHANGES if node.attribute(key))
             elif node.holds_tensor:
                 found.unreadable[name] = f"is made by {node}, which was not run"
+            elif not node.has_names:
+                found.values[name] = unread(node)
             found.values.update(_values(node.attributes(), name, 1, visited, seen))
+        elif contents_of(node) is None:
+            found.values[name] = unread(node)
 
 
 def described(source: object, unpickler: DescribingUnpickler) -> Described:

@@ -95,8 +95,9 @@ class Manifest:
     """A checkpoint's table of contents.
 
     `values` holds the plain numbers, strings and flags that were saved beside the tensors, by their dotted
-    names, and the plain attributes of objects; `files` the state of every file when it was opened; `storages`
-    the bytes of everything that `torch.load` allocates to read a file, which can be more than the tensors.
+    names, the plain attributes of objects, and an `Unread` for what is not plain; `files` the state of every
+    file when it was opened; `storages` the bytes of everything that `torch.load` allocates to read a file,
+    which can be more than the tensors.
     `modules` are the classes of pickled modules, by the modules' names ("" for the whole); `unreadable` says
     why a tensor is not read. `is_plain` is False for a pickle that `torch.load(weights_only=True)`
     may refuse.
@@ -124,6 +125,16 @@ class Manifest:
         for source, state in self.files.items():
             if source.state() != state:
                 raise CheckpointError(source, "changed while it was being read. Load it again.")
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """A value that is not plain, by the name that its file gives its kind."""
+
+    kind: str
+
+    def __repr__(self) -> str:
+        return f"<{self.kind:.60}, which cannot be read>"
 
 
 def contiguous_span(
@@ -186,7 +197,7 @@ def dotted(name: str, key: object) -> str:
     return f"{name}.{key}" if name else str(key)
 
 
-def flatten(tree: object, leaf: type) -> dict[str, object]:
+def flatten(tree: object, leaf: type | tuple[type, ...]) -> dict[str, object]:
     """Nested dicts and lists → {dotted name: leaf object}.
 
     Raises CheckpointError for trees too deep or too large to be data.

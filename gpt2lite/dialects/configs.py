@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gpt2lite.checkpoint import FOLDER_FILES, TensorSpan, side_file
+from gpt2lite.checkpoint import FOLDER_FILES, Manifest, TensorSpan, side_file
 from gpt2lite.checkpoint.inert_pickle import CHANGES
-from gpt2lite.checkpoint.manifest import BOUND_CONFIG
+from gpt2lite.checkpoint.manifest import BOUND_CONFIG, Unread, flatten
 from gpt2lite.checkpoint.reading import read_span
 from gpt2lite.config import ACTIVATIONS as OURS_ARE
 from gpt2lite.config import OFFICIAL_SIZES, GPTConfig, misfit
@@ -106,12 +106,21 @@ FIELDS = GPTConfig.__dataclass_fields__
 KNOWN = {"n_inner", *FIELDS, *OURS, *COMPUTED, *DOES_NOT_MATTER}
 
 
-def in_our_words(words: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of our config that words of any program say; None says nothing."""
-    said = {OURS.get(word, word): value for word, value in words.items() if value is not None}
-    if isinstance(activation := said.get("activation"), str):
-        said["activation"] = ACTIVATIONS.get(activation, activation)
-    return {name: value for name, value in said.items() if name in FIELDS}
+def in_our_words(words: Mapping[str, Any], where: str = "its config") -> dict[str, Any]:
+    """The fields of our config that words of any program say; None says nothing.
+
+    Raises CheckpointError for two words that say different things of one field.
+    """
+    said, by = dict[str, Any](), dict[str, str]()
+    for word, value in words.items():
+        if (name := OURS.get(word, word)) not in FIELDS or value is None:
+            continue
+        value = ACTIVATIONS.get(value, value) if name == "activation" and isinstance(value, str) else value
+        if said.setdefault(name, value) != value and name != "drop_rate":
+            both = f"{by[name]}={words[by[name]]!r} and {word}={words[word]!r}"
+            raise CheckpointError(where, f"{both} disagree: both are {name}")
+        by.setdefault(name, word)
+    return said
 
 
 # ---- who speaks --------------------------------------------------------------------------------------------
@@ -120,6 +129,8 @@ BOUND = (BOUND_CONFIG, f"__metadata__.{BOUND_CONFIG}")
 # Where known programs keep the model's config, beside the dict of its weights: nanoGPT (whose "config" is the
 # command line, and may say another size), build-nanogpt, Lightning, an index.
 MODEL_ARGS, OTHER_KEYS = "model_args.", ("config.", "hyper_parameters.", "metadata.")
+# What others nest in there, such as Lightning's save_hyperparameters(config).
+NESTED = r"(model_args|config|hyper_parameters|metadata)\.((config|cfg|model|gpt|args|hparams|model_\w+)\.)+"
 
 
 class Source(NamedTuple):
@@ -142,23 +153,48 @@ def _below(values: Mapping[str, object], prefix: str) -> dict[str, Any]:
     return words
 
 
+def _config_at(values: Mapping[str, object], prefix: str) -> dict[str, Any]:
+    """The words of a config under a dotted prefix; of one that cannot be read, that they are unread."""
+    whole = values.get(prefix.rstrip("."))
+    if isinstance(whole, str) and {*"{\n"} & {*whole}:  # text, and no path of a file
+        whole = Unread("text")
+    is_hidden = isinstance(whole, Unread) and not prefix.endswith("metadata.")
+    return _below(values, prefix) or (dict.fromkeys(UNSAYABLE, whole) if is_hidden else {})
+
+
+def _said_in(manifest: Manifest) -> dict[str, Any]:
+    """The values in a file by dotted name, also those in JSON text; numbers in tensors are Unread."""
+    values: dict[str, Any] = dict.fromkeys(manifest.unreadable, Unread("tensor"))
+    values |= {name: Unread("tensor") for name, span in manifest.tensors.items() if span.numel == 1}
+    values |= manifest.values
+    for name, text in manifest.values.items():
+        if isinstance(text, str) and text.lstrip().startswith("{") and name not in BOUND:
+            with suppress(ValueError, RecursionError, CheckpointError):
+                within = flatten(json.loads(text), (str, int, float))
+                values |= {f"{name}.{word}": value for word, value in within.items()}
+    return values
+
+
 def _in_the_file(reading: Reading) -> Iterator[Source]:
     """What lies in the weights' own file: also behind the names that wrappers of a pickled module add."""
     path, values = reading.manifest.path, dict[str, Any](reading.manifest.values)
     for key in BOUND:
         if isinstance(bound := values.get(key), str):
             yield Source(f"{path}, the config in it", read_json(path, bound), is_whole=True)
+    values = _said_in(reading.manifest)
     values = {unwrapped(name): value for name, value in values.items()} | values
     above = above_of(reading.container)
     beside = {word: said for word, said in _below(values, above).items() if not isinstance(said, dict)}
     yield Source(f"{path}, {above.rstrip('.') or 'beside its weights'}", beside)
-    keys = (MODEL_ARGS,) if _below(values, above + MODEL_ARGS) else OTHER_KEYS
+    values = {name: Unread(kind) for name, kind in reading.manifest.modules.items()} | values
+    keys = (MODEL_ARGS,) if _config_at(values, above + MODEL_ARGS) else OTHER_KEYS
     roots = (reading.root.removesuffix("transformer."), reading.root, unwrapped(reading.root))
     for place in dict.fromkeys(
         (*(above + key for key in keys), *(f"{root}config." for root in roots if root))
     ):
-        is_whole = not place.endswith("metadata.")
-        yield Source(f"{path}, {place.rstrip('.')}", _below(values, place), is_whole)
+        in_module = place[:-1].rpartition(".")[0] in reading.manifest.modules  # whose parts say the rest
+        words = _below(values, place) if in_module else _config_at(values, place)
+        yield Source(f"{path}, {place.rstrip('.')}", words, not place.endswith("metadata."))
     root = unwrapped(reading.root)
     for place, kind in reading.manifest.modules.items():
         place, name = unwrapped(place), kind.rpartition(".")[2]
@@ -172,11 +208,17 @@ def _in_the_file(reading: Reading) -> Iterator[Source]:
                 yield Source(f"{path}, {place}", {word or place.rpartition(".")[2]: said})
 
 
-def _beside_the_file(reading: Reading) -> Iterator[Source]:
-    """`<stem>.json` where the file has no config of its own, and the configs of its folder."""
+def _beside_the_file(reading: Reading, has_heads: bool) -> Iterator[Source]:
+    """`<stem>.json` where the file has no config of its own, and the configs of its folder.
+
+    Where the heads are known, `<stem>.json` may also be another program's log.
+    """
     path = reading.manifest.path
     if reading.manifest.values.keys().isdisjoint(BOUND) and (beside := _side_json(path)):
-        yield Source(str(beside), read_json(beside))
+        with suppress(*[CheckpointError] * has_heads):
+            words = read_json(beside)
+            if not {OURS.get(word, word) for word in words} & {*FIELDS, *COMPUTED} <= {"drop_rate"}:
+                yield Source(str(beside), words)
     for name, words in folder_configs(path).items():
         yield Source(str(folder_of(path) / name), words, is_whole=name == "config.json")
 
@@ -291,7 +333,7 @@ def _agreed(reading: Reading, sources: list[Source]) -> tuple[dict[str, Any], di
     agreed, places, lines = dict(shapes), dict.fromkeys(shapes, weights), list[str]()
     head, token = (reading.placements[name].source for name in TIED)
     for where, words, _ in others:
-        for name, value in in_our_words(words).items():
+        for name, value in in_our_words(words, where).items():
             if wrong := misfit(name, value):
                 raise CheckpointError(where, wrong)
             known = agreed.setdefault(name, value)
@@ -330,6 +372,10 @@ def _said_by_shapes(reading: Reading) -> dict[str, Any]:
             raise CheckpointError(path, f"{name} is {shape}, wanted {axes}", name=name)
     token, position, head = (spans[name] for name in (*wanted, "out_head.weight"))
     is_classifier = head.name.removesuffix("weight").endswith(CLASSIFIERS)
+    if not is_classifier and head.shape[:1] != token.shape[:1] and 2 * head.shape[0] > token.shape[0]:
+        what = f"{head.name} has {head.shape[0]} rows, the token embedding {token.shape[0]}"
+        do = "Give both as many rows (the tokenizer's)"
+        raise CheckpointError(path, f"{what}; gpt2lite has one vocabulary for both. {do}", name=head.name)
     changed_alone = {*TIED} & {adapter.weight for adapter in reading.adapters}
     return {
         "vocab_size": token.shape[0],
@@ -344,18 +390,27 @@ def _said_by_shapes(reading: Reading) -> dict[str, Any]:
     }
 
 
-def _require_unsaid(reading: Reading, believed: Mapping[str, Any]) -> None:
-    """Raise CheckpointError if other values in a file contradict what would be assumed."""
-    path, values = reading.manifest.path, reading.manifest.values
-    if {*BOUND} & values.keys() or _below(values, above_of(reading.container) + MODEL_ARGS):
+def _require_unsaid(reading: Reading, known: Mapping[str, Any], asked: Collection[str]) -> None:
+    """Raise CheckpointError if other values in a file contradict what would be assumed.
+
+    Or what was `asked`, where they are nested in a place that is known.
+    """
+    path, values = reading.manifest.path, _said_in(reading.manifest)
+    above = above_of(reading.container)
+    if {*BOUND} & values.keys() or "n_heads" in in_our_words(_below(values, above + MODEL_ARGS)):
         return  # the program that wrote it is known, and where it keeps its config
     places = [Source(f"{path}, {place}", {place.rpartition(".")[2]: said}) for place, said in values.items()]
     for where, words, _ in places:
+        is_ours = re.search(rf", {re.escape(above)}{NESTED}\w+$", where)
         for name, said in in_our_words(words).items():
-            if name in believed and type(said) is type(believed[name]) and said != believed[name]:
-                assumed = f"but gpt2lite would assume {name}={believed[name]!r}"
+            assumed = known.get(name) if is_ours or name not in asked else None
+            if name not in UNSAYABLE or assumed is None or said == assumed:
+                continue
+            if name == "n_heads" or isinstance(said, (str, Unread)):
                 do = f"Pass the right one: config={{{name!r}: …}}"
-                raise CheckpointError(f"{where} says {said!r}, {assumed}. {do}")
+                raise CheckpointError(
+                    f"{where} says {said!r}, but gpt2lite would assume {name}={assumed!r}. {do}"
+                )
     _require_computed(reading, places, {word: COMPUTED[word] for word in COMPUTED.keys() - OF_ANYTHING})
 
 
@@ -381,7 +436,7 @@ def _notes(reading: Reading, sources: list[Source], agreed: Mapping[str, Any]) -
     """What is worth a warning."""
     path, tensors = reading.manifest.path, reading.manifest.tensors
     for where, words, is_whole in sources:
-        unknown = [word for word, value in words.items() if word not in KNOWN and value not in (None, False)]
+        unknown = [word for word, value in words.items() if word not in KNOWN and value is not None]
         if is_whole and unknown:
             yield f"{where}: ignored {', '.join(sorted(unknown))}, which gpt2lite does not know"
         rates = {str(words[key]) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop") if key in words}
@@ -413,7 +468,13 @@ def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
     GPTConfig.check_names(said)
     path = reading.manifest.path
     weights = Source(f"{path}, its weights", _said_by_shapes(reading))
-    sources = [weights, *_in_the_file(reading), *_beside_the_file(reading)]
+    inside = list(_in_the_file(reading))
+    has_heads = "n_heads" in said or any(OURS.get(w, w) == "n_heads" for s in inside for w in s.words)
+    told = {*weights.words, *said}  # where others say these, they need not be readable
+    sources = [weights]
+    for where, words, is_whole in (*inside, *_beside_the_file(reading, has_heads)):
+        kept = {w: v for w, v in words.items() if not isinstance(v, Unread) or OURS.get(w, w) not in told}
+        sources.append(Source(where, kept, is_whole))
     _require_computed(reading, sources, COMPUTED | {"n_inner": (None, 4 * reading.size[1])})
     _check_masks(reading)
     agreed, places = _agreed(reading, sources)
@@ -426,7 +487,7 @@ def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
     if official := [heads for *size, heads in OFFICIAL_SIZES.values() if tuple(size) == reading.size]:
         defaults["n_heads"] = official[0]
     known = defaults | agreed | dict(said)
-    _require_unsaid(reading, {name: known[name] for name in UNSAYABLE.keys() & known.keys() - said.keys()})
+    _require_unsaid(reading, known, said)
     if isinstance(heads := known.get("n_heads"), int) and heads > 0:
         scale = (known["emb_dim"] / heads) ** -0.5  # True: old transformers' flag
         _require_computed(reading, sources, {SCALE: (None, True, 1 / scale, scale)})
