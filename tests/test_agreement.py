@@ -704,8 +704,170 @@ def test_an_attention_of_another_class_is_refused_by_its_name(kind: str, tmp_pat
     attention = theirs.trf_blocks[1].att if kind == "book" else theirs.transformer.h[1].attn
     attention.__class__ = Gated
     torch.save(theirs, tmp_path / "model.pth")
-    with pytest.raises(CheckpointError, match=r"1\.attn?: its class='Gated', wanted .*save model"):
+    with pytest.raises(
+        CheckpointError, match=r"1\.attn?: its class='test_agreement.Gated', wanted .*save model"
+    ):
         GPTModel.from_checkpoint(tmp_path / "model.pth")
+
+
+class SquaredMLP(nn.Module):
+    """Of the Hub's feed-forward only its names."""
+
+
+class SoftcapModel(transformers.GPT2LMHeadModel):
+    """Computes something else with GPT-2's own parts."""
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Multiplies what it looks up."""
+
+
+class ScaledLinear(nn.Linear):
+    """Multiplies what it projects."""
+
+
+class SimpleRMSLayerNorm(nn.Module):
+    """Not a layer norm, whatever it is called."""
+
+
+class Doubled(nn.Module):
+    """Around a module, under the name that torch's wrappers use."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+def of_class(path: str, kind: type) -> Callable[[nn.Module], object]:
+    return lambda model: setattr(model.get_submodule(path), "__class__", kind)
+
+
+def replaced(path: str, module: nn.Module) -> Callable[[nn.Module], object]:
+    return lambda model: model.set_submodule(path, module)
+
+
+def with_function(function: object) -> Callable[[Any], object]:
+    def change(model: Any) -> None:
+        for block in model.transformer.h:
+            del block.mlp.act
+            block.mlp.__dict__["act"] = function
+
+    return change
+
+
+# place and what is said of it → whose model, and how it was changed
+OTHER_PARTS: dict[str, tuple[str, Callable[[Any], object]]] = {
+    "the model: its class='test_agreement.SoftcapModel'": ("transformers", of_class("", SoftcapModel)),
+    "h.1.mlp: its class='test_agreement.SquaredMLP'": (
+        "transformers",
+        of_class("transformer.h.1.mlp", SquaredMLP),
+    ),
+    "transformer.wte: its class=": ("transformers", of_class("transformer.wte", ScaledEmbedding)),
+    "transformer.wpe: its class=": ("transformers", of_class("transformer.wpe", ScaledEmbedding)),
+    "wte.max_norm: max_norm=0.5": (
+        "transformers",
+        lambda model: setattr(model.transformer.wte, "max_norm", 0.5),
+    ),
+    "lm_head: its class='test_agreement.ScaledLinear'": ("transformers", of_class("lm_head", ScaledLinear)),
+    "lm_head: its class='test_agreement.Doubled'": (
+        "transformers",
+        lambda model: setattr(model, "lm_head", Doubled(model.lm_head)),
+    ),
+    "lm_head: its class='torch.nn.modules.linear.Identity'": (
+        "transformers",
+        replaced("lm_head", nn.Identity()),
+    ),
+    "h.0.attn.c_attn: its class=": ("transformers", of_class("transformer.h.0.attn.c_attn", ScaledLinear)),
+    "transformer.drop: its class=": ("transformers", replaced("transformer.drop", nn.Tanh())),
+    "h.1.attn.resid_dropout: its class=": (
+        "transformers",
+        replaced("transformer.h.1.attn.resid_dropout", nn.Tanh()),
+    ),
+    "h.1.mlp.act: activation='silu'": ("transformers", with_function(nn.functional.silu)),
+    "h.1.mlp.act: activation='__builtin__.getattr'": ("transformers", with_function(torch.relu)),
+    "h.1.mlp: activation='missing'": (
+        "transformers",
+        lambda model: delattr(model.transformer.h[1].mlp, "act"),
+    ),
+    "trf_blocks.1.ff: its class=": ("book", of_class("trf_blocks.1.ff", SquaredMLP)),
+    "trf_blocks.1.att.W_query: its class=": ("book", of_class("trf_blocks.1.att.W_query", ScaledLinear)),
+    "drop_emb: its class=": ("book", replaced("drop_emb", nn.Tanh())),
+    "out_head: its class=": ("book", replaced("out_head", nn.Identity())),
+    "norm2: its class='test_agreement.SimpleRMSLayerNorm'": (
+        "book",
+        of_class("trf_blocks.0.norm2", SimpleRMSLayerNorm),
+    ),
+    "but 'gelu' in": ("book", replaced("trf_blocks.1.ff.layers.1", nn.GELU())),
+}
+
+
+@pytest.mark.parametrize("said", OTHER_PARTS)
+def test_a_part_of_a_class_that_is_not_known_to_compute_as_gpt2_is_refused(said: str, tmp_path: Path):
+    kind, change = OTHER_PARTS[said]
+    theirs = whole_models()[kind]
+    change(theirs)
+    torch.save(theirs, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match=re.escape(said)):
+        GPTModel.from_checkpoint(tmp_path / "model.pth")
+
+
+class Lit(nn.Module):
+    """A training program's module around a model, with a loss of its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.loss = model, nn.CrossEntropyLoss()
+
+
+def fast() -> nn.Module:
+    from llms_from_scratch import ch04
+
+    shape = {"vocab_size": 101, "context_length": 32, "emb_dim": 48, "n_heads": 4, "n_layers": 2}
+    return randomise(ch04.GPTModelFast(shape | {"drop_rate": 0.1, "qkv_bias": True}))
+
+
+# What programs save whole, and how its logits are had.
+KNOWN_PARTS: dict[str, Callable[[], tuple[nn.Module, nn.Module]]] = {
+    "in a trainer's module": lambda: (Lit(model := hub_model()), model),
+    "DataParallel in a trainer's module": lambda: (Lit(nn.DataParallel(model := hub_model())), model),
+    "compiled block": lambda: (wrapped_block(model := hub_model()), model),
+    "exact GELU": lambda: (model := hub_model(activation_function="gelu"), model),
+    "a function of old transformers": lambda: (old(model := hub_model(activation_function="gelu")), model),
+    "a dropout at the end of feed-forward": lambda: (dropped(model := whole_models()["book"]), model),
+    "GPTModelFast": lambda: (model := fast(), model),
+}
+
+
+def wrapped_block(model: Any) -> nn.Module:
+    model.transformer.h[1] = nn.DataParallel(model.transformer.h[1])
+    return model
+
+
+def old(model: Any) -> nn.Module:
+    with_function(nn.functional.gelu)(model)
+    return model
+
+
+def dropped(model: Any) -> nn.Module:
+    for block in model.trf_blocks:
+        block.ff.layers.append(nn.Dropout(0.1))
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", KNOWN_PARTS)
+def test_a_whole_model_of_known_parts_opens(kind: str, tmp_path: Path):
+    pytest.importorskip("llms_from_scratch", reason="llms-from-scratch is not installed")
+    whole, theirs = KNOWN_PARTS[kind]()
+    torch.save(whole, tmp_path / "model.pth")
+    assert difference(GPTModel.from_checkpoint(tmp_path / "model.pth"), theirs) < 1e-4
+
+
+@pytest.mark.parametrize("head", ["DoubleHeadsModel", "ForTokenClassification", "ForQuestionAnswering"])
+@pytest.mark.filterwarnings("ignore:.*opens the language model without")
+def test_the_hubs_other_heads_open_whole(head: str, tmp_path: Path):
+    config = transformers.GPT2Config(**SIZES, num_labels=3, pad_token_id=0)
+    torch.save(randomise(getattr(transformers, f"GPT2{head}")(config)), tmp_path / "model.pth")
+    assert GPTModel.from_checkpoint(tmp_path / "model.pth").config.n_heads == 4
 
 
 @pytest.mark.parametrize(

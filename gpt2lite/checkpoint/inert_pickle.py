@@ -36,6 +36,7 @@ RECONSTRUCTOR = re.compile(r"copy_?reg\.(_reconstructor|__newobj__)")
 TENSOR_TYPES = ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter")
 FEW = 64  # arguments or names that are looked at
 MAX_ITEMS = 1000  # of a container within an object: what is longer is a vocabulary or data
+FUNCTIONS = ("act", "gelu")  # attributes of modules that may be functions in place of modules
 CHANGES = ("_forward_hooks", "_forward_pre_hooks", "forward")  # what makes one module compute otherwise
 PLAIN = (str, int, float, NoneType, torch.dtype)
 Facts = Iterable[tuple[object, object]]  # names, and what they stand for
@@ -447,7 +448,9 @@ def _sort(tree: object, found: Described) -> None:
                 root, seen = f"{name}." if name else "", set()
             seen.add(id(node))
             if node.is_module:
-                found.modules[name] = node.name
+                found.modules.setdefault(name, node.name)  # a function of that name hides the module
+                functions = {dotted(name, key): node.attribute(key) for key in FUNCTIONS}
+                found.modules.update({at: f.name for at, f in functions.items() if isinstance(f, Inert)})
                 found.values.update((dotted(name, key), key) for key in CHANGES if node.attribute(key))
             elif node.holds_tensor:
                 found.unreadable[name] = f"is made by {node}, which was not run"

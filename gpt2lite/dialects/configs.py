@@ -24,7 +24,7 @@ from gpt2lite.checkpoint.manifest import BOUND_CONFIG, Unread, flatten
 from gpt2lite.checkpoint.reading import read_span
 from gpt2lite.config import ACTIVATIONS as OURS_ARE
 from gpt2lite.config import OFFICIAL_SIZES, GPTConfig, misfit
-from gpt2lite.dialects.reading import CLASSIFIERS, TIED, Reading, above_of, unwrapped
+from gpt2lite.dialects.reading import AUXILIARY, CLASSIFIERS, TIED, Reading, above_of, unwrapped
 from gpt2lite.errors import CheckpointError, UsageError, listed
 
 # ---- their words -------------------------------------------------------------------------------------------
@@ -50,21 +50,37 @@ ACTIVATIONS = {"gelu_python": "gelu", "GELUActivation": "gelu"} | dict.fromkeys(
 APPROXIMATE = {approximate: ours for ours, approximate in OURS_ARE.items()}
 # Only pickled modules have these: attention's scale (must be 1/sqrt(head_dim)), and any part's class.
 SCALE, CLASS = "its scale", "its class"
-# Places in a pickled module: the classes that compute as we do (all others are refused), and the config
-# words that its attributes stand for ("": their own names). Every block must say the same.
-ATTENTION, NORM = r"(trf_blocks|h)\.\d+\.attn?", r"trf_blocks\.\d+\.norm[12]|h\.\d+\.ln_[12]|final_norm|ln_f"
-ACTIVATION = r"trf_blocks\.\d+\.ff\.layers\.1|h\.\d+\.mlp\.(act|gelu)"
+# Places in a pickled module and the full names of the classes that compute as we do there; what has no row is
+# refused. A class of torch or transformers must come from there, others are copied from program to program.
+TORCHS, HUBS = r"(torch\.nn|gpt2lite)\..*\b", r"transformers\..*\b"
+BLOCK, HEAD = r"(trf_blocks|h)\.\d+", "lm_head|out_head|score|classifier"
+ATTENTION, NORM = rf"{BLOCK}\.attn?", rf"{BLOCK}\.(norm[12]|ln_[12])|final_norm|ln_f"
+ACTIVATION, MLP = rf"{BLOCK}\.(ff\.layers\.1|mlp\.(act|gelu))", rf"{BLOCK}\.(ff|mlp)"
+ATTENTIONS = r"(PyTorch)?MultiHeadAttention(CombinedQKV)?|MHA\w+|CausalSelfAttention"
+PROJECTION = r"W_(query|key|value)|qkv|(out_)?proj|c_attn|c_proj"
+LAYER = rf"{ATTENTION}\.({PROJECTION})|{BLOCK}\.(ff\.layers\.[02]|mlp\.(c_fc|c_proj))|{HEAD}"
 CLASSES = {
-    ATTENTION: r"(PyTorch)?MultiHeadAttention(CombinedQKV)?|MHA\w+|CausalSelfAttention|GPT2\w*Attention\w*",
-    ACTIVATION: "GELU",
-    NORM: r"\w*LayerNorm\w*",
-    r"(trf_blocks|h)\.\d+": "TransformerBlock(Fast)?|GPT2Block|Block",
+    "": rf".*\bGPT(Model(Fast)?)?|{HUBS}GPT2(Model|LMHeadModel|DoubleHeadsModel|For\w+)",
+    "transformer": rf"{HUBS}GPT2Model|{TORCHS}ModuleDict",
+    "tok_emb|pos_emb|wte|wpe": rf"{TORCHS}Embedding",
+    r"(.*\.)?(drop\w*|\w+_dropout|ff\.layers\.3)": rf"{TORCHS}(Dropout|Identity)",
+    r"trf_blocks(\.\d+\.ff\.layers)?|h": rf"{TORCHS}(Sequential|ModuleList)",
+    BLOCK: rf".*\b(TransformerBlock(Fast)?|Block)|{HUBS}GPT2Block",
+    ATTENTION: rf".*\b({ATTENTIONS})|{HUBS}GPT2(Sdpa|Flash)?Attention2?",
+    MLP: rf".*\b(FeedForward(Fast)?|MLP)|{HUBS}GPT2MLP|{TORCHS}ModuleDict",
+    rf"({ACTIVATION})\..*": ".*",  # its class says all
+    NORM: r".*\b(Fused)?LayerNorm",
+    LAYER: rf"{TORCHS}Linear|{HUBS}Conv1D|.*\bLinearWithLoRA(Merged)?",
+    rf"({LAYER})\.(linear|lora)": rf"{TORCHS}Linear|.*\bLoRA(Layer)?",
+    rf"({'|'.join(AUXILIARY)})".replace(".", r"(\..*)?"): ".*",  # heads that are left out
 }
+WRAPPERS = r"(torch|deepspeed)\..*"
+# The config words that attributes there stand for ("": their own names). Every block must say the same.
 ATTRIBUTES = {
     rf"{ATTENTION}\.(n_heads?|num_heads|is_causal|scale_attn\w*|sliding_window\w*)": "",
     rf"{ATTENTION}\.(scaling|scale)": SCALE,
-    rf"({ACTIVATION})\.approximate": "activation",
     rf"({NORM})\.eps": "layer_norm_epsilon",
+    r"(tok_emb|pos_emb|wte|wpe)\.max_norm": "",
     r"drop(_emb)?\.p": "drop_rate",
 }
 # What changes the computation, with the values that ours has; a refusal names the last.
@@ -79,7 +95,7 @@ COMPUTED: dict[str, tuple[object, ...]] = {
     "pruned_heads": (None, {}),
     **dict.fromkeys(("quantization_config", "auto_map", "multi_query"), (None,)),  # auto_map: code of its own
     **dict.fromkeys(("rope_scaling", "rope_parameters"), (None,)),
-    **dict.fromkeys(("sliding_window", "sliding_window_size"), (None,)),
+    **dict.fromkeys(("sliding_window", "sliding_window_size", "max_norm"), (None,)),
     CLASS: ("GPT-2's own; if it computes the same, save model.state_dict() instead",),
 }
 OF_ANYTHING = {"model_type", "activation_function", "activation"}  # words that other parts of a file use, too
@@ -195,17 +211,45 @@ def _in_the_file(reading: Reading) -> Iterator[Source]:
         in_module = place[:-1].rpartition(".")[0] in reading.manifest.modules  # whose parts say the rest
         words = _below(values, place) if in_module else _config_at(values, place)
         yield Source(f"{path}, {place.rstrip('.')}", words, not place.endswith("metadata."))
-    root = unwrapped(reading.root)
-    for place, kind in reading.manifest.modules.items():
-        place, name = unwrapped(place), kind.rpartition(".")[2]
-        for pattern, classes in CLASSES.items():
-            if re.fullmatch(pattern, place.removeprefix(root)) and not re.fullmatch(classes, name):
-                yield Source(f"{path}, {place}", {"activation" if pattern == ACTIVATION else CLASS: name})
-    for place, said in values.items() if reading.manifest.modules else ():
+    if reading.manifest.modules:
+        yield from _in_modules(reading, values)
+
+
+def _in_modules(reading: Reading, values: Mapping[str, Any]) -> Iterator[Source]:
+    """What the parts of a pickled module say, by their classes and attributes; above the model may be any."""
+    path, modules, root = reading.manifest.path, reading.manifest.modules, unwrapped(reading.root)
+    inner = {unwrapped(place): place for place in modules}  # the last is the innermost
+    has_head = any(above_of(root) + head in inner for head in HEAD.split("|"))
+    top = above_of(root) if has_head else root
+    for stored, kind in modules.items():
+        place = unwrapped(stored)
+        part = f"{place}."[len(top) :].rstrip(".").removeprefix(root[len(top) :])
+        where, is_wrapper = f"{path}, {place or 'the model'}", inner[place] != stored
+        if not f"{place}.".startswith(top) or (is_wrapper and not part):
+            continue
+        rows = (classes for pattern, classes in CLASSES.items() if re.fullmatch(pattern, part))
+        has_none = inner.keys().isdisjoint(f"{place}.{end}" for end in ("layers.1", "act", "gelu"))
+        if re.fullmatch(ACTIVATION, part) and not is_wrapper:
+            said = _activation(kind, part, values.get(f"{stored}.approximate", "none"))
+            yield Source(where, {"activation": said})
+        elif not re.fullmatch(WRAPPERS if is_wrapper else next(rows, "-"), kind):
+            yield Source(where, {CLASS: kind})
+        elif re.fullmatch(MLP, part) and has_none and not kind.endswith(".MLP"):  # nanoGPT's calls a function
+            yield Source(where, {"activation": "missing"})
+    for place, said in values.items():
         for pattern, word in ATTRIBUTES.items():
             if re.fullmatch(pattern, place.removeprefix(root)):
-                said = APPROXIMATE.get(str(said), said) if word == "activation" else said
                 yield Source(f"{path}, {place}", {word or place.rpartition(".")[2]: said})
+
+
+def _activation(kind: str, part: str, approximate: object) -> str:
+    """What a class or function computes: torch's GELU by its attribute, the book's tanh, others by name."""
+    home, _, name = kind.rpartition(".")
+    if name != "GELU":  # a function of any other module may be another one of that name
+        return kind if name.islower() and not home.startswith(("torch", "transformers.activations")) else name
+    if home.startswith("torch."):
+        return APPROXIMATE.get(str(approximate), kind)
+    return "gelu_tanh" if part.startswith("trf_blocks") else kind
 
 
 def _beside_the_file(reading: Reading, has_heads: bool) -> Iterator[Source]:
