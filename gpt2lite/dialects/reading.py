@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from itertools import filterfalse
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -231,6 +232,8 @@ OTHERS = (DIALOGPT, *CLASSIFIERS, *AUXILIARY)
 HEADS = ("lm_head.", "out_head.", *OTHERS)
 LEAVES = ("weight", "bias")
 TIED = ("tok_emb.weight", "out_head.weight")
+# What an optimizer keeps: as large as the weights, and under their names or numbers.
+MOMENTS = re.compile(r"(?:^|[._])(?:opt(?:im(?:izers?)?)?|exp_avg|momentum)(?:[._]|$)|(?:^|\.)state\.\d+\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,15 +320,17 @@ class _Model(NamedTuple):
         return plain.removeprefix(prefix) if is_behind else None
 
     def own(self, name: str) -> str | None:
-        """`behind` with the model's own prefix, or for a head beside the model."""
-        head = self.behind(above_of(self.prefix), name) or ""
+        """`behind` with the model's own prefix, or for a head beside the model or beside its container."""
+        is_inside = name.startswith(self.container)
+        beside = self if is_inside else _Model(above_of(self.container), "", self.marker)
+        head = beside.behind(above_of(beside.prefix), name) or ""
         return self.behind(self.prefix, name) or (head if head.startswith(HEADS) else None)
 
 
 def _models(manifest: Manifest) -> dict[_Model, str]:
     """Every model in a file, with the stored name of its marker; one that is stored twice counts once."""
     found: dict[_Model, str] = {}
-    for name in manifest.tensors:
+    for name in filterfalse(MOMENTS.search, manifest.tensors):
         container = manifest.container_of(name)
         plain = _plain(name.removeprefix(container))
         for marker in MARKERS:
@@ -365,9 +370,9 @@ def _one_model(manifest: Manifest) -> tuple[_Model, str]:
 def _names_of(manifest: Manifest, model: _Model) -> tuple[dict[str, str], list[str]]:
     """Plain name → stored name, of the model and its heads; and the names beside them in its container."""
     inside, beside = dict[str, str](), list[str]()
-    for name in filter(lambda name: name.startswith(model.container), manifest.tensors):
+    for name in manifest.tensors:
         if (own := model.own(name)) is None:
-            beside.append(name)
+            beside += [name] if name.startswith(model.container) else []
         elif inside.setdefault(own, name) != name:
             raise CheckpointError(manifest.path, f"{inside[own]} and {name} are both {own}", name=name)
     return inside, beside
@@ -423,6 +428,12 @@ def read_dialect(manifest: Manifest) -> Reading:
     _require_readable(manifest, model, {theirs for theirs, _, _ in all_rows} | {*TIED, "lm_head.weight"})
     rows = [row for row in all_rows if row[0] in names]
     placements = {ours: replace(placement, source=names[theirs]) for theirs, ours, placement in rows}
+    passengers = tuple(manifest.tensors.keys() - {*inside.values(), *beside})
+    strays = tuple(_strays(manifest, placements, passengers))
+    if strays and not placements.keys() >= set(TIED):
+        place = f"the model under {(model.container + model.prefix).rstrip('.')!r}"
+        said = f"{place} has no output head of its own, but {shortened(strays)} beside it may be one"
+        raise CheckpointError(manifest.path, f"{said}. Save them in one dict, or the model alone")
     for absent, present in (TIED, TIED[::-1]):
         if present in placements:
             placements.setdefault(absent, placements[present])
@@ -437,12 +448,23 @@ def read_dialect(manifest: Manifest) -> Reading:
         placements,
         masks=masks,
         unexpected=(*(stored for stored in rest.values() if stored not in masks), *beside),
-        passengers=tuple(name for name in manifest.tensors if not name.startswith(model.container)),
+        passengers=passengers,
         adapters=adapters,
-        left_out=left_out,
+        left_out=(*left_out, *strays),
         container=model.container,
         root=model.container + model.prefix,
     )
+
+
+def _strays(manifest: Manifest, placed: Mapping[str, Placement], others: Iterable[str]) -> Iterator[str]:
+    """Matrices elsewhere in the file that could be a head, unless they are named as the model's own are."""
+    used = {manifest.tensors[placement.source].address for placement in placed.values()}
+    widths = {manifest.tensors[placed[end].source].shape[-1] for end in TIED if end in placed}
+    own = {place.source.removeprefix(manifest.container_of(place.source)) for place in placed.values()}
+    for name in sorted(filterfalse(MOMENTS.search, others)):
+        span, is_twin = manifest.tensors[name], name.removeprefix(manifest.container_of(name)) in own
+        if len(span.shape) > 1 and widths & {*span.shape} and span.address not in used and not is_twin:
+            yield name
 
 
 def _adapters(names: Mapping[str, str], placements: Mapping[str, Placement]) -> Iterator[Adapter]:
