@@ -473,3 +473,35 @@ def test_an_unsaved_buffer_that_is_drawn_is_as_torch_draws_it(
     with nullcontext() if able else pytest.raises(UsageError, match=r"cannot be built on meta \(0.drawn\)"):
         loaded = load_module(lambda: nn.Sequential(build()), path, "cpu", strategy)
         assert torch.equal(loaded(torch.ones(2, 3)), plain(torch.ones(2, 3)))
+
+
+# ---- files that hold more than one module ------------------------------------------------------------------
+
+
+def linear(value: int) -> dict[str, Tensor]:
+    return {"weight": torch.full((3, 3), float(value)), "bias": torch.full((3,), float(value))}
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"model": linear(1), "ema": linear(2)},
+        {"ema": linear(2), "model": linear(1)},
+        {f"{owner}.{name}": t for owner in ("model", "ema") for name, t in linear(len(owner)).items()},
+        {"model": {f"module.{name}": t for name, t in linear(1).items()}, "ema": linear(2)},
+    ],
+)
+def test_two_modules_that_fit_are_an_error_that_names_both(state: dict[str, Any], tmp_path: Path):
+    torch.save(state, tmp_path / "model.pth")
+    fit = r"2 modules that fit, with (ema|model).*bias and (ema|model)[.a-z]*bias. Save the one"
+    with pytest.raises(CheckpointError, match=fit):
+        load_module(lambda: nn.Linear(3, 3), tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("other", [{"ema": "same"}, {"optimizer": {"exp_avg": linear(2)}}])
+def test_one_module_that_fits_is_loaded(other: dict[str, Any], tmp_path: Path):
+    state = linear(1)
+    beside = {"ema": state} if other == {"ema": "same"} else other
+    torch.save({**beside, "model": state}, tmp_path / "model.pth")
+    loaded = load_module(lambda: nn.Linear(3, 3), tmp_path / "model.pth")
+    assert torch.equal(loaded.weight, state["weight"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -230,6 +231,7 @@ DIALOGPT = "lm_head.decoder."
 AUXILIARY = ("v_head.", "value_head.", "multiple_choice_head.", "qa_outputs.", "summary.", "mc_head.")
 OTHERS = (DIALOGPT, *CLASSIFIERS, *AUXILIARY)
 HEADS = ("lm_head.", "out_head.", *OTHERS)
+SAVE_ONE = "Save the one that you want in a file of its own"
 LEAVES = ("weight", "bias")
 TIED = ("tok_emb.weight", "out_head.weight")
 # What an optimizer keeps: as large as the weights, and under their names or numbers.
@@ -356,9 +358,9 @@ def _one_model(manifest: Manifest) -> tuple[_Model, str]:
         raise CheckpointError(manifest.path, f"not a GPT-2 with known names; {what}. {wanted}. {do}")
     if len(found) > 1:
         places = [f"{f'{m.container}{m.prefix}'.rstrip('.')!r} ({MARKERS[m.marker][0]})" for m in found]
-        save = "torch.save(torch.load(path, weights_only=True)['…'], 'model.pth')"
-        said = f"holds {len(found)} models, under {' and '.join(places)}. Save one: {save}"
-        raise CheckpointError(manifest.path, said)
+        raise CheckpointError(
+            manifest.path, f"holds {len(found)} models, under {' and '.join(places)}. {SAVE_ONE}"
+        )
     ((model, name),) = found.items()
     for key in MARKERS[model.marker]:  # only the right orientation gives a square query
         shape = DIALECTS[key].query[2].shape_of(manifest.tensors[name].shape)
@@ -490,8 +492,22 @@ def with_lora_alpha(reading: Reading, alpha: float | None) -> Reading:
 
 
 def read_names(manifest: Manifest, wanted: Collection[str]) -> Reading:
-    """Place every tensor for any module by its own name, behind a wrapper or prefix if there is one."""
-    names = max(_namings(manifest, wanted), key=lambda found: len(found.keys() & set(wanted)))
+    """Place every tensor for any module by its own name, behind a wrapper or prefix if there is one.
+
+    Raises CheckpointError where two sets of tensors fit equally well.
+    """
+    fits = defaultdict[frozenset[object], list[Mapping[str, str]]](list)
+    for found in _namings(manifest, wanted):
+        addresses = ((name, manifest.tensors[found[name]].address) for name in found.keys() & set(wanted))
+        fits[frozenset(addresses)].append(found)
+    best = [place for place in fits if len(place) == max(map(len, fits))]
+    (names, *_), *others = (fits[place] for place in best)
+    if others:
+        leaf = min(names.keys() & set(wanted))
+        places = " and ".join(
+            found[leaf] for found in (names, *(other[0] for other in others)) if leaf in found
+        )
+        raise CheckpointError(manifest.path, f"holds {len(best)} modules that fit, with {places}. {SAVE_ONE}")
     placements = {name: Placement(stored) for name, stored in names.items()}
     passengers = tuple(set(manifest.tensors) - set(names.values()))
     return Reading(manifest, "the module's own", placements, passengers=passengers)
@@ -504,5 +520,5 @@ def _namings(manifest: Manifest, wanted: Collection[str]) -> Iterator[Mapping[st
     for plain_of in (str, unwrapped) if not set(wanted) <= set(manifest.tensors) else ():
         plain = {plain_of(name): name for name in manifest.tensors}
         prefixes = {short.removesuffix(leaf) for short in plain if f".{short}".endswith(f".{leaf}")}
-        for prefix in sorted(prefixes):
+        for prefix in filterfalse(MOMENTS.search, sorted(prefixes)):
             yield {short[len(prefix) :]: name for short, name in plain.items() if short.startswith(prefix)}
