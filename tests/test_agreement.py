@@ -455,6 +455,56 @@ def test_heads_beside_the_language_model_are_left_out_with_a_warning(tmp_path: P
         assert (loaded(ids) - theirs(ids).logits).abs().max() < 1e-4
 
 
+BESIDE = {
+    "a dict": lambda body, head: {"transformer": body, "lm_head": {"weight": head}},
+    "beside a nested model": lambda body, head: {
+        "net": {"model": {f"gpt2.{k}": v for k, v in body.items()}, "lm_head": {"weight": head}},
+        "optimizer": {"state": {0: {"exp_avg": head}}},
+    },
+    "classifier": lambda body, head: {"backbone": body, "classifier": {"weight": head}},
+    "another name": lambda body, head: {"backbone": body, "head": {"weight": head}},
+    "a tensor": lambda body, head: {"transformer": body, "lm_head": head},
+    "a list": lambda body, head: [body, {"lm_head.weight": head}],
+    "inside another model": lambda body, head: {"body": body, "model": {"h": body, "lm_head.weight": head}},
+}
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_a_head_beside_the_dict_of_its_body_is_loaded_or_refused(kind: str, tmp_path: Path):
+    body, head = huggingface().transformer.state_dict(), torch.rand(101, 48)
+    path = save_pth(BESIDE[kind](body, head), tmp_path)
+    if kind in list(BESIDE)[3:]:
+        with pytest.raises(
+            CheckpointError, match=r"under '\w+' has no output head of its own, but .*head.* bes"
+        ):
+            GPTModel.from_checkpoint(path, config=HEADS)
+        return
+    loaded = GPTModel.from_checkpoint(path, config=HEADS)
+    assert torch.equal(loaded.out_head.weight, head)
+    assert torch.equal(loaded.tok_emb.weight, body["wte.weight"])
+
+
+def test_the_books_head_beside_its_body_is_loaded(model: GPTModel, tmp_path: Path):
+    body, head = model.state_dict(), torch.rand_like(model.out_head.weight)
+    del body["out_head.weight"]
+    path = save_pth({"model": body, "out_head": {"weight": head}}, tmp_path)
+    assert torch.equal(GPTModel.from_checkpoint(path, config=HEADS).out_head.weight, head)
+
+
+@pytest.mark.parametrize("name", ["optimizer", "opt", "optimizer_states", "trainer"])
+def test_an_optimizers_state_is_no_head_and_no_model(name: str, tmp_path: Path):
+    body = huggingface().transformer.state_dict()
+    moments = {"exp_avg": body, "state": {0: {"exp_avg": torch.ones(101, 48)}}}
+    path = save_pth({"model": body, name: moments}, tmp_path)
+    assert GPTModel.from_checkpoint(path, config=HEADS).config.tied_head
+
+
+def test_a_matrix_beside_a_model_that_has_its_head_is_left_out_with_a_warning(tmp_path: Path):
+    path = save_pth({"model": huggingface().state_dict(), "prompt": torch.ones(5, 48)}, tmp_path)
+    with pytest.warns(UserWarning, match="opens the language model without prompt"):
+        GPTModel.from_checkpoint(path, config=HEADS)
+
+
 def test_dialogpts_head_is_the_output_head(tmp_path: Path, ids: torch.Tensor):
     theirs = huggingface()
     state = {k.replace("lm_head", "lm_head.decoder"): v.half() for k, v in theirs.state_dict().items()}

@@ -473,3 +473,108 @@ def test_an_unsaved_buffer_that_is_drawn_is_as_torch_draws_it(
     with nullcontext() if able else pytest.raises(UsageError, match=r"cannot be built on meta \(0.drawn\)"):
         loaded = load_module(lambda: nn.Sequential(build()), path, "cpu", strategy)
         assert torch.equal(loaded(torch.ones(2, 3)), plain(torch.ones(2, 3)))
+
+
+# ---- files that hold more than one module ------------------------------------------------------------------
+
+
+def linear(value: int) -> dict[str, Tensor]:
+    return {"weight": torch.full((3, 3), float(value)), "bias": torch.full((3,), float(value))}
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"model": linear(1), "ema": linear(2)},
+        {"ema": linear(2), "model": linear(1)},
+        {f"{owner}.{name}": t for owner in ("model", "ema") for name, t in linear(len(owner)).items()},
+        {"model": {f"module.{name}": t for name, t in linear(1).items()}, "ema": linear(2)},
+    ],
+)
+def test_two_modules_that_fit_are_an_error_that_names_both(state: dict[str, Any], tmp_path: Path):
+    torch.save(state, tmp_path / "model.pth")
+    fit = r"2 modules that fit, with (ema|model).*bias and (ema|model)[.a-z]*bias. Save the one"
+    with pytest.raises(CheckpointError, match=fit):
+        load_module(lambda: nn.Linear(3, 3), tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("other", [{"ema": "same"}, {"optimizer": {"exp_avg": linear(2)}}])
+def test_one_module_that_fits_is_loaded(other: dict[str, Any], tmp_path: Path):
+    state = linear(1)
+    beside = {"ema": state} if other == {"ema": "same"} else other
+    torch.save({**beside, "model": state}, tmp_path / "model.pth")
+    loaded = load_module(lambda: nn.Linear(3, 3), tmp_path / "model.pth")
+    assert torch.equal(loaded.weight, state["weight"])
+
+
+# ---- what is set on a tensor, and its dtype ----------------------------------------------------------------
+
+
+class Doubling(nn.Parameter):
+    """A parameter with a method."""
+
+    def twice(self) -> Tensor:
+        return 2 * self
+
+
+class Marked(nn.Module):
+    """Scales by what is set on its parameter, before or after it is registered."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        made = torch.ones(3) if what.startswith("value") else torch.empty(3)
+        self.rate = torch.linspace(0, 1, 3)[1].item() if what.startswith("value") else 1.0
+        weight = Doubling(made) if what == "subclass" else nn.Parameter(made)
+        weight._no_weight_decay = True
+        self.weight = weight
+        weight.scale = torch.arange(3.0) if what == "tensor" else 3.0
+        if what == "hook":
+            weight.register_hook(lambda gradient: gradient * 5)
+        if what == "post hook":
+            weight.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.twice() if isinstance(self.weight, Doubling) else self.weight
+        return x * weight * self.weight.scale * self.rate
+
+
+@pytest.mark.parametrize("strategy", ALL)
+@pytest.mark.parametrize("what", ["number", "value", "tensor", "subclass", "hook", "post hook"])
+def test_what_is_set_on_a_parameter_stays(what: str, strategy: str, tmp_path: Path):
+    torch.save({"weight": torch.rand(3)}, path := tmp_path / "model.pth")
+    wanted = plain(lambda: Marked(what), path)
+    able = strategy in ("auto", *BUILT) or what in ("number", "value")
+    with nullcontext() if able else pytest.raises(UsageError, match=r"cannot be built on meta \(weight\)"):
+        loaded = load_module(lambda: Marked(what), path, strategy=strategy)
+        assert loaded.weight._no_weight_decay
+        assert type(loaded.weight) is type(wanted.weight)
+        for module in (loaded, wanted):
+            module(torch.ones(3)).sum().backward()
+        torch.testing.assert_close(loaded.weight.grad, wanted.weight.grad, rtol=0, atol=0)
+        assert (loaded.weight.grad is None) == (what == "post hook")
+        assert_same(loaded, wanted, torch.rand(2, 3))
+
+
+class Indexed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(3))
+        self.register_buffer("idx", torch.tensor([1, 0, 1]))
+        self.register_buffer("mask", torch.tensor([True, False, True]))
+        self.register_buffer("code", torch.tensor([1, 0, 1], dtype=torch.int8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight[self.idx] * self.weight[self.mask].sum() * self.code
+
+
+@pytest.mark.parametrize("strategy", ALL)
+@pytest.mark.parametrize("stored", [torch.uint8, torch.bool, torch.int32, torch.float32, torch.float16])
+def test_numbers_that_count_take_the_dtype_that_the_module_built(
+    stored: torch.dtype, strategy: str, tmp_path: Path
+):
+    state = Indexed().state_dict() | {"weight": torch.rand(3)}
+    state |= {name: state[name].to(stored) for name in ("idx", "mask", "code")}
+    torch.save(state, path := tmp_path / "model.pth")
+    loaded = load_module(Indexed, path, strategy=strategy)
+    assert_same(loaded, plain(Indexed, path), torch.rand(2, 3))
+    assert (loaded.idx.dtype, loaded.mask.dtype, loaded.code.dtype) == (torch.int64, torch.bool, torch.int8)

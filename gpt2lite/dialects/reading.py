@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from itertools import filterfalse
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -229,8 +231,11 @@ DIALOGPT = "lm_head.decoder."
 AUXILIARY = ("v_head.", "value_head.", "multiple_choice_head.", "qa_outputs.", "summary.", "mc_head.")
 OTHERS = (DIALOGPT, *CLASSIFIERS, *AUXILIARY)
 HEADS = ("lm_head.", "out_head.", *OTHERS)
+SAVE_ONE = "Save the one that you want in a file of its own"
 LEAVES = ("weight", "bias")
 TIED = ("tok_emb.weight", "out_head.weight")
+# What an optimizer keeps: as large as the weights, and under their names or numbers.
+MOMENTS = re.compile(r"(?:^|[._])(?:opt(?:im(?:izers?)?)?|exp_avg|momentum)(?:[._]|$)|(?:^|\.)state\.\d+\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,15 +322,17 @@ class _Model(NamedTuple):
         return plain.removeprefix(prefix) if is_behind else None
 
     def own(self, name: str) -> str | None:
-        """`behind` with the model's own prefix, or for a head beside the model."""
-        head = self.behind(above_of(self.prefix), name) or ""
+        """`behind` with the model's own prefix, or for a head beside the model or beside its container."""
+        is_inside = name.startswith(self.container)
+        beside = self if is_inside else _Model(above_of(self.container), "", self.marker)
+        head = beside.behind(above_of(beside.prefix), name) or ""
         return self.behind(self.prefix, name) or (head if head.startswith(HEADS) else None)
 
 
 def _models(manifest: Manifest) -> dict[_Model, str]:
     """Every model in a file, with the stored name of its marker; one that is stored twice counts once."""
     found: dict[_Model, str] = {}
-    for name in manifest.tensors:
+    for name in filterfalse(MOMENTS.search, manifest.tensors):
         container = manifest.container_of(name)
         plain = _plain(name.removeprefix(container))
         for marker in MARKERS:
@@ -351,9 +358,9 @@ def _one_model(manifest: Manifest) -> tuple[_Model, str]:
         raise CheckpointError(manifest.path, f"not a GPT-2 with known names; {what}. {wanted}. {do}")
     if len(found) > 1:
         places = [f"{f'{m.container}{m.prefix}'.rstrip('.')!r} ({MARKERS[m.marker][0]})" for m in found]
-        save = "torch.save(torch.load(path, weights_only=True)['…'], 'model.pth')"
-        said = f"holds {len(found)} models, under {' and '.join(places)}. Save one: {save}"
-        raise CheckpointError(manifest.path, said)
+        raise CheckpointError(
+            manifest.path, f"holds {len(found)} models, under {' and '.join(places)}. {SAVE_ONE}"
+        )
     ((model, name),) = found.items()
     for key in MARKERS[model.marker]:  # only the right orientation gives a square query
         shape = DIALECTS[key].query[2].shape_of(manifest.tensors[name].shape)
@@ -365,9 +372,9 @@ def _one_model(manifest: Manifest) -> tuple[_Model, str]:
 def _names_of(manifest: Manifest, model: _Model) -> tuple[dict[str, str], list[str]]:
     """Plain name → stored name, of the model and its heads; and the names beside them in its container."""
     inside, beside = dict[str, str](), list[str]()
-    for name in filter(lambda name: name.startswith(model.container), manifest.tensors):
+    for name in manifest.tensors:
         if (own := model.own(name)) is None:
-            beside.append(name)
+            beside += [name] if name.startswith(model.container) else []
         elif inside.setdefault(own, name) != name:
             raise CheckpointError(manifest.path, f"{inside[own]} and {name} are both {own}", name=name)
     return inside, beside
@@ -423,6 +430,12 @@ def read_dialect(manifest: Manifest) -> Reading:
     _require_readable(manifest, model, {theirs for theirs, _, _ in all_rows} | {*TIED, "lm_head.weight"})
     rows = [row for row in all_rows if row[0] in names]
     placements = {ours: replace(placement, source=names[theirs]) for theirs, ours, placement in rows}
+    passengers = tuple(manifest.tensors.keys() - {*inside.values(), *beside})
+    strays = tuple(_strays(manifest, placements, passengers))
+    if strays and not placements.keys() >= set(TIED):
+        place = f"the model under {(model.container + model.prefix).rstrip('.')!r}"
+        said = f"{place} has no output head of its own, but {shortened(strays)} beside it may be one"
+        raise CheckpointError(manifest.path, f"{said}. Save them in one dict, or the model alone")
     for absent, present in (TIED, TIED[::-1]):
         if present in placements:
             placements.setdefault(absent, placements[present])
@@ -437,12 +450,23 @@ def read_dialect(manifest: Manifest) -> Reading:
         placements,
         masks=masks,
         unexpected=(*(stored for stored in rest.values() if stored not in masks), *beside),
-        passengers=tuple(name for name in manifest.tensors if not name.startswith(model.container)),
+        passengers=passengers,
         adapters=adapters,
-        left_out=left_out,
+        left_out=(*left_out, *strays),
         container=model.container,
         root=model.container + model.prefix,
     )
+
+
+def _strays(manifest: Manifest, placed: Mapping[str, Placement], others: Iterable[str]) -> Iterator[str]:
+    """Matrices elsewhere in the file that could be a head, unless they are named as the model's own are."""
+    used = {manifest.tensors[placement.source].address for placement in placed.values()}
+    widths = {manifest.tensors[placed[end].source].shape[-1] for end in TIED if end in placed}
+    own = {place.source.removeprefix(manifest.container_of(place.source)) for place in placed.values()}
+    for name in sorted(filterfalse(MOMENTS.search, others)):
+        span, is_twin = manifest.tensors[name], name.removeprefix(manifest.container_of(name)) in own
+        if len(span.shape) > 1 and widths & {*span.shape} and span.address not in used and not is_twin:
+            yield name
 
 
 def _adapters(names: Mapping[str, str], placements: Mapping[str, Placement]) -> Iterator[Adapter]:
@@ -468,8 +492,22 @@ def with_lora_alpha(reading: Reading, alpha: float | None) -> Reading:
 
 
 def read_names(manifest: Manifest, wanted: Collection[str]) -> Reading:
-    """Place every tensor for any module by its own name, behind a wrapper or prefix if there is one."""
-    names = max(_namings(manifest, wanted), key=lambda found: len(found.keys() & set(wanted)))
+    """Place every tensor for any module by its own name, behind a wrapper or prefix if there is one.
+
+    Raises CheckpointError where two sets of tensors fit equally well.
+    """
+    fits = defaultdict[frozenset[object], list[Mapping[str, str]]](list)
+    for found in _namings(manifest, wanted):
+        addresses = ((name, manifest.tensors[found[name]].address) for name in found.keys() & set(wanted))
+        fits[frozenset(addresses)].append(found)
+    best = [place for place in fits if len(place) == max(map(len, fits))]
+    (names, *_), *others = (fits[place] for place in best)
+    if others:
+        leaf = min(names.keys() & set(wanted))
+        places = " and ".join(
+            found[leaf] for found in (names, *(other[0] for other in others)) if leaf in found
+        )
+        raise CheckpointError(manifest.path, f"holds {len(best)} modules that fit, with {places}. {SAVE_ONE}")
     placements = {name: Placement(stored) for name, stored in names.items()}
     passengers = tuple(set(manifest.tensors) - set(names.values()))
     return Reading(manifest, "the module's own", placements, passengers=passengers)
@@ -482,5 +520,5 @@ def _namings(manifest: Manifest, wanted: Collection[str]) -> Iterator[Mapping[st
     for plain_of in (str, unwrapped) if not set(wanted) <= set(manifest.tensors) else ():
         plain = {plain_of(name): name for name in manifest.tensors}
         prefixes = {short.removesuffix(leaf) for short in plain if f".{short}".endswith(f".{leaf}")}
-        for prefix in sorted(prefixes):
+        for prefix in filterfalse(MOMENTS.search, sorted(prefixes)):
             yield {short[len(prefix) :]: name for short, name in plain.items() if short.startswith(prefix)}

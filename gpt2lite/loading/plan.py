@@ -57,7 +57,7 @@ class Target:
     @property
     def is_quantized(self) -> bool:
         """Whether the load turns stored floats into int8."""
-        return self.dtype == torch.int8 and self.span.dtype.is_floating_point
+        return self.dtype == torch.int8 != self.built
 
 
 @dataclass(frozen=True)
@@ -211,8 +211,8 @@ def _targets(reading: Reading, groups: Groups, dtype: torch.dtype | None, own: b
         else:
             placement = next(reading.placements[name] for name in names if name in reading.placements)
             span = first[reading.manifest.tensors[placement.source].address]
-        can_cast = span.dtype.is_floating_point and tensor.is_floating_point()
-        cast = dtype if dtype and can_cast else span.dtype
+        is_float = span.dtype.is_floating_point and tensor.is_floating_point()
+        cast = (dtype or span.dtype) if is_float else tensor.dtype  # as `load_state_dict` casts what counts
         yield Target(names, placement, span, shape, cast, tensor.dtype)
 
 

@@ -118,8 +118,12 @@ def _built_with_values(build: Callable[[], nn.Module], shift: bool = False) -> t
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         if parameter is None or parameter.is_meta:
             return parameter
+        if _has_more(parameter):
+            return parameter
         memories[StorageWeakRef(parameter.untyped_storage())] = name
-        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        on_meta = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        on_meta.__dict__ = vars(parameter)  # one dict, for what the constructor sets afterwards
+        return on_meta
 
     hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
     try:
@@ -195,7 +199,7 @@ def tied_names(tensors: Mapping[str, Tensor]) -> list[tuple[tuple[str, ...], Ten
 def replace_tensor(module: nn.Module, names: Iterable[str], tensor: Tensor) -> None:
     """Put one tensor in the place of a parameter or buffer, under all the names that share it.
 
-    A parameter stays one, frozen or not as it was; a subclass of nn.Parameter becomes a plain one.
+    A parameter stays one, frozen or not as it was, and what was set on it stays.
     """
     for name in names:
         path, _, leaf = name.rpartition(".")
@@ -205,6 +209,7 @@ def replace_tensor(module: nn.Module, names: Iterable[str], tensor: Tensor) -> N
             can_learn = tensor.is_floating_point() or tensor.is_complex()
             tensor = nn.Parameter(tensor, requires_grad=old.requires_grad and can_learn)
         registry: dict[str, Any] = owner._buffers if old is None else owner._parameters
+        vars(tensor).update(vars(registry[leaf]))
         registry[leaf] = tensor
 
 
@@ -254,12 +259,21 @@ def _within(value: object, seen: set[int]) -> Iterator[Tensor]:
 
 
 def _in_attributes(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in plain attributes and hooks of a module, each once."""
+    """The tensors in plain attributes and hooks of a module and in attributes of its tensors, each once."""
     seen = {id(part) for part in module.modules()}
     for path, part in module.named_modules():
         for key in vars(part).keys() - REGISTRIES:
             for found in _within(vars(part)[key], seen):
                 yield f"{path}.{key}".lstrip("."), found
+    saved, unsaved = _named_tensors(module)
+    for name, tensor in (saved | unsaved).items():
+        yield from ((name, found) for found in _within(vars(tensor), seen))
+
+
+def _has_more(tensor: Tensor) -> bool:
+    """Whether a tensor has what another in its place would not have: hooks, methods of a subclass."""
+    hooks = (getattr(tensor, f"_{kind}_hooks", None) for kind in ("backward", "post_accumulate_grad"))
+    return any(hooks) or nn.Parameter in type(tensor).__mro__[1:]
 
 
 def _lost(module: nn.Module) -> tuple[str, ...]:
@@ -270,6 +284,7 @@ def _lost(module: nn.Module) -> tuple[str, ...]:
     memories = Counter(memory for memory, _ in saved)
     kept = (*_in_attributes(module), *unsaved.items())
     lost = {name for name, value in kept if value.is_meta or value.untyped_storage()._cdata in memories}
+    lost |= {names[0] for names, tensor in groups if _has_more(tensor)}
     return tuple(sorted(lost | {name for memory, name in saved if memories[memory] > 1}))
 
 
