@@ -72,7 +72,8 @@ def prepared(model: GPTModel) -> Iterator[None]:
 
     Inside, parameters of 16 bits are fp32, at 4 bytes each instead of 2: in fp16 Adam's second moments
     underflow, in bf16 small steps round away. It begins and ends without gradients; dtypes, `requires_grad`
-    and every module's mode are put back, adapters that were not merged are taken away.
+    and every module's mode are put back, adapters that were not merged are taken away. A caller's autocast
+    does not count inside: it would make backward one of 16 bits.
     """
     modes = [(module, module.training) for module in model.modules()]
     found = [(p, p.dtype, p.requires_grad) for p in model.parameters()]
@@ -81,7 +82,8 @@ def prepared(model: GPTModel) -> Iterator[None]:
         for parameter, dtype, _ in found:
             parameter.grad = None
             parameter.data = parameter.data.to(master_dtype(dtype))
-        yield
+        with torch.autocast(model.pos_emb.weight.device.type, enabled=False):
+            yield
     finally:
         drop_lora(model, own)
         for parameter, dtype, learns in found:
