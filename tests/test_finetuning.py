@@ -249,6 +249,37 @@ def test_a_loss_that_is_no_number_stops_and_says_what_to_try(learning_rate: floa
     assert not (tmp_path / "out" / "model.pth").exists()
 
 
+@pytest.mark.parametrize("validates", [True, False])
+@pytest.mark.parametrize(
+    ("levers", "dtype"),
+    [
+        ({"learning_rate": 1e39}, torch.float32),
+        ({"learning_rate": 1e20}, torch.float32),
+        ({"learning_rate": 1e5}, torch.float16),
+        ({"learning_rate": 1e20, "step_in_backward": True, "clip": 0.0}, torch.float32),
+    ],
+    ids=str,
+)
+def test_the_last_step_may_not_end_in_weights_that_are_useless(
+    levers: dict[str, Any], dtype: torch.dtype, validates: bool, tmp_path: Path
+):
+    recipe, own = replace(QUICK, steps=1, warmup_steps=0, **levers), task(QUICK)
+    with pytest.raises(TrainingDivergedError, match="Try a learning rate below 1"):
+        finetune(fresh(dtype=dtype), own if validates else Task(own.train, []), tmp_path / "out", recipe)
+    assert not (tmp_path / "out" / "model.pth").exists()
+    saved = [path.name for path in (tmp_path / "out").glob("step-*.pth")]
+    assert saved == (["step-000001.pth"] if dtype == torch.float16 else [])  # it is finite in fp32
+    assert "NaN" not in (tmp_path / "out" / "metrics.jsonl").read_text()
+
+
+def test_a_model_of_weights_that_are_no_numbers_is_refused(tmp_path: Path):
+    model = fresh()
+    model.pos_emb.weight.data[-1] = float("nan")  # a place that no row of the data reaches
+    with pytest.raises(UsageError, match=r"pos_emb.weight holds infinities or NaN"):
+        finetune(model, task(QUICK), tmp_path / "out", QUICK)
+    assert not (tmp_path / "out").exists()
+
+
 # ---- adapters ----------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import threading
@@ -23,7 +24,16 @@ from gpt2lite.finetuning.data import IGNORED, Batch
 from gpt2lite.finetuning.lora import merge_lora
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.finetuning.states import LABELS, METRICS, Run, Task
-from gpt2lite.finetuning.training import Trainer, choose_trained, loss_sum, placed, prepared, rows_of
+from gpt2lite.finetuning.training import (
+    Trainer,
+    choose_trained,
+    diverged,
+    loss_sum,
+    not_finite,
+    placed,
+    prepared,
+    rows_of,
+)
 from gpt2lite.model import GPTModel
 
 
@@ -132,6 +142,8 @@ def finetune(
     _require_task(model, task, recipe)
     _require_folder(out, resume)
     identity = states.identity_of(model, task, recipe)
+    if bad := not_finite(model):
+        raise UsageError(f"the model's {bad[0]} holds infinities or NaN; give one with finite weights")
     with prepared(model):
         choose_trained(model, recipe)
         with closing(Trainer(model, recipe)) as trainer:
@@ -141,6 +153,8 @@ def finetune(
         if recipe.lora_rank:
             states.save_lora(run, out / "adapters.pth")
             merge_lora(model)
+    if bad := not_finite(model):
+        raise diverged(f"{bad[0]} is too large for {model.pos_emb.weight.dtype}", recipe)
     path = model.save_checkpoint(out / "model.pth")
     if task.labels:
         (out / LABELS).write_text(json.dumps(task.labels) + "\n", encoding="utf-8")
@@ -160,11 +174,27 @@ def _go_on(run: Run, report: Callable[[Metrics], None] | None) -> None:
                 log.write(json.dumps(line) + "\n")
                 log.flush()
                 if not is_whole or asked.is_set() or is_last or (number + 1) % recipe.save_every == 0:
-                    states.save_state(run, number + 1)
+                    _save(run, number + 1)
             if report:
                 report(metrics)
             if asked.is_set() and not is_last:
                 raise KeyboardInterrupt
+
+
+def _save(run: Run, step: int) -> None:
+    """A state from which training can go on: with finite weights, and a finite loss on its last batch."""
+    model, recipe = run.trainer.model, run.trainer.recipe
+    if bad := not_finite(model):
+        raise diverged(f"step {step - 1}: after it {bad[0]} is not finite", recipe)
+    ids, places, targets = placed(run.task.train(step * recipe.accumulate - 1), model)
+    with torch.no_grad():
+        _require_finite(float(loss_sum(model, ids, places, targets, recipe)), step - 1, recipe)
+    states.save_state(run, step)
+
+
+def _require_finite(loss: float, step: int, recipe: Recipe) -> None:
+    if not math.isfinite(loss):
+        raise diverged(f"step {step}: after it the loss is {loss}", recipe)
 
 
 def _one(run: Run, number: int) -> Metrics:
@@ -184,5 +214,6 @@ def _validated(run: Run, metrics: Metrics) -> Metrics:
     if not task.validation or not is_due:
         return metrics
     loss, accuracy = validate(model, task.validation, recipe)
+    _require_finite(loss, metrics.step, recipe)
     sample = task.sample(model) if task.sample else None
     return replace(metrics, validation_loss=loss, accuracy=accuracy, sample=sample)

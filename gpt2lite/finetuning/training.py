@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -253,8 +254,17 @@ def _set_rate(group: dict[str, Any], rate: float) -> None:
 
 
 def _require_finite(step: int, value: float, recipe: Recipe) -> None:
-    if not abs(value) < float("inf"):
-        raise TrainingDivergedError(
-            f"step {step}: the loss or its gradient is {value}; that step changed nothing. Try a learning "
-            f"rate below {recipe.learning_rate:g}, more warmup_steps than {recipe.warmup_steps}, or clip=1"
-        )
+    if not math.isfinite(value):
+        raise diverged(f"step {step}: the loss or its gradient is {value}; that step changed nothing", recipe)
+
+
+def diverged(what: str, recipe: Recipe) -> TrainingDivergedError:
+    """What happened, and what to try."""
+    rate, warmup = f"a learning rate below {recipe.learning_rate:g}", recipe.warmup_steps
+    return TrainingDivergedError(f"{what}. Try {rate}, more warmup_steps than {warmup}, or clip=1")
+
+
+def not_finite(model: nn.Module) -> list[str]:
+    """The names of parameters that hold infinities or NaN. Reads all, allocates nothing."""
+    ends = ((name, p.detach().aminmax()) for name, p in model.named_parameters())
+    return [name for name, both in ends if not all(map(math.isfinite, both))]
