@@ -805,6 +805,35 @@ def test_resuming_where_nothing_was_run_is_refused(tmp_path: Path):
     assert not (tmp_path / "mistyped").exists()
 
 
+def test_a_run_whose_states_are_gone_is_not_begun_again(tmp_path: Path):
+    out = tmp_path / "out"
+    finetune(fresh(), task(QUICK), out, QUICK)
+    for path in out.glob("step-*.pth"):
+        path.unlink()
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(
+        UsageError, match=r"metrics.jsonl and model.pth, but no saved state .step-….pth. to res"
+    ):
+        resumed(out)
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_one_folder_takes_one_run_at_a_time(resume: bool, tmp_path: Path):
+    out, said = tmp_path / "out", []
+    if resume:
+        cut_run(out)
+
+    def start_another(metrics: Any) -> None:
+        with pytest.raises(UsageError, match="out: another run writes there") as error:
+            resumed(out)
+        said.append(error)
+
+    finetune(fresh(), task(QUICK), out, replace(QUICK, save_every=1), resume=resume, report=start_another)
+    assert len(said) == (4 if resume else 8)
+    resumed(out)  # nothing is left of the lock
+
+
 def test_a_sample_that_raises_costs_no_step(tmp_path: Path):
     def fail(model: Any) -> str:
         raise Cut

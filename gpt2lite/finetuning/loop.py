@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,10 +72,29 @@ def validate(model: GPTModel, batches: Sequence[Batch], recipe: Recipe) -> tuple
 def _require_folder(out: Path, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; choose a folder")
-    if resume and not (out / METRICS).is_file() and not states.state_files(out):
-        raise UsageError(f"{out}: no run to resume there. Check its name, or start without resume (--resume)")
+    if resume and not states.state_files(out):
+        found = [name for name in (METRICS, "model.pth") if (out / name).exists()]
+        lacks = f"{' and '.join(found)}, but no saved state (step-….pth)" if found else "no run"
+        raise UsageError(f"{out}: {lacks} to resume there. Check its name, or start anew in another folder")
     if not resume and out.is_dir() and any(out.iterdir()):
         raise UsageError(f"{out}: is not empty; choose a new folder, or continue with resume (--resume)")
+
+
+@contextmanager
+def _locked(out: Path, resume: bool) -> Iterator[None]:
+    """One run at a time in a folder, which the system unlocks however a process ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"{out}: another run writes there; wait, or choose another folder") from None
+        _require_folder(out, resume)
+        yield
+    finally:
+        os.close(folder)
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
@@ -144,20 +164,21 @@ def finetune(
     identity = states.identity_of(model, task, recipe)
     if bad := not_finite(model):
         raise UsageError(f"the model's {bad[0]} holds infinities or NaN; give one with finite weights")
-    with prepared(model):
-        choose_trained(model, recipe)
-        with closing(Trainer(model, recipe)) as trainer:
-            out.mkdir(parents=True, exist_ok=True)
-            run = Run(trainer, task, out, identity)
-            _go_on(run, report)
-        if recipe.lora_rank:
-            states.save_lora(run, out / "adapters.pth")
-            merge_lora(model)
-    if bad := not_finite(model):
-        raise diverged(f"{bad[0]} is too large for {model.pos_emb.weight.dtype}", recipe)
-    path = model.save_checkpoint(out / "model.pth")
-    if task.labels:
-        (out / LABELS).write_text(json.dumps(task.labels) + "\n", encoding="utf-8")
+    with ExitStack() as until_saved:
+        with prepared(model):
+            choose_trained(model, recipe)
+            with closing(Trainer(model, recipe)) as trainer:
+                until_saved.enter_context(_locked(out, resume))
+                run = Run(trainer, task, out, identity)
+                _go_on(run, report)
+            if recipe.lora_rank:
+                states.save_lora(run, out / "adapters.pth")
+                merge_lora(model)
+        if bad := not_finite(model):
+            raise diverged(f"{bad[0]} is too large for {model.pos_emb.weight.dtype}", recipe)
+        path = model.save_checkpoint(out / "model.pth")
+        if task.labels:
+            (out / LABELS).write_text(json.dumps(task.labels) + "\n", encoding="utf-8")
     return path
 
 
