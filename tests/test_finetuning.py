@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +249,37 @@ def test_a_loss_that_is_no_number_stops_and_says_what_to_try(learning_rate: floa
     assert not (tmp_path / "out" / "model.pth").exists()
 
 
+@pytest.mark.parametrize("validates", [True, False])
+@pytest.mark.parametrize(
+    ("levers", "dtype"),
+    [
+        ({"learning_rate": 1e39}, torch.float32),
+        ({"learning_rate": 1e20}, torch.float32),
+        ({"learning_rate": 1e5}, torch.float16),
+        ({"learning_rate": 1e20, "step_in_backward": True, "clip": 0.0}, torch.float32),
+    ],
+    ids=str,
+)
+def test_the_last_step_may_not_end_in_weights_that_are_useless(
+    levers: dict[str, Any], dtype: torch.dtype, validates: bool, tmp_path: Path
+):
+    recipe, own = replace(QUICK, steps=1, warmup_steps=0, **levers), task(QUICK)
+    with pytest.raises(TrainingDivergedError, match="Try a learning rate below 1"):
+        finetune(fresh(dtype=dtype), own if validates else Task(own.train, []), tmp_path / "out", recipe)
+    assert not (tmp_path / "out" / "model.pth").exists()
+    saved = [path.name for path in (tmp_path / "out").glob("step-*.pth")]
+    assert saved == (["step-000001.pth"] if dtype == torch.float16 else [])  # it is finite in fp32
+    assert "NaN" not in (tmp_path / "out" / "metrics.jsonl").read_text()
+
+
+def test_a_model_of_weights_that_are_no_numbers_is_refused(tmp_path: Path):
+    model = fresh()
+    model.pos_emb.weight.data[-1] = float("nan")  # a place that no row of the data reaches
+    with pytest.raises(UsageError, match=r"pos_emb.weight holds infinities or NaN"):
+        finetune(model, task(QUICK), tmp_path / "out", QUICK)
+    assert not (tmp_path / "out").exists()
+
+
 # ---- adapters ----------------------------------------------------------------------------------------------
 
 
@@ -289,6 +322,25 @@ def test_adapters_are_kept_alone_merged_in_the_end_and_open_as_the_books(
     merge_lora(again)
     torch.testing.assert_close(again(ids), logits, rtol=1e-4, atol=1e-4)
     assert not [name for name in again.state_dict() if "lora" in name]
+
+
+def test_adapters_stay_fp32_on_a_16_bit_base_and_are_merged_as_they_were(tmp_path: Path):
+    recipe, found = replace(QUICK, lora_rank=2, learning_rate=1e-2), fresh(dtype=torch.bfloat16)
+    path = finetune(fresh(dtype=torch.bfloat16), task(recipe), tmp_path / "out", recipe)
+    load_lora(found, path.with_name("adapters.pth"))
+    assert {p.dtype for name, p in found.named_parameters() if ".lora." in name} == {torch.float32}
+    assert found(batch().ids).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        merge_lora(found)
+    assert_same(weights(found), weights(GPTModel.from_checkpoint(path)), 0.0)
+
+
+def test_a_file_of_adapters_with_a_wrong_checksum_is_refused(tmp_path: Path):
+    recipe = replace(QUICK, steps=1, lora_rank=2)
+    path = finetune(fresh(), task(recipe), tmp_path / "out", recipe).with_name("adapters.pth")
+    blank_middle(path)
+    with pytest.raises(CheckpointError, match=r"adapters.pth: not a file of LoRA adapters .*CRC"):
+        load_lora(fresh(), path)
 
 
 @pytest.mark.parametrize("content", [b"no pickle", None])
@@ -666,6 +718,37 @@ def test_a_damaged_newest_state_is_said_and_the_one_before_it_taken(content: byt
         resumed(out)
 
 
+def blank_middle(path: Path) -> None:
+    """64 bytes of zeros in the largest tensor, where no header is."""
+    with zipfile.ZipFile(path) as archive:
+        tensors = [entry for entry in archive.infolist() if "/data/" in entry.filename]
+    largest = max(tensors, key=lambda entry: entry.file_size)
+    content = bytearray(path.read_bytes())
+    middle = largest.header_offset + largest.file_size // 2
+    content[middle : middle + 64] = bytes(64)
+    path.write_bytes(content)
+
+
+def test_a_state_with_a_wrong_checksum_is_said_and_the_one_before_it_taken(tmp_path: Path):
+    wanted, out = finetune(fresh(), task(QUICK), tmp_path / "whole", QUICK), tmp_path / "out"
+    cut_run(out)
+    blank_middle(out / "step-000004.pth")
+    with pytest.warns(
+        UserWarning, match=r"000004.pth: not a whole saved state .*CRC.* Going on from step-000002"
+    ):
+        assert resumed(out).read_bytes() == wanted.read_bytes()
+
+
+def test_a_state_without_checksums_is_read(tmp_path: Path):
+    out = tmp_path / "out"
+    torch.serialization.set_crc32_options(False)
+    try:
+        wanted = finetune(fresh(), task(QUICK), out, QUICK).read_bytes()
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert resumed(out).read_bytes() == wanted
+
+
 def test_states_are_in_the_order_of_their_steps(tmp_path: Path):
     recipe, out = replace(QUICK, steps=1), tmp_path / "out"
     finetune(fresh(), task(recipe), out, recipe)
@@ -722,6 +805,35 @@ def test_resuming_where_nothing_was_run_is_refused(tmp_path: Path):
     assert not (tmp_path / "mistyped").exists()
 
 
+def test_a_run_whose_states_are_gone_is_not_begun_again(tmp_path: Path):
+    out = tmp_path / "out"
+    finetune(fresh(), task(QUICK), out, QUICK)
+    for path in out.glob("step-*.pth"):
+        path.unlink()
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(
+        UsageError, match=r"metrics.jsonl and model.pth, but no saved state .step-….pth. to res"
+    ):
+        resumed(out)
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_one_folder_takes_one_run_at_a_time(resume: bool, tmp_path: Path):
+    out, said = tmp_path / "out", []
+    if resume:
+        cut_run(out)
+
+    def start_another(metrics: Any) -> None:
+        with pytest.raises(UsageError, match="out: another run writes there") as error:
+            resumed(out)
+        said.append(error)
+
+    finetune(fresh(), task(QUICK), out, replace(QUICK, save_every=1), resume=resume, report=start_another)
+    assert len(said) == (4 if resume else 8)
+    resumed(out)  # nothing is left of the lock
+
+
 def test_a_sample_that_raises_costs_no_step(tmp_path: Path):
     def fail(model: Any) -> str:
         raise Cut
@@ -751,7 +863,8 @@ def default_of(setting: str) -> Iterator[None]:
             torch.set_default_device("meta")
         elif setting == "deterministic":
             torch.use_deterministic_algorithms(True)
-        modes = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+        modes: dict[str, Any] = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+        modes["autocast"] = partial(torch.autocast, "cpu", torch.bfloat16)
         with modes.get(setting, nullcontext)():
             yield
     finally:
@@ -774,7 +887,9 @@ def process_state() -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("levers", [{}, {"lora_rank": 2}], ids=str)
-@pytest.mark.parametrize("setting", ["float64", "meta", "no_grad", "inference_mode", "deterministic"])
+@pytest.mark.parametrize(
+    "setting", ["float64", "meta", "no_grad", "inference_mode", "deterministic", "autocast"]
+)
 def test_training_ends_the_same_under_every_default_and_leaves_it(
     setting: str, levers: dict[str, Any], tmp_path: Path
 ):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,16 @@ from gpt2lite.finetuning.data import IGNORED, Batch
 from gpt2lite.finetuning.lora import merge_lora
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.finetuning.states import LABELS, METRICS, Run, Task
-from gpt2lite.finetuning.training import Trainer, choose_trained, loss_sum, placed, prepared, rows_of
+from gpt2lite.finetuning.training import (
+    Trainer,
+    choose_trained,
+    diverged,
+    loss_sum,
+    not_finite,
+    placed,
+    prepared,
+    rows_of,
+)
 from gpt2lite.model import GPTModel
 
 
@@ -61,10 +72,29 @@ def validate(model: GPTModel, batches: Sequence[Batch], recipe: Recipe) -> tuple
 def _require_folder(out: Path, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; choose a folder")
-    if resume and not (out / METRICS).is_file() and not states.state_files(out):
-        raise UsageError(f"{out}: no run to resume there. Check its name, or start without resume (--resume)")
+    if resume and not states.state_files(out):
+        found = [name for name in (METRICS, "model.pth") if (out / name).exists()]
+        lacks = f"{' and '.join(found)}, but no saved state (step-….pth)" if found else "no run"
+        raise UsageError(f"{out}: {lacks} to resume there. Check its name, or start anew in another folder")
     if not resume and out.is_dir() and any(out.iterdir()):
         raise UsageError(f"{out}: is not empty; choose a new folder, or continue with resume (--resume)")
+
+
+@contextmanager
+def _locked(out: Path, resume: bool) -> Iterator[None]:
+    """One run at a time in a folder, which the system unlocks however a process ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"{out}: another run writes there; wait, or choose another folder") from None
+        _require_folder(out, resume)
+        yield
+    finally:
+        os.close(folder)
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
@@ -132,18 +162,23 @@ def finetune(
     _require_task(model, task, recipe)
     _require_folder(out, resume)
     identity = states.identity_of(model, task, recipe)
-    with prepared(model):
-        choose_trained(model, recipe)
-        with closing(Trainer(model, recipe)) as trainer:
-            out.mkdir(parents=True, exist_ok=True)
-            run = Run(trainer, task, out, identity)
-            _go_on(run, report)
-        if recipe.lora_rank:
-            states.save_lora(run, out / "adapters.pth")
-            merge_lora(model)
-    path = model.save_checkpoint(out / "model.pth")
-    if task.labels:
-        (out / LABELS).write_text(json.dumps(task.labels) + "\n", encoding="utf-8")
+    if bad := not_finite(model):
+        raise UsageError(f"the model's {bad[0]} holds infinities or NaN; give one with finite weights")
+    with ExitStack() as until_saved:
+        with prepared(model):
+            choose_trained(model, recipe)
+            with closing(Trainer(model, recipe)) as trainer:
+                until_saved.enter_context(_locked(out, resume))
+                run = Run(trainer, task, out, identity)
+                _go_on(run, report)
+            if recipe.lora_rank:
+                states.save_lora(run, out / "adapters.pth")
+                merge_lora(model)
+        if bad := not_finite(model):
+            raise diverged(f"{bad[0]} is too large for {model.pos_emb.weight.dtype}", recipe)
+        path = model.save_checkpoint(out / "model.pth")
+        if task.labels:
+            (out / LABELS).write_text(json.dumps(task.labels) + "\n", encoding="utf-8")
     return path
 
 
@@ -160,11 +195,27 @@ def _go_on(run: Run, report: Callable[[Metrics], None] | None) -> None:
                 log.write(json.dumps(line) + "\n")
                 log.flush()
                 if not is_whole or asked.is_set() or is_last or (number + 1) % recipe.save_every == 0:
-                    states.save_state(run, number + 1)
+                    _save(run, number + 1)
             if report:
                 report(metrics)
             if asked.is_set() and not is_last:
                 raise KeyboardInterrupt
+
+
+def _save(run: Run, step: int) -> None:
+    """A state from which training can go on: with finite weights, and a finite loss on its last batch."""
+    model, recipe = run.trainer.model, run.trainer.recipe
+    if bad := not_finite(model):
+        raise diverged(f"step {step - 1}: after it {bad[0]} is not finite", recipe)
+    ids, places, targets = placed(run.task.train(step * recipe.accumulate - 1), model)
+    with torch.no_grad():
+        _require_finite(float(loss_sum(model, ids, places, targets, recipe)), step - 1, recipe)
+    states.save_state(run, step)
+
+
+def _require_finite(loss: float, step: int, recipe: Recipe) -> None:
+    if not math.isfinite(loss):
+        raise diverged(f"step {step}: after it the loss is {loss}", recipe)
 
 
 def _one(run: Run, number: int) -> Metrics:
@@ -184,5 +235,6 @@ def _validated(run: Run, metrics: Metrics) -> Metrics:
     if not task.validation or not is_due:
         return metrics
     loss, accuracy = validate(model, task.validation, recipe)
+    _require_finite(loss, metrics.step, recipe)
     sample = task.sample(model) if task.sample else None
     return replace(metrics, validation_loss=loss, accuracy=accuracy, sample=sample)

@@ -25,8 +25,8 @@ class LoRA(nn.Module):
         self.alpha = alpha
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) → (..., out)."""
-        return self.alpha * (x @ self.A @ self.B)
+        """(..., in) → (..., out), in the dtype of x."""
+        return self.alpha * (x @ self.A.to(x.dtype) @ self.B.to(x.dtype))
 
 
 class LinearWithLoRA(nn.Module):
@@ -104,6 +104,7 @@ def merge_lora(model: nn.Module) -> None:
     """Add every adapter to the weight below, and take the adapter away. Costs one weight at a time."""
     for path, layer in lora_layers(model).items():
         dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-        added = layer.lora.alpha * (layer.lora.A.to(dtype) @ layer.lora.B.to(dtype)).t()
+        with torch.autocast(layer.weight.device.type, enabled=False):
+            added = layer.lora.alpha * (layer.lora.A.to(dtype) @ layer.lora.B.to(dtype)).t()
         layer.linear.weight.copy_(layer.weight.to(dtype) + added)
         put_layer(model, path, layer.linear)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gpt2lite.checkpoint.writing import replacing, tensors_of
+from gpt2lite.checkpoint.torch_zip import NO_CRC
+from gpt2lite.checkpoint.writing import CHUNK_BYTES, replacing, tensors_of
 from gpt2lite.errors import CheckpointError, UsageError, first_line
 from gpt2lite.finetuning.data import Batch, Batches, digest_of, tensor_parts
 from gpt2lite.finetuning.lora import LinearWithLoRA, put_layer
@@ -27,6 +30,8 @@ STATE_NAME = re.compile(r"step-(\d+)\.pth")
 STATE = ("step", "model", "optimizer", "made_from", "last_batch", "metrics")
 UNSAID = {"validate_every", "save_every", "keep"}  # of a recipe: may change when a run is resumed
 MAY_CHANGE = UNSAID | {"steps", "learning_rate"}  # with a warning; steps may only grow
+BAD_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
+DAMAGE = (*BAD_ZIP, UnpicklingError, LookupError, TypeError, ValueError)
 OTHERS = {"base": "another model (give it as it was before the run)", "data": "other data"}
 
 
@@ -78,11 +83,19 @@ def identity_of(model: GPTModel, task: Task, recipe: Recipe) -> dict[str, Any]:
 
 
 def _read(path: Path, keys: Collection[str], what: str) -> dict[str, Any]:
-    """A file's content, mapped. Raises CheckpointError for one that is damaged or lacks a key."""
+    """A file's content, mapped; read once for its checksums, which torch.load passes over.
+
+    Raises CheckpointError for one that is damaged or lacks a key.
+    """
     try:
         saved: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with zipfile.ZipFile(path) as archive:
+            for entry in (found for found in archive.infolist() if found.CRC != NO_CRC):
+                with archive.open(entry) as content:
+                    while content.read(CHUNK_BYTES):
+                        pass
         return {key: saved[key] for key in keys}
-    except (OSError, RuntimeError, EOFError, UnpicklingError, LookupError, TypeError, ValueError) as error:
+    except DAMAGE as error:
         raise CheckpointError(path, f"not {what} of this version ({first_line(error)})") from None
 
 
@@ -229,6 +242,7 @@ def load_lora(model: nn.Module, path: Path) -> None:
         if not isinstance(layer, nn.Linear) or a is None or f"{name}.lora.B" not in tensors:
             raise CheckpointError(path, f"has an adapter for {name}, not a linear layer of the model")
         adapted[name] = LinearWithLoRA(layer, a.shape[-1], float(saved["lora_alpha"]))
+        adapted[name].lora.to(torch.promote_types(layer.weight.dtype, a.dtype))  # fp32 on a base of 16 bits
         own |= {f"{name}.lora.{part}": p for part, p in adapted[name].lora.named_parameters()}
     for name, tensor in tensors.items():
         if name not in own or own[name].shape != tensor.shape:

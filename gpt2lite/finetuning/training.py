@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -72,7 +73,8 @@ def prepared(model: GPTModel) -> Iterator[None]:
 
     Inside, parameters of 16 bits are fp32, at 4 bytes each instead of 2: in fp16 Adam's second moments
     underflow, in bf16 small steps round away. It begins and ends without gradients; dtypes, `requires_grad`
-    and every module's mode are put back, adapters that were not merged are taken away.
+    and every module's mode are put back, adapters that were not merged are taken away. A caller's autocast
+    does not count inside: it would make backward one of 16 bits.
     """
     modes = [(module, module.training) for module in model.modules()]
     found = [(p, p.dtype, p.requires_grad) for p in model.parameters()]
@@ -81,7 +83,8 @@ def prepared(model: GPTModel) -> Iterator[None]:
         for parameter, dtype, _ in found:
             parameter.grad = None
             parameter.data = parameter.data.to(master_dtype(dtype))
-        yield
+        with torch.autocast(model.pos_emb.weight.device.type, enabled=False):
+            yield
     finally:
         drop_lora(model, own)
         for parameter, dtype, learns in found:
@@ -251,8 +254,17 @@ def _set_rate(group: dict[str, Any], rate: float) -> None:
 
 
 def _require_finite(step: int, value: float, recipe: Recipe) -> None:
-    if not abs(value) < float("inf"):
-        raise TrainingDivergedError(
-            f"step {step}: the loss or its gradient is {value}; that step changed nothing. Try a learning "
-            f"rate below {recipe.learning_rate:g}, more warmup_steps than {recipe.warmup_steps}, or clip=1"
-        )
+    if not math.isfinite(value):
+        raise diverged(f"step {step}: the loss or its gradient is {value}; that step changed nothing", recipe)
+
+
+def diverged(what: str, recipe: Recipe) -> TrainingDivergedError:
+    """What happened, and what to try."""
+    rate, warmup = f"a learning rate below {recipe.learning_rate:g}", recipe.warmup_steps
+    return TrainingDivergedError(f"{what}. Try {rate}, more warmup_steps than {warmup}, or clip=1")
+
+
+def not_finite(model: nn.Module) -> list[str]:
+    """The names of parameters that hold infinities or NaN. Reads all, allocates nothing."""
+    ends = ((name, p.detach().aminmax()) for name, p in model.named_parameters())
+    return [name for name, both in ends if not all(map(math.isfinite, both))]
