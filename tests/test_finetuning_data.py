@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import struct
 from array import array
 from pathlib import Path
 
@@ -233,15 +234,24 @@ def test_numpys_files_say_their_width(kind: str, tmp_path: Path):
     ("content", "message"),
     [
         (array("I", IDS).tobytes(), "has no header, which means 16 bits per id, but every second"),
-        (array("q", IDS).tobytes(), "every second id would be 0; save it as .npy"),
+        (array("q", IDS).tobytes(), "every second id would be 0 or nearly, as with 32 bits; save it as .npy"),
         (array("f", IDS).tobytes(), "holds the id"),
         (array("i", [-100, *IDS]).tobytes(), "holds the id 65535"),
         (b"Once there was a fox. " * 9, "looks like text, not tokens; give it another suffix than .bin"),
-        (llmc(torch.uint16)[:-2], "70 bytes of tokens .llm.c., wanted 72; is it cut"),
+        ("Größe über alles".encode() * 50, "looks like text"),
+        ("Größe über alles".encode("latin-1") * 50, "looks like text"),
+        (b"\x1b[0m page one\f", "looks like text"),
+        (b"hello\n", "looks like text"),
+        (struct.pack(">3i", 20240520, 1, 9) + bytes(1030), "llm.c's tokens in big-endian order"),
+        (struct.pack("<3i", 278895051, 1, 9) + bytes(1030), "begins with a header of an unknown kind"),
+        (llmc(torch.uint16)[:-2], "70 bytes of tokens .llm.c., wanted 72; truncated"),
         (llmc(torch.uint32, version=3), "llm.c's tokens of version 3, wanted 7"),
         (llmc(torch.uint16, [5, 2000]), "holds the id 2000, the model's are below 1024"),
         ("cut", "280 bytes of tokens ..npy., wanted 288"),
         (numpy.array(IDS, ">u2"), "wanted one row of little-endian integers in a .npy"),
+        (numpy.array([5, 6], "u1"), "uint16, uint32, int32 or int64, format 1.0"),
+        (numpy.array([5, 6], "i2"), "uint16, uint32, int32 or int64, format 1.0"),
+        (numpy.array([5, 6], "u8"), "uint16, uint32, int32 or int64, format 1.0"),
         (numpy.array(IDS, "f4"), "wanted one row of little-endian integers"),
         (numpy.array([IDS], "u2"), "wanted one row of little-endian integers"),
         (numpy.array([5, -1]), "holds the id -1, the model's are below 1024"),
@@ -255,6 +265,46 @@ def test_a_token_file_of_another_width_is_refused(content: object, message: str,
     path.write_bytes(content if isinstance(content, bytes) else whole)
     with pytest.raises(CheckpointError, match=message):
         open_tokens(path, 1024)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (numpy.random.RandomState(0).randint(0, 65, 1000).astype("u1"), "vary alike, as with 8 bits"),
+        (numpy.random.RandomState(0).randint(0, 190, 1000).astype(">u2"), "vary alike, as with 8 bits"),
+        (numpy.random.RandomState(0).rand(1000).astype("f2"), "they would be floats"),
+        (numpy.random.RandomState(0).randint(0, 99_999, 1000).astype("u4") & 0xFBFFF, "as with 32 bits"),
+    ],
+    ids=["uint8", "big-endian", "fp16", "uint32"],
+)
+def test_numbers_that_are_not_uint16_are_seen_without_a_header(
+    kind: numpy.ndarray, message: str, tmp_path: Path
+):
+    (tmp_path / "text.bin").write_bytes(kind.tobytes())
+    with pytest.raises(CheckpointError, match=message):
+        open_tokens(tmp_path / "text.bin", 50257)
+
+
+@pytest.mark.parametrize("vocabulary", [65, 257, 1024, 20_000, 32_000, 50257])
+def test_ids_of_any_vocabulary_open_without_a_header(vocabulary: int, tmp_path: Path):
+    drawn = numpy.random.RandomState(0).rand(2000)
+    for name, ids in {"even": drawn * vocabulary, "Zipf": vocabulary**drawn}.items():
+        (tmp_path / name).write_bytes(ids.astype("u2").tobytes())
+        assert open_tokens(tmp_path / name, vocabulary).tolist() == ids.astype("u2").tolist()
+    ascii = [*b"Once there was a fox. " * 50, vocabulary - 1]
+    if vocabulary == 257:
+        (tmp_path / "bytes").write_bytes(array("H", ascii).tobytes())
+        assert open_tokens(tmp_path / "bytes", vocabulary).tolist() == ascii
+
+
+def test_tokens_are_not_tokenized_again(encoding: Encoding, tmp_path: Path):
+    for name in ("train.BIN", "train.tok"):
+        (tmp_path / name).write_bytes(array("H", [65, 66, 67, 65] * 9).tobytes())
+    assert (
+        open_text(tmp_path / "train.BIN", tmp_path / "none", encoding, 1024).tolist() == [65, 66, 67, 65] * 9
+    )
+    with pytest.raises(UsageError, match=r"train.tok: holds NUL, as token files do; call those .bin or .npy"):
+        open_text(tmp_path / "train.tok", tmp_path / "tokens.npy", encoding, 1024)
 
 
 def test_a_large_vocabulary_gets_32_bits_and_needs_them(tmp_path: Path):
