@@ -39,7 +39,14 @@ from gpt2lite.finetuning.examples import (
 )
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.finetuning.tasks import classifier_task, instruction_task, open_text, text_task
-from gpt2lite.tokenizer import END_OF_TEXT, WORDS_AND_SPACES, Encoding, gpt2_encoding, tokenizer_for
+from gpt2lite.tokenizer import (
+    END_OF_TEXT,
+    WORDS_AND_SPACES,
+    Encoding,
+    as_tokenizer,
+    gpt2_encoding,
+    tokenizer_for,
+)
 
 # What GPT-2's pattern treats apart, or Python and Rust might: among them NBSP, U+001C, which only Python
 # takes for a space, a combining accent, and a zero-width joiner.
@@ -99,6 +106,20 @@ def test_so_it_has_with_the_pattern_of_gpt2_itself(tmp_path: Path, monkeypatch: 
 def test_a_long_text_without_lines_has_the_ids_of_the_whole(text: str, encoding: Encoding, tmp_path: Path):
     assert len(text) > data.PIECE
     assert tokenized(text, tmp_path, encoding) == whole(text, encoding)
+
+
+@pytest.mark.parametrize("special", ["<|user|>", "<|to the user|>"])
+@pytest.mark.parametrize("pattern", [WORDS_AND_SPACES, r"[^\s]+[\r\n]*|\s+"])
+def test_special_tokens_of_the_tokenizer_are_read_as_such(
+    special: str, pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(data, "PIECE", 7)
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b".\n": 256}
+    raw = tiktoken.Encoding("raw", pat_str=pattern, mergeable_ranks=ranks, special_tokens={special: 300})
+    text = f"Hello there.\n{special} said.\n" * 9
+    wanted = raw.encode(text, allowed_special="all")
+    assert wanted.count(300) == 9
+    assert tokenized(text, tmp_path, raw) == tokenized(text, tmp_path, as_tokenizer(raw)) == wanted
 
 
 def test_pieces_are_no_longer_than_they_need_to_be(

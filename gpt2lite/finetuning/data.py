@@ -22,7 +22,7 @@ from gpt2lite.checkpoint.writing import Progress, replacing
 from gpt2lite.config import GPTConfig
 from gpt2lite.errors import CheckpointError, UsageError
 from gpt2lite.reading_text import not_utf8, text_stream
-from gpt2lite.tokenizer import END_OF_TEXT, Encoding
+from gpt2lite.tokenizer import Encoding, Tokenizer, as_tokenizer
 
 NO_HEADER = "no header"  # nanoGPT's train.bin
 IGNORED = -100  # a target that does not count; F.cross_entropy's own ignore_index
@@ -39,7 +39,7 @@ NPY_DTYPES = {b"<u2": torch.uint16, b"<u4": torch.uint32, b"<i4": torch.int32, b
 LLMC_HEADER = 1024  # bytes: 256 int32, of which the first three are magic, version and count
 LLMC = {20240520: (1, torch.uint16), 20240801: (7, torch.uint32)}  # llm.c, dev/data/data_common.py
 # GPT-2's pattern never continues from a non-space across a space or line end, and never looks back, so the
-# text before such a border and the text after it are encoded as they are together. END_OF_TEXT has no space.
+# text before such a border and the text after it are encoded as they are together.
 TO_LAST_BORDER = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 
@@ -125,12 +125,13 @@ def tokenize_file(text: Path, tokens: Path, encoding: Encoding, progress: Progre
     """Write a UTF-8 text's ids to a token file; returns how many there are.
 
     A `.npy` says its own width: uint16, or uint32 for vocabularies above 65,536; any other name is nanoGPT's
-    train.bin, uint16 without a header. The ids are those of the whole text, line ends read as \\n and
-    <|endoftext|> as the special token. Holds PIECE characters and their ids, a few MB, or the longest stretch
+    train.bin, uint16 without a header. The ids are those of the whole text, line ends read as \\n and the
+    tokenizer's special tokens as such. Holds PIECE characters and their ids, a few MB, or the longest stretch
     without a space or a line end; the whole text for a tokenizer that looks past spaces. The file appears
     whole or not at all. `progress` is called with (bytes read, bytes in all). Raises UsageError for a text
     that is empty or not UTF-8, and for a vocabulary that needs 32 bits in a file without a header.
     """
+    encoding = encoding if isinstance(encoding, Tokenizer) else as_tokenizer(encoding)
     is_npy, width = tokens.suffix == ".npy", 2 if encoding.n_vocab <= MOST_IDS else 4
     if width > 2 and not is_npy:
         raise UsageError(f"{tokens}: 16 bits cannot number {encoding.n_vocab} tokens; name the file .npy")
@@ -143,10 +144,10 @@ def tokenize_file(text: Path, tokens: Path, encoding: Encoding, progress: Progre
         decoded = text_stream(source)
         begin = written.write(_npy_header(width, 0)) if is_npy else 0
         try:
-            for piece in _pieces(decoded) if getattr(encoding, "cuts_at_spaces", True) else [decoded.read()]:
+            for piece in _pieces(decoded) if encoding.cuts_at_spaces else [decoded.read()]:
                 if "\0" in piece:
                     raise UsageError(f"{text}: holds NUL, as token files do; call those .bin or .npy")
-                ids = encoding.encode(piece, allowed_special={END_OF_TEXT})
+                ids = encoding.encode(piece, allowed_special="all")
                 written.write(array("H" if width == 2 else "I", ids))
                 if progress:
                     progress(source.tell(), nbytes)
