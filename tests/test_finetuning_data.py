@@ -652,10 +652,28 @@ ROWS = {
         '{"text":"a","label":"\\uff11"}\n{"text":"b","label":"1"}',
         "line 2: the label '1' looks like '\uff11'",
     ),
-    "nan": ('{"text":"a","label":NaN}\n{"text":"b","label":1}', "line 1: the label is 'nan'; label the row"),
+    "zero width": (
+        '{"text":"a","label":"spam"}\n{"text":"b","label":"spam\\u200b"}',
+        "line 2: the label .* looks like 'spam'",
+    ),
+    "soft hyphen": ('{"text":"a","label":"spam"}\n{"text":"b","label":"sp\\u00adam"}', "looks like 'spam'"),
+    "two spaces": (
+        '{"text":"a","label":"not spam"}\n{"text":"b","label":"not  spam"}',
+        "looks like 'not spam'",
+    ),
+    "None": (
+        '{"text":"a","label":"None"}\n{"text":"b","label":"x"}',
+        "line 1: the label is 'None', a missing",
+    ),
+    "N/A": ('{"text":"a","label":"x"}\n{"text":"b","label":"N/A"}', "line 2: the label is 'N/A', a missing"),
+    "twice a key": ('{"text":"a","label":"x","label":"y"}', "line 1: not JSON .twice the key 'label'"),
+    "nan": (
+        '{"text":"a","label":NaN}\n{"text":"b","label":1}',
+        "line 1: the label is 'nan', a missing one; label the row",
+    ),
     "blank": (
         '{"text":"a","label":1}\n{"text":"b","label":"  "}',
-        "line 2: the label is '  '; label the row",
+        "line 2: the label is '  ', a missing one; label the row",
     ),
 }
 
@@ -738,3 +756,9 @@ def test_tasks_of_other_data_have_other_digests(encoding: Encoding, tmp_path: Pa
 def test_one_class_is_none(encoding: Encoding):
     with pytest.raises(UsageError, match="needs at least two labels, found spam"):
         classifier_examples(labelled("spam", "spam"), encoding, 64)
+
+
+def test_labels_of_many_digits_are_told_apart_and_sorted_by_value(encoding: Encoding):
+    labels = ["1e999999999", "9007199254740993", "9007199254740992"]
+    records = [Record(text="a", label=label) for label in labels]
+    assert classifier_examples(records, encoding, 8)[1] == labels[::-1]
