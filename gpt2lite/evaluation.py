@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gpt2lite.errors import UsageError
 from gpt2lite.generation import LanguageModel
-from gpt2lite.generation.decoding import require_language_head
+from gpt2lite.generation.decoding import NOT_FINITE, require_language_head
 from gpt2lite.generation.engines import in_eval_mode
 from gpt2lite.generation.prompts import INTEGERS, require_ids
 from gpt2lite.loading import Progress
@@ -31,8 +31,9 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """e to the mean loss."""
-        return math.exp(self.nats / self.tokens)
+        """e to the mean loss; infinite where a float cannot hold it."""
+        loss = self.nats / self.tokens
+        return math.exp(loss) if loss < 709 else math.inf
 
     @property
     def tokens_per_second(self) -> float:
@@ -78,7 +79,8 @@ def evaluate(
     predicted, tokens in all). Dropout is off; the model keeps its mode.
 
     Source of the protocol: Hugging Face, "Perplexity of fixed-length models".
-    Raises UsageError for a classifier, a text of fewer than two tokens, or invalid windows.
+    Raises UsageError for a classifier, a text of fewer than two tokens, invalid windows, or a loss that is
+    NaN or infinite.
     """
     require_language_head(model.config)
     most = model.config.context_length
@@ -93,12 +95,15 @@ def evaluate(
     if len(ids) < 2:
         raise UsageError(f"a text of {len(ids)} tokens has nothing to predict; at least 2 are needed")
     require_ids(ids, model.config.vocab_size)
+    like = model.pos_emb.weight
     began, nats = time.perf_counter(), 0.0
     for begin, end, first in windows(len(ids), context, stride):
-        read = ids[begin:end].to(model.pos_emb.weight.device, torch.int64)
+        read = ids[begin:end].to(like.device, torch.int64)
         with in_eval_mode(model):
             hidden = model.hidden(read[None, :-1])[0, first - 1 - begin :]
             nats += float(loss_of(model, hidden, read[first - begin :]))
+        if not math.isfinite(nats):
+            raise UsageError(NOT_FINITE.format(f"loss is {nats}", like.dtype))
         if progress:
             progress(end - 1, len(ids) - 1)
     return Evaluation(len(ids) - 1, nats, time.perf_counter() - began)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
+HAS_BORDER = re.compile(r"\S[ \n]").search
 UNKNOWN = "\ufffd".encode()
 Allowed: TypeAlias = Literal["all"] | AbstractSet[str]
 Files: TypeAlias = Mapping[str, Path]
@@ -83,7 +84,10 @@ def as_tokenizer(encoding: tiktoken.Encoding, end: str = END_OF_TEXT) -> Tokeniz
         return encoding.encode(text, allowed_special=allowed, disallowed_special=())
 
     end_id = encoding.encode_single_token(end) if end in encoding.special_tokens_set else None
-    return Tokenizer(encoding.name, encoding.n_vocab, end_id, ids_of, encoding.decode_single_token_bytes)
+    # Newer patterns than GPT-2's continue a token across a line end; a special token may hold a space.
+    cuts = "\\n" not in encoding._pat_str and not any(map(HAS_BORDER, encoding.special_tokens_set))
+    bytes_of = encoding.decode_single_token_bytes
+    return Tokenizer(encoding.name, encoding.n_vocab, end_id, ids_of, bytes_of, cuts)
 
 
 def end_of_text(encoding: Encoding) -> int:

@@ -16,7 +16,7 @@ from test_loading import HEADS, huggingface, save_pth
 from gpt2lite import GPTConfig, GPTModel, UsageError, evaluate
 from gpt2lite.cli import main
 from gpt2lite.cli.terminal import EMBEDDED
-from gpt2lite.evaluation import loss_of, windows
+from gpt2lite.evaluation import Evaluation, loss_of, windows
 from gpt2lite.tokenizer import tokenizer_for
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -150,3 +150,11 @@ def test_the_command_refuses_a_text_in_one_line(
         text.write_bytes(content)
     assert main(["evaluate", "--text", str(text)]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_model_with_nan_is_refused_and_a_huge_loss_is_an_infinite_perplexity(model: GPTModel):
+    ids = torch.arange(20)
+    assert Evaluation(2, 2000.0, 1.0).perplexity == math.inf
+    model.out_head.weight.data[3] = math.nan
+    with pytest.raises(UsageError, match="the model's loss is nan: its weights are not finite"):
+        evaluate(model, ids)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import struct
 from array import array
 from pathlib import Path
 
@@ -38,7 +39,14 @@ from gpt2lite.finetuning.examples import (
 )
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.finetuning.tasks import classifier_task, instruction_task, open_text, text_task
-from gpt2lite.tokenizer import END_OF_TEXT, WORDS_AND_SPACES, Encoding, gpt2_encoding, tokenizer_for
+from gpt2lite.tokenizer import (
+    END_OF_TEXT,
+    WORDS_AND_SPACES,
+    Encoding,
+    as_tokenizer,
+    gpt2_encoding,
+    tokenizer_for,
+)
 
 # What GPT-2's pattern treats apart, or Python and Rust might: among them NBSP, U+001C, which only Python
 # takes for a space, a combining accent, and a zero-width joiner.
@@ -98,6 +106,20 @@ def test_so_it_has_with_the_pattern_of_gpt2_itself(tmp_path: Path, monkeypatch: 
 def test_a_long_text_without_lines_has_the_ids_of_the_whole(text: str, encoding: Encoding, tmp_path: Path):
     assert len(text) > data.PIECE
     assert tokenized(text, tmp_path, encoding) == whole(text, encoding)
+
+
+@pytest.mark.parametrize("special", ["<|user|>", "<|to the user|>"])
+@pytest.mark.parametrize("pattern", [WORDS_AND_SPACES, r"[^\s]+[\r\n]*|\s+"])
+def test_special_tokens_of_the_tokenizer_are_read_as_such(
+    special: str, pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(data, "PIECE", 7)
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b".\n": 256}
+    raw = tiktoken.Encoding("raw", pat_str=pattern, mergeable_ranks=ranks, special_tokens={special: 300})
+    text = f"Hello there.\n{special} said.\n" * 9
+    wanted = raw.encode(text, allowed_special="all")
+    assert wanted.count(300) == 9
+    assert tokenized(text, tmp_path, raw) == tokenized(text, tmp_path, as_tokenizer(raw)) == wanted
 
 
 def test_pieces_are_no_longer_than_they_need_to_be(
@@ -233,15 +255,24 @@ def test_numpys_files_say_their_width(kind: str, tmp_path: Path):
     ("content", "message"),
     [
         (array("I", IDS).tobytes(), "has no header, which means 16 bits per id, but every second"),
-        (array("q", IDS).tobytes(), "every second id would be 0; save it as .npy"),
+        (array("q", IDS).tobytes(), "every second id would be 0 or nearly, as with 32 bits; save it as .npy"),
         (array("f", IDS).tobytes(), "holds the id"),
         (array("i", [-100, *IDS]).tobytes(), "holds the id 65535"),
         (b"Once there was a fox. " * 9, "looks like text, not tokens; give it another suffix than .bin"),
+        ("Größe über alles".encode() * 50, "looks like text"),
+        ("Größe über alles".encode("latin-1") * 50, "looks like text"),
+        (b"\x1b[0m page one\f", "looks like text"),
+        (b"hello\n", "looks like text"),
+        (struct.pack(">3i", 20240520, 1, 9) + bytes(1030), "llm.c's tokens in big-endian order"),
+        (struct.pack("<3i", 278895051, 1, 9) + bytes(1030), "begins with a header of an unknown kind"),
         (llmc(torch.uint16)[:-2], "70 bytes of tokens .llm.c., wanted 72; truncated"),
         (llmc(torch.uint32, version=3), "llm.c's tokens of version 3, wanted 7"),
         (llmc(torch.uint16, [5, 2000]), "holds the id 2000, the model's are below 1024"),
         ("cut", "280 bytes of tokens ..npy., wanted 288"),
         (numpy.array(IDS, ">u2"), "wanted one row of little-endian integers in a .npy"),
+        (numpy.array([5, 6], "u1"), "uint16, uint32, int32 or int64, format 1.0"),
+        (numpy.array([5, 6], "i2"), "uint16, uint32, int32 or int64, format 1.0"),
+        (numpy.array([5, 6], "u8"), "uint16, uint32, int32 or int64, format 1.0"),
         (numpy.array(IDS, "f4"), "wanted one row of little-endian integers"),
         (numpy.array([IDS], "u2"), "wanted one row of little-endian integers"),
         (numpy.array([5, -1]), "holds the id -1, the model's are below 1024"),
@@ -255,6 +286,46 @@ def test_a_token_file_of_another_width_is_refused(content: object, message: str,
     path.write_bytes(content if isinstance(content, bytes) else whole)
     with pytest.raises(CheckpointError, match=message):
         open_tokens(path, 1024)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (numpy.random.RandomState(0).randint(0, 65, 1000).astype("u1"), "vary alike, as with 8 bits"),
+        (numpy.random.RandomState(0).randint(0, 190, 1000).astype(">u2"), "vary alike, as with 8 bits"),
+        (numpy.random.RandomState(0).rand(1000).astype("f2"), "they would be floats"),
+        (numpy.random.RandomState(0).randint(0, 99_999, 1000).astype("u4") & 0xFBFFF, "as with 32 bits"),
+    ],
+    ids=["uint8", "big-endian", "fp16", "uint32"],
+)
+def test_numbers_that_are_not_uint16_are_seen_without_a_header(
+    kind: numpy.ndarray, message: str, tmp_path: Path
+):
+    (tmp_path / "text.bin").write_bytes(kind.tobytes())
+    with pytest.raises(CheckpointError, match=message):
+        open_tokens(tmp_path / "text.bin", 50257)
+
+
+@pytest.mark.parametrize("vocabulary", [65, 257, 1024, 20_000, 32_000, 50257])
+def test_ids_of_any_vocabulary_open_without_a_header(vocabulary: int, tmp_path: Path):
+    drawn = numpy.random.RandomState(0).rand(2000)
+    for name, ids in {"even": drawn * vocabulary, "Zipf": vocabulary**drawn}.items():
+        (tmp_path / name).write_bytes(ids.astype("u2").tobytes())
+        assert open_tokens(tmp_path / name, vocabulary).tolist() == ids.astype("u2").tolist()
+    ascii = [*b"Once there was a fox. " * 50, vocabulary - 1]
+    if vocabulary == 257:
+        (tmp_path / "bytes").write_bytes(array("H", ascii).tobytes())
+        assert open_tokens(tmp_path / "bytes", vocabulary).tolist() == ascii
+
+
+def test_tokens_are_not_tokenized_again(encoding: Encoding, tmp_path: Path):
+    for name in ("train.BIN", "train.tok"):
+        (tmp_path / name).write_bytes(array("H", [65, 66, 67, 65] * 9).tobytes())
+    assert (
+        open_text(tmp_path / "train.BIN", tmp_path / "none", encoding, 1024).tolist() == [65, 66, 67, 65] * 9
+    )
+    with pytest.raises(UsageError, match=r"train.tok: holds NUL, as token files do; call those .bin or .npy"):
+        open_text(tmp_path / "train.tok", tmp_path / "tokens.npy", encoding, 1024)
 
 
 def test_a_large_vocabulary_gets_32_bits_and_needs_them(tmp_path: Path):
@@ -581,10 +652,28 @@ ROWS = {
         '{"text":"a","label":"\\uff11"}\n{"text":"b","label":"1"}',
         "line 2: the label '1' looks like '\uff11'",
     ),
-    "nan": ('{"text":"a","label":NaN}\n{"text":"b","label":1}', "line 1: the label is 'nan'; label the row"),
+    "zero width": (
+        '{"text":"a","label":"spam"}\n{"text":"b","label":"spam\\u200b"}',
+        "line 2: the label .* looks like 'spam'",
+    ),
+    "soft hyphen": ('{"text":"a","label":"spam"}\n{"text":"b","label":"sp\\u00adam"}', "looks like 'spam'"),
+    "two spaces": (
+        '{"text":"a","label":"not spam"}\n{"text":"b","label":"not  spam"}',
+        "looks like 'not spam'",
+    ),
+    "None": (
+        '{"text":"a","label":"None"}\n{"text":"b","label":"x"}',
+        "line 1: the label is 'None', a missing",
+    ),
+    "N/A": ('{"text":"a","label":"x"}\n{"text":"b","label":"N/A"}', "line 2: the label is 'N/A', a missing"),
+    "twice a key": ('{"text":"a","label":"x","label":"y"}', "line 1: not JSON .twice the key 'label'"),
+    "nan": (
+        '{"text":"a","label":NaN}\n{"text":"b","label":1}',
+        "line 1: the label is 'nan', a missing one; label the row",
+    ),
     "blank": (
         '{"text":"a","label":1}\n{"text":"b","label":"  "}',
-        "line 2: the label is '  '; label the row",
+        "line 2: the label is '  ', a missing one; label the row",
     ),
 }
 
@@ -667,3 +756,9 @@ def test_tasks_of_other_data_have_other_digests(encoding: Encoding, tmp_path: Pa
 def test_one_class_is_none(encoding: Encoding):
     with pytest.raises(UsageError, match="needs at least two labels, found spam"):
         classifier_examples(labelled("spam", "spam"), encoding, 64)
+
+
+def test_labels_of_many_digits_are_told_apart_and_sorted_by_value(encoding: Encoding):
+    labels = ["1e999999999", "9007199254740993", "9007199254740992"]
+    records = [Record(text="a", label=label) for label in labels]
+    assert classifier_examples(records, encoding, 8)[1] == labels[::-1]

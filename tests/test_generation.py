@@ -24,7 +24,7 @@ from gpt2lite.generation.decoding import (
     penalise,
     probabilities,
 )
-from gpt2lite.generation.engines import CursorCache, last_logits
+from gpt2lite.generation.engines import CursorCache, choose_engine, last_logits
 from gpt2lite.generation.prompts import usable_vocabulary
 from gpt2lite.tokenizer import tokenizer_for
 
@@ -174,7 +174,6 @@ def test_a_wrapped_layer_a_hook_and_a_large_batch_are_left_to_torch(
     model: GPTModel, monkeypatch: pytest.MonkeyPatch
 ):
     pytest.importorskip("numba", reason="the extra [cpu] is not installed")
-    from gpt2lite.generation.engines import choose_engine
 
     class LoRA(torch.nn.Module):
         def __init__(self, inner: torch.nn.Linear) -> None:
@@ -583,3 +582,45 @@ def test_a_stopped_row_is_filled_with_what_the_model_knows():
 def test_what_is_no_stop_is_refused(model: GPTModel, stop: list[object]):
     with pytest.raises(UsageError, match="stop must be token ids and non-empty strings"):
         model.generate([[1]], 2, stop=stop, encoding=tokenizer_for(EMBEDDED, 1024))
+
+
+class Louder(GPTModel):
+    def hidden(self, ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        return 2 * super().hidden(ids, cache)
+
+
+def own_forward(model: GPTModel) -> None:
+    block = model.trf_blocks[1]
+    block.forward = lambda x, cache, mask: -type(block).forward(block, x, cache, mask)
+
+
+def own_hidden(model: GPTModel) -> None:
+    model.hidden = lambda ids, cache=None: -GPTModel.hidden(model, ids, cache)
+
+
+CHANGES = {
+    "another activation": lambda model: [
+        setattr(block.ff.layers, "1", torch.nn.ReLU()) for block in model.trf_blocks
+    ],
+    "the other GELU": lambda model: setattr(model.trf_blocks[2].ff.layers, "1", torch.nn.GELU()),
+    "one layer more": lambda model: model.trf_blocks[0].ff.layers.append(torch.nn.ReLU()),
+    "another norm": lambda model: setattr(model, "final_norm", torch.nn.Identity()),
+    "a head of two layers": lambda model: setattr(
+        model, "out_head", torch.nn.Sequential(model.out_head, torch.nn.Tanh())
+    ),
+    "a subclass": lambda model: setattr(model, "__class__", Louder),
+    "a block's own forward": own_forward,
+    "the model's own hidden": own_hidden,
+    "a hook": lambda model: model.trf_blocks[0].register_forward_hook(lambda module, args, y: -y),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_model_is_computed_by_torch(change: str, long_model: GPTModel, monkeypatch):
+    pytest.importorskip("numba", reason="the extra [cpu] is not installed")
+    monkeypatch.setattr("gpt2lite.generation.engines.FEWEST_FOR_NUMBA", 0)
+    assert choose_engine(long_model, 1, 20, "auto") == "numba"
+    CHANGES[change](long_model)
+    assert choose_engine(long_model, 1, 20, "auto") == "torch"
+    with pytest.raises(UsageError, match=r'engine="numba" cannot run this model: \S+ is not as in GPTModel'):
+        long_model.generate([[1]], 20, engine="numba")

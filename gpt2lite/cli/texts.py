@@ -136,7 +136,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         found = evaluate(model, ids, context=args.context, stride=args.stride, progress=progress)
     context = args.context or model.config.context_length
     result = {
-        "perplexity": round(found.perplexity, 4),
+        "perplexity": round(found.perplexity, 4) if found.perplexity < math.inf else None,  # JSON has no inf
         "loss": round(found.nats / found.tokens, 5),
         "bits_per_byte": round(found.nats / math.log(2) / len(text.encode()), 5),
         "tokens": found.tokens,

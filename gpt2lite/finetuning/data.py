@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
+import math
 import mmap
 import re
 import struct
@@ -20,14 +22,15 @@ from gpt2lite.checkpoint.writing import Progress, replacing
 from gpt2lite.config import GPTConfig
 from gpt2lite.errors import CheckpointError, UsageError
 from gpt2lite.reading_text import not_utf8, text_stream
-from gpt2lite.tokenizer import END_OF_TEXT, Encoding
+from gpt2lite.tokenizer import Encoding, Tokenizer, as_tokenizer
 
 NO_HEADER = "no header"  # nanoGPT's train.bin
 IGNORED = -100  # a target that does not count; F.cross_entropy's own ignore_index
 PIECE = 2**18  # characters of a text in memory at a time
 CHECKED = 2**20  # ids looked at together; even
 MOST_IDS = 2**16  # that two bytes can number
-PRINTABLE = bytes([*b"\t\n\r", *range(32, 127)])
+# Controls other than spaces, backspace and escape; and what is not UTF-8.
+NOT_TEXT = re.compile(r"[\0-\x07\x0e-\x1a\x1c-\x1f\x7f\ufffd]")
 # NumPy's format 1.0: one row of little-endian integers, as numpy.save writes it.
 NPY = re.compile(
     rb"\x93NUMPY\x01\x00..{'descr': '(\S+)', 'fortran_order': \w+, 'shape': \((\d+),\), } *\n", re.S
@@ -36,7 +39,7 @@ NPY_DTYPES = {b"<u2": torch.uint16, b"<u4": torch.uint32, b"<i4": torch.int32, b
 LLMC_HEADER = 1024  # bytes: 256 int32, of which the first three are magic, version and count
 LLMC = {20240520: (1, torch.uint16), 20240801: (7, torch.uint32)}  # llm.c, dev/data/data_common.py
 # GPT-2's pattern never continues from a non-space across a space or line end, and never looks back, so the
-# text before such a border and the text after it are encoded as they are together. END_OF_TEXT has no space.
+# text before such a border and the text after it are encoded as they are together.
 TO_LAST_BORDER = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 
@@ -122,12 +125,13 @@ def tokenize_file(text: Path, tokens: Path, encoding: Encoding, progress: Progre
     """Write a UTF-8 text's ids to a token file; returns how many there are.
 
     A `.npy` says its own width: uint16, or uint32 for vocabularies above 65,536; any other name is nanoGPT's
-    train.bin, uint16 without a header. The ids are those of the whole text, line ends read as \\n and
-    <|endoftext|> as the special token. Holds PIECE characters and their ids, a few MB, or the longest stretch
+    train.bin, uint16 without a header. The ids are those of the whole text, line ends read as \\n and the
+    tokenizer's special tokens as such. Holds PIECE characters and their ids, a few MB, or the longest stretch
     without a space or a line end; the whole text for a tokenizer that looks past spaces. The file appears
     whole or not at all. `progress` is called with (bytes read, bytes in all). Raises UsageError for a text
     that is empty or not UTF-8, and for a vocabulary that needs 32 bits in a file without a header.
     """
+    encoding = encoding if isinstance(encoding, Tokenizer) else as_tokenizer(encoding)
     is_npy, width = tokens.suffix == ".npy", 2 if encoding.n_vocab <= MOST_IDS else 4
     if width > 2 and not is_npy:
         raise UsageError(f"{tokens}: 16 bits cannot number {encoding.n_vocab} tokens; name the file .npy")
@@ -140,8 +144,10 @@ def tokenize_file(text: Path, tokens: Path, encoding: Encoding, progress: Progre
         decoded = text_stream(source)
         begin = written.write(_npy_header(width, 0)) if is_npy else 0
         try:
-            for piece in _pieces(decoded) if getattr(encoding, "cuts_at_spaces", True) else [decoded.read()]:
-                ids = encoding.encode(piece, allowed_special={END_OF_TEXT})
+            for piece in _pieces(decoded) if encoding.cuts_at_spaces else [decoded.read()]:
+                if "\0" in piece:
+                    raise UsageError(f"{text}: holds NUL, as token files do; call those .bin or .npy")
+                ids = encoding.encode(piece, allowed_special="all")
                 written.write(array("H" if width == 2 else "I", ids))
                 if progress:
                     progress(source.tell(), nbytes)
@@ -159,29 +165,51 @@ def _layout_of(path: Path, head: bytes, nbytes: int) -> tuple[str, torch.dtype, 
     if found and found[1] in NPY_DTYPES:
         return ".npy", NPY_DTYPES[found[1]], found.end(), int(found[2])
     if head.startswith(b"\x93NUMPY"):
-        raise CheckpointError(path, "wanted one row of little-endian integers in a .npy of format 1.0")
+        found_header = f"{head[10:70].decode('latin-1')!r}, format {head[6]}.{head[7]}"
+        kinds = "uint16, uint32, int32 or int64, format 1.0"
+        wanted = f"wanted one row of little-endian integers in a .npy ({kinds})"
+        raise CheckpointError(path, f"{wanted}, found {found_header}")
     magic, version, count = struct.unpack_from("<iii", head.ljust(12, b"\0"))
+    if int.from_bytes(head[:4], "big") in LLMC:
+        raise CheckpointError(path, "llm.c's tokens in big-endian order, wanted little-endian")
     if magic in LLMC:
         known, dtype = LLMC[magic]
         if version != known:
             raise CheckpointError(path, f"llm.c's tokens of version {version}, wanted {known}")
         return "llm.c", dtype, LLMC_HEADER, count
-    if len(head) >= 16 and not head.translate(None, PRINTABLE):
+    text = codecs.getincrementaldecoder("utf-8")("replace").decode(head)  # head may end within a character
+    if text and 5 * len(NOT_TEXT.findall(text)) <= len(text):  # a fifth: Latin-1's letters
         raise CheckpointError(path, f"looks like text, not tokens; give it another suffix than {path.suffix}")
+    if len(head) == LLMC_HEADER and not any(head[64:]) and any(head):
+        raise CheckpointError(path, f"begins with a header of an unknown kind ({magic}); save it as .npy")
     return NO_HEADER, torch.uint16, 0, max(-(-nbytes // 2), 1)
+
+
+def _other_width(ids: Tensor) -> str:
+    """Of numbers (N,) that were read as 16 bits without a header: what shows that they are not, or ""."""
+    few, most = sorted(int(ids[place::2].amax()) if len(ids) > 3 else 1 for place in (0, 1))
+    low, high, exponents = ids & 255, ids >> 8, ids >> 10 & 31
+    distinct = len(ids.unique())
+    # Among GPT-2's ids the low byte takes any value; were it drawn evenly, this many bits speak against it.
+    surprise = distinct * (8 - math.log2(int(low.amax()) + 1))
+    signs = {
+        "every second id would be 0 or nearly, as with 32 bits": few <= 15 and few * 256 <= most,
+        "its two bytes would vary alike, as with 8 bits": surprise > 40 and 2 * high.amax() >= low.amax(),
+        "they would be floats": distinct > 40 and ((exponents > 4) & (exponents < 17)).float().mean() > 0.9,
+    }
+    return next((sign for sign, is_seen in signs.items() if is_seen), "")
 
 
 def _require_ids(path: Path, tokens: Tensor, vocab_size: int, *, has_header: bool) -> None:
     """Raise CheckpointError where ids are not the vocabulary's, or may be of another width than they look."""
-    used = [False, False]  # whether any id at an even place is not 0, and at an odd one
     for part in tokens.split(CHECKED):
         ids = part.long()
-        used = [some or bool(ids[parity::2].any()) for parity, some in enumerate(used)]
         if len(wrong := ids[(ids < 0) | (ids >= vocab_size)]):
             found = f"holds the id {int(wrong.max())}, the model's are below {vocab_size}"
             raise CheckpointError(path, f"{found}; tokenize the text for it: gpt2lite tokenize --model")
-    why = f"{vocab_size} ids need more" if vocab_size > MOST_IDS else "every second id would be 0"
-    if not has_header and (vocab_size > MOST_IDS or (len(tokens) > 3 and not all(used))):
+    is_large = vocab_size > MOST_IDS
+    why = f"{vocab_size} ids need more" if is_large else _other_width(tokens[:CHECKED].long())
+    if why and not has_header:
         raise CheckpointError(path, f"has no header, which means 16 bits per id, but {why}; save it as .npy")
 
 
@@ -190,8 +218,8 @@ def open_tokens(path: Path, vocab_size: int) -> Tensor:
 
     It is a `.npy` of one row, llm.c's `.bin`, whose headers say the width, or nanoGPT's: uint16, no header.
     Raises CheckpointError for a file that is empty, truncated, holds an id that is not < vocab_size, or has
-    no header and may be of another width: where every second id would be 0, or 16 bits cannot number the
-    vocabulary.
+    no header and is text, or may be of another width: where the ids look like halves, pairs or floats, or 16
+    bits cannot number the vocabulary.
     """
     with open(path, "rb") as file:
         head, nbytes = file.read(LLMC_HEADER), path.stat().st_size

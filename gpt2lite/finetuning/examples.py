@@ -9,6 +9,7 @@ import threading
 import unicodedata
 import warnings
 from collections.abc import Iterable, Sequence
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,16 @@ from gpt2lite.tokenizer import Encoding, end_of_text
 PREAMBLE = "Below is an instruction that describes a task. "
 PREAMBLE += "Write a response that appropriately completes the request."
 INPUT = "input"  # the one field that an instruction may lack
-MISSING = ("", "nan")  # how tables write a label that is not there
+MISSING = (
+    "",
+    "nan",
+    "none",
+    "null",
+    "n/a",
+    "#n/a",
+    "na",
+    "<na>",
+)  # how tables write a label that is not there
 FIELD_LIMIT = threading.Lock()  # csv's limit is the process's
 
 T = TypeVar("T")
@@ -33,9 +43,17 @@ class Record(dict[str, str]):
     where = "a record"
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"twice the key {next(name for name in names if names.count(name) > 1)!r}")
+    return found
+
+
 def _parsed(path: Path, content: str, line: int) -> Any:
     try:
-        return json.loads(content)
+        return json.loads(content, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         line += getattr(error, "lineno", 1) - 1
         raise UsageError(f"{path}, line {line}: not JSON ({getattr(error, 'msg', error)})") from None
@@ -139,23 +157,29 @@ def instruction_examples(
     return pairs
 
 
-def _look(label: str) -> str | float:
-    """Equal for labels that a reader would take for the same: 1 and 1.0, true and 1, Spam and spam."""
+def _look(label: str) -> str | Decimal:
+    """Equal for labels that a reader would take for the same: 1 and 1.0, true and 1, Spam and spam.
+
+    Spaces count as one, characters that are not seen, such as a soft hyphen, as none.
+    """
     text = unicodedata.normalize("NFKC", label).casefold()
+    text = " ".join("".join(c for c in text if unicodedata.category(c) != "Cf").split())
     try:
-        return float({"true": "1", "false": "0"}.get(text, text))
-    except ValueError:
+        number = Decimal({"true": "1", "false": "0"}.get(text, text))
+    except InvalidOperation:
         return text
+    return text if number.is_nan() else number
 
 
 def _labels_of(records: Sequence[Record]) -> list[str]:
     """Each record's label without the spaces around it. Refuses missing labels, and two that look alike."""
-    labels, first = [], dict[str | float, tuple[str, str]]()
+    labels, first = [], dict[str | Decimal, tuple[str, str]]()
     for record in records:
         label = record["label"].strip()
-        if label.casefold() in MISSING:
-            raise UsageError(f"{record.where}: the label is {record['label']!r}; label the row or remove it")
-        known, place = first.setdefault(_look(label), (label, record.where))
+        if (look := _look(label)) in MISSING:
+            do = "label the row or remove it"
+            raise UsageError(f"{record.where}: the label is {record['label']!r}, a missing one; {do}")
+        known, place = first.setdefault(look, (label, record.where))
         if known != label:
             alike = f"the label {label!r} looks like {known!r} at {place}"
             raise UsageError(f"{record.where}: {alike}; spell them the same")
@@ -174,8 +198,8 @@ def classifier_examples(
     """
     found = _labels_of(records)
     names = sorted(set(found))
-    if all(isinstance(_look(name), float) for name in names):
-        names.sort(key=lambda name: float(_look(name)))
+    if all(isinstance(_look(name), Decimal) for name in names):
+        names.sort(key=_look)
     if len(names) < 2:
         raise UsageError(f"a classifier needs at least two labels, found {', '.join(names) or 'none'}")
     examples, cut = [], 0

@@ -93,7 +93,7 @@ def classifier_task(path: Path, encoding: Encoding, config: GPTConfig, recipe: R
 
 def open_text(path: Path, tokens: Path, encoding: Encoding, vocab_size: int) -> Tensor:
     """The ids of a token file (.bin, .npy), mapped, or of a text, tokenised to `tokens` and mapped there."""
-    if path.suffix in (".bin", ".npy"):
+    if path.suffix.lower() in (".bin", ".npy"):
         return data.open_tokens(path, vocab_size)
     data.tokenize_file(path, tokens, encoding)
     return data.open_tokens(tokens, vocab_size)

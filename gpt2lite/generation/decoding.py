@@ -20,6 +20,7 @@ from gpt2lite.tokenizer import Encoding
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+NOT_FINITE = "the model's {}: its weights are not finite, or {} is too narrow; try dtype=torch.float32"
 NEVER = float("-inf")
 COLDEST = 1e-30  # a lower temperature gives the same, and would divide by what fp32 takes for 0
 
@@ -209,8 +210,7 @@ def _decode(
         for _ in range(max_new_tokens):
             logits = step(ids)[:, :vocabulary]
             if not bool((logits.amax(-1).isfinite() | ~stops.running).all()):
-                why = f"its weights are, or {logits.dtype} is too narrow; try dtype=torch.float32"
-                raise UsageError(f"the model's logits are NaN or infinite: {why}")
+                raise UsageError(NOT_FINITE.format("logits are NaN or infinite", logits.dtype))
             if sampling.repetition_penalty != 1:
                 logits = penalise(logits, seen[:, :vocabulary], sampling.repetition_penalty)
             ids = stops.take(draw(logits, sampling, generators))

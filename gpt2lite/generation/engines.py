@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -17,7 +19,7 @@ from gpt2lite.config import GPTConfig
 from gpt2lite.devices import has_graphs, record
 from gpt2lite.errors import InsufficientMemoryError, UsageError, first_line
 from gpt2lite.memory import find_budget, human
-from gpt2lite.quantization import Int8Linear
+from gpt2lite.quantization import Int8Embedding, Int8Linear
 
 Step = Callable[[Tensor], Tensor]  # ids (B, T) → logits (B, V) of the last; the cache grows by T tokens
 FLOATS = (torch.float32, torch.bfloat16)  # in which numba's loops compute
@@ -25,6 +27,9 @@ MOST_ROWS = 128  # texts × tokens per step for numba; above it torch's matmuls 
 # Worth starting from this many tokens (graph), or weights × tokens (numba, which takes
 # half a second to start: 20 tokens of gpt2).
 FEWEST_FOR_GRAPH, FEWEST_FOR_NUMBA = 16, 25 * 10**8
+# The classes that numba's loops compute: `model`'s, by its name, since it imports this module.
+OURS, FIRST_BLOCK = "gpt2lite.model", re.compile(r"^trf_blocks\.\d+")
+SAME = {"Linear": (nn.Linear, Int8Linear), "Embedding": (nn.Embedding, Int8Embedding)}
 ONE_AT_A_TIME = threading.Lock()  # not all of numba's thread pools can be entered twice
 NUMBA_FAILED: list[str] = []  # why numba is not tried again in this process
 OUT_OF_MODE = threading.RLock()  # held while a model in training mode computes without dropout
@@ -183,12 +188,34 @@ def _linears(block: Any) -> list[Any]:
 
 
 def _is_plain(linear: Any) -> bool:
-    """Whether a layer computes what the loops do: no LoRA around it, no other dtype or order."""
-    is_linear = type(linear).forward is nn.Linear.forward and 1 in linear.weight.stride()
-    return isinstance(linear, Int8Linear) or (is_linear and linear.weight.dtype in FLOATS)
+    """Whether the loops can read a layer's weight."""
+    return isinstance(linear, Int8Linear) or (linear.weight.dtype in FLOATS and 1 in linear.weight.stride())
+
+
+def _changed(model: Any) -> str:
+    """The first part of a model that may compute something else than the loops do, or ""."""
+    if type(model).__module__ != OURS:
+        return type(model).__name__
+    with torch.device("meta"):  # a few milliseconds, no memory
+        like = dict(type(model)(replace(model.config, n_layers=1)).named_modules())
+    for name, module in model.named_modules():
+        twin = like.get(FIRST_BLOCK.sub("trf_blocks.0", name))
+        same = type(twin), *SAME.get(type(twin).__name__, ())
+        is_gelu = isinstance(module, nn.GELU)
+        if (
+            type(module) not in same
+            or vars(module).keys() & {"forward", "hidden"}
+            or (is_gelu and repr(module) != repr(twin))
+            or module._forward_hooks
+            or module._forward_pre_hooks
+        ):
+            return name or type(model).__name__
+    return ""
 
 
 def _lacks_for_numba(model: Any, batch: int) -> str:
+    if changed := _changed(model):
+        return f"{changed} is not as in GPTModel"
     like = model.pos_emb.weight
     linears = [model.out_head, *(linear for block in model.trf_blocks for linear in _linears(block))]
     if like.device.type != "cpu":
@@ -199,8 +226,6 @@ def _lacks_for_numba(model: Any, batch: int) -> str:
         return "its layers are not all plain, in float32, bfloat16 or int8"
     if like.dtype not in FLOATS:
         return f"it computes in {like.dtype}"
-    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
-        return "it has forward hooks"
     try:
         import gpt2lite.generation.kernels  # noqa: F401  # here, since numba takes half a second
     except ImportError as error:
