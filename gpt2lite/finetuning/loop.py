@@ -69,10 +69,11 @@ def validate(model: GPTModel, batches: Sequence[Batch], recipe: Recipe) -> tuple
     return total / count, right / count if model.config.n_classes else None
 
 
-def _require_folder(out: Path, resume: bool) -> None:
+def _require_folder(out: Path, resume: bool, save_every: int) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; choose a folder")
-    if resume and not states.state_files(out):
+    is_begun = (out / METRICS).is_file() and len(read_metrics(out)) <= save_every  # and nothing saved yet
+    if resume and not states.state_files(out) and (not is_begun or (out / "model.pth").exists()):
         found = [name for name in (METRICS, "model.pth") if (out / name).exists()]
         lacks = f"{' and '.join(found)}, but no saved state (step-….pth)" if found else "no run"
         raise UsageError(f"{out}: {lacks} to resume there. Check its name, or start anew in another folder")
@@ -81,7 +82,7 @@ def _require_folder(out: Path, resume: bool) -> None:
 
 
 @contextmanager
-def _locked(out: Path, resume: bool) -> Iterator[None]:
+def _locked(out: Path, resume: bool, save_every: int) -> Iterator[None]:
     """One run at a time in a folder, which the system unlocks however a process ends."""
     out.mkdir(parents=True, exist_ok=True)
     folder = os.open(out, os.O_RDONLY)
@@ -91,7 +92,7 @@ def _locked(out: Path, resume: bool) -> Iterator[None]:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UsageError(f"{out}: another run writes there; wait, or choose another folder") from None
-        _require_folder(out, resume)
+        _require_folder(out, resume, save_every)
         yield
     finally:
         os.close(folder)
@@ -160,7 +161,7 @@ def finetune(
     """
     out, recipe = Path(out), recipe or Recipe()
     _require_task(model, task, recipe)
-    _require_folder(out, resume)
+    _require_folder(out, resume, recipe.save_every)
     identity = states.identity_of(model, task, recipe)
     if bad := not_finite(model):
         raise UsageError(f"the model's {bad[0]} holds infinities or NaN; give one with finite weights")
@@ -168,7 +169,7 @@ def finetune(
         with prepared(model):
             choose_trained(model, recipe)
             with closing(Trainer(model, recipe)) as trainer:
-                until_saved.enter_context(_locked(out, resume))
+                until_saved.enter_context(_locked(out, resume, recipe.save_every))
                 run = Run(trainer, task, out, identity)
                 _go_on(run, report)
             if recipe.lora_rank:
