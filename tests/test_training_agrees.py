@@ -156,6 +156,19 @@ def test_a_random_recipe_cut_at_a_random_step_ends_with_the_same_bits(seed: int,
     assert logged[0] == logged[1]
 
 
+@pytest.mark.parametrize("outer", [False, True])
+def test_autocast_computes_with_the_weights_as_they_are(outer: bool, tmp_path: Path):
+    """Autocast keeps the casts of weights until the outermost one ends: those would be of the first step."""
+    recipe = Recipe(steps=6, batch_size=2, learning_rate=0.05, warmup_steps=0, autocast=True)
+    model, losses = fresh(random.Random(1)).float(), list[float]()
+    with torch.autocast("cpu", torch.bfloat16, enabled=outer):
+        finetune(model, TASK, tmp_path / "out", recipe, report=lambda metrics: losses.append(metrics.loss))
+    plain, again = fresh(random.Random(1)).float(), list[float]()
+    report = lambda metrics: again.append(metrics.loss)  # noqa: E731
+    finetune(plain, TASK, tmp_path / "plain", replace(recipe, autocast=False), report=report)
+    assert losses == pytest.approx(again, rel=0.02)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_a_second_run_on_a_model_is_that_on_a_copy_of_it(seed: int, tmp_path: Path):
     rng = random.Random(seed)

@@ -130,7 +130,10 @@ def rows_of(model: GPTModel, ids: Tensor, places: Tensor | None) -> Tensor:
 def loss_sum(model: GPTModel, ids: Tensor, places: Tensor | None, targets: Tensor, recipe: Recipe) -> Tensor:
     """The loss of ids (B, T) at N places, in nats, summed: ()."""
     device = ids.device
-    with torch.autocast(device.type, precision_of(device), enabled=recipe.autocast):
+    # Without its cache of casts, which is emptied only where no autocast is left, such as a caller's: weights
+    # of an earlier step would be used for ever.
+    precision = precision_of(device)
+    with torch.autocast(device.type, precision, enabled=recipe.autocast, cache_enabled=False):
         rows = rows_of(model, ids, places)
         return cross_entropy(model.out_head, rows, targets, chunked=recipe.chunked_loss)
 
