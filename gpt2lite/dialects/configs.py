@@ -459,6 +459,10 @@ def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
     weights = Source(f"{path}, its weights", _said_by_shapes(reading))
     sources = [weights, *_in_the_file(reading), *_beside_the_file(reading)]
     _require_computed(reading, sources, COMPUTED | {"n_inner": (None, 4 * reading.size[1])})
+    scales = {(a.scale, reading.manifest.tensors[a.a.source].shape[-1]) for a in reading.adapters if a.scale}
+    # of the book's layers, or of those that divide it by their rank
+    alphas = (None, *(alpha for scale, rank in scales for alpha in (scale * rank, scale)))
+    _require_computed(reading, sources, dict.fromkeys(("alpha", "lora_alpha"), alphas) if scales else {})
     _check_masks(reading)
     agreed, places = _agreed(reading, sources)
     defaults: dict[str, Any] = dict(_known_activation(reading))
