@@ -219,15 +219,60 @@ def test_the_books_lora_layers_are_merged(
 
 def test_lora_without_its_alpha_and_an_alpha_without_lora_are_errors(tmp_path: Path, pth: Path):
     path = save_pth(with_lora(alpha=2).state_dict(), tmp_path / ".")
-    with pytest.raises(CheckpointError, match=r"holds 19 LoRA layers without their alpha"):
+    with pytest.raises(CheckpointError, match=r"holds LoRA layers without their alpha"):
         GPTModel.from_checkpoint(path, config=HEADS)
     with pytest.raises(UsageError, match="lora_alpha must be a number"):
         GPTModel.from_checkpoint(path, config=HEADS, lora_alpha=float("nan"))
 
 
 def test_an_alpha_for_a_file_without_lora_is_an_error(pth: Path):
-    with pytest.raises(CheckpointError, match="holds no LoRA layers that need lora_alpha"):
+    with pytest.raises(CheckpointError, match=r"holds no LoRA layers, but lora_alpha=2.0 was passed"):
         GPTModel.from_checkpoint(pth, config=HEADS, lora_alpha=2.0)
+
+
+def whole_lora(folder: Path, **attributes: float) -> tuple[nn.Module, Path]:
+    """The book's model with LoRA layers of alpha 8, of which the last has attributes of its own."""
+    theirs = with_lora(alpha=8)
+    vars(theirs.out_head.lora).update(attributes)
+    torch.save(theirs, folder / "model.pth")
+    return theirs, folder / "model.pth"
+
+
+@pytest.mark.parametrize("attributes", [{}, {"alpha": 32}])
+def test_a_whole_models_lora_layers_say_their_own_alpha(attributes: Any, tmp_path: Path, ids: torch.Tensor):
+    theirs, path = whole_lora(tmp_path, **attributes)
+    expected, found = theirs(ids).detach(), GPTModel.from_checkpoint(path)(ids).detach()
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_a_lora_layer_that_keeps_its_rank_divides_by_it(tmp_path: Path):
+    theirs, path = whole_lora(tmp_path, rank=4)
+    head = theirs.out_head
+    expected = head.linear.weight + 8 / 4 * (head.lora.A @ head.lora.B).T
+    assert torch.allclose(GPTModel.from_checkpoint(path).out_head.weight, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_another_alpha_than_a_whole_models_layers_say_is_an_error(tmp_path: Path):
+    path = whole_lora(tmp_path)[1]
+    GPTModel.from_checkpoint(path, lora_alpha=8)
+    with pytest.raises(
+        CheckpointError, match=r"holds LoRA layers of scale 8.0, but lora_alpha=16 was passed"
+    ):
+        GPTModel.from_checkpoint(path, lora_alpha=16)
+
+
+@pytest.mark.parametrize("place", ["config", "hyper_parameters"])
+@pytest.mark.parametrize("word", ["alpha", "lora_alpha"])
+@pytest.mark.filterwarnings("ignore:.*ignored")
+def test_another_alpha_than_a_config_beside_the_weights_says_is_an_error(
+    place: str, word: str, tmp_path: Path
+):
+    said = {"model": with_lora(alpha=8).state_dict(), place: {"n_heads": TINY.n_heads, word: 8}}
+    path = save_pth(said, tmp_path)
+    for right in (8, 2):  # times the rank of 4
+        GPTModel.from_checkpoint(path, lora_alpha=right)
+    with pytest.raises(CheckpointError, match=rf"{word}=8, wanted 16"):
+        GPTModel.from_checkpoint(path, lora_alpha=16)
 
 
 def test_lora_factors_that_do_not_fit_are_named(tmp_path: Path):

@@ -520,6 +520,10 @@ def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
         kept = {w: v for w, v in words.items() if not isinstance(v, Unread) or OURS.get(w, w) not in told}
         sources.append(Source(where, kept, is_whole))
     _require_computed(reading, sources, COMPUTED | {"n_inner": (None, 4 * reading.size[1])})
+    scales = {(a.scale, reading.manifest.tensors[a.a.source].shape[-1]) for a in reading.adapters if a.scale}
+    # of the book's layers, or of those that divide it by their rank
+    alphas = (None, *(alpha for scale, rank in scales for alpha in (scale * rank, scale)))
+    _require_computed(reading, sources, dict.fromkeys(("alpha", "lora_alpha"), alphas) if scales else {})
     _check_masks(reading)
     agreed, places = _agreed(reading, sources)
     defaults: dict[str, Any] = dict(_known_activation(reading))

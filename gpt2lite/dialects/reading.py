@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import filterfalse
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -439,7 +439,7 @@ def read_dialect(manifest: Manifest) -> Reading:
     for absent, present in (TIED, TIED[::-1]):
         if present in placements:
             placements.setdefault(absent, placements[present])
-    adapters = tuple(_adapters(names, placements))
+    adapters = tuple(_adapters(names, placements, manifest.values))
     factors = (factor for adapter in adapters for factor in (adapter.a, adapter.b))
     used = {placement.source for placement in (*placements.values(), *factors)}
     rest = {name: stored for name, stored in names.items() if stored not in used}
@@ -469,25 +469,44 @@ def _strays(manifest: Manifest, placed: Mapping[str, Placement], others: Iterabl
             yield name
 
 
-def _adapters(names: Mapping[str, str], placements: Mapping[str, Placement]) -> Iterator[Adapter]:
-    """The book's LoRA layers: `X.lora.A` and `X.lora.B` beside `X.linear.weight`."""
+def _adapters(
+    names: Mapping[str, str], placements: Mapping[str, Placement], values: Mapping[str, object]
+) -> Iterator[Adapter]:
+    """The book's LoRA layers: `X.lora.A` and `X.lora.B` beside `X.linear.weight`.
+
+    A pickled layer says its alpha; one that keeps its rank too, as the book's do of late, divides by it.
+    """
     for name, a in names.items():
         layer = name.removesuffix(".lora.A")
         b = names.get(f"{layer}.lora.B")
         if layer != name and b is not None and f"{layer}.weight" in placements:
-            yield Adapter(f"{layer}.weight", Placement(a, (Transpose(),)), Placement(b, (Transpose(),)))
+            alpha, rank = values.get(f"{a[:-1]}alpha"), values.get(f"{a[:-1]}rank", 1)
+            scale = alpha / rank if _is_number(alpha) and _is_number(rank) and rank else None
+            yield Adapter(
+                f"{layer}.weight", Placement(a, (Transpose(),)), Placement(b, (Transpose(),)), scale
+            )
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and value is not True and math.isfinite(value)
 
 
 def with_lora_alpha(reading: Reading, alpha: float | None) -> Reading:
-    """The reading with `alpha` for the book's LoRA layers. Raises CheckpointError if one lacks the other."""
-    layers = sum(adapter.scale is None for adapter in reading.adapters)
-    if alpha is not None and (type(alpha) not in (int, float) or not math.isfinite(alpha)):
+    """The reading with `alpha` for the LoRA layers that do not say theirs.
+
+    Raises CheckpointError if one lacks the other, or if a layer says another alpha.
+    """
+    own = {adapter.scale for adapter in reading.adapters}
+    if alpha is not None and not _is_number(alpha):
         raise UsageError(f"lora_alpha must be a number, got {alpha!r}")
-    if bool(layers) != (alpha is not None):
-        lacking = "without their alpha; pass the one they trained with: lora_alpha=… (--lora-alpha)"
-        what = lacking if layers else f"that need lora_alpha={alpha}; leave it out"
-        raise CheckpointError(reading.manifest.path, f"holds {layers or 'no'} LoRA layers {what}")
-    adapters = (a if a.scale is not None else replace(a, scale=alpha) for a in reading.adapters)
+    if alpha is None and None in own:
+        do = "pass the one they trained with: lora_alpha=… (--lora-alpha)"
+        raise CheckpointError(reading.manifest.path, f"holds LoRA layers without their alpha; {do}")
+    if alpha is not None and (not own or own - {None, alpha}):
+        has = f"LoRA layers of scale {', '.join(map(str, own - {None}))}" if own else "no LoRA layers"
+        said = f"holds {has}, but lora_alpha={alpha} was passed; leave it out"
+        raise CheckpointError(reading.manifest.path, said)
+    adapters = (replace(a, scale=alpha if a.scale is None else a.scale) for a in reading.adapters)
     return replace(reading, adapters=tuple(adapters))
 
 
