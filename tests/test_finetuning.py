@@ -458,7 +458,18 @@ def test_a_rate_that_is_a_tensor_is_set_in_place():
         ({"steps": 0}, "steps must be an int of at least 1"),
         ({"lora_rank": 2, "last_blocks": 1}, "exclude each other"),
         ({"step_in_backward": True}, "needs clip=0 and accumulate=1"),
-        ({"lora_targets": ("W_key", "head")}, "unknown lora_targets head; choose from W_query"),
+        (
+            {"lora_targets": ("W_key", "head")},
+            r"unknown lora_targets \('W_key', 'head'\); choose from W_query",
+        ),
+        ({"lora_targets": None}, "unknown lora_targets None"),
+        ({"lora_targets": (1,)}, "unknown lora_targets"),
+        ({"lora_targets": [["W_query"]]}, "unknown lora_targets"),
+        ({"lora_rank": 2, "lora_alpha": 0}, "lora_alpha must be more than 0"),
+        ({"autocast": "no"}, "autocast must be True or False, got 'no'"),
+        ({"chunked_loss": "False"}, "chunked_loss must be True or False, got 'False'"),
+        ({"recompute": None}, "recompute must be True or False, got None"),
+        ({"compile": "x"}, "compile must be True or False, got 'x'"),
         ({"seed": 2**40}, r"seed must be below 2\*\*32, got 1099511627776"),
         ({"seed": 1.5}, "seed must be an int of at least 0, got 1.5"),
         ({"seed": None}, "seed must be an int of at least 0, got None"),
@@ -1270,3 +1281,14 @@ def test_plan_counts_a_classifiers_head(pth: Path, capsys: pytest.CaptureFixture
         assert main([*words, *more]) == 0
         found.append(json.loads(capsys.readouterr().out)["forecast"]["weights"])
     assert found[0] - found[1] == 4 * (101 * 48 - 3 * 48 - 3)
+
+
+def test_targets_in_any_form_are_the_same_recipe():
+    assert Recipe(lora_targets=["W_key"]) == Recipe(lora_targets="W_key") == Recipe(lora_targets=("W_key",))
+
+
+@pytest.mark.parametrize("options", [(0,), (-1,), (2.0,), (2, None), (2, 1.5), (2, 2**64), (2, -1)])
+def test_a_head_is_refused_before_the_model_is_changed(options: tuple, model: GPTModel):
+    with pytest.raises(UsageError, match="must be an int of at least"):
+        as_classifier(model, *options)
+    assert not model.config.n_classes

@@ -8,12 +8,19 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from gpt2lite.errors import UsageError
 from gpt2lite.model import GPTModel
 
 
 @torch.inference_mode(False)
 def as_classifier(model: GPTModel, n_classes: int, seed: int = 0) -> None:
-    """Replace the vocabulary's head by a new one of n_classes rows, with a bias (the book, ch. 6)."""
+    """Replace the vocabulary's head by a new one of n_classes rows, with a bias (the book, ch. 6).
+
+    Raises UsageError for fewer than one class, or a seed that is not in 0 … 2**64 - 1.
+    """
+    for name, value, least, end in (("n_classes", n_classes, 1, 2**31), ("seed", seed, 0, 2**64)):
+        if type(value) is not int or not least <= value < end:
+            raise UsageError(f"{name} must be an int of at least {least} and below {end}, got {value!r}")
     C, like = model.config.emb_dim, model.pos_emb.weight
     model.config = replace(model.config, n_classes=n_classes, head_bias=True, tied_head=False)
     drawn = torch.empty(n_classes, C, dtype=torch.float32, device="cpu")

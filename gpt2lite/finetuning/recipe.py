@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gpt2lite.errors import UsageError
@@ -11,6 +12,8 @@ LORA_TARGETS = ("W_query", "W_key", "W_value", "out_proj", "layers.0", "layers.2
 AT_LEAST_1 = ("steps", "batch_size", "seq_len", "accumulate", "last_blocks", "validate_every", "save_every")
 LEAST = dict.fromkeys((*AT_LEAST_1, "keep"), 1) | {"warmup_steps": 0, "seed": 0, "lora_rank": 0}
 NUMBERS = ("learning_rate", "weight_decay", "clip", "lora_alpha")
+
+FLAGS = ("autocast", "recompute", "chunked_loss", "step_in_backward", "eight_bit", "compile")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +70,20 @@ class Recipe:
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 <= value < math.inf:
                 raise UsageError(f"{name} must be a finite number, 0 or more, got {value!r}")
+        for name in FLAGS:
+            if type(value := getattr(self, name)) is not bool:
+                raise UsageError(f"{name} must be True or False, got {value!r}")
         if not self.learning_rate:
             raise UsageError("learning_rate must be more than 0")
+        if self.lora_rank and not self.lora_alpha:
+            raise UsageError("lora_alpha must be more than 0: it multiplies what LoRA learns")
         if self.seed >= 2**32:
             raise UsageError(f"seed must be below 2**32, got {self.seed}")
-        unknown = set(self.lora_targets) - set(LORA_TARGETS)
-        if unknown or not self.lora_targets:
-            found = ", ".join(sorted(unknown)) or "none"
-            raise UsageError(f"unknown lora_targets {found}; choose from {', '.join(LORA_TARGETS)}")
+        given: object = self.lora_targets
+        targets = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else ()
+        if not targets or any(target not in LORA_TARGETS for target in targets):
+            raise UsageError(f"unknown lora_targets {given!r}; choose from {', '.join(LORA_TARGETS)}")
+        object.__setattr__(self, "lora_targets", targets)  # a saved recipe's list is the same recipe
         if self.lora_rank and self.last_blocks:
             raise UsageError("lora_rank and last_blocks exclude each other: both say what is trained")
         if self.step_in_backward and (self.clip or self.accumulate > 1):
