@@ -256,7 +256,9 @@ def _beside(job: Conversion, source: Path) -> dict[str, bytes]:
     return files | {"config.json": f"{json.dumps(fields, indent=2)}\n".encode()}
 
 
-def plan_conversion(source: AnyPath, destination: AnyPath, **options: Unpack[ConvertOptions]) -> Conversion:
+def plan_conversion(
+    source: AnyPath | Opened[GPTModel], destination: AnyPath, **options: Unpack[ConvertOptions]
+) -> Conversion:
     """Decide all that `convert` will write, and refuse what it cannot, before a byte is written.
 
     Reads headers; for a target that ties a head that the source does not, also head and embedding. Raises as
@@ -271,7 +273,9 @@ def plan_conversion(source: AnyPath, destination: AnyPath, **options: Unpack[Con
     max_shard_bytes = parse_size(size) if size is not None else None
     if max_shard_bytes and not (in_folder and format == "safetensors"):
         raise UsageError(f"{destination}: only a folder of safetensors has shards; name a folder")
-    opened = open_model(source, config=options.get("config"))
+    if isinstance(source, Opened) and options.get("config") is not None:
+        raise UsageError(f"{source.path}: is open already; pass config to open_model")
+    opened = source if isinstance(source, Opened) else open_model(source, config=options.get("config"))
     manifest = opened.reading.manifest
     if opened.reading.adapters:
         merge = "GPTModel.from_checkpoint(…).save_checkpoint(…), with the book's lora_alpha=…"
@@ -285,8 +289,9 @@ def plan_conversion(source: AnyPath, destination: AnyPath, **options: Unpack[Con
     config = _target_config(opened.config, to, views)
     tensors = tuple(_stored(to, format, config, views, dtype))
     dialect = opened.reading.dialect
+    beside = opened.path if isinstance(source, Opened) or not Path(source).exists() else Path(source)
     job = Conversion(manifest, destination, dialect, to, format, in_folder, config, tensors, max_shard_bytes)
-    return replace(job, beside=_beside(job, Path(source) if Path(source).exists() else opened.path))
+    return replace(job, beside=_beside(job, beside))
 
 
 # ---- writing -----------------------------------------------------------------------------------------------
@@ -368,14 +373,14 @@ def run_conversion(job: Conversion, *, verified: bool = True, progress: Progress
 
 
 def convert(
-    source: AnyPath,
+    source: AnyPath | Opened[GPTModel],
     destination: AnyPath,
     *,
     verify: bool = True,
     progress: Progress | None = None,
     **options: Unpack[ConvertOptions],
 ) -> Path:
-    """Write any checkpoint that loads here as another program reads it, and return where.
+    """Write any checkpoint that loads here, by its path or opened, as another program reads it; return where.
 
     `ConvertOptions` says what can be chosen. Files that are not folders carry the config in themselves;
     biases that a target has and the source lacks are zeros.
