@@ -11,7 +11,7 @@ from typing import Any
 
 from gpt2lite.cli.terminal import EMBEDDED
 from gpt2lite.config import ACTIVATIONS, OFFICIAL_SIZES
-from gpt2lite.finetuning.recipe import LORA_TARGETS, Recipe
+from gpt2lite.finetuning.recipe import LORA_TARGETS, TEACHER_DTYPES, Recipe
 
 # Tables of the library, by their names: the tables themselves hold functions of torch.
 STRATEGIES = ("baseline", "sequential", "meta", "mmap", "per_tensor", "stream")
@@ -223,6 +223,10 @@ RECIPE = {
     "last_blocks": "train only this many last blocks and the last norm",
     "eight_bit": "Adam's moments in 8 bits, by torchao",
     "compile": "torch.compile the step",
+    "teacher": "a checkpoint or Hub name, to learn its predictions beside the text",
+    "alpha": "the teacher's share of the loss",
+    "temperature": "softens what teacher and student predict",
+    "teacher_dtype": f"the teacher's weights: {', '.join(TEACHER_DTYPES)}",
     "validate_every": "steps between validations",
     "save_every": "steps between saved states",
     "keep": "saved states to keep",
@@ -230,6 +234,7 @@ RECIPE = {
 BY_TYPE: dict[type, dict[str, Any]] = {
     bool: {"action": argparse.BooleanOptionalAction},
     tuple: {"nargs": "+", "metavar": "LAYER"},
+    str: {"metavar": "NAME"},
 }
 
 

@@ -22,7 +22,9 @@ from gpt2lite.devices import peak_allocated
 from gpt2lite.errors import UsageError
 from gpt2lite.finetuning import states
 from gpt2lite.finetuning.data import IGNORED, Batch
+from gpt2lite.finetuning.distilling import load_teacher
 from gpt2lite.finetuning.lora import merge_lora
+from gpt2lite.finetuning.losses import rows_of
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.finetuning.states import LABELS, METRICS, Run, Task
 from gpt2lite.finetuning.training import (
@@ -33,7 +35,6 @@ from gpt2lite.finetuning.training import (
     not_finite,
     placed,
     prepared,
-    rows_of,
 )
 from gpt2lite.model import GPTModel
 
@@ -162,13 +163,14 @@ def finetune(
     out, recipe = Path(out), recipe or Recipe()
     _require_task(model, task, recipe)
     _require_folder(out, resume, recipe.save_every)
-    identity = states.identity_of(model, task, recipe)
+    teacher = load_teacher(model, recipe, model.pos_emb.weight.device)
+    identity = states.identity_of(model, task, recipe, teacher.model if teacher else None)
     if bad := not_finite(model):
         raise UsageError(f"the model's {bad[0]} holds infinities or NaN; give one with finite weights")
     with ExitStack() as until_saved:
         with prepared(model):
             choose_trained(model, recipe)
-            with closing(Trainer(model, recipe)) as trainer:
+            with closing(Trainer(model, recipe, teacher)) as trainer:
                 until_saved.enter_context(_locked(out, resume, recipe.save_every))
                 run = Run(trainer, task, out, identity)
                 _go_on(run, report)
