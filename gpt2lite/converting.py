@@ -28,6 +28,7 @@ from gpt2lite.checkpoint.source import memory_of
 from gpt2lite.checkpoint.torch_zip import fill_torch_zip
 from gpt2lite.checkpoint.writing import Progress, TensorToWrite, Wrote
 from gpt2lite.config import GPTConfig
+from gpt2lite.dialects.configs import check_masks
 from gpt2lite.dialects.reading import DIALECTS, Placement, expand_rows
 from gpt2lite.errors import CheckpointError, UsageError, listed
 from gpt2lite.loading.options import check_names
@@ -191,6 +192,7 @@ def _format_of(destination: Path, format: str | None) -> tuple[str, bool]:
 def _views(opened: Opened[GPTModel], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Every parameter by our name, mapped. Raises CheckpointError where one is missing or does not fit."""
     plan = opened.plan(dtype=dtype)
+    check_masks(opened.reading)
     mapped = map_tensors(plan.spans.values())
     return {name: t.placement.of(mapped[t.span.name]) for t in plan.targets for name in t.names}
 
@@ -261,8 +263,8 @@ def plan_conversion(
 ) -> Conversion:
     """Decide all that `convert` will write, and refuse what it cannot, before a byte is written.
 
-    Reads headers; for a target that ties a head that the source does not, also head and embedding. Raises as
-    `convert`.
+    Reads headers and masks; for a target that ties a head that the source does not, also head and embedding.
+    Raises as `convert`.
     """
     check_names(options, ConvertOptions)
     to, dtype, size = options.get("to", "book"), options.get("dtype"), options.get("max_shard_size")
