@@ -33,10 +33,12 @@ from gpt2lite import (
     TrainingForecast,
     UsageError,
     as_classifier,
+    convert,
     finetune,
     forecast_training,
     load_lora,
     merge_lora,
+    open_model,
 )
 from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.cli import main
@@ -52,7 +54,6 @@ from gpt2lite.finetuning.examples import read_records
 from gpt2lite.finetuning.forecast import find_levers
 from gpt2lite.finetuning.loop import read_metrics, validate
 from gpt2lite.finetuning.losses import ROWS, summed_loss
-from gpt2lite.finetuning.states import read_labels
 from gpt2lite.finetuning.training import Trainer, choose_trained
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -627,7 +628,7 @@ def test_adapters_of_a_classifier_hold_its_head_and_train_further(tmp_path: Path
     load_lora(found, path.with_name("adapters.pth"))
     ids = labelled(5).ids
     torch.testing.assert_close(found(ids), wanted(ids), rtol=1e-4, atol=1e-5)
-    assert read_labels(path) == ("even", "odd")
+    assert open_model(path).labels == ("even", "odd")
     with pytest.raises(CheckpointError, match=r"out_head.weight is .2, 48., the model has one of .101, 48."):
         load_lora(fresh(TINY), path.with_name("adapters.pth"))
     with pytest.raises(UsageError, match="has LoRA adapters already, of rank 2 and alpha 4"):
@@ -1150,7 +1151,7 @@ def test_a_classifier_keeps_its_rows_by_name(tmp_path: Path, capsys: pytest.Capt
     words = ("--steps", 1, "--learning-rate", 1e-12, tmp_path / "1" / "model.pth")
     assert classify(tmp_path / "2", "red azure tree", *words) == 0
     assert capsys.readouterr().out.startswith("labels kept: red, tree; new: azure; dropped: sky\n")
-    assert read_labels(tmp_path / "2" / "model.pth") == ("azure", "red", "tree")
+    assert open_model(tmp_path / "2" / "model.pth").labels == ("azure", "red", "tree")
     after = GPTModel.from_checkpoint(tmp_path / "2" / "model.pth").out_head
     for part in ("weight", "bias"):
         torch.testing.assert_close(getattr(after, part)[1:], getattr(before, part)[::2], rtol=0, atol=1e-6)
@@ -1163,22 +1164,93 @@ def test_labels_of_another_model_or_none_are_refused(tmp_path: Path, capsys: pyt
     classify(tmp_path / "1", "red sky tree", "--steps", 1)
     labels, model = tmp_path / "1" / "labels.json", tmp_path / "1" / "model.pth"
     for content, message in (
+        ('["sky", "red", "tree"]', "the config in it says red, sky, tree, but "),
+        ('["sky", "red", "tree"]', "labels.json says sky, red, tree. Is one of them another run's?"),
         (
-            '["sky", "red", "tree"]',
-            "labels.json: says sky, red, tree, step-000001.pth says red, sky, tree. Is it ano",
+            '["red", "sky"]',
+            "labels.json: wanted 3 names of classes, in the order of the head's rows, found ['red', 'sky']",
         ),
-        ('["red", "sky"', "labels.json: not JSON"),
-        ('{"red": 0}', "labels.json: wanted a JSON list of the classes' labels"),
+        ('["red", "sky"', "labels.json: not valid JSON"),
+        ('{"red": 0}', "labels.json: holds a JSON dict, expected a list"),
     ):
         labels.write_text(content)
         assert classify(tmp_path / "2", "red sky tree", "--steps", 1, model) == 1
         assert message in capsys.readouterr().err
     labels.unlink()
-    assert read_labels(model) == ("red", "sky", "tree")
+    assert open_model(model).labels == ("red", "sky", "tree")
+    GPTModel.from_checkpoint(model).save_checkpoint(model)  # whose caller did not say them
     (tmp_path / "1" / "step-000001.pth").unlink()
     assert classify(tmp_path / "2", "red sky tree", "--steps", 1, model) == 1
-    assert "no labels beside a head of 3 classes; write labels.json" in capsys.readouterr().err
+    assert "no names for a head of 3 classes; write labels.json" in capsys.readouterr().err
     assert not (tmp_path / "2").exists()
+
+
+@pytest.mark.parametrize("labels", ["ab", ("a", "a"), ("a", 1)], ids=str)
+def test_labels_that_name_no_classes_are_refused(labels: Any):
+    with pytest.raises(UsageError, match=r"Task.labels: wanted 2 names of classes, in the order of the head"):
+        Task(labelled, [], labels=labels)
+    assert Task(labelled, [], labels=["a", "b"]).labels == ("a", "b")
+
+
+def labelled_run(out: Path, *labels: str) -> Path:
+    model = fresh(TINY)
+    as_classifier(model, 2)
+    own = Task(labelled, [labelled(99)], labels=labels)
+    return finetune(model, own, out, replace(QUICK, steps=2, warmup_steps=0))
+
+
+@pytest.mark.parametrize("swapped", ["model.pth", "labels.json"])
+def test_labels_are_bound_to_their_model(swapped: str, tmp_path: Path):
+    one, two = labelled_run(tmp_path / "1", "even", "odd"), labelled_run(tmp_path / "2", "odd", "even")
+    (two.parent / swapped).replace(one.parent / swapped)
+    said = {"model.pth": ("odd, even", "even, odd"), "labels.json": ("even, odd", "odd, even")}[swapped]
+    message = r"1/model.pth, the config in it says {}, but .*1/labels.json says {}. Is one of them another"
+    with pytest.raises(CheckpointError, match=message.format(*said)):
+        _ = open_model(one).labels
+
+
+def test_every_file_with_a_classifiers_head_says_its_labels(tmp_path: Path):
+    path = labelled_run(tmp_path / "out", "even", "odd")
+    path.with_name("labels.json").unlink()
+    convert(path, tmp_path / "other.safetensors")
+    convert(path, tmp_path / "other.pth")
+    convert(path, tmp_path / "folder", format="per-tensor")
+    assert torch.load(path, weights_only=True).keys() == GPTModel.from_checkpoint(path).state_dict().keys()
+    for name in ("out/model.pth", "out/step-000002.pth", "other.safetensors", "other.pth", "folder"):
+        assert open_model(tmp_path / name).labels == ("even", "odd")
+    with pytest.raises(
+        UsageError, match=r"labels: wanted 2 names of classes, in the order of the head's rows, found .'even'"
+    ):
+        GPTModel.from_checkpoint(path).save_checkpoint(tmp_path / "new.pth", labels=["even"])
+    for wrong in (["even", "even"], ["even", 1], "ab"):
+        with pytest.raises(UsageError, match="wanted 2 names of classes"):
+            GPTModel.from_checkpoint(path).save_checkpoint(tmp_path / "new.pth", labels=wrong)
+    with pytest.raises(UsageError, match="wanted 0 names"):
+        fresh().save_checkpoint(tmp_path / "new.pth", labels=["even"])
+    assert not (tmp_path / "new.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "labels"),
+    [
+        ({"0": "no", "1": "yes"}, ("no", "yes")),
+        ({"1": "yes", "0": "no"}, ("no", "yes")),
+        ({"0": "LABEL_0", "1": "LABEL_1"}, ()),
+        (None, ()),
+    ],
+    ids=["ordered", "turned", "placeholders", "none"],
+)
+def test_labels_of_transformers_are_read(
+    said: dict[str, str] | None, labels: tuple[str, ...], tmp_path: Path
+):
+    model = fresh(TINY)
+    as_classifier(model, 2)
+    save_pth(model.state_dict(), tmp_path)
+    config = {"model_type": "gpt2", "n_head": 4} | ({"id2label": said} if said else {})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert open_model(tmp_path / "model.pth").labels == labels
+    (tmp_path / "labels.json").write_text('["no", "yes"]')
+    assert open_model(tmp_path / "model.pth").labels == ("no", "yes")
 
 
 def test_the_command_resumes_with_the_runs_own_recipe(tmp_path: Path):

@@ -18,7 +18,9 @@ from typing import Any
 import psutil
 import torch
 
+from gpt2lite.checkpoint.writing import replacing
 from gpt2lite.devices import peak_allocated
+from gpt2lite.dialects.configs import LABELS
 from gpt2lite.errors import UsageError
 from gpt2lite.finetuning import states
 from gpt2lite.finetuning.data import IGNORED, Batch
@@ -26,7 +28,7 @@ from gpt2lite.finetuning.distilling import load_teacher
 from gpt2lite.finetuning.lora import merge_lora
 from gpt2lite.finetuning.losses import rows_of
 from gpt2lite.finetuning.recipe import Recipe
-from gpt2lite.finetuning.states import LABELS, METRICS, Run, Task
+from gpt2lite.finetuning.states import METRICS, Run, Task
 from gpt2lite.finetuning.training import (
     Trainer,
     choose_trained,
@@ -179,10 +181,10 @@ def finetune(
                 merge_lora(model)
         if bad := not_finite(model):
             raise diverged(f"{bad[0]} is too large for {model.pos_emb.weight.dtype}", recipe)
-        path = model.save_checkpoint(out / "model.pth")
         if task.labels:
-            (out / LABELS).write_text(json.dumps(task.labels) + "\n", encoding="utf-8")
-    return path
+            with replacing(out / LABELS) as temporary:
+                temporary.write_text(json.dumps(task.labels) + "\n", encoding="utf-8")
+        return model.save_checkpoint(out / "model.pth", labels=task.labels)
 
 
 def _go_on(run: Run, report: Callable[[Metrics], None] | None) -> None:

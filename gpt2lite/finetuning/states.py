@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 import zipfile
@@ -18,6 +17,7 @@ from torch import nn
 
 from gpt2lite.checkpoint.torch_zip import NO_CRC
 from gpt2lite.checkpoint.writing import CHUNK_BYTES, replacing, tensors_of
+from gpt2lite.config import wrong_labels
 from gpt2lite.errors import CheckpointError, UsageError, first_line
 from gpt2lite.finetuning.data import Batch, Batches, digest_of, tensor_parts
 from gpt2lite.finetuning.lora import LinearWithLoRA, put_layer
@@ -25,7 +25,7 @@ from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.finetuning.training import Trainer
 from gpt2lite.model import GPTModel
 
-METRICS, LABELS = "metrics.jsonl", "labels.json"
+METRICS = "metrics.jsonl"
 STATE_NAME = re.compile(r"step-(\d+)\.pth")
 STATE = ("step", "model", "optimizer", "made_from", "last_batch", "metrics")
 UNSAID = {"validate_every", "save_every", "keep"}  # of a recipe: may change when a run is resumed
@@ -52,6 +52,11 @@ class Task:
     labels: tuple[str, ...] = ()
     sample: Callable[[GPTModel], str] | None = None
     digest: str = ""
+
+    def __post_init__(self) -> None:
+        if wrong := wrong_labels(self.labels, len(self.labels)):
+            raise UsageError(f"Task.labels: {wrong}")
+        object.__setattr__(self, "labels", tuple(self.labels))  # a list's are the same data
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ def save_state(run: Run, step: int) -> None:
         "model": {name: p.detach() for name, p in trainer.trained.items()},
         "optimizer": trainer.state(),
         "step": step,
-        "config": trainer.model.config.as_dict(),
+        "config": trainer.model.config.as_dict(run.task.labels),
         "made_from": run.identity,
         "last_batch": _last_batch(run.task, trainer.recipe, step),
         "metrics": (run.out / METRICS).read_text(encoding="utf-8"),
@@ -164,26 +169,6 @@ def saved_recipe(out: Path) -> dict[str, Any]:
     """The recipe, as a dict, of the run in a folder; {} where nothing is saved there."""
     found = newest_state(out)
     return dict(found[1]["made_from"]["recipe"]) if found else {}
-
-
-def read_labels(checkpoint: Path) -> tuple[str, ...]:
-    """What the classes of a finetuned classifier are called, from labels.json or the states beside it.
-
-    () where nothing says it. Raises CheckpointError where labels.json is damaged or is another run's.
-    """
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    path, state = folder / LABELS, newest_state(folder)
-    known = state[1]["made_from"]["labels"] if state else []
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else known
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(path, f"not JSON ({error})") from None
-    if not isinstance(found, list) or not all(isinstance(label, str) for label in found):
-        raise CheckpointError(path, "wanted a JSON list of the classes' labels, in the order of the head")
-    if state and found != known:
-        said = f"says {', '.join(found)}, {state[0].name} says {', '.join(known)}"
-        raise CheckpointError(path, f"{said}. Is it another run's?")
-    return tuple(found)
 
 
 def _require_same(path: Path, saved: dict[str, Any], run: Run) -> None:
