@@ -23,7 +23,7 @@ from gpt2lite.checkpoint.writing import Progress, replacing
 from gpt2lite.config import GPTConfig
 from gpt2lite.errors import CheckpointError, UsageError
 from gpt2lite.reading_text import not_utf8, text_stream
-from gpt2lite.tokenizer import Encoding, Tokenizer, as_tokenizer
+from gpt2lite.tokenizer import Encoding, as_tokenizer
 
 NO_HEADER = "no header"  # nanoGPT's train.bin
 IGNORED = -100  # a target that does not count; F.cross_entropy's own ignore_index
@@ -159,7 +159,7 @@ def tokenize_file(text: Path, tokens: Path, encoding: Encoding, progress: Progre
     whole or not at all. `progress` is called with (bytes read, bytes in all). Raises UsageError for a text
     that is empty or not UTF-8, and for a vocabulary that needs 32 bits in a file without a header.
     """
-    encoding = encoding if isinstance(encoding, Tokenizer) else as_tokenizer(encoding)
+    encoding = as_tokenizer(encoding)
     is_npy, width = tokens.suffix == ".npy", 2 if encoding.n_vocab <= MOST_IDS else 4
     if width > 2 and not is_npy:
         raise UsageError(f"{tokens}: 16 bits cannot number {encoding.n_vocab} tokens; name the file .npy")
