@@ -23,7 +23,7 @@ from gpt2lite.devices import peak_allocated
 from gpt2lite.dialects.configs import LABELS
 from gpt2lite.errors import UsageError
 from gpt2lite.finetuning import states
-from gpt2lite.finetuning.data import IGNORED, Batch
+from gpt2lite.finetuning.data import IGNORED, Batch, digest_of, own_copy, tensor_parts
 from gpt2lite.finetuning.distilling import load_teacher
 from gpt2lite.finetuning.lora import merge_lora
 from gpt2lite.finetuning.losses import rows_of
@@ -132,7 +132,12 @@ def _require_task(model: GPTModel, task: Task, recipe: Recipe) -> None:
     if any(p.is_inference() for p in model.parameters()):
         raise UsageError("a model made under torch.inference_mode does not train; load it outside")
     recipe.row_length(model.config.context_length)
-    placed(task.train(0), model)
+    first = task.train(0)
+    placed(first, model)
+    if digest_of(tensor_parts(*first)) != digest_of(tensor_parts(*task.train(0))):
+        raise UsageError(
+            "train(0) gave another batch the second time; number n must always be the same batch"
+        )
     if task.validation and not sum(len(placed(batch, model)[2]) for batch in task.validation):
         raise UsageError(f"every target of the validation is {IGNORED}, so none counts")
 
@@ -226,7 +231,8 @@ def _require_finite(loss: float, step: int, recipe: Recipe) -> None:
 def _one(run: Run, number: int) -> Metrics:
     """One step."""
     recipe, device, began = run.trainer.recipe, run.trainer.device, time.perf_counter()
-    batches = [run.task.train(number * recipe.accumulate + part) for part in range(recipe.accumulate)]
+    first = number * recipe.accumulate
+    batches = [own_copy(run.task.train(first + part)) for part in range(recipe.accumulate)]
     loss, norm = run.trainer.step(number, batches)
     speed = sum(batch.ids.numel() for batch in batches) / (time.perf_counter() - began)
     memory = psutil.Process().memory_info().rss if device.type == "cpu" else peak_allocated(device)

@@ -18,7 +18,7 @@ from torch import nn
 from gpt2lite.checkpoint.torch_zip import NO_CRC
 from gpt2lite.checkpoint.writing import CHUNK_BYTES, replacing, tensors_of
 from gpt2lite.config import wrong_labels
-from gpt2lite.errors import CheckpointError, UsageError, first_line
+from gpt2lite.errors import CheckpointError, UsageError, first_line, require_allowed
 from gpt2lite.finetuning.data import Batch, Batches, digest_of, tensor_parts
 from gpt2lite.finetuning.lora import LinearWithLoRA, put_layer
 from gpt2lite.finetuning.recipe import Recipe
@@ -39,12 +39,23 @@ OTHERS = {
 }
 
 
+# What a task may hold, and in words.
+TASK_RULES: dict[str, tuple[Callable[[Any], object], str]] = {
+    "train": (callable, "a function of a batch's number"),
+    "validation": (lambda v: isinstance(v, Sequence) and not isinstance(v, Batch), "a list of Batch"),
+    "labels": (lambda v: not isinstance(v, str) and all(isinstance(n, str) for n in v), "a tuple of str"),
+    "sample": (lambda v: v is None or callable(v), "a function of the model, or None"),
+    "digest": (lambda v: isinstance(v, str), "a str"),
+}
+
+
 @dataclass(frozen=True)
 class Task:
     """What is learned: batch number n for training, batches to validate with, and how to see it.
 
     `sample` writes a text with the model as it is; `labels` names a classifier's classes; `digest` stands
     for all the data, so that a run is not resumed with other data (a few batches are compared in any case).
+    Raises UsageError for other kinds of values, such as a generator, which would be empty the second time.
     """
 
     train: Batches
@@ -54,9 +65,10 @@ class Task:
     digest: str = ""
 
     def __post_init__(self) -> None:
+        require_allowed(vars(self), TASK_RULES)
         if wrong := wrong_labels(self.labels, len(self.labels)):
             raise UsageError(f"Task.labels: {wrong}")
-        object.__setattr__(self, "labels", tuple(self.labels))  # a list's are the same data
+        object.__setattr__(self, "labels", tuple(self.labels))  # a list is the same data
 
 
 @dataclass(frozen=True)
