@@ -138,4 +138,4 @@ def open_torch_legacy(source: ByteSource) -> Manifest:
         keys = describe(source, DescribingUnpickler(pickles))
         whole = {key: storage for key, storage in unpickler.storages.items() if key == storage.key}
         kept = _find_storages(source, file, keys, whole)
-    return manifest_of(found, source, state, kept, whole.values())
+    return manifest_of(found, source, state, kept, whole)

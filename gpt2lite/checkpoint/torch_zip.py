@@ -13,7 +13,7 @@ import struct
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -89,18 +89,21 @@ def manifest_of(
     source: ByteSource,
     state: FileState,
     kept: Mapping[str, tuple[int, int]],
-    storages: Iterable[Storage],
+    storages: Mapping[str, Storage],
 ) -> Manifest:
     """The manifest of a file of torch.save, which allocates these `storages` to load it.
 
     `kept` says where in the file a storage lies, by its key: its first byte, and how many there are. A tensor
-    whose storage is not there is unreadable. Raises CheckpointError for one that reaches past it.
+    whose storage is not there, or is of another size than its pickle says (of its dtype, say), is unreadable.
+    Raises CheckpointError for one that reaches past it.
     """
     spans, unreadable = {}, dict(found.unreadable)
     for name, record in found.tensors.items():
         storage, start = record.storage, record.offset * record.dtype.itemsize
         begin, nbytes = kept.get(storage.key, (0, -1))
-        if nbytes < storage.start + storage.nbytes:
+        whole = storages[storage.key]
+        is_whole = 0 <= nbytes - whole.nbytes < whole.dtype.itemsize
+        if not is_whole or nbytes < storage.start + storage.nbytes:
             said = f"has {nbytes} bytes" if storage.key in kept else "is missing"
             unreadable[name] = f"needs data/{storage.key} of {storage.nbytes} bytes, which {said}"
             continue
@@ -110,7 +113,7 @@ def manifest_of(
             what = f"{name} reaches past the end of its storage {storage.key}"
             raise CheckpointError(source, what, name=name)
     rest = (found.modules, unreadable, found.is_plain and not unreadable, found.containers())
-    sizes = {source: tuple(storage.nbytes for storage in storages)}
+    sizes = {source: tuple(storage.nbytes for storage in storages.values())}
     return Manifest(source.path, "torch_zip", spans, found.values, {source: state}, sizes, *rest)
 
 
@@ -136,7 +139,7 @@ def open_torch_zip(source: ByteSource) -> Manifest:
         found.values[BOUND_CONFIG] = config.decode("utf-8", "replace")
     lies = {name: (offset, info.file_size) for name, (offset, info) in entries.items()}
     kept = {key: lies[f"data/{key}"] for key in unpickler.storages if f"data/{key}" in lies}
-    return manifest_of(found, source, state, kept, unpickler.storages.values())
+    return manifest_of(found, source, state, kept, unpickler.storages)
 
 
 # ---- writing -----------------------------------------------------------------------------------------------
