@@ -39,7 +39,7 @@ from test_checkpoint import (
 
 from gpt2lite.checkpoint import FOLDER_FILES, OPENERS, open_checkpoint
 from gpt2lite.checkpoint.reading import map_tensors, read_span, sizes_read
-from gpt2lite.checkpoint.source import FileState, LocalFile
+from gpt2lite.checkpoint.source import ByteSource, FileState
 from gpt2lite.checkpoint.torch_legacy import MAGIC_NUMBER
 from gpt2lite.errors import CheckpointError
 
@@ -585,7 +585,7 @@ class Elsewhere:
         return f"elsewhere:{self.path.name}"
 
     def state(self) -> FileState:
-        return LocalFile(self.path).state()
+        return ByteSource(self.path).state()
 
     def open(self) -> BinaryIO:
         return io.open(self.path, "rb")  # noqa: UP020 - the builtin is taken away

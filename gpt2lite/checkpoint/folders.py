@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from gpt2lite.checkpoint.foreign import shortened, what_is_json
 from gpt2lite.checkpoint.manifest import Manifest, joined
 from gpt2lite.checkpoint.safetensors import json_object
-from gpt2lite.checkpoint.source import ByteSource, LocalFile
+from gpt2lite.checkpoint.source import ByteSource
 from gpt2lite.checkpoint.torch_zip import fill_torch_zip, open_torch_zip
 from gpt2lite.checkpoint.writing import TensorToWrite, Wrote, state_of
 from gpt2lite.errors import CheckpointError, UsageError, listed
@@ -85,7 +85,7 @@ def open_tensors(folder: Path) -> dict[Path, Manifest]:
     found = {}
     for file in sorted(folder.glob("*.pt")):
         with suppress(CheckpointError):  # a damaged file is not one of them
-            manifest = open_torch_zip(LocalFile(file))
+            manifest = open_torch_zip(ByteSource(file))
             if list(manifest.tensors) == [""]:
                 span = replace(manifest.tensors[""], name=file.stem)
                 found[file] = replace(
