@@ -8,13 +8,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from gpt2lite.checkpoint import folders, llmc_bin, tf_bundle, torch_legacy
+from gpt2lite.checkpoint import folders, llmc_bin, tf_bundle, torch_zip
 from gpt2lite.checkpoint.folders import FOLDER_FILES
 from gpt2lite.checkpoint.foreign import READABLE, shortened, what_is
 from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, joined, validate
 from gpt2lite.checkpoint.safetensors import open_safetensors
 from gpt2lite.checkpoint.source import ByteSource
-from gpt2lite.checkpoint.torch_zip import open_torch_zip
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError
 
 OPTIMIZER = re.compile(r"(.*\.)?(state\.\d+|param_groups|optim\w*)\..*")  # names of an optimizer's tensors
@@ -23,8 +22,8 @@ __all__ = ["FOLDER_FILES", "Manifest", "TensorSpan", "open_checkpoint", "side_fi
 
 
 OPENERS: dict[str, Callable[[ByteSource], Manifest]] = {
-    "zip": open_torch_zip,
-    "legacy": torch_legacy.open_torch_legacy,
+    "zip": torch_zip.open_torch_zip,
+    "legacy": torch_zip.open_torch_legacy,
     "safetensors": open_safetensors,
     "sharded": lambda source: folders.open_sharded(source, partial(_open_file, is_shard=True)),
     "llmc": llmc_bin.open_llmc,
@@ -46,7 +45,7 @@ def _open_file(source: ByteSource, is_shard: bool = False) -> Manifest:
         "sharded": head.lstrip()[:1] == b"{" and b"\0" not in head[:8],
         "tf bundle": tail == tf_bundle.MAGIC,
         "safetensors": head[8:9] == b"{" and not (any(head[4:8]) and what_is(head)),
-        "legacy": torch_legacy.MAGIC in head[:32] or head.startswith(torch_legacy.MAGIC_TEXT),
+        "legacy": torch_zip.MAGIC in head[:32] or head.startswith(torch_zip.MAGIC_TEXT),
     }
     kind = next((kind for kind, is_it in rows.items() if is_it), None)
     if kind is None:
