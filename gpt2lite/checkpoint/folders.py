@@ -166,7 +166,7 @@ def open_sharded(source: ByteSource, open_shard: Callable[[ByteSource], Manifest
     if state.size > MAX_INDEX_BYTES:
         raise CheckpointError(source, f"has {state.size} bytes; the limit is {MAX_INDEX_BYTES >> 20} MiB")
     with source.open() as file:
-        index = json_object(source, file.read(), "index")
+        index = json_object(source, file.read(), "its index is ")
     weight_map, metadata = index.get("weight_map"), index.get("metadata")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(source, f"has no weight_map that names tensors; it is {what_is_json(index)}")
