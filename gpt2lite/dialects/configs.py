@@ -22,6 +22,7 @@ from gpt2lite.checkpoint import FOLDER_FILES, Manifest, TensorSpan, side_file
 from gpt2lite.checkpoint.inert_pickle import CHANGES
 from gpt2lite.checkpoint.manifest import BOUND_CONFIG, Unread, flatten
 from gpt2lite.checkpoint.reading import read_span
+from gpt2lite.checkpoint.safetensors import json_object
 from gpt2lite.config import ACTIVATIONS as OURS_ARE
 from gpt2lite.config import OFFICIAL_SIZES, GPTConfig, misfit, wrong_labels
 from gpt2lite.dialects.reading import AUXILIARY, CLASSIFIERS, TIED, Reading, above_of, block_of, unwrapped
@@ -339,14 +340,8 @@ def check_model_type(path: Path) -> None:
 
 def read_json(path: Path, text: str | None = None, kind: type = dict) -> Any:
     """The object, or list, that a JSON file, or a text in it, holds. Raises CheckpointError."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8", errors="replace") if text is None else text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(path, f"not valid JSON ({error})") from None
-    if not isinstance(found, kind):
-        wanted = "an object" if kind is dict else "a list"
-        raise CheckpointError(path, f"holds a JSON {type(found).__name__}, expected {wanted}")
-    return found
+    found = path.read_text(encoding="utf-8", errors="replace") if text is None else text
+    return json_object(path, found, kind=kind)
 
 
 # ---- whether they agree ------------------------------------------------------------------------------------
