@@ -40,8 +40,9 @@ from gpt2lite import (
     merge_lora,
     open_model,
 )
-from gpt2lite.checkpoint import open_checkpoint
+from gpt2lite.checkpoint import open_checkpoint, writing
 from gpt2lite.cli import main
+from gpt2lite.finetuning import lora, states
 from gpt2lite.finetuning.data import (
     IGNORED,
     Batch,
@@ -645,8 +646,8 @@ def test_adapters_of_a_classifier_hold_its_head_and_train_further(tmp_path: Path
 # ---- resuming ----------------------------------------------------------------------------------------------
 
 
-def cut_run(out: Path, recipe: Recipe = QUICK, at: int = 4) -> None:
-    """Ends after the fifth step, with the states of steps 2 and 4."""
+def cut_run(out: Path, recipe: Recipe = QUICK, at: int = 3) -> None:
+    """Ends after the fourth step, with the states of steps 2 and 4."""
 
     def stop(metrics: Any) -> None:
         if metrics.step == at:
@@ -777,8 +778,8 @@ def test_a_half_written_line_of_metrics_is_made_again(tmp_path: Path):
     out, path = tmp_path / "out", tmp_path / "out" / "metrics.jsonl"
     cut_run(out)
     whole = path.read_text()
-    path.write_text(whole + '{"step": 5, "lo')
-    assert len(read_metrics(out)) == 5
+    path.write_text(whole + '{"step": 4, "lo')
+    assert len(read_metrics(out)) == 4
     resumed(out)
     assert [each["step"] for each in read_metrics(out)] == list(range(8))
 
@@ -846,19 +847,208 @@ def test_one_folder_takes_one_run_at_a_time(resume: bool, tmp_path: Path):
     resumed(out)  # nothing is left of the lock
 
 
-def test_a_sample_that_raises_costs_no_step(tmp_path: Path):
-    def fail(model: Any) -> str:
+def test_metrics_that_are_no_json_are_one_error_or_restored(tmp_path: Path):
+    out, path = tmp_path / "out", tmp_path / "out" / "metrics.jsonl"
+    cut_run(out)
+    whole = path.read_bytes()
+    for content in (b'{"step": 0\n' + whole, whole + b"\xff\n"):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"metrics.jsonl: not a JSON object in each line"):
+            read_metrics(out)
+    resumed(out)
+    assert [each["step"] for each in read_metrics(out)] == list(range(8))
+
+
+@pytest.mark.parametrize("damage", ["deleted", "truncated", "longer"])
+@pytest.mark.parametrize("save_every", [1, 100])
+def test_metrics_that_change_during_a_run_are_whole_in_the_end(damage: str, save_every: int, tmp_path: Path):
+    path = tmp_path / "out" / "metrics.jsonl"
+
+    def spoil(metrics: Any) -> None:
+        if metrics.step == 3 and damage == "deleted":
+            path.unlink()
+        elif metrics.step == 3:
+            path.write_bytes(path.read_bytes()[:-30] if damage == "truncated" else b"no line")
+
+    finetune(fresh(), task(QUICK), tmp_path / "out", replace(QUICK, save_every=save_every), report=spoil)
+    assert [each["step"] for each in read_metrics(tmp_path / "out")] == list(range(8))
+    saved = torch.load(tmp_path / "out" / "step-000008.pth", weights_only=True)
+    assert saved["metrics"] == path.read_text()
+
+
+class GoneLater(list[Batch]):
+    """Batches that can be gone through twice, before the first step."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.times = getattr(self, "times", 0) + 1
+        if self.times > 2:
+            raise Cut
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("fails", ["train", "validation", "sample", "report", "memory"])
+@pytest.mark.parametrize("levers", [{}, {"step_in_backward": True, "clip": 0.0}], ids=str)
+def test_what_raises_costs_no_step(fails: str, levers: dict[str, Any], tmp_path: Path):
+    recipe = replace(QUICK, validate_every=5, **levers)
+    wanted = finetune(fresh(), task(recipe), tmp_path / "whole", recipe)
+    good, out, hooks = task(recipe), tmp_path / "out", list[Any]()
+
+    def fail(*_: Any) -> Any:
+        for hook in hooks:
+            hook.remove()
         raise Cut
 
-    wanted, recipe = (
-        finetune(fresh(), task(QUICK), tmp_path / "whole", QUICK),
-        replace(QUICK, validate_every=5),
-    )
-    with pytest.raises(Cut):
-        finetune(fresh(), task(QUICK, sample=fail), tmp_path / "out", recipe)
-    assert [path.name for path in (tmp_path / "out").glob("*.pth")] == ["step-000005.pth"]
-    assert resumed(tmp_path / "out").read_bytes() == wanted.read_bytes()
-    assert [each["step"] for each in read_metrics(tmp_path / "out")] == list(range(8))
+    def train(number: int) -> Batch:
+        return good.train(number) if number < 5 else fail()
+
+    def report(metrics: Any) -> None:
+        if metrics.step == 4 and fails == "memory":  # in the middle of the next step's forward
+            hooks.append(model.final_norm.register_forward_hook(fail))
+        if metrics.step == 4 and fails == "report":
+            fail()
+
+    model, own = fresh(), good
+    if fails == "train":
+        own = replace(own, train=train)
+    elif fails == "sample":
+        own = replace(own, sample=fail)
+    elif fails == "validation":
+        own = replace(own, validation=GoneLater(own.validation))
+    with pytest.raises(Cut) as error:
+        finetune(model, own, out, recipe, report=report)
+    assert error.value.__cause__ is None
+    assert [path.name for path in out.glob("*.pth")] == ["step-000005.pth"]
+    assert resumed(out, recipe).read_bytes() == wanted.read_bytes()
+    assert [each["step"] for each in read_metrics(out)] == list(range(8))
+
+
+def test_a_failure_to_save_does_not_hide_what_ended_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: Any) -> None:
+        raise OSError("the disk is full")
+
+    def fail(metrics: Any) -> None:
+        monkeypatch.setattr(torch, "save", full)
+        raise Cut
+
+    with pytest.raises(Cut) as error:
+        finetune(fresh(), task(QUICK), tmp_path / "out", QUICK, report=fail)
+    assert str(error.value.__cause__) == "the disk is full"
+
+
+@pytest.mark.parametrize("sample", [torch.ones(2), b"bytes", 1.5, ["a"]], ids=str)
+def test_a_sample_that_is_no_text_is_refused_and_costs_no_step(sample: Any, tmp_path: Path):
+    recipe, out = replace(QUICK, validate_every=2), tmp_path / "out"
+    with pytest.raises(UsageError, match=f"Task.sample returned a {type(sample).__name__}, wanted a str"):
+        finetune(fresh(), task(QUICK, sample=lambda model: sample), out, recipe)
+    assert len(read_metrics(out)) == 2
+    resumed(out, replace(QUICK, validate_every=3), own=task(QUICK, sample=lambda model: "\udcff ☂"))
+    assert [each.get("sample") for each in read_metrics(out)][2] == "\udcff ☂"
+
+
+# ---- Ctrl-C ------------------------------------------------------------------------------------------------
+
+
+def press(*_: Any) -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("at", [0, 3, 7])
+def test_ctrl_c_in_any_step_saves_it_and_raises(at: int, tmp_path: Path):
+    wanted, out = finetune(fresh(), task(QUICK), tmp_path / "whole", QUICK), tmp_path / "out"
+    before = signal.getsignal(signal.SIGINT)
+
+    def report(metrics: Any) -> None:
+        if metrics.step == at:
+            press()
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(fresh(), task(QUICK), out, QUICK, report=report)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert [path.name for path in out.glob("*.pth")] == [f"step-{at + 1:06}.pth"]
+    assert resumed(out).read_bytes() == wanted.read_bytes()
+
+
+def test_a_second_ctrl_c_ends_a_slow_sample_at_once(tmp_path: Path):
+    recipe, out, pressed = replace(QUICK, validate_every=3), tmp_path / "out", []
+
+    def sample(model: Any) -> str:
+        for number in range(4):
+            pressed.append(number)
+            press()
+        return "never"
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(fresh(), task(QUICK, sample=sample), out, recipe)
+    assert pressed == [0, 1]
+    assert [path.name for path in out.glob("*.pth")] == ["step-000003.pth"]
+    assert len(read_metrics(out)) == 3
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, "own"])
+def test_a_handler_of_the_caller_stays_and_counts(handler: Any, tmp_path: Path):
+    calls: list[int] = []
+    own = (lambda *_: calls.append(1)) if handler == "own" else handler
+    before = signal.signal(signal.SIGINT, own)
+    try:
+        if handler == "own":  # pressed while the model is saved: the caller hears of it when all is whole
+            with pytest.raises(KeyboardInterrupt):
+                finetune(fresh(), task(QUICK), tmp_path / "out", QUICK, report=press)
+        else:
+            finetune(fresh(), task(QUICK), tmp_path / "out", QUICK, report=press)
+        assert signal.getsignal(signal.SIGINT) is own
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(read_metrics(tmp_path / "out")) == (1 if handler == "own" else 8)
+
+
+@pytest.mark.parametrize("where", ["merge_lora", "save_lora", "save_checkpoint"])
+def test_ctrl_c_after_the_last_step_leaves_model_and_files_whole(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recipe = replace(QUICK, lora_rank=2, learning_rate=1e-2)
+    wanted_model, model, out = fresh(), fresh(), tmp_path / "out"
+    wanted = finetune(wanted_model, task(recipe), tmp_path / "whole", recipe)
+    home = {"merge_lora": lora, "save_lora": states, "save_checkpoint": writing}[where]
+    name = {"merge_lora": "put_layer", "save_lora": "replacing", "save_checkpoint": "_flush"}[where]
+    plain = getattr(home, name)
+
+    def pressing(*args: Any) -> Any:
+        is_there = where != "save_checkpoint" or "model.pth" in str(args)
+        if recipe.steps == len(read_metrics(out)) and is_there:
+            press()
+        return plain(*args)
+
+    monkeypatch.setattr(home, name, pressing)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(model, task(recipe), out, recipe)
+    monkeypatch.undo()
+    names = {path.name for path in out.iterdir()}
+    if "model.pth" in names:
+        assert (out / "model.pth").read_bytes() == wanted.read_bytes()
+    assert not [name for name in names if name.endswith(".part")]
+    found, merged = weights(model), weights(wanted_model)
+    last = "trf_blocks.2.att.W_query.weight"
+    assert_same(found, merged if torch.equal(found[last], merged[last]) else weights(fresh()), 0.0)
+    assert resumed(out, recipe).read_bytes() == wanted.read_bytes()
+
+
+def test_ctrl_c_while_adapters_are_merged_waits_for_the_last(monkeypatch: pytest.MonkeyPatch):
+    wanted, model, recipe = fresh(), fresh(), replace(QUICK, lora_rank=2)
+    for each in (wanted, model):
+        lora.add_lora(each, recipe)
+        for layer in lora.lora_layers(each).values():
+            layer.lora.B.data.fill_(0.1)
+    merge_lora(wanted)
+    plain = lora.put_layer
+
+    def pressing(*args: Any) -> None:
+        press()
+        plain(*args)
+
+    monkeypatch.setattr(lora, "put_layer", pressing)
+    with pytest.raises(KeyboardInterrupt):
+        merge_lora(model)
+    assert_same(weights(model), weights(wanted), 0.0)
 
 
 # ---- the process belongs to the caller --------------------------------------------------------------------

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -20,6 +21,7 @@ from gpt2lite.checkpoint.writing import CHUNK_BYTES, replacing, tensors_of
 from gpt2lite.config import wrong_labels
 from gpt2lite.errors import CheckpointError, UsageError, first_line, require_allowed
 from gpt2lite.finetuning.data import Batch, Batches, digest_of, tensor_parts
+from gpt2lite.finetuning.interrupts import CtrlC
 from gpt2lite.finetuning.lora import LinearWithLoRA, put_layer
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.finetuning.training import Trainer
@@ -71,14 +73,22 @@ class Task:
         object.__setattr__(self, "labels", tuple(self.labels))  # a list is the same data
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
-    """A run in progress: what it trains and from what, and its folder."""
+    """A run in progress: what it trains and from what, and its folder; how far it is, and is saved.
+
+    `last` is the newest step's last batch, `lines` are those of metrics.jsonl.
+    """
 
     trainer: Trainer
     task: Task
     out: Path
     identity: dict[str, Any]
+    ctrl_c: CtrlC
+    step: int = 0
+    saved: int = 0
+    last: Batch = field(init=False)
+    lines: list[str] = field(default_factory=list)
 
 
 def weights_of(model: nn.Module) -> dict[str, str]:
@@ -132,11 +142,21 @@ def state_files(out: Path) -> dict[int, Path]:
     return dict(sorted((int(found[1]), path) for found, path in named if found))
 
 
-def _last_batch(task: Task, recipe: Recipe, step: int) -> str:
-    return digest_of(tensor_parts(*task.train(step * recipe.accumulate - 1)))
+def log(run: Run, said: dict[str, Any]) -> None:
+    """Write a step down."""
+    run.lines.append(json.dumps(said) + "\n")
+    with (run.out / METRICS).open("a", encoding="utf-8", newline="") as file:
+        file.write(run.lines[-1])
 
 
-def save_state(run: Run, step: int) -> None:
+def _write_log(run: Run) -> None:
+    """Where metrics.jsonl is not what was written down, write it anew."""
+    path, content = run.out / METRICS, "".join(run.lines).encode()
+    if not path.is_file() or path.read_bytes() != content:
+        path.write_bytes(content)
+
+
+def save_state(run: Run) -> None:
     """Everything that the next step depends on, and the log so far; the oldest states are deleted.
 
     The log takes about 200 bytes a step.
@@ -145,15 +165,16 @@ def save_state(run: Run, step: int) -> None:
     content = {
         "model": {name: p.detach() for name, p in trainer.trained.items()},
         "optimizer": trainer.state(),
-        "step": step,
+        "step": run.step,
         "config": trainer.model.config.as_dict(run.task.labels),
         "made_from": run.identity,
-        "last_batch": _last_batch(run.task, trainer.recipe, step),
-        "metrics": (run.out / METRICS).read_text(encoding="utf-8"),
+        "last_batch": digest_of(tensor_parts(*run.last)),
+        "metrics": "".join(run.lines),
     }
-    with replacing(run.out / f"step-{step:06}.pth") as temporary:
+    with replacing(run.out / f"step-{run.step:06}.pth") as temporary:
         torch.save(content, temporary)
-    older = [path for number, path in state_files(run.out).items() if number <= step]
+    _write_log(run)
+    older = [path for number, path in state_files(run.out).items() if number <= run.step]
     for path in older[: -trainer.recipe.keep]:
         path.unlink()
 
@@ -186,7 +207,8 @@ def saved_recipe(out: Path) -> dict[str, Any]:
 def _require_same(path: Path, saved: dict[str, Any], run: Run) -> None:
     """Refuse to go on with another model, data or recipe than a state's; say what differs and may."""
     was, now, step = saved["made_from"], run.identity, saved["step"]
-    same_batch = saved["last_batch"] == _last_batch(run.task, run.trainer.recipe, step)
+    last = run.task.train(step * run.trainer.recipe.accumulate - 1)
+    same_batch = saved["last_batch"] == digest_of(tensor_parts(*last))
     others = {key for key in OTHERS if was[key] != now[key]} | (set() if same_batch else {"data"})
     before, after = was["recipe"], now["recipe"]
     changed = [key for key in before if after.get(key) != before[key] and key not in UNSAID]
@@ -199,13 +221,14 @@ def _require_same(path: Path, saved: dict[str, Any], run: Run) -> None:
         warnings.warn(f"{path}: was made with {said}; {changes}", stacklevel=2)
 
 
-def restore(run: Run) -> int:
-    """Go back to the newest state, and metrics.jsonl with it; returns the next step, or 0."""
-    found = newest_state(run.out)
-    if found is None:
-        (run.out / METRICS).write_bytes(b"")
-        return 0
-    path, saved = found
+def restore(run: Run) -> None:
+    """Go back to the newest state, or to the beginning, and metrics.jsonl with it."""
+    if found := newest_state(run.out):
+        _restore(run, *found)
+    _write_log(run)
+
+
+def _restore(run: Run, path: Path, saved: dict[str, Any]) -> None:
     _require_same(path, saved, run)
     shapes = {name: tensor.shape for name, tensor in saved["model"].items()}
     if shapes != {name: p.shape for name, p in run.trainer.trained.items()}:
@@ -214,8 +237,8 @@ def restore(run: Run) -> int:
         for name, parameter in run.trainer.trained.items():
             parameter.copy_(saved["model"][name])
     run.trainer.restore(saved["optimizer"])
-    (run.out / METRICS).write_bytes(saved["metrics"].encode())
-    return int(saved["step"])
+    run.step = run.saved = saved["step"]
+    run.lines = saved["metrics"].splitlines(keepends=True)
 
 
 # ---- adapters ----------------------------------------------------------------------------------------------
