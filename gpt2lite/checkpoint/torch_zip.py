@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import struct
 import zipfile
@@ -32,8 +33,8 @@ from gpt2lite.checkpoint.inert_pickle import (
 )
 from gpt2lite.checkpoint.manifest import BOUND_CONFIG, Manifest, TensorSpan, are_sizes, contiguous_stride
 from gpt2lite.checkpoint.source import ByteSource, FileState, read_each
-from gpt2lite.checkpoint.writing import Config, TensorToWrite, Wrote, made_ahead
-from gpt2lite.errors import CheckpointError
+from gpt2lite.checkpoint.writing import Config, TensorToWrite, Wrote, made_ahead, state_of
+from gpt2lite.errors import CheckpointError, UsageError
 
 MAX_SMALL_BYTES = 64 << 20  # of what is read whole: a pickle
 ENCRYPTED, UTF8_NAME = 1, 0x800  # flag bits
@@ -343,3 +344,19 @@ def fill_torch_zip(
                     entry.write(chunk)
                     wrote(len(chunk))
         archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
+
+
+def fill_tensor_folder(folder: Path, tensors: Sequence[TensorToWrite], wrote: Wrote) -> None:
+    """Write `<name>.pt` for every tensor, those that share another's bytes left out.
+
+    Raises UsageError for a tensor whose name cannot be a file's, before anything is written.
+    """
+    stored = [tensor for tensor in tensors if not tensor.shares]
+    for name in (tensor.name for tensor in stored):
+        if not name or name.startswith(".") or set(name) & {os.sep, "\0"}:
+            raise UsageError(f"{folder}: a tensor is called {name!r}, which cannot be a file's name")
+        state_of(folder.parent / f"{name}.pt")
+    folder.mkdir()
+    for tensor in stored:
+        path = folder / f"{tensor.name}.pt"
+        fill_torch_zip(path, [tensor], wrote, arrange=lambda state: next(iter(state.values())))
