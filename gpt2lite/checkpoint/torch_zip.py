@@ -108,7 +108,7 @@ def manifest_of(
     Raises CheckpointError for one that reaches past it.
     """
     spans, unreadable = {}, dict(found.unreadable)
-    for name, record in found.tensors.items():
+    for name, record in (found.unsaved | found.tensors).items():
         storage, start = record.storage, record.offset * record.dtype.itemsize
         begin, nbytes = kept.get(storage.key, (0, -1))
         offset, whole = begin + storage.start + start, storages[storage.key]
@@ -122,7 +122,8 @@ def manifest_of(
         else:
             said = f"has {nbytes} bytes" if storage.key in kept else "is missing"
             unreadable[name] = f"needs data/{storage.key} of {storage.nbytes} bytes, which {said}"
-    rest = (found.modules, unreadable, found.is_plain and not unreadable, found.containers())
+    unsaved = {name: spans.pop(name) for name in found.unsaved.keys() - found.tensors.keys() & spans.keys()}
+    rest = (found.modules, unreadable, found.is_plain and not unreadable, found.containers(), unsaved)
     sizes = {source: tuple(storage.nbytes for storage in storages.values())}
     return Manifest(source.path, "torch_zip", spans, found.values, {source: state}, sizes, *rest)
 
