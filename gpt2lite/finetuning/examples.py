@@ -137,12 +137,12 @@ def instruction_examples(
 
     Longer ones are cut to seq_len, without the end; those whose prompt leaves no room are left out; a warning
     says how many. Special tokens in a record are plain text. Raises UsageError where more than half are left
-    out.
+    out, and for a tokenizer without a token that ends a text.
     """
-    pairs, cut = [], 0
+    pairs, cut, end = [], 0, end_of_text(encoding)
     for record in records:
         prompt = encoding.encode_ordinary(format_prompt(record))
-        response = [*encoding.encode_ordinary(record["output"]), end_of_text(encoding)]
+        response = [*encoding.encode_ordinary(record["output"]), end]
         if len(prompt) < seq_len:
             targets = [IGNORED] * (len(prompt) - 1) + response
             pairs.append((record, Example((prompt + response)[:-1][:seq_len], targets[:seq_len])))
