@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,16 +184,18 @@ class GPTModel(nn.Module):
         check_names(options, Options)
         return cls.from_checkpoint(locate(name, options), device, strategy, **options)
 
-    def save_checkpoint(self, path: Source, *, progress: Progress | None = None) -> Path:
-        """Write the weights and the config to one `.pth` or `.safetensors`.
+    def save_checkpoint(
+        self, path: Source, *, labels: Sequence[str] = (), progress: Progress | None = None
+    ) -> Path:
+        """Write the weights and the config, with a classifier's labels, to one `.pth` or `.safetensors`.
 
         `from_checkpoint` of it needs nothing said; other programs pass over the config. The file is replaced
         whole or not at all, so a model that stands on `model.pth` (strategy="mmap") can be saved over it. A
         tied head stays tied: in a `.pth` one storage, in safetensors no second copy. Holds two chunks of 8
-        MiB on the host. Raises UsageError for another suffix, a folder that is not there, or weights on meta,
-        OSError for a full disk.
+        MiB on the host. Raises UsageError for another suffix, a folder that is not there, weights on meta, or
+        labels that do not name each row of the head once, OSError for a full disk.
         """
-        path = Path(path)
+        path, config = Path(path), self.config.as_dict(labels)
         if any(isinstance(part, Int8Linear) for part in self.modules()):
             raise UsageError(f"{path}: cannot save an int8 model; quantize the checkpoint when loading it")
         if path.suffix not in SAVERS:
@@ -201,7 +203,7 @@ class GPTModel(nn.Module):
         fill, ties = SAVERS[path.suffix]
         tensors = [tensor for tensor in tensors_of(self.state_dict()) if ties or not tensor.shares]
         require_space(path, sum(tensor.nbytes for tensor in tensors if not tensor.shares))
-        write_whole(fill, path, tensors, progress or (lambda done, total: None), self.config.as_dict())
+        write_whole(fill, path, tensors, progress or (lambda done, total: None), config)
         return path
 
     @torch.no_grad()

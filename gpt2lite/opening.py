@@ -24,7 +24,15 @@ from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.checkpoint.tf_bundle import index_of
 from gpt2lite.config import OFFICIAL_SIZES, GPTConfig
 from gpt2lite.devices import name_device
-from gpt2lite.dialects.configs import UNSAYABLE, Found, check_model_type, complete, find_fields
+from gpt2lite.dialects.configs import (
+    UNSAYABLE,
+    Found,
+    check_masks,
+    check_model_type,
+    complete,
+    find_fields,
+    labels_of,
+)
 from gpt2lite.dialects.peft import find_adapter, with_adapter
 from gpt2lite.dialects.reading import Reading, read_dialect, read_names, with_lora_alpha
 from gpt2lite.errors import UsageError
@@ -85,6 +93,11 @@ class Opened(Generic[Model]):
         return complete(self.reading, self.found)
 
     @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """A classifier's labels, one per row of its head; () where no file says them."""
+        return labels_of(self.reading)
+
+    @cached_property
     def sizes(self) -> GPTConfig:
         """The config to plan with: unknown fields that no byte depends on get defaults."""
         return complete(self.reading, replace(self.found, fields=UNSAYABLE | dict(self.found.fields)))
@@ -127,6 +140,7 @@ class Opened(Generic[Model]):
         """
         complete(self.reading, self.found)  # raises where `plan` would take something for granted
         with_lora_alpha(self.reading, None)  # raises where one is missing
+        check_masks(self.reading)
         for note in self.found.notes:
             warnings.warn(note, UserWarning, stacklevel=2)
         return load(partial(self.plan, **options), device, strategy, options)  # type: ignore[return-value]
@@ -145,7 +159,7 @@ def locate(name: str | os.PathLike[str], options: Mapping[str, Any]) -> Path:
 def open_as(
     model: Callable[[GPTConfig], Model], path: str | os.PathLike[str], options: OpenOptions
 ) -> Opened[Model]:
-    """Open what lies at a path. Reads headers, and of stored attention masks a few rows.
+    """Open what lies at a path. Reads headers, and of stored attention masks the first block's.
 
     Raises CheckpointNotFoundError; CheckpointError for a file that is damaged, of an unknown kind, wants to
     run code, contradicts itself or computes something else; UsageError for a wrong argument.

@@ -22,9 +22,10 @@ from gpt2lite.checkpoint import FOLDER_FILES, Manifest, TensorSpan, side_file
 from gpt2lite.checkpoint.inert_pickle import CHANGES
 from gpt2lite.checkpoint.manifest import BOUND_CONFIG, Unread, flatten
 from gpt2lite.checkpoint.reading import read_span
+from gpt2lite.checkpoint.safetensors import json_object
 from gpt2lite.config import ACTIVATIONS as OURS_ARE
-from gpt2lite.config import OFFICIAL_SIZES, GPTConfig, misfit
-from gpt2lite.dialects.reading import AUXILIARY, CLASSIFIERS, TIED, Reading, above_of, unwrapped
+from gpt2lite.config import OFFICIAL_SIZES, GPTConfig, misfit, wrong_labels
+from gpt2lite.dialects.reading import AUXILIARY, CLASSIFIERS, TIED, Reading, above_of, block_of, unwrapped
 from gpt2lite.errors import CheckpointError, UsageError, listed
 
 # ---- their words -------------------------------------------------------------------------------------------
@@ -40,6 +41,7 @@ OURS = {
     **dict.fromkeys(("resid_pdrop", "dropout"), "drop_rate"),
     **{"n_vocab": "vocab_size", "activation_function": "activation", "tie_word_embeddings": "tied_head"},
 }
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "drop_rate")  # all of them are one rate of ours
 # Their names of the same two functions, up to rounding, and the classes that compute them. gelu_10 clips,
 # quick_gelu is another function.
 _TANH = """
@@ -54,6 +56,7 @@ SCALE, CLASS = "its scale", "its class"
 # refused. A class of torch or transformers must come from there, others are copied from program to program.
 TORCHS, HUBS = r"(torch\.nn|gpt2lite)\..*\b", r"transformers\..*\b"
 BLOCK, HEAD = r"(trf_blocks|h)\.\d+", "lm_head|out_head|score|classifier"
+DROPOUT = r"(.*\.)?(drop\w*|\w+_dropout|ff\.layers\.3)"
 ATTENTION, NORM = rf"{BLOCK}\.attn?", rf"{BLOCK}\.(norm[12]|ln_[12])|final_norm|ln_f"
 ACTIVATION, MLP = rf"{BLOCK}\.(ff\.layers\.1|mlp\.(act|gelu))", rf"{BLOCK}\.(ff|mlp)"
 ATTENTIONS = r"(PyTorch)?MultiHeadAttention(CombinedQKV)?|MHA\w+|CausalSelfAttention"
@@ -63,7 +66,7 @@ CLASSES = {
     "": rf".*\bGPT(Model(Fast)?)?|{HUBS}GPT2(Model|LMHeadModel|DoubleHeadsModel|For\w+)",
     "transformer": rf"{HUBS}GPT2Model|{TORCHS}ModuleDict",
     "tok_emb|pos_emb|wte|wpe": rf"{TORCHS}Embedding",
-    r"(.*\.)?(drop\w*|\w+_dropout|ff\.layers\.3)": rf"{TORCHS}(Dropout|Identity)",
+    DROPOUT: rf"{TORCHS}(Dropout|Identity)",
     r"trf_blocks(\.\d+\.ff\.layers)?|h": rf"{TORCHS}(Sequential|ModuleList)",
     BLOCK: rf".*\b(TransformerBlock(Fast)?|Block)|{HUBS}GPT2Block",
     ATTENTION: rf".*\b({ATTENTIONS})|{HUBS}GPT2(Sdpa|Flash)?Attention2?",
@@ -77,11 +80,12 @@ CLASSES = {
 WRAPPERS = r"(torch|deepspeed)\..*"
 # The config words that attributes there stand for ("": their own names). Every block must say the same.
 ATTRIBUTES = {
-    rf"{ATTENTION}\.(n_heads?|num_heads|is_causal|scale_attn\w*|sliding_window\w*)": "",
+    rf"{ATTENTION}\.(n_heads?|num_heads|head_dim|is_\w+|scale_attn\w*|sliding_window\w*)": "",
+    rf"{ATTENTION}\.(n_embd|embed_dim|split_size|d_out)": "emb_dim",
     rf"{ATTENTION}\.(scaling|scale)": SCALE,
     rf"({NORM})\.eps": "layer_norm_epsilon",
     r"(tok_emb|pos_emb|wte|wpe)\.max_norm": "",
-    r"drop(_emb)?\.p": "drop_rate",
+    rf"({DROPOUT})\.p": "drop_rate",
 }
 # What changes the computation, with the values that ours has; a refusal names the last.
 COMPUTED: dict[str, tuple[object, ...]] = {
@@ -89,7 +93,9 @@ COMPUTED: dict[str, tuple[object, ...]] = {
     **dict.fromkeys(("layer_norm_epsilon", "layer_norm_eps", "norm_eps"), (None, 1e-5)),
     **dict.fromkeys(("scale_attn_weights", "is_causal"), (None, True)),
     **dict.fromkeys(("scale_attn_by_inverse_layer_idx", "add_cross_attention"), (None, False)),
-    **dict.fromkeys(("is_encoder_decoder", "use_bidirectional_attention"), (None, False)),
+    **dict.fromkeys(
+        ("is_encoder_decoder", "is_cross_attention", "use_bidirectional_attention"), (None, False)
+    ),
     **dict.fromkeys(("activation_function", "activation"), (*OURS_ARE, *ACTIVATIONS)),
     "is_decoder": (None, False, True),  # GPT-2 is causal either way
     "pruned_heads": (None, {}),
@@ -119,6 +125,7 @@ predict_special_tokens _attn_implementation _attn_implementation_autoset _commit
 DOES_NOT_MATTER = frozenset(_DOES_NOT_MATTER.split())
 
 FIELDS = GPTConfig.__dataclass_fields__
+LABELS = "labels.json"  # beside a finetuned classifier: its labels as a list, for other programs
 KNOWN = {"n_inner", *FIELDS, *OURS, *COMPUTED, *DOES_NOT_MATTER}
 
 
@@ -292,6 +299,38 @@ def folder_configs(path: Path) -> dict[str, dict[str, Any]]:
     return {name: read_json(folder / name) for name in names if (folder / name).is_file()}
 
 
+def labels_of(reading: Reading) -> tuple[str, ...]:
+    """A classifier's labels, as its file, the config beside it or labels.json say them; () where none does.
+
+    Raises CheckpointError where two of them disagree or one does not name every row of the head.
+    """
+    path, n_classes = reading.manifest.path, _said_by_shapes(reading)["n_classes"]
+    sources = (*_in_the_file(reading), *_beside_the_file(reading, has_heads=True)) if n_classes else ()
+    named = {where: words["id2label"] for where, words, _ in sources if words.get("id2label")}
+    said = {where: _in_order(labels) for where, labels in named.items() if not _are_placeholders(labels)}
+    if n_classes and (beside := folder_of(path) / LABELS).is_file():
+        said[str(beside)] = read_json(beside, kind=list)
+    for where, labels in said.items():
+        if wrong := wrong_labels(labels, n_classes):
+            raise CheckpointError(where, wrong)
+        first, agreed = next(iter(said.items()))
+        if labels != agreed:
+            both = f"{first} says {', '.join(agreed)}, but {where} says {', '.join(labels)}"
+            raise CheckpointError(f"{both}. Is one of them another run's?")
+    return tuple(next(iter(said.values()), ()))
+
+
+def _in_order(labels: Any) -> Any:
+    """id2label's names by their numbers; what is no such table stays as it is."""
+    is_table = isinstance(labels, dict) and labels.keys() == {str(row) for row in range(len(labels))}
+    return [labels[str(row)] for row in range(len(labels))] if is_table else labels
+
+
+def _are_placeholders(labels: object) -> bool:
+    """Whether these are transformers' own words for classes that nobody named."""
+    return isinstance(labels, dict) and all(labels[row] == f"LABEL_{row}" for row in labels)
+
+
 def check_model_type(path: Path) -> None:
     """Raise CheckpointError where a checkpoint's own config.json says that it is no GPT-2."""
     kind = folder_configs(path).get("config.json", {}).get("model_type")
@@ -299,20 +338,16 @@ def check_model_type(path: Path) -> None:
         raise CheckpointError(path, f"its config.json says model_type={kind!r}; gpt2lite opens gpt2 only")
 
 
-def read_json(path: Path, text: str | None = None) -> dict[str, Any]:
-    """The object that a JSON file, or a text in it, holds. Raises CheckpointError."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8", errors="replace") if text is None else text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(path, f"not valid JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(path, f"holds a JSON {type(found).__name__}, expected an object")
-    return found
+def read_json(path: Path, text: str | None = None, kind: type = dict) -> Any:
+    """The object, or list, that a JSON file, or a text in it, holds. Raises CheckpointError."""
+    found = path.read_text(encoding="utf-8", errors="replace") if text is None else text
+    return json_object(path, found, kind=kind)
 
 
 # ---- whether they agree ------------------------------------------------------------------------------------
 
 MASK_ROWS = 64  # read at a time: 256 KiB of GPT-2's
+HIDDEN = -9e3  # GPT-2 has -1e4, also where fp16 or bf16 rounds it
 
 
 def _require_computed(
@@ -341,31 +376,40 @@ def _is_same(said: object, value: object) -> bool:
     return isinstance(said, bool) == isinstance(value, bool) and said == value
 
 
-def _check_masks(reading: Reading) -> None:
+def check_masks(reading: Reading, *, is_opening: bool = False) -> None:
     """Raise CheckpointError for a mask that is not causal: a window, or none at all, is another computation.
 
-    Reads the first block's mask whole, and of the others, where they are not the same bytes, the first, the
-    middle and the last row: a window hides something in the last, a mask that hides nothing shows in the
-    first.
+    Reads all of them, once where blocks share their bytes; while opening, which is cheap, the first block's.
     """
     tensors = reading.manifest.tensors
-    spans = {tensors[name].address: tensors[name] for name in reading.masks if tensors[name].numel > 1}
-    for number, span in enumerate(spans.values()):
-        size, name = span.shape[-1], span.name
-        rows, count = (range(0, size, MASK_ROWS), MASK_ROWS) if number == 0 else ((0, size // 2, size - 1), 1)
-        is_square = span.shape[-2:] == (size, size) and span.numel == size * size and span.is_contiguous
-        if not is_square or not all(_is_causal(span, range(row, min(row + count, size))) for row in rows):
+    names = (name for name in reading.masks if block_of(name) == 0 or not is_opening)
+    for span in {tensors[name].address: tensors[name] for name in names}.values():
+        if span.name.endswith(".masked_bias"):
+            _check_hidden(span)
+            continue
+        size = span.shape[-1] if span.shape else 0
+        is_square = span.shape[-2:] == (size, size) and span.numel == size * size > 0 and span.is_contiguous
+        rows = (range(row, min(row + MASK_ROWS, size)) for row in range(0, size, MASK_ROWS))
+        if not is_square or not all(_is_causal(span, each) for each in rows):
             said = "is not GPT-2's causal mask, the only one supported. Use the program that wrote it"
-            raise CheckpointError(span.source, f"{name} {said}", name=name)
+            raise CheckpointError(span.source, f"{span.name} {said}", name=span.name)
 
 
 def _is_causal(span: TensorSpan, rows: range) -> bool:
     """Whether rows of a square mask hide what follows each token: 1 for hidden (book) or seen (Hub)."""
     *outer, _, size = span.shape
     box = [*map(range, outer), rows, range(size)]
-    stored = read_span(span.part(box)).view(len(rows), size) != 0
+    stored = read_span(span.part(box)).view(len(rows), size).float()
     follows = torch.ones_like(stored).triu(rows.start + 1)
-    return torch.equal(stored, follows if span.name.endswith(".mask") else ~follows)
+    return torch.equal(stored, follows if span.name.endswith(".mask") else 1 - follows)
+
+
+def _check_hidden(span: TensorSpan) -> None:
+    """Raise CheckpointError for a `masked_bias`, hidden tokens' score, that hides nothing."""
+    found = read_span(span).float().item() if span.numel == 1 else None
+    if found is None or not found <= HIDDEN:
+        said = f"{span.name} is {span.shape if found is None else found}, which hides no token"
+        raise CheckpointError(span.source, f"{said}; wanted one number of at most {HIDDEN:g}", name=span.name)
 
 
 def _agreed(reading: Reading, sources: list[Source]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -483,9 +527,10 @@ def _notes(reading: Reading, sources: list[Source], agreed: Mapping[str, Any]) -
         unknown = [word for word, value in words.items() if word not in KNOWN and value is not None]
         if is_whole and unknown:
             yield f"{where}: ignored {', '.join(sorted(unknown))}, which gpt2lite does not know"
-        rates = {str(words[key]) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop") if key in words}
-        if len(rates) > 1:
-            yield f"{where}: has dropouts {' and '.join(sorted(rates))}; training uses resid_pdrop for all"
+    rates = {str(words[key]) for _, words, _ in sources for key in DROPOUTS if key in words}
+    if len(rates) > 1:
+        used = f"training uses {agreed['drop_rate']} for all"
+        yield f"{path}: has dropouts {' and '.join(sorted(rates))}; {used}"
     if not reading.manifest.values.keys().isdisjoint(BOUND) and (beside := _side_json(path)):
         with suppress(CheckpointError):  # another program's file of that name
             said = in_our_words(read_json(beside))
@@ -524,7 +569,7 @@ def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
     # of the book's layers, or of those that divide it by their rank
     alphas = (None, *(alpha for scale, rank in scales for alpha in (scale * rank, scale)))
     _require_computed(reading, sources, dict.fromkeys(("alpha", "lora_alpha"), alphas) if scales else {})
-    _check_masks(reading)
+    check_masks(reading, is_opening=True)
     agreed, places = _agreed(reading, sources)
     defaults: dict[str, Any] = dict(_known_activation(reading))
     binding = defaults | agreed if isinstance(config, GPTConfig) else agreed
@@ -537,8 +582,9 @@ def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
     known = defaults | agreed | dict(said)
     _require_unsaid(reading, known, said)
     if isinstance(heads := known.get("n_heads"), int) and heads > 0:
-        scale = (known["emb_dim"] / heads) ** -0.5  # True: old transformers' flag
-        _require_computed(reading, sources, {SCALE: (None, True, 1 / scale, scale)})
+        width = known["emb_dim"] / heads
+        factors = (None, True, width**0.5, width**-0.5)  # True: old transformers' flag
+        _require_computed(reading, sources, {SCALE: factors, "head_dim": (None, known["emb_dim"] // heads)})
     return Found(known, tuple(_notes(reading, sources, agreed)), bool(said))
 
 

@@ -6,8 +6,6 @@ import fcntl
 import json
 import math
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -18,13 +16,18 @@ from typing import Any
 import psutil
 import torch
 
+from gpt2lite.checkpoint.writing import replacing
 from gpt2lite.devices import peak_allocated
-from gpt2lite.errors import UsageError
+from gpt2lite.dialects.configs import LABELS
+from gpt2lite.errors import CheckpointError, TrainingDivergedError, UsageError
 from gpt2lite.finetuning import states
 from gpt2lite.finetuning.data import IGNORED, Batch, digest_of, own_copy, tensor_parts
+from gpt2lite.finetuning.distilling import load_teacher
+from gpt2lite.finetuning.interrupts import held
 from gpt2lite.finetuning.lora import merge_lora
+from gpt2lite.finetuning.losses import rows_of
 from gpt2lite.finetuning.recipe import Recipe
-from gpt2lite.finetuning.states import LABELS, METRICS, Run, Task
+from gpt2lite.finetuning.states import METRICS, Run, Task
 from gpt2lite.finetuning.training import (
     Trainer,
     choose_trained,
@@ -33,7 +36,6 @@ from gpt2lite.finetuning.training import (
     not_finite,
     placed,
     prepared,
-    rows_of,
 )
 from gpt2lite.model import GPTModel
 
@@ -72,7 +74,8 @@ def validate(model: GPTModel, batches: Sequence[Batch], recipe: Recipe) -> tuple
 def _require_folder(out: Path, resume: bool, save_every: int) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; choose a folder")
-    is_begun = (out / METRICS).is_file() and len(read_metrics(out)) <= save_every  # and nothing saved yet
+    log = out / METRICS
+    is_begun = log.is_file() and log.read_bytes().count(b"\n") <= save_every  # and nothing saved yet
     if resume and not states.state_files(out) and (not is_begun or (out / "model.pth").exists()):
         found = [name for name in (METRICS, "model.pth") if (out / name).exists()]
         lacks = f"{' and '.join(found)}, but no saved state (step-….pth)" if found else "no run"
@@ -101,22 +104,11 @@ def _locked(out: Path, resume: bool, save_every: int) -> Iterator[None]:
 def read_metrics(out: Path) -> list[dict[str, Any]]:
     """What was written to a run's folder, a dict a step; a last line that is being written is left out."""
     path = out / METRICS
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-    return [json.loads(line) for line in lines]
-
-
-@contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event, so that a step is never cut in its middle; only the main thread can."""
-    asked, before = threading.Event(), signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is None:  # None: not Python's
-        yield asked
-        return
-    signal.signal(signal.SIGINT, lambda *_: asked.set())
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
     try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise CheckpointError(path, f"not a JSON object in each line ({error})") from None
 
 
 def _require_task(model: GPTModel, task: Task, recipe: Recipe) -> None:
@@ -157,8 +149,8 @@ def finetune(
     which `resume` takes the newest whole one, and writes metrics.jsonl as it was then: a run that was cut at
     any step and resumed, with the same model, task and recipe, ends with the same bits on the CPU. Resuming
     with another model, other data or another recipe is refused; `steps` may grow and the learning rate may
-    change, with a warning. Ctrl-C finishes the step, saves, and raises KeyboardInterrupt. `report` is called
-    after each step; an error of `task.sample` is raised after the step is saved.
+    change, with a warning. Ctrl-C finishes the step, saves, and raises KeyboardInterrupt, twice also during
+    `task` or `report`, which is called after each step. Whatever they raise, the steps are saved before.
 
     Costs what `gpt2lite.forecast_training` says. Gradients are recorded also under `torch.no_grad`. Raises
     UsageError for what cannot work before anything is written, CheckpointError where what was saved is
@@ -167,56 +159,81 @@ def finetune(
     out, recipe = Path(out), recipe or Recipe()
     _require_task(model, task, recipe)
     _require_folder(out, resume, recipe.save_every)
-    identity = states.identity_of(model, task, recipe)
+    teacher = load_teacher(model, recipe, model.pos_emb.weight.device)
+    identity = states.identity_of(model, task, recipe, teacher.model if teacher else None)
     if bad := not_finite(model):
         raise UsageError(f"the model's {bad[0]} holds infinities or NaN; give one with finite weights")
-    with ExitStack() as until_saved:
+    with held() as ctrl_c, ExitStack() as until_saved:
         with prepared(model):
             choose_trained(model, recipe)
-            with closing(Trainer(model, recipe)) as trainer:
+            with closing(Trainer(model, recipe, teacher)) as trainer:
                 until_saved.enter_context(_locked(out, resume, recipe.save_every))
-                run = Run(trainer, task, out, identity)
+                run = Run(trainer, task, out, identity, ctrl_c)
                 _go_on(run, report)
             if recipe.lora_rank:
                 states.save_lora(run, out / "adapters.pth")
                 merge_lora(model)
         if bad := not_finite(model):
             raise diverged(f"{bad[0]} is too large for {model.pos_emb.weight.dtype}", recipe)
-        path = model.save_checkpoint(out / "model.pth")
         if task.labels:
-            (out / LABELS).write_text(json.dumps(task.labels) + "\n", encoding="utf-8")
-    return path
+            with replacing(out / LABELS) as temporary:
+                temporary.write_text(json.dumps(task.labels) + "\n", encoding="utf-8")
+        return model.save_checkpoint(out / "model.pth", labels=task.labels, progress=ctrl_c.check)
 
 
 def _go_on(run: Run, report: Callable[[Metrics], None] | None) -> None:
-    """All steps from the newest state on."""
-    recipe, start = run.trainer.recipe, states.restore(run)
-    with _interruptible() as asked, (run.out / METRICS).open("a", encoding="utf-8", newline="\n") as log:
-        for number in range(start, recipe.steps):
-            metrics, is_whole, is_last = _one(run, number), False, number + 1 == recipe.steps
-            try:
-                metrics, is_whole = _validated(run, metrics), True
-            finally:  # what only looks at the model must not cost its steps
-                line = {key: value for key, value in asdict(metrics).items() if value is not None}
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                if not is_whole or asked.is_set() or is_last or (number + 1) % recipe.save_every == 0:
-                    _save(run, number + 1)
+    """All steps from the newest state on. Whatever ends them, those that were done are saved before."""
+    states.restore(run)
+    try:
+        while run.step < run.trainer.recipe.steps:
+            run.ctrl_c.check()
+            metrics = _one(run)
             if report:
-                report(metrics)
-            if asked.is_set() and not is_last:
-                raise KeyboardInterrupt
+                with run.ctrl_c.looking():
+                    report(metrics)
+        run.ctrl_c.check()
+    except TrainingDivergedError:
+        raise
+    except BaseException as error:
+        if run.trainer.is_whole and run.step > run.saved:
+            try:
+                _save(run)
+            except Exception as failed:
+                raise error from failed
+        raise
 
 
-def _save(run: Run, step: int) -> None:
+def _one(run: Run) -> Metrics:
+    """One step: trained, looked at, written down, and saved where that is due."""
+    recipe, device, began = run.trainer.recipe, run.trainer.device, time.perf_counter()
+    with run.ctrl_c.looking():
+        first = run.step * recipe.accumulate
+        batches = [own_copy(run.task.train(first + part)) for part in range(recipe.accumulate)]
+    loss, norm = run.trainer.step(run.step, batches)
+    speed = sum(batch.ids.numel() for batch in batches) / (time.perf_counter() - began)
+    memory = psutil.Process().memory_info().rss if device.type == "cpu" else peak_allocated(device)
+    metrics = Metrics(run.step, loss, recipe.learning_rate_at(run.step), norm, speed, memory)
+    run.step, run.last = run.step + 1, batches[-1]
+    try:
+        with run.ctrl_c.looking():
+            metrics = _validated(run, metrics)
+    finally:  # what only looks at the model must not cost its steps
+        states.log(run, {key: value for key, value in asdict(metrics).items() if value is not None})
+    if run.step == recipe.steps or run.step % recipe.save_every == 0:
+        _save(run)
+    return metrics
+
+
+def _save(run: Run) -> None:
     """A state from which training can go on: with finite weights, and a finite loss on its last batch."""
-    model, recipe = run.trainer.model, run.trainer.recipe
+    model, recipe, run.saved = run.trainer.model, run.trainer.recipe, run.step
     if bad := not_finite(model):
-        raise diverged(f"step {step - 1}: after it {bad[0]} is not finite", recipe)
-    ids, places, targets = placed(run.task.train(step * recipe.accumulate - 1), model)
+        raise diverged(f"step {run.step - 1}: after it {bad[0]} is not finite", recipe)
+    model.eval()  # which a step that was cut left in training
+    ids, places, targets = placed(run.last, model)
     with torch.no_grad():
-        _require_finite(float(loss_sum(model, ids, places, targets, recipe)), step - 1, recipe)
-    states.save_state(run, step)
+        _require_finite(float(loss_sum(model, ids, places, targets, recipe)), run.step - 1, recipe)
+    states.save_state(run)
 
 
 def _require_finite(loss: float, step: int, recipe: Recipe) -> None:
@@ -224,24 +241,15 @@ def _require_finite(loss: float, step: int, recipe: Recipe) -> None:
         raise diverged(f"step {step}: after it the loss is {loss}", recipe)
 
 
-def _one(run: Run, number: int) -> Metrics:
-    """One step."""
-    recipe, device, began = run.trainer.recipe, run.trainer.device, time.perf_counter()
-    first = number * recipe.accumulate
-    batches = [own_copy(run.task.train(first + part)) for part in range(recipe.accumulate)]
-    loss, norm = run.trainer.step(number, batches)
-    speed = sum(batch.ids.numel() for batch in batches) / (time.perf_counter() - began)
-    memory = psutil.Process().memory_info().rss if device.type == "cpu" else peak_allocated(device)
-    return Metrics(number, loss, recipe.learning_rate_at(number), norm, speed, memory)
-
-
 def _validated(run: Run, metrics: Metrics) -> Metrics:
     """With validation loss, accuracy and sample, after the steps where they are due."""
     task, model, recipe = run.task, run.trainer.model, run.trainer.recipe
-    is_due = (metrics.step + 1) % recipe.validate_every == 0 or metrics.step + 1 == recipe.steps
-    if not task.validation or not is_due:
+    if not task.validation or (run.step % recipe.validate_every and run.step != recipe.steps):
         return metrics
     loss, accuracy = validate(model, task.validation, recipe)
     _require_finite(loss, metrics.step, recipe)
+    metrics = replace(metrics, validation_loss=loss, accuracy=accuracy)
     sample = task.sample(model) if task.sample else None
-    return replace(metrics, validation_loss=loss, accuracy=accuracy, sample=sample)
+    if not isinstance(sample, str | None):
+        raise UsageError(f"Task.sample returned a {type(sample).__name__}, wanted a str")
+    return replace(metrics, sample=sample)

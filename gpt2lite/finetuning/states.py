@@ -8,7 +8,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -18,21 +18,27 @@ from torch import nn
 
 from gpt2lite.checkpoint.torch_zip import NO_CRC
 from gpt2lite.checkpoint.writing import CHUNK_BYTES, replacing, tensors_of
+from gpt2lite.config import wrong_labels
 from gpt2lite.errors import CheckpointError, UsageError, first_line, require_allowed
 from gpt2lite.finetuning.data import Batch, Batches, digest_of, tensor_parts
+from gpt2lite.finetuning.interrupts import CtrlC
 from gpt2lite.finetuning.lora import LinearWithLoRA, put_layer
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.finetuning.training import Trainer
 from gpt2lite.model import GPTModel
 
-METRICS, LABELS = "metrics.jsonl", "labels.json"
+METRICS = "metrics.jsonl"
 STATE_NAME = re.compile(r"step-(\d+)\.pth")
 STATE = ("step", "model", "optimizer", "made_from", "last_batch", "metrics")
 UNSAID = {"validate_every", "save_every", "keep"}  # of a recipe: may change when a run is resumed
 MAY_CHANGE = UNSAID | {"steps", "learning_rate"}  # with a warning; steps may only grow
 BAD_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
 DAMAGE = (*BAD_ZIP, UnpicklingError, LookupError, TypeError, ValueError)
-OTHERS = {"base": "another model (give it as it was before the run)", "data": "other data"}
+OTHERS = {
+    "base": "another model (give it as it was before the run)",
+    "data": "other data",
+    "teacher": "another teacher",
+}
 
 
 # What a task may hold, and in words.
@@ -62,16 +68,27 @@ class Task:
 
     def __post_init__(self) -> None:
         require_allowed(vars(self), TASK_RULES)
+        if wrong := wrong_labels(self.labels, len(self.labels)):
+            raise UsageError(f"Task.labels: {wrong}")
+        object.__setattr__(self, "labels", tuple(self.labels))  # a list is the same data
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
-    """A run in progress: what it trains and from what, and its folder."""
+    """A run in progress: what it trains and from what, and its folder; how far it is, and is saved.
+
+    `last` is the newest step's last batch, `lines` are those of metrics.jsonl.
+    """
 
     trainer: Trainer
     task: Task
     out: Path
     identity: dict[str, Any]
+    ctrl_c: CtrlC
+    step: int = 0
+    saved: int = 0
+    last: Batch = field(init=False)
+    lines: list[str] = field(default_factory=list)
 
 
 def weights_of(model: nn.Module) -> dict[str, str]:
@@ -82,7 +99,9 @@ def weights_of(model: nn.Module) -> dict[str, str]:
     }
 
 
-def identity_of(model: GPTModel, task: Task, recipe: Recipe) -> dict[str, Any]:
+def identity_of(
+    model: GPTModel, task: Task, recipe: Recipe, teacher: GPTModel | None = None
+) -> dict[str, Any]:
     """What a run was made from, which it must be resumed with: digests of the whole model and of the data.
 
     One that differs in a single row would end as another.
@@ -93,6 +112,7 @@ def identity_of(model: GPTModel, task: Task, recipe: Recipe) -> dict[str, Any]:
         "data": digest_of([f"{task.digest} {task.labels}".encode()], batches),
         "recipe": asdict(recipe),
         "labels": list(task.labels),
+        "teacher": weights_of(teacher) if teacher else {},
     }
 
 
@@ -122,11 +142,21 @@ def state_files(out: Path) -> dict[int, Path]:
     return dict(sorted((int(found[1]), path) for found, path in named if found))
 
 
-def _last_batch(task: Task, recipe: Recipe, step: int) -> str:
-    return digest_of(tensor_parts(*task.train(step * recipe.accumulate - 1)))
+def log(run: Run, said: dict[str, Any]) -> None:
+    """Write a step down."""
+    run.lines.append(json.dumps(said) + "\n")
+    with (run.out / METRICS).open("a", encoding="utf-8", newline="") as file:
+        file.write(run.lines[-1])
 
 
-def save_state(run: Run, step: int) -> None:
+def _write_log(run: Run) -> None:
+    """Where metrics.jsonl is not what was written down, write it anew."""
+    path, content = run.out / METRICS, "".join(run.lines).encode()
+    if not path.is_file() or path.read_bytes() != content:
+        path.write_bytes(content)
+
+
+def save_state(run: Run) -> None:
     """Everything that the next step depends on, and the log so far; the oldest states are deleted.
 
     The log takes about 200 bytes a step.
@@ -135,15 +165,16 @@ def save_state(run: Run, step: int) -> None:
     content = {
         "model": {name: p.detach() for name, p in trainer.trained.items()},
         "optimizer": trainer.state(),
-        "step": step,
-        "config": trainer.model.config.as_dict(),
+        "step": run.step,
+        "config": trainer.model.config.as_dict(run.task.labels),
         "made_from": run.identity,
-        "last_batch": _last_batch(run.task, trainer.recipe, step),
-        "metrics": (run.out / METRICS).read_text(encoding="utf-8"),
+        "last_batch": digest_of(tensor_parts(*run.last)),
+        "metrics": "".join(run.lines),
     }
-    with replacing(run.out / f"step-{step:06}.pth") as temporary:
+    with replacing(run.out / f"step-{run.step:06}.pth") as temporary:
         torch.save(content, temporary)
-    older = [path for number, path in state_files(run.out).items() if number <= step]
+    _write_log(run)
+    older = [path for number, path in state_files(run.out).items() if number <= run.step]
     for path in older[: -trainer.recipe.keep]:
         path.unlink()
 
@@ -173,30 +204,11 @@ def saved_recipe(out: Path) -> dict[str, Any]:
     return dict(found[1]["made_from"]["recipe"]) if found else {}
 
 
-def read_labels(checkpoint: Path) -> tuple[str, ...]:
-    """What the classes of a finetuned classifier are called, from labels.json or the states beside it.
-
-    () where nothing says it. Raises CheckpointError where labels.json is damaged or is another run's.
-    """
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    path, state = folder / LABELS, newest_state(folder)
-    known = state[1]["made_from"]["labels"] if state else []
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else known
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(path, f"not JSON ({error})") from None
-    if not isinstance(found, list) or not all(isinstance(label, str) for label in found):
-        raise CheckpointError(path, "wanted a JSON list of the classes' labels, in the order of the head")
-    if state and found != known:
-        said = f"says {', '.join(found)}, {state[0].name} says {', '.join(known)}"
-        raise CheckpointError(path, f"{said}. Is it another run's?")
-    return tuple(found)
-
-
 def _require_same(path: Path, saved: dict[str, Any], run: Run) -> None:
     """Refuse to go on with another model, data or recipe than a state's; say what differs and may."""
     was, now, step = saved["made_from"], run.identity, saved["step"]
-    same_batch = saved["last_batch"] == _last_batch(run.task, run.trainer.recipe, step)
+    last = run.task.train(step * run.trainer.recipe.accumulate - 1)
+    same_batch = saved["last_batch"] == digest_of(tensor_parts(*last))
     others = {key for key in OTHERS if was[key] != now[key]} | (set() if same_batch else {"data"})
     before, after = was["recipe"], now["recipe"]
     changed = [key for key in before if after.get(key) != before[key] and key not in UNSAID]
@@ -209,13 +221,14 @@ def _require_same(path: Path, saved: dict[str, Any], run: Run) -> None:
         warnings.warn(f"{path}: was made with {said}; {changes}", stacklevel=2)
 
 
-def restore(run: Run) -> int:
-    """Go back to the newest state, and metrics.jsonl with it; returns the next step, or 0."""
-    found = newest_state(run.out)
-    if found is None:
-        (run.out / METRICS).write_bytes(b"")
-        return 0
-    path, saved = found
+def restore(run: Run) -> None:
+    """Go back to the newest state, or to the beginning, and metrics.jsonl with it."""
+    if found := newest_state(run.out):
+        _restore(run, *found)
+    _write_log(run)
+
+
+def _restore(run: Run, path: Path, saved: dict[str, Any]) -> None:
     _require_same(path, saved, run)
     shapes = {name: tensor.shape for name, tensor in saved["model"].items()}
     if shapes != {name: p.shape for name, p in run.trainer.trained.items()}:
@@ -224,8 +237,8 @@ def restore(run: Run) -> int:
         for name, parameter in run.trainer.trained.items():
             parameter.copy_(saved["model"][name])
     run.trainer.restore(saved["optimizer"])
-    (run.out / METRICS).write_bytes(saved["metrics"].encode())
-    return int(saved["step"])
+    run.step = run.saved = saved["step"]
+    run.lines = saved["metrics"].splitlines(keepends=True)
 
 
 # ---- adapters ----------------------------------------------------------------------------------------------
