@@ -77,7 +77,7 @@ class CausalSelfAttention(nn.Module):
 
         `mask`, (T, S) or (B, 1, T, S), says which tokens each may see; None: itself and all before it.
         """
-        B, T, C = x.shape
+        B, T, _ = x.shape
         projected = (W(x).view(B, T, self.n_heads, -1) for W in (self.W_query, self.W_key, self.W_value))
         q, k, v = (each.transpose(1, 2) for each in projected)  # (B, H, T, D)
         if cache is not None:
@@ -87,7 +87,7 @@ class CausalSelfAttention(nn.Module):
         # it does not depend on T, so that a traced or exported model takes any length.
         is_causal = mask is None and (cache is None or T > 1)
         y = F.scaled_dot_product_attention(q, k, v, mask, drop, is_causal=is_causal)
-        return self.out_proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.out_proj(y.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):

@@ -28,6 +28,7 @@ from gpt2lite.loading.skeleton import (
     unsaved_buffers,
 )
 from gpt2lite.loading.stream import forecast_allocated, forecast_unsaved_buffers
+from gpt2lite.parallel import local_of
 
 CPU = torch.device("cpu")
 
@@ -82,7 +83,7 @@ def _copy_all(plan: LoadPlan, module: nn.Module, read: Callable[[str], Tensor]) 
     tensors, done = saved_tensors(module), 0
     for target in plan.targets:
         value = target.placement.of(read(target.span.name).to(plan.device))
-        tensors[target.names[0]].copy_(value)
+        local_of(tensors[target.names[0]]).copy_(value)
         del value
         done += target.nbytes
         plan.progress(done, plan.model_bytes)
@@ -213,7 +214,7 @@ def _is_view(plan: LoadPlan, target: Target, *, again: bool) -> bool:
     """Whether a parameter can be a view of its stored tensor; not one that the file ties and we do not."""
     stays_itself = target.dtype == target.span.dtype and (not again or bool(target.placement.narrows))
     is_straight = target.placement.is_contiguous and target.span.is_contiguous
-    return stays_itself and (plan.device == CPU or is_straight)
+    return stays_itself and (is_straight or (plan.device == CPU and not plan.is_divided))
 
 
 def _forecast_mmap(plan: LoadPlan, ledger: Ledger) -> None:
@@ -272,6 +273,8 @@ def _needs(plan: LoadPlan) -> Iterator[tuple[str, str]]:
     if plan.lost:
         what = f"a module that cannot be built on meta ({', '.join(plan.lost[:5])})"
         yield "building", f'{what} needs strategy="sequential", "baseline" or "auto"'
+    if plan.is_divided:
+        yield "ranks", 'a model over several ranks needs strategy="stream", "mmap", "meta" or "auto"'
     if plan.is_quantized:
         yield "quantize", 'quantize goes with strategy="stream" or "auto"'
     if not plan.tuning.keep_cached:
@@ -299,9 +302,9 @@ class Strategy(NamedTuple):
 STRATEGIES: dict[str, Strategy] = {
     "baseline": Strategy(baseline, _forecast_baseline, _beyond("files", "building", "own loading")),
     "sequential": Strategy(sequential, _forecast_sequential, _beyond("files", "building")),
-    "meta": Strategy(meta, _forecast_meta, _beyond("files")),
-    "mmap": Strategy(mmap, _forecast_mmap, _beyond("files", "prefetch")),
-    "per_tensor": Strategy(per_tensor, _forecast_per_tensor, _beyond()),
-    "stream": Strategy(stream.load, stream.forecast, _beyond("files", "quantize", "keep_cached")),
+    "meta": Strategy(meta, _forecast_meta, _beyond("files", "ranks")),
+    "mmap": Strategy(mmap, _forecast_mmap, _beyond("files", "prefetch", "ranks")),
+    "per_tensor": Strategy(per_tensor, _forecast_per_tensor, _beyond("ranks")),
+    "stream": Strategy(stream.load, stream.forecast, _beyond("files", "quantize", "keep_cached", "ranks")),
 }
 AUTO = ("stream", "mmap", "sequential", "baseline")  # the fastest first, and copying before mapping
