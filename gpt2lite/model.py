@@ -18,13 +18,15 @@ from torch import Tensor, nn
 
 from gpt2lite.checkpoint.safetensors import fill_safetensors
 from gpt2lite.checkpoint.torch_zip import fill_torch_zip
-from gpt2lite.checkpoint.writing import require_space, tensors_of, write_whole
+from gpt2lite.checkpoint.writing import counting, require_space, tensors_of, write_whole
 from gpt2lite.config import ACTIVATIONS, GPTConfig
 from gpt2lite.errors import UsageError
 from gpt2lite.generation import KVCache, generate, generate_tokens
 from gpt2lite.loading import Forecast, OpenOptions, Options, Progress
 from gpt2lite.loading.options import check_names, split
+from gpt2lite.loading.skeleton import state_of
 from gpt2lite.opening import Opened, locate, open_as
+from gpt2lite.parallel import is_divided, is_first, save_divided, together, whole
 from gpt2lite.quantization import Int8Linear
 
 if TYPE_CHECKING:
@@ -132,6 +134,7 @@ class GPTModel(nn.Module):
 
     generate = generate
     generate_tokens = generate_tokens
+    mesh: Any = None  # over which ranks the model was loaded
 
     def __init__(self, config: GPTConfig | Mapping[str, Any]) -> None:
         super().__init__()
@@ -190,7 +193,8 @@ class GPTModel(nn.Module):
         `from_checkpoint` of it needs nothing said; other programs pass over the config. The file is replaced
         whole or not at all, so a model that stands on `model.pth` (strategy="mmap") can be saved over it. A
         tied head stays tied: in a `.pth` one storage, in safetensors no second copy. Holds two chunks of 8
-        MiB on the host. Raises UsageError for another suffix, a folder that is not there, or weights on meta,
+        MiB on the host. Ranks of one mesh write one file together; a `.pth` takes its size on disk again
+        for a moment. Raises UsageError for another suffix, a folder that is not there, or weights on meta,
         OSError for a full disk.
         """
         path = Path(path)
@@ -199,9 +203,21 @@ class GPTModel(nn.Module):
         if path.suffix not in SAVERS:
             raise UsageError(f"{path}: the name must end in {' or '.join(SAVERS)}")
         fill, ties = SAVERS[path.suffix]
-        tensors = [tensor for tensor in tensors_of(self.state_dict()) if ties or not tensor.shares]
-        require_space(path, sum(tensor.nbytes for tensor in tensors if not tensor.shares))
-        write_whole(fill, path, tensors, progress or (lambda done, total: None), self.config.as_dict())
+        state, config, progress = (
+            state_of(self),
+            self.config.as_dict(),
+            progress or (lambda done, total: None),
+        )
+        tensors = [tensor for tensor in tensors_of(state) if ties or not tensor.shares]
+        with together(self.mesh):
+            require_space(path, sum(tensor.nbytes for tensor in tensors if not tensor.shares))
+        if not ties and any(map(is_divided, state.values())):
+            save_divided(path, state, self.mesh, counting(progress, tensors), config)
+            return path
+        with whole(state, self.mesh, path.parent) as undivided, together(self.mesh):
+            tensors = [tensor for tensor in tensors_of(undivided) if ties or not tensor.shares]
+            if is_first(self.mesh):
+                write_whole(fill, path, tensors, progress, config)
         return path
 
     @torch.no_grad()

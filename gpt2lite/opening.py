@@ -129,7 +129,10 @@ class Opened(Generic[Model]):
         with_lora_alpha(self.reading, None)  # raises where one is missing
         for note in self.found.notes:
             warnings.warn(note, UserWarning, stacklevel=2)
-        return load(partial(self.plan, **options), device, strategy, options)  # type: ignore[return-value]
+        model = load(partial(self.plan, **options), device, strategy, options)
+        if (mesh := options.get("mesh")) is not None:
+            model.mesh = mesh  # type: ignore[assignment]
+        return model  # type: ignore[return-value]
 
 
 def locate(name: str | os.PathLike[str], options: Mapping[str, Any]) -> Path:

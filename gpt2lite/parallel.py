@@ -6,17 +6,30 @@ tensor is this rank's own. `torch.distributed` is imported only where something 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
+from gpt2lite.checkpoint.reading import map_tensors
+from gpt2lite.checkpoint.safetensors import make_header, open_safetensors
+from gpt2lite.checkpoint.source import LocalFile
+from gpt2lite.checkpoint.writing import Config, TensorToWrite, Wrote, chunks_of, replacing
 from gpt2lite.dialects.reading import Narrow
-from gpt2lite.errors import UsageError
+from gpt2lite.errors import GPT2LiteError, UsageError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+Made = TypeVar("Made")
 Divide = Callable[[nn.Module, "DeviceMesh"], object]
 FSDP, TP, DDP = "fsdp", "tp", "ddp"
 MESHES = ((FSDP,), (TP,), (DDP,), (FSDP, TP))  # the names of a mesh's dimensions
@@ -24,14 +37,14 @@ MESHES = ((FSDP,), (TP,), (DDP,), (FSDP, TP))  # the names of a mesh's dimension
 # ---- which part is whose -----------------------------------------------------------------------------------
 
 
-def is_divided(tensor: Tensor | None) -> bool:
+def is_divided(tensor: object) -> bool:
     """Whether a tensor is a DTensor; asked without importing what one is."""
     return hasattr(tensor, "device_mesh")
 
 
-def local_of(tensor: Tensor) -> Tensor:
+def local_of(tensor: Any) -> Tensor:
     """This rank's own part of a tensor, which is all of it where it is not divided. No copy."""
-    return tensor.to_local() if is_divided(tensor) else tensor  # type: ignore[operator, no-any-return]
+    return tensor.to_local() if is_divided(tensor) else tensor
 
 
 def box_of(tensor: Any) -> list[range]:
@@ -74,6 +87,16 @@ def names_of(mesh: DeviceMesh) -> tuple[str, ...]:
     return names
 
 
+def require_mesh(mesh: DeviceMesh, device: torch.device) -> None:
+    """Raise UsageError for a mesh on another kind of device, or not of all processes."""
+    import torch.distributed as dist
+
+    if mesh.device_type != device.type:
+        raise UsageError(f"the mesh is on {mesh.device_type}, the model was asked for on {device}")
+    if mesh.size() != dist.get_world_size():
+        raise UsageError(f"the mesh has {mesh.size()} of {dist.get_world_size()} processes; give it all")
+
+
 def divide(module: nn.Module, mesh: DeviceMesh) -> None:
     """Divide a module on meta over a mesh: in layers ("tp"), then in rows ("fsdp"); "ddp" divides nothing.
 
@@ -98,11 +121,15 @@ def _divide_layers(model: Any, mesh: DeviceMesh) -> None:
         raise UsageError(f"{type(model).__name__} has no plan for tensor parallelism; pass parallelize")
     if blocks[0].att.n_heads % mesh.size():
         raise UsageError(f"{blocks[0].att.n_heads} heads do not divide by {mesh.size()} ranks")
-    columns = dict.fromkeys(("att.W_query", "att.W_key", "att.W_value", "ff.layers.0"), ColwiseParallel())
-    rows = dict.fromkeys(("att.out_proj", "ff.layers.2"), RowwiseParallel())
+    columns, rows = (
+        ("att.W_query", "att.W_key", "att.W_value", "ff.layers.0"),
+        ("att.out_proj", "ff.layers.2"),
+    )
+    plan = {**dict.fromkeys(columns, ColwiseParallel()), **dict.fromkeys(rows, RowwiseParallel())}
     for block in blocks:
-        parallelize_module(block, mesh, columns | rows, src_data_rank=None)  # nothing is there to send
+        parallelize_module(block, mesh, plan, src_data_rank=None)  # nothing is there to send
         block.att.n_heads //= mesh.size()
+    model.local_heads = blocks[0].att.n_heads
 
 
 def _divide_rows(module: nn.Module, mesh: DeviceMesh) -> None:
@@ -115,3 +142,198 @@ def _divide_rows(module: nn.Module, mesh: DeviceMesh) -> None:
     fully_shard(module, mesh=mesh)
     if hasattr(module, "hidden"):
         register_fsdp_forward_method(module, "hidden")
+
+
+# ---- what ranks know of each other -------------------------------------------------------------------------
+# Everywhere `mesh` is None for a process that is alone.
+
+
+def mesh_of(model: object) -> DeviceMesh | None:
+    """The mesh that a model was loaded over."""
+    return getattr(model, "mesh", None)
+
+
+def is_first(mesh: DeviceMesh | None) -> bool:
+    """Whether this is the rank that writes and reports."""
+    return mesh is None or mesh.get_rank() == 0
+
+
+def share_of(mesh: DeviceMesh | None) -> tuple[int, int]:
+    """Which part of a batch is this rank's, and of how many. Ranks that share layers have the same one."""
+    names = names_of(mesh) if mesh is not None else (TP,)
+    if mesh is None or names == (TP,):
+        return 0, 1
+    return mesh.get_local_rank(0), mesh.size(0)
+
+
+def total(mesh: DeviceMesh | None, value: float) -> float:
+    """A number that each rank has of its part of a batch, of all parts; the same on every rank."""
+    if mesh is None:
+        return value
+    ranks_per_part = mesh.size() // share_of(mesh)[1]
+    return sum(gathered(mesh, value)) / ranks_per_part
+
+
+def gathered(mesh: DeviceMesh | None, value: Made) -> list[Made]:
+    """What each rank has, on every rank."""
+    if mesh is None:
+        return [value]
+    import torch.distributed as dist
+
+    found: list[Any] = [None] * mesh.size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+@contextmanager
+def together(mesh: DeviceMesh | None) -> Iterator[None]:
+    """All ranks leave this together, or with an error: that of one is raised on all, and nobody waits."""
+    failed: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failed = error
+    said = gathered(mesh, failed and f"{type(failed).__name__}: {failed}")
+    if failed is not None:
+        raise failed
+    if wrong := next((f"rank {rank}: {text}" for rank, text in enumerate(said) if text), None):
+        raise GPT2LiteError(wrong)
+
+
+@contextmanager
+def shared(mesh: DeviceMesh | None, manage: Callable[[], AbstractContextManager[Made]]) -> Iterator[Made]:
+    """What the first rank enters, and leaves when all have left; the others get what it gave them."""
+    with ExitStack() as stack:
+        with together(mesh):
+            own = stack.enter_context(manage()) if is_first(mesh) else None
+        given = gathered(mesh, own)[0]
+        with together(mesh):
+            yield given  # type: ignore[misc]
+        with together(mesh):
+            stack.close()
+
+
+# ---- training ----------------------------------------------------------------------------------------------
+
+
+def rest(model: object) -> None:
+    """Give back the whole weights that FSDP's last forward gathered, and left for a backward."""
+    if reshard := getattr(model, "reshard", None):
+        reshard()
+
+
+def no_gradients(model: Any) -> Any:
+    """`torch.inference_mode()`; where FSDP gathers weights into memory that it keeps, which then could not
+    train, `torch.no_grad()`.
+    """
+    return torch.no_grad() if any(map(is_divided, model.parameters())) else torch.inference_mode()
+
+
+def same_mesh(tensor: Tensor | None) -> object:
+    """What two tensors must have in common to be in one list of a fused operation."""
+    return getattr(tensor, "device_mesh", None)
+
+
+def clip_gradients(parameters: Iterable[Tensor], most: float) -> float:
+    """`clip_grad_norm_` of parameters that may lie on several meshes; returns the norm of all gradients."""
+    groups = defaultdict[object, list[Tensor]](list)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            groups[same_mesh(parameter.grad)].append(parameter)
+    norms = [whole_of(nn.utils.get_total_norm([p.grad for p in own])) for own in groups.values()]  # type: ignore[misc]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    for own in groups.values():
+        nn.utils.clip_grads_with_norm_(own, most, norm)
+    return float(norm)
+
+
+# ---- writing -----------------------------------------------------------------------------------------------
+
+
+def whole_of(tensor: Any) -> Tensor:
+    """A tensor gathered from all ranks, which must all ask; itself where it is not divided."""
+    return tensor.full_tensor() if is_divided(tensor) else tensor
+
+
+def _is_writer(tensor: Any, mesh: DeviceMesh) -> bool:
+    """Whether this rank writes its part: of equal parts, the first."""
+    if not is_divided(tensor):
+        return is_first(mesh)
+    places = zip(tensor.device_mesh.get_coordinate(), tensor.placements, strict=True)
+    return all(place == 0 for place, placement in places if placement.is_replicate())
+
+
+def _write_part(file: int, tensor: Tensor, at: int, wrote: Wrote) -> None:
+    """Write this rank's rows, or its part of each row, of a tensor that begins at a byte of a file."""
+    local, box = local_of(tensor).detach(), box_of(tensor)
+    local, box = (local, box) if box else (local.reshape(1), [range(1)])
+    if not local.numel():
+        return
+    sizes, itemsize = tuple(tensor.shape[1:]), tensor.dtype.itemsize
+    step, width = (math.prod(shape) * itemsize for shape in (sizes, local.shape[1:]))
+    begin = at + box[0].start * step + (box[1].start * itemsize if step != width else 0)
+    for chunk in chunks_of([local], 0, tensor.dtype):
+        run = len(chunk) if width == step else width
+        for place in range(0, len(chunk), run):
+            _pwrite(file, chunk[place : place + run], begin)
+            begin += run if width == step else step
+        wrote(len(chunk))
+
+
+def _pwrite(file: int, data: memoryview, at: int) -> None:
+    while data:
+        count = os.pwrite(file, data, at)
+        data, at = data[count:], at + count
+
+
+def _fill(
+    path: Path, tensors: Mapping[str, Tensor], mesh: DeviceMesh, wrote: Wrote, config: Config | None
+) -> None:
+    """Write a new safetensors file, every rank its own parts of it, a chunk in memory at a time."""
+    entries = [TensorToWrite(name, t.dtype, tuple(t.shape), tuple) for name, t in tensors.items()]
+    header = make_header(entries, config)
+    with together(mesh):
+        if is_first(mesh):
+            path.write_bytes(header)
+    with open(path, "r+b", buffering=0) as file:
+        at = len(header)
+        for tensor in tensors.values():
+            if _is_writer(tensor, mesh):
+                _write_part(file.fileno(), tensor, at, wrote)
+            at += tensor.nbytes
+        os.fsync(file.fileno())
+
+
+def distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors, each under the first of its names."""
+    first = {id(tensor): name for name, tensor in reversed([*tensors.items()])}
+    return {name: tensor for name, tensor in tensors.items() if first[id(tensor)] == name}
+
+
+def save_divided(
+    path: Path, tensors: Mapping[str, Tensor], mesh: DeviceMesh, wrote: Wrote, config: Config | None
+) -> None:
+    """A safetensors file that appears whole or not at all. All ranks must see the same file system."""
+    with shared(mesh, partial(replacing, path)) as temporary:
+        _fill(temporary, distinct(tensors), mesh, wrote, config)
+
+
+@contextmanager
+def whole(
+    tensors: Mapping[str, Tensor], mesh: DeviceMesh | None, folder: Path
+) -> Iterator[Mapping[str, Tensor]]:
+    """Tensors undivided: themselves, or mapped over a temporary file in `folder` to which all ranks write.
+
+    Takes disk, no memory. All ranks must see the same file system.
+    """
+    if mesh is None or not any(map(is_divided, tensors.values())):
+        yield tensors
+        return
+    options = {"prefix": ".", "suffix": ".part", "dir": folder}
+    with shared(mesh, lambda: TemporaryDirectory(**options)) as made:  # type: ignore[call-overload]
+        path, own = Path(made) / "whole.safetensors", distinct(tensors)
+        _fill(path, own, mesh, lambda nbytes: None, None)
+        gathered(mesh, None)  # until all have written
+        mapped = map_tensors(open_safetensors(LocalFile(path)).tensors.values())
+        first = {id(tensor): name for name, tensor in own.items()}
+        yield {name: mapped[first[id(tensor)]] for name, tensor in tensors.items()}

@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+from gpt2lite import parallel
 from gpt2lite.devices import peak_allocated
 from gpt2lite.errors import UsageError
 from gpt2lite.finetuning import states
@@ -33,6 +35,7 @@ from gpt2lite.finetuning.training import (
     not_finite,
     placed,
     prepared,
+    require_divisible,
     rows_of,
 )
 from gpt2lite.model import GPTModel
@@ -59,14 +62,20 @@ class Metrics:
 @torch.no_grad()
 def validate(model: GPTModel, batches: Sequence[Batch], recipe: Recipe) -> tuple[float, float | None]:
     """(loss in nats a target, share of right classes or None) over all batches."""
-    total, right, count = 0.0, 0, 0
+    summed, right, count, mesh = 0.0, 0, 0, parallel.mesh_of(model)
     for batch in batches:
         ids, places, targets = placed(batch, model)
-        total += float(loss_sum(model, ids, places, targets, recipe))
+        summed += float(loss_sum(model, ids, places, targets, recipe))
         count += len(targets)
         if model.config.n_classes:
             right += int((model.out_head(rows_of(model, ids, places)).argmax(-1) == targets).sum())
-    return total / count, right / count if model.config.n_classes else None
+    parallel.rest(model)
+    summed, right, count = (
+        parallel.total(mesh, summed),
+        round(parallel.total(mesh, right)),
+        round(parallel.total(mesh, count)),
+    )
+    return summed / count, right / count if model.config.n_classes else None
 
 
 def _require_folder(out: Path, resume: bool, save_every: int) -> None:
@@ -107,16 +116,17 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def _interruptible() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event, so that a step is never cut in its middle; only the main thread can."""
-    asked, before = threading.Event(), signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is None:  # None: not Python's
-        yield asked
-        return
-    signal.signal(signal.SIGINT, lambda *_: asked.set())
+    """Ctrl-C and SIGTERM set the event, so that no step is cut in its middle; only the main thread can."""
+    asked, is_main = threading.Event(), threading.current_thread() is threading.main_thread()
+    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if is_main}
+    before = {number: handler for number, handler in found.items() if handler is not None}  # Python's own
+    for number in before:
+        signal.signal(number, lambda *_: asked.set())
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _require_task(model: GPTModel, task: Task, recipe: Recipe) -> None:
@@ -128,9 +138,11 @@ def _require_task(model: GPTModel, task: Task, recipe: Recipe) -> None:
         raise UsageError("an int8 model does not train; load it without quantize")
     if any(p.is_inference() for p in model.parameters()):
         raise UsageError("a model made under torch.inference_mode does not train; load it outside")
+    require_divisible(model, recipe)
     recipe.row_length(model.config.context_length)
     placed(task.train(0), model)
-    if task.validation and not sum(len(placed(batch, model)[2]) for batch in task.validation):
+    counts = [len(placed(batch, model)[2]) for batch in task.validation]
+    if counts and not parallel.total(parallel.mesh_of(model), sum(counts)):
         raise UsageError(f"every target of the validation is {IGNORED}, so none counts")
 
 
@@ -152,8 +164,12 @@ def finetune(
     which `resume` takes the newest whole one, and writes metrics.jsonl as it was then: a run that was cut at
     any step and resumed, with the same model, task and recipe, ends with the same bits on the CPU. Resuming
     with another model, other data or another recipe is refused; `steps` may grow and the learning rate may
-    change, with a warning. Ctrl-C finishes the step, saves, and raises KeyboardInterrupt. `report` is called
-    after each step; an error of `task.sample` is raised after the step is saved.
+    change, with a warning. Ctrl-C or SIGTERM finishes the step, saves, and raises KeyboardInterrupt. `report`
+    is called after each step; an error of `task.sample` is raised after the step is saved.
+
+    A model of several ranks trains as it would in one process, each rank on its rows of every batch; the
+    first rank alone writes and reports, and any number of ranks resumes. What it saves takes its size on disk
+    again for a moment, in a file system that all ranks must see.
 
     Costs what `gpt2lite.forecast_training` says. Gradients are recorded also under `torch.no_grad`. Raises
     UsageError for what cannot work before anything is written, CheckpointError where what was saved is
@@ -161,7 +177,9 @@ def finetune(
     """
     out, recipe = Path(out), recipe or Recipe()
     _require_task(model, task, recipe)
-    _require_folder(out, resume, recipe.save_every)
+    with parallel.together(mesh := parallel.mesh_of(model)):
+        if parallel.is_first(mesh):
+            _require_folder(out, resume, recipe.save_every)
     identity = states.identity_of(model, task, recipe)
     if bad := not_finite(model):
         raise UsageError(f"the model's {bad[0]} holds infinities or NaN; give one with finite weights")
@@ -169,7 +187,9 @@ def finetune(
         with prepared(model):
             choose_trained(model, recipe)
             with closing(Trainer(model, recipe)) as trainer:
-                until_saved.enter_context(_locked(out, resume, recipe.save_every))
+                until_saved.enter_context(
+                    parallel.shared(mesh, partial(_locked, out, resume, recipe.save_every))
+                )
                 run = Run(trainer, task, out, identity)
                 _go_on(run, report)
             if recipe.lora_rank:
@@ -178,28 +198,31 @@ def finetune(
         if bad := not_finite(model):
             raise diverged(f"{bad[0]} is too large for {model.pos_emb.weight.dtype}", recipe)
         path = model.save_checkpoint(out / "model.pth")
-        if task.labels:
+        if task.labels and parallel.is_first(mesh):
             (out / LABELS).write_text(json.dumps(task.labels) + "\n", encoding="utf-8")
     return path
 
 
 def _go_on(run: Run, report: Callable[[Metrics], None] | None) -> None:
     """All steps from the newest state on."""
-    recipe, start = run.trainer.recipe, states.restore(run)
-    with _interruptible() as asked, (run.out / METRICS).open("a", encoding="utf-8", newline="\n") as log:
+    recipe, mesh, start = run.trainer.recipe, run.trainer.mesh, states.restore(run)
+    path = run.out / METRICS if parallel.is_first(mesh) else Path(os.devnull)
+    with _interruptible() as asked, path.open("a", encoding="utf-8", newline="\n") as log:
         for number in range(start, recipe.steps):
-            metrics, is_whole, is_last = _one(run, number), False, number + 1 == recipe.steps
+            metrics, is_whole, is_asked = _one(run, number), False, False
+            is_last = number + 1 == recipe.steps
             try:
                 metrics, is_whole = _validated(run, metrics), True
+                is_asked = any(parallel.gathered(mesh, asked.is_set()))
             finally:  # what only looks at the model must not cost its steps
                 line = {key: value for key, value in asdict(metrics).items() if value is not None}
                 log.write(json.dumps(line) + "\n")
                 log.flush()
-                if not is_whole or asked.is_set() or is_last or (number + 1) % recipe.save_every == 0:
+                if not is_whole or is_asked or is_last or (number + 1) % recipe.save_every == 0:
                     _save(run, number + 1)
-            if report:
+            if report and parallel.is_first(mesh):
                 report(metrics)
-            if asked.is_set() and not is_last:
+            if is_asked and not is_last:
                 raise KeyboardInterrupt
 
 
@@ -210,7 +233,8 @@ def _save(run: Run, step: int) -> None:
         raise diverged(f"step {step - 1}: after it {bad[0]} is not finite", recipe)
     ids, places, targets = placed(run.task.train(step * recipe.accumulate - 1), model)
     with torch.no_grad():
-        _require_finite(float(loss_sum(model, ids, places, targets, recipe)), step - 1, recipe)
+        loss = parallel.total(run.trainer.mesh, float(loss_sum(model, ids, places, targets, recipe)))
+    _require_finite(loss, step - 1, recipe)
     states.save_state(run, step)
 
 

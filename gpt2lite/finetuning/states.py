@@ -7,22 +7,24 @@ import re
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from gpt2lite import parallel
 from gpt2lite.checkpoint.torch_zip import NO_CRC
 from gpt2lite.checkpoint.writing import CHUNK_BYTES, replacing, tensors_of
 from gpt2lite.errors import CheckpointError, UsageError, first_line
 from gpt2lite.finetuning.data import Batch, Batches, digest_of, tensor_parts
 from gpt2lite.finetuning.lora import LinearWithLoRA, put_layer
 from gpt2lite.finetuning.recipe import Recipe
-from gpt2lite.finetuning.training import Trainer
+from gpt2lite.finetuning.training import Trainer, own_part
+from gpt2lite.loading.skeleton import state_of
 from gpt2lite.model import GPTModel
 
 METRICS, LABELS = "metrics.jsonl", "labels.json"
@@ -64,7 +66,7 @@ def weights_of(model: nn.Module) -> dict[str, str]:
     """A digest of each tensor that a model saves, by name. Reads all bytes, a GB or two a second."""
     return {
         t.name: digest_of([f"{t.dtype} {t.shape} {t.shares}".encode()], () if t.shares else t.chunks())
-        for t in tensors_of(model.state_dict())
+        for t in tensors_of(state_of(model))
     }
 
 
@@ -117,10 +119,23 @@ def save_state(run: Run, step: int) -> None:
 
     The log takes about 200 bytes a step.
     """
+    trainer, mesh = run.trainer, run.trainer.mesh
+    parallel.rest(trainer.model)
+    moments = {(name, key): value for name, own in trainer.state().items() for key, value in own.items()}
+    keyed: dict[str, Tensor] = {f"model {name}": p for name, p in trainer.trained.items()}
+    keyed |= {f"{key} {name}": value for (name, key), value in moments.items()}
+    with parallel.whole(keyed, mesh, run.out) as found, parallel.together(mesh):
+        if parallel.is_first(mesh):
+            _write_state(run, step, found)
+
+
+def _write_state(run: Run, step: int, found: Mapping[str, Tensor]) -> None:
     trainer = run.trainer
     content = {
-        "model": {name: p.detach() for name, p in trainer.trained.items()},
-        "optimizer": trainer.state(),
+        "model": {name: found[f"model {name}"].detach() for name in trainer.trained},
+        "optimizer": {
+            name: {key: found[f"{key} {name}"] for key in own} for name, own in trainer.state().items()
+        },
         "step": step,
         "config": trainer.model.config.as_dict(),
         "made_from": run.identity,
@@ -195,11 +210,16 @@ def _require_same(path: Path, saved: dict[str, Any], run: Run) -> None:
         warnings.warn(f"{path}: was made with {said}; {changes}", stacklevel=2)
 
 
+def _write_metrics(run: Run, text: str) -> None:
+    if parallel.is_first(run.trainer.mesh):
+        (run.out / METRICS).write_bytes(text.encode())
+
+
 def restore(run: Run) -> int:
     """Go back to the newest state, and metrics.jsonl with it; returns the next step, or 0."""
     found = newest_state(run.out)
     if found is None:
-        (run.out / METRICS).write_bytes(b"")
+        _write_metrics(run, "")
         return 0
     path, saved = found
     _require_same(path, saved, run)
@@ -208,9 +228,9 @@ def restore(run: Run) -> int:
         raise CheckpointError(path, "holds other weights than this model trains; give the same model")
     with torch.no_grad():
         for name, parameter in run.trainer.trained.items():
-            parameter.copy_(saved["model"][name])
+            parallel.local_of(parameter).copy_(parallel.local_of(own_part(parameter, saved["model"][name])))
     run.trainer.restore(saved["optimizer"])
-    (run.out / METRICS).write_bytes(saved["metrics"].encode())
+    _write_metrics(run, saved["metrics"])
     return int(saved["step"])
 
 
@@ -221,6 +241,8 @@ def save_lora(run: Run, path: Path) -> None:
     """Write what was trained, by name: adapters and a classifier's head; their alpha; digests of the base."""
     trained = {name: p.detach() for name, p in run.trainer.trained.items()}
     base = {name: digest for name, digest in run.identity["base"].items() if name and name not in trained}
+    if not parallel.is_first(run.trainer.mesh):
+        return
     with replacing(path) as temporary:
         torch.save({"lora_alpha": run.trainer.recipe.lora_alpha, "lora": trained, "base": base}, temporary)
 

@@ -15,6 +15,7 @@ from gpt2lite.errors import UsageError
 from gpt2lite.generation.engines import ENGINES, KVCache, LanguageModel, choose_engine
 from gpt2lite.generation.prompts import Batch, Ids, Rows, Stops, as_batch, usable_vocabulary
 from gpt2lite.loading.options import check_names
+from gpt2lite.parallel import is_divided, no_gradients, rest
 from gpt2lite.tokenizer import Encoding
 
 if TYPE_CHECKING:
@@ -191,6 +192,8 @@ def _decode(
     encoding, window = options.get("encoding"), options.get("window")
     config, like = model.config, model.pos_emb.weight
     require_language_head(config)
+    if sampling.temperature and options.get("seed") is None and any(map(is_divided, model.parameters())):
+        raise UsageError("ranks that share a model must draw the same tokens; pass a seed")
     prompts = as_batch(ids, config, like.device)
     T = prompts.ids.shape[1]
     require_fit(T, max_new_tokens, window, config)
@@ -200,7 +203,7 @@ def _decode(
     stops = Stops(options.get("stop", ()), encoding, prompts, config.vocab_size)
     engine = choose_engine(model, n_rows, max_new_tokens, options.get("engine", "auto"))
     capacity = min(T + max_new_tokens, config.context_length)
-    cache = KVCache(config, n_rows, capacity, like, start.pads)
+    cache = KVCache(config, n_rows, capacity, like, start.pads, getattr(model, "local_heads", 0))
     vocabulary = usable_vocabulary(config, encoding)
 
     def tokens(batch: Batch) -> Iterator[Tensor]:
@@ -225,7 +228,7 @@ def _decode(
                     cache.length, cache.pads, ids = 0, batch.pads, batch.ids
 
     # Outside of inference mode, a clone is an ordinary tensor, which can be trained on.
-    return prompts, stops, (token.clone() for token in torch.inference_mode()(tokens)(start))
+    return prompts, stops, (token.clone() for token in no_gradients(model)(tokens)(start))
 
 
 def generate_tokens(
@@ -271,6 +274,7 @@ def generate(
     """
     prompts, stops, tokens = _decode(model, ids, max_new_tokens, options)
     new = torch.cat(list(tokens), 1)
+    rest(model)
     if isinstance(ids, Tensor):
         return torch.cat([prompts.ids, new], 1)
     pads = torch.zeros_like(stops.lengths) if prompts.pads is None else prompts.pads

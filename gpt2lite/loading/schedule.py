@@ -206,7 +206,7 @@ def _pieces(
     columns: Iterable[range],
     targets: tuple[Target, ...],
 ) -> Iterator[Piece]:
-    """A box as one piece, or, of a matrix of whose rows only `columns` are wanted, a piece for each of these."""
+    """A box as one piece, or, of a matrix of whose rows only `columns` are wanted, one for each of these."""
     if len(order) != 2 or len(box[order[1]]) != span.shape[order[1]]:
         columns = [box[order[-1]]]
     for wanted in columns:
@@ -238,7 +238,12 @@ def _fits(run: list[Piece], piece: Piece, max_bytes: int) -> bool:
     first, last, new = run[0].span, run[-1].span, piece.span
     at, gap = new.offset - first.offset, new.offset - last.offset - last.extent
     is_aligned = new.source == first.source and at % new.dtype.itemsize == 0
-    return not (run[0].steps or piece.steps) and is_aligned and 0 <= gap <= MAX_GAP and at + new.extent <= max_bytes
+    return (
+        not (run[0].steps or piece.steps)
+        and is_aligned
+        and 0 <= gap <= MAX_GAP
+        and at + new.extent <= max_bytes
+    )
 
 
 def shares(chunks: Sequence[Chunk], count: int) -> list[list[Chunk]]:

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from gpt2lite.checkpoint.source import memory_of
 from gpt2lite.errors import CheckpointError, UsageError, listed
-from gpt2lite.parallel import part_like
+from gpt2lite.parallel import is_divided, part_like, rest
 
 # What initialisers that are not torch.nn.init's call. On meta they change nothing, and dispatching them there
 # imports half of torch (0.6 to 1.9 s and 33 to 69 MiB).
@@ -169,6 +169,13 @@ def _named_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tens
 def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers that a checkpoint holds, themselves, under each of their names."""
     return _named_tensors(module)[0]
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """`state_dict()`; of a module that is divided over ranks the tensors themselves, which show ties."""
+    rest(module)
+    tensors = saved_tensors(module)
+    return tensors if any(map(is_divided, tensors.values())) else module.state_dict()
 
 
 def _unsaved(module: nn.Module) -> dict[str, Tensor]:
