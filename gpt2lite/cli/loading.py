@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gpt2lite import parallel
 from gpt2lite.cli.terminal import EMBEDDED, bytes_bar
-from gpt2lite.devices import resolve_device
+from gpt2lite.devices import name_device, resolve_device
 from gpt2lite.loading import LoadOptions, Progress
 from gpt2lite.model import GPTModel
 from gpt2lite.opening import locate
@@ -39,7 +43,24 @@ def load_options(args: argparse.Namespace, progress: Progress) -> LoadOptions:
         "max_host_memory": args.max_host_memory,
         "max_device_memory": args.max_device_memory,
         "progress": progress,
+        "mesh": getattr(args, "mesh", None),
     }
+
+
+@contextmanager
+def ranks(args: argparse.Namespace) -> Iterator[None]:
+    """With --parallel, `args.mesh` and this process's own device; only the first of its ranks writes."""
+    if not getattr(args, "parallel", None):
+        yield
+        return
+    args.mesh, args.device = parallel.start(args.parallel, name_device(args.device))
+    with ExitStack() as stack:
+        if not parallel.is_first(args.mesh):
+            silence = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(redirect_stdout(silence))
+            stack.enter_context(redirect_stderr(silence))
+        with parallel.ending_together():
+            yield
 
 
 def strategy_of(args: argparse.Namespace) -> str:

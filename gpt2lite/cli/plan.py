@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from contextlib import suppress
 from dataclasses import asdict, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,10 @@ from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.loading import STRATEGIES, LoadPlan, Verdict, choose, helps, judge
 from gpt2lite.memory import Budget, find_budget, human, parse_size
 from gpt2lite.model import GPTModel, open_model
+from gpt2lite.parallel import imagined
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 HEADER = ("strategy", "device", "host anon", "host file", "stays", "mapped", "fits")
 LEGEND = """\
@@ -45,7 +49,8 @@ def _size(nbytes: int) -> str:
 
 def _row(name: str, verdict: Verdict | str) -> list[str]:
     if isinstance(verdict, str):
-        why = "not int8" if verdict.startswith("quantize") else "not this file"
+        whys = {"quantize": "not int8", "a model over": "not ranks"}
+        why = next((said for start, said in whys.items() if verdict.startswith(start)), "not this file")
         return [name, *["–"] * (len(HEADER) - 2), why]
     forecast = verdict.forecast
     peaks = (forecast.peak_device, forecast.peak_host_anonymous, forecast.peak_host_reclaimable)
@@ -100,6 +105,13 @@ def _plan_training(args: argparse.Namespace) -> int:
 
 def run_plan(args: argparse.Namespace) -> int:
     """Print forecasts, available memory, and what fits; 1 if nothing does."""
+    if args.ranks is None:
+        return _plan(args, None)
+    with imagined(args.parallel, args.ranks) as mesh:
+        return _plan(args, mesh)
+
+
+def _plan(args: argparse.Namespace, mesh: DeviceMesh | None) -> int:
     if (args.fit or args.classes) and not args.train:
         raise UsageError("--fit and --classes are about training: add --train")
     if args.train:
@@ -107,7 +119,7 @@ def run_plan(args: argparse.Namespace) -> int:
     device = name_device(args.device)
     budget = find_budget(device, args.max_host_memory, args.max_device_memory)
     opened = open_model(args.path, revision=args.revision, config=config_of(args))
-    plan = opened.plan(device, dtype=dtype_of(args), quantize=args.quantize)
+    plan = opened.plan(device, dtype=dtype_of(args), quantize=args.quantize, mesh=mesh)
     verdicts, auto = _judge_all(plan, budget), ""
     with suppress(InsufficientMemoryError):
         auto = choose(plan, "auto", budget)[0]
