@@ -134,7 +134,7 @@ class GPTModel(nn.Module):
 
     generate = generate
     generate_tokens = generate_tokens
-    mesh: Any = None  # over which ranks the model was loaded
+    device_mesh: Any = None  # over which ranks the model was loaded
 
     def __init__(self, config: GPTConfig | Mapping[str, Any]) -> None:
         super().__init__()
@@ -209,14 +209,14 @@ class GPTModel(nn.Module):
             progress or (lambda done, total: None),
         )
         tensors = [tensor for tensor in tensors_of(state) if ties or not tensor.shares]
-        with together(self.mesh):
+        with together(self.device_mesh):
             require_space(path, sum(tensor.nbytes for tensor in tensors if not tensor.shares))
         if not ties and any(map(is_divided, state.values())):
-            save_divided(path, state, self.mesh, counting(progress, tensors), config)
+            save_divided(path, state, self.device_mesh, counting(progress, tensors), config)
             return path
-        with whole(state, self.mesh, path.parent) as undivided, together(self.mesh):
+        with whole(state, self.device_mesh, path.parent) as undivided, together(self.device_mesh):
             tensors = [tensor for tensor in tensors_of(undivided) if ties or not tensor.shares]
-            if is_first(self.mesh):
+            if is_first(self.device_mesh):
                 write_whole(fill, path, tensors, progress, config)
         return path
 

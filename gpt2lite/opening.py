@@ -131,7 +131,7 @@ class Opened(Generic[Model]):
             warnings.warn(note, UserWarning, stacklevel=2)
         model = load(partial(self.plan, **options), device, strategy, options)
         if (mesh := options.get("mesh")) is not None:
-            model.mesh = mesh  # type: ignore[assignment]
+            model.device_mesh = mesh  # type: ignore[assignment]
         return model  # type: ignore[return-value]
 
 

@@ -193,9 +193,9 @@ def imagined(kind: str, ranks: int) -> Iterator[DeviceMesh]:
 # Everywhere `mesh` is None for a process that is alone.
 
 
-def mesh_of(model: object) -> DeviceMesh | None:
-    """The mesh that a model was loaded over."""
-    return getattr(model, "mesh", None)
+def mesh_of(thing: object) -> DeviceMesh | None:
+    """The mesh that a model was loaded over, or a tensor is divided over; None for other ones."""
+    return getattr(thing, "device_mesh", None)
 
 
 def is_first(mesh: DeviceMesh | None) -> bool:
@@ -274,17 +274,12 @@ def no_gradients(model: Any) -> Any:
     return torch.no_grad() if any(map(is_divided, model.parameters())) else torch.inference_mode()
 
 
-def same_mesh(tensor: Tensor | None) -> object:
-    """What two tensors must have in common to be in one list of a fused operation."""
-    return getattr(tensor, "device_mesh", None)
-
-
 def clip_gradients(parameters: Iterable[Tensor], most: float) -> float:
     """`clip_grad_norm_` of parameters that may lie on several meshes; returns the norm of all gradients."""
     groups = defaultdict[object, list[Tensor]](list)
     for parameter in parameters:
         if parameter.grad is not None:
-            groups[same_mesh(parameter.grad)].append(parameter)
+            groups[mesh_of(parameter.grad)].append(parameter)
     norms = [whole_of(nn.utils.get_total_norm([p.grad for p in own])) for own in groups.values()]  # type: ignore[misc]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     for own in groups.values():
@@ -340,7 +335,7 @@ def _fill(
     with together(mesh):
         if is_first(mesh):
             path.write_bytes(header)
-    with open(path, "r+b", buffering=0) as file:
+    with together(mesh), open(path, "r+b", buffering=0) as file:
         at = len(header)
         for tensor in tensors.values():
             if _is_writer(tensor, mesh):
@@ -378,7 +373,6 @@ def whole(
     with shared(mesh, lambda: TemporaryDirectory(**options)) as made:  # type: ignore[call-overload]
         path, own = Path(made) / "whole.safetensors", distinct(tensors)
         _fill(path, own, mesh, lambda nbytes: None, None)
-        gathered(mesh, None)  # until all have written
         mapped = map_tensors(open_safetensors(LocalFile(path)).tensors.values())
         first = {id(tensor): name for name, tensor in own.items()}
         yield {name: mapped[first[id(tensor)]] for name, tensor in tensors.items()}

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gpt2lite import parallel
 from gpt2lite.cli.arguments import recipe_of
 from gpt2lite.cli.bench import plot_losses
-from gpt2lite.cli.loading import config_of, load_options, local_path, ranks
+from gpt2lite.cli.loading import config_of, load_options, local_path
 from gpt2lite.cli.terminal import bytes_bar, steps_bar
 from gpt2lite.devices import resolve_device
 from gpt2lite.errors import UsageError
@@ -23,6 +22,7 @@ from gpt2lite.finetuning.states import Task, read_labels, saved_recipe
 from gpt2lite.finetuning.tasks import classifier_task, instruction_task, open_text, text_task
 from gpt2lite.memory import human
 from gpt2lite.model import GPTModel
+from gpt2lite.parallel import is_first
 from gpt2lite.tokenizer import tokenizer_files, tokenizer_for, write_beside
 
 
@@ -81,24 +81,19 @@ def run_finetune(args: argparse.Namespace) -> int:
     """Train, and print where the model is."""
     recipe = recipe_of(args, saved_recipe(args.out) if args.resume else {})
     path = local_path(args.path, args.revision)
-    with ranks(args), tempfile.TemporaryDirectory(prefix="gpt2lite-") as folder:
+    with tempfile.TemporaryDirectory(prefix="gpt2lite-") as folder:
         with bytes_bar("loading") as progress:  # in the file's dtype, whatever it trains in: it is saved so
             options, device = load_options(args, progress), resolve_device(args.device)
             model = GPTModel.from_checkpoint(path, device, args.strategy, config=config_of(args), **options)
         task = _task(path, model, args, recipe, Path(folder) / "tokens.npy")
         with _reports(recipe.steps) as report:
             model_path = finetune(model, task, args.out, recipe, resume=args.resume, report=report)
-        is_first = parallel.is_first(model.mesh)
-    if is_first:
-        _describe(path, model_path, args.out)
-    return 0
-
-
-def _describe(path: Path, model_path: Path, out: Path) -> None:
-    """What belongs beside the model, and where it is."""
+    if not is_first(model.device_mesh):
+        return 0
     write_beside(model_path, tokenizer_files(path))
     try:
-        plot_losses(read_metrics(out), out / "loss.png")
+        plot_losses(read_metrics(args.out), args.out / "loss.png")
     except UsageError as error:  # matplotlib is an extra
         print(f"no loss.png: {error}", file=sys.stderr)
     print(model_path)
+    return 0

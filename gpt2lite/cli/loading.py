@@ -50,7 +50,7 @@ def load_options(args: argparse.Namespace, progress: Progress) -> LoadOptions:
 @contextmanager
 def ranks(args: argparse.Namespace) -> Iterator[None]:
     """With --parallel, `args.mesh` and this process's own device; only the first of its ranks writes."""
-    if not getattr(args, "parallel", None):
+    if args.command == "plan" or not getattr(args, "parallel", None):
         yield
         return
     args.mesh, args.device = parallel.start(args.parallel, name_device(args.device))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gpt2lite.cli.arguments import DEFAULT_NEW_TOKENS, DEFAULT_PROMPT, EMBEDDED_PROMPT
-from gpt2lite.cli.loading import load_to_read, local_path, ranks
+from gpt2lite.cli.loading import load_to_read, local_path
 from gpt2lite.cli.terminal import EMBEDDED, as_json, bytes_bar, facts, read_text, steps_bar
 from gpt2lite.config import GPTConfig
 from gpt2lite.errors import UsageError
@@ -92,11 +92,6 @@ def _batches(
 
 def run_generate(args: argparse.Namespace) -> int:
     """Print prompts and continuations: one as it comes, more of them in batches."""
-    with ranks(args):
-        return _generate(args)
-
-
-def _generate(args: argparse.Namespace) -> int:
     path = local_path(args.model, args.revision)
     model = load_to_read(path, args)
     require_language_head(model.config)
@@ -132,11 +127,6 @@ from the tokens before it in its window. bits per byte: comparable across vocabu
 
 def run_evaluate(args: argparse.Namespace) -> int:
     """Print the perplexity."""
-    with ranks(args):
-        return _evaluate(args)
-
-
-def _evaluate(args: argparse.Namespace) -> int:
     path, text = local_path(args.path, args.revision), read_text(args.text)
     model = load_to_read(path, args)
     require_language_head(model.config)

@@ -237,11 +237,11 @@ class Trainer:
         options, own = {"lr": self.recipe.learning_rate, "betas": BETAS}, self.trained.values()
         groups: list[dict[str, Any]] = [
             {
-                "params": [p for p in own if (p.dim() < 2) == is_flat and parallel.same_mesh(p) == mesh],
+                "params": [p for p in own if (p.dim() < 2, parallel.mesh_of(p)) == (is_flat, mesh)],
                 "weight_decay": decay,
             }
             for is_flat, decay in ((False, self.recipe.weight_decay), (True, 0.0))
-            for mesh in dict.fromkeys(map(parallel.same_mesh, own))
+            for mesh in dict.fromkeys(map(parallel.mesh_of, own))  # a fused step takes one
         ]
         if not self.recipe.step_in_backward:
             return dict.fromkeys(self.trained.values(), make(groups, **options))

@@ -82,15 +82,16 @@ def _lacking(plan: LoadPlan, forecast: Forecast, budget: Budget) -> dict[str, in
 def choose(plan: LoadPlan, strategy: str, budget: Budget) -> tuple[str, LoadPlan]:
     """The strategy to take and the plan for it.
 
-    "auto" is the first of AUTO that can do what is planned and fits; a strategy that was named may count on
-    swap. Raises UsageError for an unknown one and one that cannot do it; InsufficientMemoryError, before
+    "auto" is the first of AUTO (where ranks load the same, "mmap" comes first) that can do what is planned
+    and fits; a strategy that was named may count on swap. Raises UsageError for an unknown one and one that cannot do it; InsufficientMemoryError, before
     anything is allocated, where nothing fits.
     """
     if strategy not in ("auto", *STRATEGIES):
         raise UsageError(f"unknown strategy {strategy!r}; choose from auto, {', '.join(STRATEGIES)}")
     if strategy != "auto":
         budget = budget.with_swap()
-    names = AUTO if strategy == "auto" else (strategy,)
+    order = ("mmap", *AUTO) if plan.is_repeated else AUTO  # processes share the pages of a mapped file
+    names = tuple(dict.fromkeys(order)) if strategy == "auto" else (strategy,)
     refused = {name: why for name in names if (why := STRATEGIES[name].refuses(plan))}
     if len(refused) == len(names):
         raise UsageError(f"{plan.manifest.path}: {'; '.join(dict.fromkeys(refused.values()))}")

@@ -19,7 +19,7 @@ from gpt2lite.errors import CheckpointError, UsageError, listed
 from gpt2lite.loading.options import LoadOptions, Progress, check_values
 from gpt2lite.loading.schedule import MIB, Schedule, Tuning, make_schedule
 from gpt2lite.loading.skeleton import own_loading, saved_tensors, sketch, tied_names
-from gpt2lite.parallel import divide, is_divided, local_of, views_of
+from gpt2lite.parallel import DDP, divide, is_divided, local_of, views_of
 from gpt2lite.quantization import quantize_skeleton
 
 SMALLEST_RING = 2 * MIB
@@ -66,7 +66,8 @@ class LoadPlan:
     """Everything that a strategy needs. `skeleton` is the module on meta, for one strategy to fill.
 
     `lost` names what only a build with real memory gives, `own_loading` the hooks by which the module loads
-    itself; then a target's span describes the module's tensor, not a place in the file.
+    itself; then a target's span describes the module's tensor, not a place in the file. `is_repeated`: other
+    processes load the same.
     """
 
     reading: Reading
@@ -78,6 +79,7 @@ class LoadPlan:
     progress: Progress
     lost: tuple[str, ...]
     own_loading: tuple[str, ...]
+    is_repeated: bool = False
 
     @property
     def manifest(self) -> Manifest:
@@ -210,7 +212,8 @@ def make_plan(
         targets = tuple(_own_part(target, tensors[target.names[0]]) for target in targets)
     report = options.get("progress") or (lambda done, total: None)
     tuning = options.get("tuning") or Tuning()
-    return LoadPlan(reading, build, skeleton, targets, device, tuning, report, lost, own)
+    is_repeated = mesh is not None and mesh.mesh_dim_names == (DDP,)
+    return LoadPlan(reading, build, skeleton, targets, device, tuning, report, lost, own, is_repeated)
 
 
 def _targets(reading: Reading, groups: Groups, dtype: torch.dtype | None, own: bool) -> Iterator[Target]:
