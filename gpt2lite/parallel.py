@@ -189,6 +189,21 @@ def imagined(kind: str, ranks: int) -> Iterator[DeviceMesh]:
         dist.destroy_process_group()
 
 
+def forecast_gathered(module: nn.Module, itemsize: int) -> int:
+    """Bytes that FSDP takes beside a rank's part once the module computes: weights of one unit twice, as they
+    come and as they are used, beside the outermost unit's, which stay; and copies of parts of fewer rows.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    seen, whole, shorter = set[Tensor](), [], 0
+    for unit in reversed([part for part in module.modules() if isinstance(part, FSDPModule)]):
+        own: Any = set(unit.parameters()) - seen
+        whole.append(sum(local_of(p).numel() * p.device_mesh.size(0) for p in own) * itemsize)
+        shorter += sum(local_of(p).numel() for p in own if p.shape[0] % p.device_mesh.size(0)) * itemsize
+        seen |= own
+    return shorter + max((2 * whole[-1], whole[-1] + 2 * max(whole[:-1], default=0))) if whole else 0
+
+
 # ---- what ranks know of each other -------------------------------------------------------------------------
 # Everywhere `mesh` is None for a process that is alone.
 

@@ -19,7 +19,7 @@ from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.loading import STRATEGIES, LoadPlan, Verdict, choose, helps, judge
 from gpt2lite.memory import Budget, find_budget, human, parse_size
 from gpt2lite.model import GPTModel, open_model
-from gpt2lite.parallel import imagined
+from gpt2lite.parallel import forecast_gathered, imagined
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -29,7 +29,8 @@ LEGEND = """\
 Bytes that loading adds. device, host anon, host file: at the peak; anon cannot be
 reclaimed, file is what is read through a mapping. stays: after loading. mapped: pages
 of the file that the model then uses and the system can reclaim. fits: in available
-memory, and under the caps."""
+memory, and under the caps. reads, gathers (with --ranks): bytes that stream reads; what
+FSDP takes once it computes."""
 
 
 def _judge_all(plan: LoadPlan, budget: Budget) -> dict[str, Verdict | str]:
@@ -74,7 +75,16 @@ def _print(plan: LoadPlan, budget: Budget, verdicts: dict[str, Verdict | str], a
     swap = [("swap", f"{human(budget.swap)}, not counted")] if budget.swap else []
     would_fit = [("would fit", change) for change in helps(plan, "auto", budget)] if not auto else []
     chosen = ("auto", auto or "nothing fits")
-    print(facts([("host", budget.host.said), *swap, *on_device, chosen, *would_fit]))
+    ranks = [(name, human(nbytes)) for name, nbytes in _of_ranks(plan).items()]
+    print(facts([("host", budget.host.said), *swap, *on_device, chosen, *would_fit, *ranks]))
+
+
+def _of_ranks(plan: LoadPlan) -> dict[str, int]:
+    """Bytes that `stream` reads for one of several ranks, and what FSDP then takes in order to compute."""
+    if not plan.is_divided:
+        return {}
+    read = sum(chunk.nbytes for chunk in plan.schedule.chunks)
+    return {"reads": read, "gathers": forecast_gathered(plan.skeleton, plan.targets[0].dtype.itemsize)}
 
 
 def _plan_training(args: argparse.Namespace) -> int:
@@ -126,7 +136,7 @@ def _plan(args: argparse.Namespace, mesh: DeviceMesh | None) -> int:
     if args.json:
         rows = [_as_dict(name, verdict) for name, verdict in verdicts.items()]
         content = {"path": str(plan.manifest.path), "device": str(device), "budget": asdict(budget)}
-        print(as_json(content | {"strategies": rows, "auto": auto or None}))
+        print(as_json(content | _of_ranks(plan) | {"strategies": rows, "auto": auto or None}))
     else:
         _print(plan, budget, verdicts, auto)
     return 0 if auto else 1

@@ -83,7 +83,8 @@ def choose(plan: LoadPlan, strategy: str, budget: Budget) -> tuple[str, LoadPlan
     """The strategy to take and the plan for it.
 
     "auto" is the first of AUTO (where ranks load the same, "mmap" comes first) that can do what is planned
-    and fits; a strategy that was named may count on swap. Raises UsageError for an unknown one and one that cannot do it; InsufficientMemoryError, before
+    and fits; a strategy that was named may count on swap. Raises UsageError for an unknown one and one that
+    cannot do it; InsufficientMemoryError, before
     anything is allocated, where nothing fits.
     """
     if strategy not in ("auto", *STRATEGIES):

@@ -8,12 +8,13 @@ when the article's code does, so that comparing them is honest; its gaps are clo
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from gpt2lite.checkpoint.manifest import TensorSpan
 from gpt2lite.checkpoint.reading import map_tensors, prefetch, read_tensors, sizes_read, stored_versions
 from gpt2lite.checkpoint.source import ByteSource
 from gpt2lite.errors import CheckpointError, is_out_of_memory
@@ -221,13 +222,16 @@ def _forecast_mmap(plan: LoadPlan, ledger: Ledger) -> None:
     touched, reached = Counter[ByteSource](), Counter[ByteSource]()
     last = {span.source: name for name, span in plan.spans.items()}
     for name, targets in plan.filled.items():
-        stored, are_views = plan.spans[name], [_is_view(plan, t, again=i > 0) for i, t in enumerate(targets)]
+        stored, are_views = (
+            _used(plan.spans[name], targets),
+            [_is_view(plan, t, again=i > 0) for i, t in enumerate(targets)],
+        )
         source, end = stored.source, stored.offset + stored.extent
         fresh = max(end - max(stored.offset, reached[source]), 0)  # spans come in order, and may overlap
         reached[source] = max(end, reached[source])
         is_read = not ledger.on_cpu or not all(are_views) or plan.tuning.prefetch
         touched[source] += ledger.mapped.take(fresh if is_read else 0)
-        block = 0 if ledger.on_cpu else ledger.device.take(stored.nbytes)
+        block = 0 if ledger.on_cpu else ledger.device.take(plan.spans[name].nbytes)
         for target, is_view in zip(targets, are_views, strict=True):
             ledger.device.take(0 if is_view else target.nbytes)
         if not (any(are_views) or ledger.on_cpu):
@@ -236,6 +240,13 @@ def _forecast_mmap(plan: LoadPlan, ledger: Ledger) -> None:
         if last[source] == name and not plan.tuning.prefetch:  # with its last tensor the mapping goes
             ledger.mapped.give(touched[source])
     forecast_unsaved_buffers(plan, ledger)
+
+
+def _used(span: TensorSpan, targets: Sequence[Target]) -> TensorSpan:
+    """What its targets view of a stored tensor, from the first row to the last."""
+    boxes = [target.placement.box(span.shape) for target in targets if target.numel]
+    hull = [range(min(r.start for r in rows), max(r.stop for r in rows)) for rows in zip(*boxes, strict=True)]
+    return span.part(hull if boxes else [range(0) for _ in span.shape])
 
 
 def per_tensor(plan: LoadPlan) -> nn.Module:
