@@ -35,6 +35,10 @@ from gpt2lite.model import forecast as forecast
 from gpt2lite.model import open_model as open_model
 from gpt2lite.opening import Opened as Opened
 from gpt2lite.opening import load_module as load_module
+from gpt2lite.pruning import Pruning as Pruning
+from gpt2lite.pruning import choose_blocks as choose_blocks
+from gpt2lite.pruning import keep_blocks as keep_blocks
+from gpt2lite.pruning import prune as prune
 from gpt2lite.tracking import MemoryUse as MemoryUse
 from gpt2lite.tracking import clean_up as clean_up
 from gpt2lite.tracking import track_memory as track_memory

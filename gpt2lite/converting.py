@@ -28,6 +28,7 @@ from gpt2lite.checkpoint.source import memory_of
 from gpt2lite.checkpoint.torch_zip import fill_torch_zip
 from gpt2lite.checkpoint.writing import Progress, TensorToWrite, Wrote
 from gpt2lite.config import GPTConfig
+from gpt2lite.dialects.configs import check_masks
 from gpt2lite.dialects.reading import DIALECTS, Placement, expand_rows
 from gpt2lite.errors import CheckpointError, UsageError, listed
 from gpt2lite.loading.options import check_names
@@ -191,6 +192,7 @@ def _format_of(destination: Path, format: str | None) -> tuple[str, bool]:
 def _views(opened: Opened[GPTModel], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Every parameter by our name, mapped. Raises CheckpointError where one is missing or does not fit."""
     plan = opened.plan(dtype=dtype)
+    check_masks(opened.reading)
     mapped = map_tensors(plan.spans.values())
     return {name: t.placement.of(mapped[t.span.name]) for t in plan.targets for name in t.names}
 
@@ -256,11 +258,13 @@ def _beside(job: Conversion, source: Path) -> dict[str, bytes]:
     return files | {"config.json": f"{json.dumps(fields, indent=2)}\n".encode()}
 
 
-def plan_conversion(source: AnyPath, destination: AnyPath, **options: Unpack[ConvertOptions]) -> Conversion:
+def plan_conversion(
+    source: AnyPath | Opened[GPTModel], destination: AnyPath, **options: Unpack[ConvertOptions]
+) -> Conversion:
     """Decide all that `convert` will write, and refuse what it cannot, before a byte is written.
 
-    Reads headers; for a target that ties a head that the source does not, also head and embedding. Raises as
-    `convert`.
+    Reads headers and masks; for a target that ties a head that the source does not, also head and embedding.
+    Raises as `convert`.
     """
     check_names(options, ConvertOptions)
     to, dtype, size = options.get("to", "book"), options.get("dtype"), options.get("max_shard_size")
@@ -271,7 +275,9 @@ def plan_conversion(source: AnyPath, destination: AnyPath, **options: Unpack[Con
     max_shard_bytes = parse_size(size) if size is not None else None
     if max_shard_bytes and not (in_folder and format == "safetensors"):
         raise UsageError(f"{destination}: only a folder of safetensors has shards; name a folder")
-    opened = open_model(source, config=options.get("config"))
+    if isinstance(source, Opened) and options.get("config") is not None:
+        raise UsageError(f"{source.path}: is open already; pass config to open_model")
+    opened = source if isinstance(source, Opened) else open_model(source, config=options.get("config"))
     manifest = opened.reading.manifest
     if opened.reading.adapters:
         merge = "GPTModel.from_checkpoint(…).save_checkpoint(…), with the book's lora_alpha=…"
@@ -285,8 +291,9 @@ def plan_conversion(source: AnyPath, destination: AnyPath, **options: Unpack[Con
     config = _target_config(opened.config, to, views)
     tensors = tuple(_stored(to, format, config, views, dtype))
     dialect = opened.reading.dialect
+    beside = opened.path if isinstance(source, Opened) or not Path(source).exists() else Path(source)
     job = Conversion(manifest, destination, dialect, to, format, in_folder, config, tensors, max_shard_bytes)
-    return replace(job, beside=_beside(job, Path(source) if Path(source).exists() else opened.path))
+    return replace(job, beside=_beside(job, beside))
 
 
 # ---- writing -----------------------------------------------------------------------------------------------
@@ -368,14 +375,14 @@ def run_conversion(job: Conversion, *, verified: bool = True, progress: Progress
 
 
 def convert(
-    source: AnyPath,
+    source: AnyPath | Opened[GPTModel],
     destination: AnyPath,
     *,
     verify: bool = True,
     progress: Progress | None = None,
     **options: Unpack[ConvertOptions],
 ) -> Path:
-    """Write any checkpoint that loads here as another program reads it, and return where.
+    """Write any checkpoint that loads here, by its path or opened, as another program reads it; return where.
 
     `ConvertOptions` says what can be chosen. Files that are not folders carry the config in themselves;
     biases that a target has and the source lacks are zeros.

@@ -24,7 +24,7 @@ from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.checkpoint.tf_bundle import index_of
 from gpt2lite.config import OFFICIAL_SIZES, GPTConfig
 from gpt2lite.devices import name_device
-from gpt2lite.dialects.configs import UNSAYABLE, Found, check_model_type, complete, find_fields
+from gpt2lite.dialects.configs import UNSAYABLE, Found, check_masks, check_model_type, complete, find_fields
 from gpt2lite.dialects.peft import find_adapter, with_adapter
 from gpt2lite.dialects.reading import Reading, read_dialect, read_names, with_lora_alpha
 from gpt2lite.errors import UsageError
@@ -127,6 +127,7 @@ class Opened(Generic[Model]):
         """
         complete(self.reading, self.found)  # raises where `plan` would take something for granted
         with_lora_alpha(self.reading, None)  # raises where one is missing
+        check_masks(self.reading)
         for note in self.found.notes:
             warnings.warn(note, UserWarning, stacklevel=2)
         model = load(partial(self.plan, **options), device, strategy, options)
@@ -148,7 +149,7 @@ def locate(name: str | os.PathLike[str], options: Mapping[str, Any]) -> Path:
 def open_as(
     model: Callable[[GPTConfig], Model], path: str | os.PathLike[str], options: OpenOptions
 ) -> Opened[Model]:
-    """Open what lies at a path. Reads headers, and of stored attention masks a few rows.
+    """Open what lies at a path. Reads headers, and of stored attention masks the first block's.
 
     Raises CheckpointNotFoundError; CheckpointError for a file that is damaged, of an unknown kind, wants to
     run code, contradicts itself or computes something else; UsageError for a wrong argument.

@@ -209,7 +209,12 @@ BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": Tr
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # of a BPE with byte_fallback
 OTHER_RULES = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
 FLAGS = ("lstrip", "rstrip", "single_word")
-REWRITE = "transformers' AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes it"
+# Of transformers' classes one has GPT-2's rules, two those of tokenizer.json; what others compute is theirs.
+OWN, GENERIC = "GPT2Tokenizer", ("PreTrainedTokenizer", "TokenizersBackend")
+OTHER_SETTINGS = ("split_special_tokens", "auto_map", "fast_tokenizer_files")
+PUTS_AROUND = re.compile(r'"SpecialToken"|(Roberta|Bert)Processing')  # post-processors that add tokens
+REWRITE = f"transformers' AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes {TREE}"
+SAY_SO = f"set tokenizer_class to {GENERIC[0]}Fast in {SETTINGS[1]}"
 
 
 def _json(files: Files, name: str) -> Any:
@@ -228,12 +233,19 @@ def _ids(vocab: Any) -> dict[str, int]:
     return vocab if isinstance(vocab, dict) else {token: id for id, (token, _) in enumerate(vocab)}
 
 
-def _special_names(settings: Mapping[str, Any]) -> dict[str, str]:
-    """{"eos_token": "<|endoftext|>", …}, and the additional ones by number."""
-    named = {key: token for key, token in settings.items() if key.endswith("_token")}
-    named |= {str(n): token for n, token in enumerate(settings.get("additional_special_tokens") or ())}
-    contents = {key: token["content"] if isinstance(token, dict) else token for key, token in named.items()}
-    return {key: token for key, token in contents.items() if isinstance(token, str)}
+def _named(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rows of the special tokens that settings name: {"eos_token": {"content": "<|endoftext|>"}, …}."""
+    lists = [settings.get(key) or () for key in ("additional_special_tokens", "extra_special_tokens")]
+    tokens = [(key, token) for key, token in settings.items() if key.endswith("_token")]
+    for found in lists:
+        tokens += found.items() if isinstance(found, dict) else ((str(token), token) for token in found)
+    rows = {key: {"content": token} if isinstance(token, str) else token for key, token in tokens}
+    known = ("content", "normalized", *FLAGS)
+    return {
+        key: {word: row[word] for word in known if word in row}
+        for key, row in rows.items()
+        if isinstance(row, dict)
+    }
 
 
 def _tree(files: Files, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,22 +261,85 @@ def _tree(files: Files, settings: Mapping[str, Any]) -> dict[str, Any]:
         found = f"cannot be read as a tokenizer from {', '.join(files)}"
         wanted = f"expected {VOCAB} (token to id) with {MERGES}, or {TREE}; {REWRITE}"
         raise CheckpointError(next(iter(files.values())), f"{found}; {wanted}")
-    added = [{"content": token, "id": id} for token, id in _json(files, ADDED).items()]
-    added += [row | {"id": int(id)} for id, row in settings.get("added_tokens_decoder", {}).items()]
     before = BYTE_LEVEL | {"add_prefix_space": bool(settings.get("add_prefix_space"))}
     model = {"type": "BPE", "vocab": vocab, "merges": _merges(files[MERGES])}
-    return {"added_tokens": added, "pre_tokenizer": before, "decoder": BYTE_LEVEL, "model": model}
+    return {"added_tokens": [], "pre_tokenizer": before, "decoder": BYTE_LEVEL, "model": model}
+
+
+def _class_of(files: Files, settings: Mapping[str, Any]) -> str | None:
+    """The class that transformers reads the files with, without "Fast"; None where nothing says it."""
+    beside = next(iter(files.values())).with_name("config.json")
+    is_folders = beside.is_file() and all(path.name == name for name, path in files.items())
+    config = json.loads(beside.read_bytes()) if is_folders else {}
+    by_model = OWN if config.get("model_type") == "gpt2" else None
+    said = settings.get("tokenizer_class") or config.get("tokenizer_class") or by_model
+    return said and str(said).removesuffix("Fast")
 
 
 def _has_gpt2_rules(tree: Mapping[str, Any]) -> bool:
-    """Whether vocabulary, merges and special tokens are all that sets this tokenizer apart from GPT-2's."""
+    """Whether its rules are GPT-2's, but perhaps for a space before the text and added tokens."""
+    before = {"use_regex": True, **(tree["pre_tokenizer"] or {})}
     return (
-        {"use_regex": True, **(tree["pre_tokenizer"] or {}), "trim_offsets": True} == BYTE_LEVEL
+        before | {"trim_offsets": True, "add_prefix_space": False} == BYTE_LEVEL
         and (tree["decoder"] or {}).get("type") == "ByteLevel"
         and tree["model"].get("type", "BPE") == "BPE"
         and not any([tree.get("normalizer"), *map(tree["model"].get, OTHER_RULES)])
-        and all(row["special"] and not any(map(row.get, FLAGS)) for row in tree["added_tokens"])
     )
+
+
+def _prefixes(tree: Mapping[str, Any]) -> set[bool]:
+    """What a tokenizer's rules say of a space before the text."""
+    before = tree["pre_tokenizer"] or {}
+    parts = before.get("pretokenizers", [before])
+    return {part["add_prefix_space"] for part in parts if "add_prefix_space" in part}
+
+
+def _other_rules(kind: str | None, tree: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
+    """What transformers would compute otherwise than the rules in `tree`, and what to do."""
+    if asked := next((key for key in OTHER_SETTINGS if settings.get(key)), None):
+        return f"{SETTINGS[1]} says {asked}={settings[asked]!r}, which is not supported; remove it"
+    if kind not in (None, OWN, *GENERIC):
+        return f"tokenizer_class={kind} may have other rules than GPT-2's. {REWRITE}; then {SAY_SO}"
+    if kind == OWN and not _has_gpt2_rules(tree):
+        return f"its rules are not GPT-2's, which tokenizer_class={OWN} has; if they are right, {SAY_SO}"
+    said = settings.get("add_prefix_space", False if kind == OWN else None)
+    if said is not None and _prefixes(tree) - {said}:
+        return f"{SETTINGS[1]} says add_prefix_space={said}, {TREE} says {not said}"
+    return None
+
+
+def _settings(files: Files) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The settings of both files as one, and the special tokens that they name."""
+    told = [_json(files, file) for file in SETTINGS]
+    first, second = map(_named, told)
+    for key in first.keys() & second.keys():
+        if first[key]["content"] != second[key]["content"]:
+            both = f"{first[key]['content']!r} here, {second[key]['content']!r} in {SETTINGS[1]}"
+            raise CheckpointError(files[SETTINGS[0]], f"{key} is {both}; correct the wrong one")
+    return told[0] | told[1], second | first
+
+
+def _added(
+    name: str, tree: Mapping[str, Any], apart: Sequence[dict[str, Any]], named: Sequence[dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """The rows of all tokens that are looked up before the merges: in the tree, apart from it, and named."""
+    vocab, special = _ids(tree["model"]["vocab"]), {row["content"] for row in named}
+    in_vocab = [row | {"id": vocab[row["content"]]} for row in named if row["content"] in vocab]
+    rows: dict[str, dict[str, Any]] = {}
+    for row in (*tree["added_tokens"], *apart, *in_vocab):
+        token, is_special = row["content"], row["content"] in special
+        defaults = dict.fromkeys(FLAGS, False) | {"special": is_special, "normalized": not is_special}
+        ids = {rows.setdefault(token, defaults | row)["id"], row["id"], vocab.get(token, row["id"])}
+        if len(ids) > 1:
+            raise CheckpointError(name, f"{token!r} has the ids {sorted(ids)}; correct the wrong one")
+    new = sorted(row["id"] for token, row in rows.items() if token not in vocab)
+    if new != [*range(len(vocab), len(vocab) + len(new))]:
+        wanted = f"transformers numbers them from {len(vocab)} on; correct the ids"
+        raise CheckpointError(name, f"its added tokens have the ids {new[:5]} …, but {wanted}")
+    if lacking := sorted(special - rows.keys()):
+        what = f"lacks {', '.join(map(repr, lacking))}, named in {' or '.join(SETTINGS)}"
+        raise CheckpointError(name, f"{what}; remove the name, or {REWRITE}")
+    return rows
 
 
 def _through_tokenizers(name: str, tree: Mapping[str, Any], end: str) -> Tokenizer:
@@ -304,26 +379,29 @@ def _through_tokenizers(name: str, tree: Mapping[str, Any], end: str) -> Tokeniz
 
 def _from_hub(files: Files) -> Tokenizer:
     name = str(files.get(TREE) or next(iter(files.values())))
-    settings = {key: value for file in SETTINGS for key, value in _json(files, file).items()}
-    tree, names = _tree(files, settings), {"eos_token": END_OF_TEXT} | _special_names(settings)
-    said, before = settings.get("add_prefix_space"), tree["pre_tokenizer"] or {}
-    if said is not None and before.get("add_prefix_space", said) != said:
-        raise CheckpointError(name, f"{SETTINGS[1]} says add_prefix_space={said}, {TREE} says {not said}")
-    if settings.get("add_bos_token") or (tree.get("post_processor") or {}).get("special_tokens"):
+    settings, named = _settings(files)
+    tree, kind = _tree(files, settings), _class_of(files, settings)
+    vocab = _ids(tree["model"]["vocab"])
+    if kind in GENERIC and TREE not in files:
+        raise CheckpointError(name, f"tokenizer_class={kind} needs {TREE}, which is not there; copy it here")
+    if wrong := _other_rules(kind, tree, settings):
+        raise CheckpointError(name, wrong)
+    around = map(settings.get, ("add_bos_token", "add_eos_token"))
+    if any(around) or PUTS_AROUND.search(json.dumps(tree.get("post_processor"))):
         warnings.warn(f"{name}: adds special tokens around a text; gpt2lite does not", stacklevel=2)
-    vocab, special, end = _ids(tree["model"]["vocab"]), {*names.values()}, names["eos_token"]
-    listed = [{"id": vocab[token], "content": token} for token in special & vocab.keys()]
-    rows = {row["content"]: row for row in (*listed, *tree["added_tokens"])}
-    if settings.get("eos_token") and end not in rows:
-        raise CheckpointError(name, f"lacks {end!r}, which {SETTINGS[1]} says ends a text")
-    defaults = dict.fromkeys((*FLAGS, "normalized"), False)
-    added = [defaults | {"special": token in special} | row for token, row in rows.items()]
-    tree["added_tokens"] = sorted(added, key=lambda row: row["id"])
-    if _has_gpt2_rules(tree):
+    end = named.get("eos_token", {"content": END_OF_TEXT})
+    by_class = [end] if kind not in GENERIC and END_OF_TEXT in vocab else []
+    apart = [{"content": token, "id": id} for token, id in _json(files, ADDED).items()]
+    apart += [row | {"id": int(id)} for id, row in settings.get("added_tokens_decoder", {}).items()]
+    rows = _added(name, tree, apart, [*named.values(), *by_class])
+    tree["added_tokens"] = sorted(rows.values(), key=lambda row: row["id"])
+    is_plain = all(row["special"] and not any(map(row.get, FLAGS)) for row in rows.values())
+    if is_plain and _has_gpt2_rules(tree) and True not in _prefixes(tree):
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in tree["model"]["merges"]]
-        if bpe := as_encoding(name, vocab, pairs, {token: row["id"] for token, row in rows.items()}):
-            return as_tokenizer(bpe, end)
-    return _through_tokenizers(name, tree, end)
+        ids = {token: row["id"] for token, row in rows.items()}
+        if bpe := as_encoding(name, vocab, pairs, ids):
+            return as_tokenizer(bpe, end["content"])
+    return _through_tokenizers(name, tree, end["content"])
 
 
 # ---- every kind --------------------------------------------------------------------------------------------
@@ -476,6 +554,11 @@ def hub_files(checkpoint: Path, vocab_size: int) -> dict[str, bytes]:
     except CheckpointError as error:
         warnings.warn(f"no tokenizer is written: {error}", stacklevel=2)
         return {}
+    if (
+        TREE in files
+    ):  # whose rules transformers takes for those of config.json's model, where nothing says so
+        said = {"tokenizer_class": f"{GENERIC[0]}Fast"} | json.loads(files.get(SETTINGS[1], b"{}"))
+        files |= {SETTINGS[1]: _as_json(said)}
     if META in files:
         warnings.warn(f"{META} is copied; gpt2lite reads it, transformers does not", stacklevel=2)
     said = folder_of(checkpoint) / GENERATION

@@ -349,6 +349,10 @@ WRONG_MASKS = {
     "a prefix": CAUSAL * (torch.arange(T) >= 5),
     "turned": CAUSAL.t().contiguous(),
     "also itself": torch.ones(T, T).triu(0),
+    "one token less": CAUSAL.clone().index_put_((torch.tensor(9), torch.tensor(3)), torch.tensor(1.0)),
+    "halved": CAUSAL / 2,
+    "none of it": torch.zeros(0, 0),
+    "one number": torch.tensor(1.0),
 }
 
 
@@ -377,6 +381,36 @@ def test_a_window_in_the_hubs_masks_is_refused(tmp_path: Path):
     state |= {f"transformer.h.{i}.attn.bias": window.bool().view(1, 1, T, T) for i in range(3)}
     with pytest.raises(CheckpointError, match=r"h.0.attn.bias is not GPT-2's causal mask"):
         GPTModel.from_checkpoint(save_pth(state, tmp_path), config=HEADS)
+
+
+def test_opening_reads_the_first_blocks_mask_and_loading_and_converting_all(tmp_path: Path):
+    masks = {i: CAUSAL.clone() for i in range(2)} | {2: WRONG_MASKS["one token less"]}
+    path = save_pth(with_masks(masks), tmp_path)
+    opened = open_model(path, config=HEADS)
+    for use in (opened.load, lambda: convert(path, tmp_path / "other.pth", config=HEADS)):
+        with pytest.raises(CheckpointError, match=r"trf_blocks.2.att.mask is not GPT-2's causal mask"):
+            use()
+    with pytest.raises(CheckpointError, match=r"trf_blocks.0.att.mask is not GPT-2's causal mask"):
+        open_model(save_pth(with_masks(masks | {0: masks[2]}), tmp_path), config=HEADS)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, 1e4, -8e3, float("nan"), (-1e4, -1e4)])
+def test_a_masked_bias_that_hides_nothing_is_refused_by_its_value(value: Any, tmp_path: Path):
+    state = dict(huggingface().state_dict())
+    state |= {f"transformer.h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
+    state["transformer.h.2.attn.masked_bias"] = torch.tensor(value)
+    said = r"\(2,\)" if isinstance(value, tuple) else re.escape(str(value))
+    with pytest.raises(CheckpointError, match=rf"h.2.attn.masked_bias is {said}, which hides no token"):
+        GPTModel.from_checkpoint(save_pth(state, tmp_path), config=HEADS)
+
+
+@pytest.mark.parametrize("value", [-1e4, -1e9, float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_masked_bias_that_hides_is_fine_in_any_dtype(value: float, dtype: torch.dtype, tmp_path: Path):
+    state = dict(huggingface().state_dict())
+    bias = torch.tensor(value).to(dtype)
+    state |= {f"transformer.h.{i}.attn.masked_bias": bias.clone() for i in range(3)}
+    GPTModel.from_checkpoint(save_pth(state, tmp_path), config=HEADS)
 
 
 # ---- names, heads, two models ------------------------------------------------------------------------------
@@ -667,6 +701,14 @@ def test_a_whole_books_model_with_another_epsilon_is_refused(tmp_path: Path):
         GPTModel.from_checkpoint(tmp_path / "model.pth")
 
 
+def test_dropouts_that_differ_in_a_whole_pickled_model_are_said(tmp_path: Path):
+    theirs = whole_models()["book"]
+    theirs.trf_blocks[1].drop_resid.p = 0.5
+    torch.save(theirs, tmp_path / "model.pth")
+    with pytest.warns(UserWarning, match=r"dropouts 0\.1 and 0\.5; training uses 0\.1 for all"):
+        GPTModel.from_checkpoint(tmp_path / "model.pth")
+
+
 def test_weights_that_cannot_be_read_say_why(model: GPTModel, tmp_path: Path):
     state = dict(model.state_dict())
     state["out_head.weight"] = state["out_head.weight"].to_sparse()
@@ -734,6 +776,30 @@ CHANGED: dict[str, tuple[str, Callable[[Any], object]]] = {
     "att.sliding_window_size: sliding_window_size=2": (
         "book",
         lambda model: setattr(model.trf_blocks[1].att, "sliding_window_size", 2),
+    ),
+    "att.head_dim: head_dim=6, wanted 12": (
+        "book",
+        lambda model: setattr(model.trf_blocks[1].att, "head_dim", 6),
+    ),
+    "trf_blocks.0.att.head_dim: head_dim=12, wanted 24": (  # half of the width is attended to
+        "book",
+        lambda model: [setattr(block.att, "num_heads", 2) for block in model.trf_blocks],
+    ),
+    "attn.head_dim: head_dim=24, wanted 12": (
+        "transformers",
+        lambda model: setattr(model.transformer.h[1].attn, "head_dim", 24),
+    ),
+    "but 2 in": ("book", lambda model: setattr(model.trf_blocks[1].att, "num_heads", 2)),
+    "but 24 in": ("book", lambda model: setattr(model.trf_blocks[1].att, "d_out", 24)),
+    "but 96 in": ("transformers", lambda model: setattr(model.transformer.h[1].attn, "split_size", 96)),
+    "but 'gelu' in": ("transformers", lambda model: setattr(model.transformer.h[1].mlp, "act", nn.GELU())),
+    "its scale=0.5, wanted 0.28": (
+        "transformers",
+        lambda model: setattr(model.transformer.h[1].attn, "scaling", 0.5),
+    ),
+    "attn.is_cross_attention: is_cross_attention=True": (
+        "transformers",
+        lambda model: setattr(model.transformer.h[1].attn, "is_cross_attention", True),
     ),
 }
 

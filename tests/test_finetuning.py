@@ -51,7 +51,7 @@ from gpt2lite.finetuning.data import (
 from gpt2lite.finetuning.examples import read_records
 from gpt2lite.finetuning.forecast import find_levers
 from gpt2lite.finetuning.loop import read_metrics, validate
-from gpt2lite.finetuning.losses import ROWS, cross_entropy
+from gpt2lite.finetuning.losses import ROWS, summed_loss
 from gpt2lite.finetuning.states import read_labels
 from gpt2lite.finetuning.training import Trainer, choose_trained
 
@@ -111,7 +111,7 @@ def test_the_chunked_loss_and_its_gradients_are_those_of_the_whole(rows: int, bi
     head = torch.nn.Linear(16, 70, bias, dtype=torch.float64).requires_grad_(trains != "hidden")
     for chunked in (False, True):
         hidden = start.clone().requires_grad_(trains != "head")
-        loss = cross_entropy(head, hidden, targets, chunked=chunked) / rows
+        loss = summed_loss(head, hidden, targets, chunked=chunked) / rows
         head.zero_grad()
         loss.backward()
         found.append([loss.detach(), hidden.grad, *(p.grad for p in head.parameters())])
@@ -125,7 +125,7 @@ def test_under_autocast_it_is_the_whole_loss_in_16_bits():
     torch.manual_seed(0)
     hidden, head, targets = torch.randn(300, 16), torch.nn.Linear(16, 70), torch.randint(70, (300,))
     with torch.autocast("cpu", torch.bfloat16):
-        parts, whole = (cross_entropy(head, hidden, targets, chunked=chunked) for chunked in (True, False))
+        parts, whole = (summed_loss(head, hidden, targets, chunked=chunked) for chunked in (True, False))
     torch.testing.assert_close(parts, whole, rtol=1e-3, atol=0)
 
 

@@ -7,6 +7,7 @@ import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import transformers
 from conftest import randomise
 from test_cli import has_gpt2_encoding
 from tokenizers import Tokenizer as Peer
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 
 from gpt2lite import CheckpointError, GPTConfig, GPTModel, UsageError, convert
@@ -253,6 +254,133 @@ def test_special_tokens_put_around_a_text_are_a_warning(folder: Path):
     as_tree(byte_level(), folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": True}))
+    with pytest.warns(UserWarning, match="adds special tokens around a text"):
+        tokenizer_for(folder, 500)
+
+
+# ---- the settings beside the lists ------------------------------------------------------------------------
+
+
+def said(content: str, **flags: bool) -> dict[str, Any]:
+    """A token as tokenizer_config.json says it."""
+    return {
+        "content": content,
+        **dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False),
+    } | flags
+
+
+def with_rules(**rules: Any) -> Peer:
+    peer = byte_level()
+    for name, rule in rules.items():
+        setattr(peer, name, rule)
+    return peer
+
+
+NEW = byte_level().get_vocab_size()  # the first id that is free
+PREFIXED = pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=True)])
+DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+MAP = "special_tokens_map.json"
+GENERIC, OWN = {"tokenizer_class": "PreTrainedTokenizerFast"}, {"tokenizer_class": "GPT2Tokenizer"}
+ROWS = {
+    str(NEW): said("<pad>", special=True),
+    str(NEW + 1): said("<mask>", special=True, lstrip=True),
+    str(NEW + 2): said("neu", normalized=True),
+}
+# What writes the tokenizer, its settings, and a file beside them → "" where it is read, or why it is refused.
+BESIDE: dict[str, tuple[Peer | None, dict[str, Any], dict[str, Any], str]] = {
+    "no class": (None, {}, {}, ""),
+    "added": (None, OWN, {"added_tokens.json": {"<pad>": NEW, "neu": NEW + 1}}, ""),
+    "rows": (None, OWN | {"added_tokens_decoder": ROWS}, {}, ""),
+    "rows of a named token": (None, OWN | {"pad_token": "<pad>", "added_tokens_decoder": ROWS}, {}, ""),
+    "flags of a named token": (None, OWN, {MAP: {"mask_token": said("<|user|>", lstrip=True)}}, ""),
+    "prefix": (None, OWN | {"add_prefix_space": True}, {}, ""),
+    "added to a tree": (byte_level(), GENERIC, {"added_tokens.json": {"<pad>": NEW}}, ""),
+    "rows to a tree": (byte_level(), GENERIC | {"added_tokens_decoder": ROWS}, {}, ""),
+    "digits": (with_rules(pre_tokenizer=DIGITS), GENERIC, {}, ""),
+    "a space in a sequence": (with_rules(pre_tokenizer=PREFIXED), GENERIC, {}, ""),
+    "lower case": (with_rules(normalizer=normalizers.Lowercase()), GENERIC, {}, ""),
+    "GPT-2's tree": (byte_level(), {}, {}, ""),
+    "a pad that is not there": (None, OWN | {"pad_token": "<pad>"}, {}, r"lacks '<pad>', named in"),
+    "such a mask": (byte_level(), GENERIC, {MAP: {"mask_token": "<m>"}}, "lacks '<m>'"),
+    "others": (None, OWN | {"additional_special_tokens": ["<a>"]}, {}, "lacks '<a>'"),
+    "an image": (byte_level(), GENERIC | {"extra_special_tokens": {"image_token": "<i>"}}, {}, "lacks '<i>'"),
+    "ids with a gap": (None, OWN, {"added_tokens.json": {"<pad>": NEW + 3}}, f"have the ids .*from {NEW} on"),
+    "another id": (None, OWN, {"added_tokens.json": {"<|user|>": 7}}, r"'<\|user\|>' has the ids \[1, 7\]"),
+    "two ends": (None, OWN | {"eos_token": "a"}, {MAP: {"eos_token": "b"}}, "eos_token is 'b'"),
+    "CLIP": (None, {"tokenizer_class": "CLIPTokenizer"}, {}, "CLIPTokenizer may have other rules"),
+    "Roberta": (None, {"tokenizer_class": "RobertaTokenizer"}, {}, "tokenizer_class=RobertaTokenizer may"),
+    "Whisper's tree": (byte_level(), {"tokenizer_class": "WhisperTokenizer"}, {}, "WhisperTokenizer may"),
+    "Bart by config.json": (None, {}, {"config.json": {"tokenizer_class": "BartTokenizer"}}, "=BartTo"),
+    "no tree": (None, GENERIC, {}, "needs tokenizer.json, which is not there"),
+    "digits by GPT-2's class": (with_rules(pre_tokenizer=DIGITS), OWN, {}, "rules are not GPT-2's"),
+    "digits of no class": (with_rules(pre_tokenizer=DIGITS), {}, {}, "rules are not GPT-2's"),
+    "NFKC by GPT-2's class": (with_rules(normalizer=normalizers.NFKC()), OWN, {}, "rules are not GPT-2's"),
+    "a space by GPT-2's class": (byte_level(add_prefix_space=True), OWN, {}, "add_prefix_space=False"),
+    "no space in a sequence": (
+        with_rules(pre_tokenizer=PREFIXED), GENERIC | {"add_prefix_space": False}, {}, "add_prefix_space=False",
+    ),
+    "no special tokens": (byte_level(), GENERIC | {"split_special_tokens": True}, {}, "split_special"),
+    "its own code": (byte_level(), GENERIC | {"auto_map": {"AutoTokenizer": ["x.Y"]}}, {}, "auto_map"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_settings_beside_a_tokenizer_are_followed_as_transformers_does_or_refused(case: str, folder: Path):
+    peer, settings, beside, message = BESIDE[case]
+    if peer:
+        (folder / "tokenizer.json").write_text(peer.to_str())
+    else:
+        byte_level().model.save(str(folder))
+    for name, content in ({"config.json": {}, "tokenizer_config.json": settings} | beside).items():
+        content |= {"model_type": "gpt2"} if name == "config.json" else {}
+        (folder / name).write_text(json.dumps(content))
+    if message:
+        with pytest.raises(CheckpointError, match=message):
+            tokenizer_for(folder, 500)
+        return
+    found, theirs = tokenizer_for(folder, 500), transformers.AutoTokenizer.from_pretrained(folder)
+    for text in (*AWKWARD, "x <pad> y <mask>z neu, Neu a <|user|> b"):
+        ids = theirs(text)["input_ids"]
+        assert found.encode(text, allowed_special="all") == ids, text
+        assert found.decode(ids) == theirs.decode(ids), text
+
+
+def test_what_a_refused_class_is_told_to_do_gives_its_ids(folder: Path):
+    byte_level().model.save(str(folder))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs.save_pretrained(folder)
+    changed(folder, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    assert_reads_as(tokenizer_for(folder, 500), theirs)
+
+
+@pytest.mark.parametrize("with_settings", [True, False])
+def test_transformers_follows_a_converted_tokenizers_own_rules(with_settings: bool, tmp_path: Path):
+    peer = with_rules(pre_tokenizer=DIGITS)
+    (tmp_path / "model.tokenizer.json").write_text(peer.to_str())
+    if with_settings:
+        (tmp_path / "model.tokenizer_config.json").write_text('{"eos_token": "<|user|>"}')
+    source = GPTModel(GPTConfig(500, 8, 8, 2, 1, tied_head=True)).save_checkpoint(tmp_path / "model.pth")
+    made = convert(source, tmp_path / "hub", to="huggingface")
+    theirs = transformers.AutoTokenizer.from_pretrained(made)
+    assert_reads_as(tokenizer_for(source, 500), theirs)
+    assert_reads_as(tokenizer_for(made, 500), theirs)
+
+
+AROUND = {
+    "template": processors.TemplateProcessing("<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]),
+    "roberta": processors.RobertaProcessing(("<|user|>", 1), ("<|endoftext|>", 0)),
+    "bert": processors.BertProcessing(("<|user|>", 1), ("<|endoftext|>", 0)),
+}
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("kind", AROUND)
+def test_a_post_processor_that_adds_tokens_is_a_warning(kind: str, inside: bool, folder: Path):
+    around = AROUND[kind]
+    peer = with_rules(post_processor=processors.Sequence([around]) if inside else around)
+    (folder / "tokenizer.json").write_text(peer.to_str())
     with pytest.warns(UserWarning, match="adds special tokens around a text"):
         tokenizer_for(folder, 500)
 

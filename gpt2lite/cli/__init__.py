@@ -24,6 +24,7 @@ EPILOG = """examples:
   gpt2lite plan model.pth --device cuda --max-device-memory 8GiB
   gpt2lite bench --size gpt2-xl --device cuda
   gpt2lite convert model.pth gpt2-folder --to hf
+  gpt2lite prune gpt2 small.pth --keep-blocks 6 --text held-out.txt
   gpt2lite inspect model.pth
   gpt2lite verify model.pth --against transformers
   gpt2lite evaluate model.pth --text book.txt --quantize int8

@@ -11,7 +11,7 @@ from typing import Any
 
 from gpt2lite.cli.terminal import EMBEDDED
 from gpt2lite.config import ACTIVATIONS, OFFICIAL_SIZES
-from gpt2lite.finetuning.recipe import LORA_TARGETS, Recipe
+from gpt2lite.finetuning.recipe import LORA_TARGETS, TEACHER_DTYPES, Recipe
 
 # Tables of the library, by their names: the tables themselves hold functions of torch.
 STRATEGIES = ("baseline", "sequential", "meta", "mmap", "per_tensor", "stream")
@@ -57,6 +57,8 @@ SHARED: Rows = {
 CONFIG = ("--revision", "--n-heads", "--activation")
 CAPS = ("--max-host-memory", "--max-device-memory")
 LOADING = ("--strategy", "--device", *CONFIG, "--lora-alpha", "--dtype", *CAPS)
+WRITTEN = _path("a .pth, a .safetensors, or a new folder")
+TO = _arg("target (default: %(default)s)", choices=DIALECTS, default="book")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,13 +130,28 @@ COMMANDS = {
         "write a checkpoint with another program's names, layout and file format",
         {
             "source": _arg(CHECKPOINT),
-            "destination": _path("a .pth, a .safetensors, or a new folder"),
-            "--to": _arg("target (default: %(default)s)", choices=DIALECTS, default="book"),
+            "destination": WRITTEN,
+            "--to": TO,
             "--format": _arg("default: by suffix; safetensors for a folder", choices=FORMATS),
             "--max-shard-size": _size("split a folder's safetensors: 2GiB, 5GB"),
             "--no-verify": _switch("do not read the result back"),
         },
         (*CONFIG, "--dtype"),
+    ),
+    "prune": Command(
+        "pruning",
+        "write a checkpoint without some of its blocks, those that a text misses least",
+        {
+            "source": _arg(CHECKPOINT),
+            "destination": WRITTEN,
+            "--keep-blocks": _int("how many stay, chosen by --text"),
+            "--blocks": _arg("the numbers of those that stay, from 0", type=int, nargs="+", metavar="N"),
+            "--text": _arg("UTF-8 that it was not trained on; - reads standard input", metavar="FILE"),
+            "--to": TO,
+        },
+        ("--device", *CONFIG, "--dtype"),
+        one_of=("--keep-blocks", "--blocks"),
+        needs_one=True,
     ),
     "inspect": Command(
         "checkpoints",
@@ -210,6 +227,10 @@ RECIPE = {
     "last_blocks": "train only this many last blocks and the last norm",
     "eight_bit": "Adam's moments in 8 bits, by torchao",
     "compile": "torch.compile the step",
+    "teacher": "a checkpoint or Hub name, to learn its predictions beside the text",
+    "alpha": "the teacher's share of the loss",
+    "temperature": "softens what teacher and student predict",
+    "teacher_dtype": f"the teacher's weights: {', '.join(TEACHER_DTYPES)}",
     "validate_every": "steps between validations",
     "save_every": "steps between saved states",
     "keep": "saved states to keep",
@@ -217,6 +238,7 @@ RECIPE = {
 BY_TYPE: dict[type, dict[str, Any]] = {
     bool: {"action": argparse.BooleanOptionalAction},
     tuple: {"nargs": "+", "metavar": "LAYER"},
+    str: {"metavar": "NAME"},
 }
 
 

@@ -24,7 +24,7 @@ from gpt2lite.checkpoint.manifest import BOUND_CONFIG, Unread, flatten
 from gpt2lite.checkpoint.reading import read_span
 from gpt2lite.config import ACTIVATIONS as OURS_ARE
 from gpt2lite.config import OFFICIAL_SIZES, GPTConfig, misfit
-from gpt2lite.dialects.reading import AUXILIARY, CLASSIFIERS, TIED, Reading, above_of, unwrapped
+from gpt2lite.dialects.reading import AUXILIARY, CLASSIFIERS, TIED, Reading, above_of, block_of, unwrapped
 from gpt2lite.errors import CheckpointError, UsageError, listed
 
 # ---- their words -------------------------------------------------------------------------------------------
@@ -40,6 +40,7 @@ OURS = {
     **dict.fromkeys(("resid_pdrop", "dropout"), "drop_rate"),
     **{"n_vocab": "vocab_size", "activation_function": "activation", "tie_word_embeddings": "tied_head"},
 }
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "drop_rate")  # all of them are one rate of ours
 # Their names of the same two functions, up to rounding, and the classes that compute them. gelu_10 clips,
 # quick_gelu is another function.
 _TANH = """
@@ -54,6 +55,7 @@ SCALE, CLASS = "its scale", "its class"
 # refused. A class of torch or transformers must come from there, others are copied from program to program.
 TORCHS, HUBS = r"(torch\.nn|gpt2lite)\..*\b", r"transformers\..*\b"
 BLOCK, HEAD = r"(trf_blocks|h)\.\d+", "lm_head|out_head|score|classifier"
+DROPOUT = r"(.*\.)?(drop\w*|\w+_dropout|ff\.layers\.3)"
 ATTENTION, NORM = rf"{BLOCK}\.attn?", rf"{BLOCK}\.(norm[12]|ln_[12])|final_norm|ln_f"
 ACTIVATION, MLP = rf"{BLOCK}\.(ff\.layers\.1|mlp\.(act|gelu))", rf"{BLOCK}\.(ff|mlp)"
 ATTENTIONS = r"(PyTorch)?MultiHeadAttention(CombinedQKV)?|MHA\w+|CausalSelfAttention"
@@ -63,7 +65,7 @@ CLASSES = {
     "": rf".*\bGPT(Model(Fast)?)?|{HUBS}GPT2(Model|LMHeadModel|DoubleHeadsModel|For\w+)",
     "transformer": rf"{HUBS}GPT2Model|{TORCHS}ModuleDict",
     "tok_emb|pos_emb|wte|wpe": rf"{TORCHS}Embedding",
-    r"(.*\.)?(drop\w*|\w+_dropout|ff\.layers\.3)": rf"{TORCHS}(Dropout|Identity)",
+    DROPOUT: rf"{TORCHS}(Dropout|Identity)",
     r"trf_blocks(\.\d+\.ff\.layers)?|h": rf"{TORCHS}(Sequential|ModuleList)",
     BLOCK: rf".*\b(TransformerBlock(Fast)?|Block)|{HUBS}GPT2Block",
     ATTENTION: rf".*\b({ATTENTIONS})|{HUBS}GPT2(Sdpa|Flash)?Attention2?",
@@ -77,11 +79,12 @@ CLASSES = {
 WRAPPERS = r"(torch|deepspeed)\..*"
 # The config words that attributes there stand for ("": their own names). Every block must say the same.
 ATTRIBUTES = {
-    rf"{ATTENTION}\.(n_heads?|num_heads|is_causal|scale_attn\w*|sliding_window\w*)": "",
+    rf"{ATTENTION}\.(n_heads?|num_heads|head_dim|is_\w+|scale_attn\w*|sliding_window\w*)": "",
+    rf"{ATTENTION}\.(n_embd|embed_dim|split_size|d_out)": "emb_dim",
     rf"{ATTENTION}\.(scaling|scale)": SCALE,
     rf"({NORM})\.eps": "layer_norm_epsilon",
     r"(tok_emb|pos_emb|wte|wpe)\.max_norm": "",
-    r"drop(_emb)?\.p": "drop_rate",
+    rf"({DROPOUT})\.p": "drop_rate",
 }
 # What changes the computation, with the values that ours has; a refusal names the last.
 COMPUTED: dict[str, tuple[object, ...]] = {
@@ -89,7 +92,9 @@ COMPUTED: dict[str, tuple[object, ...]] = {
     **dict.fromkeys(("layer_norm_epsilon", "layer_norm_eps", "norm_eps"), (None, 1e-5)),
     **dict.fromkeys(("scale_attn_weights", "is_causal"), (None, True)),
     **dict.fromkeys(("scale_attn_by_inverse_layer_idx", "add_cross_attention"), (None, False)),
-    **dict.fromkeys(("is_encoder_decoder", "use_bidirectional_attention"), (None, False)),
+    **dict.fromkeys(
+        ("is_encoder_decoder", "is_cross_attention", "use_bidirectional_attention"), (None, False)
+    ),
     **dict.fromkeys(("activation_function", "activation"), (*OURS_ARE, *ACTIVATIONS)),
     "is_decoder": (None, False, True),  # GPT-2 is causal either way
     "pruned_heads": (None, {}),
@@ -313,6 +318,7 @@ def read_json(path: Path, text: str | None = None) -> dict[str, Any]:
 # ---- whether they agree ------------------------------------------------------------------------------------
 
 MASK_ROWS = 64  # read at a time: 256 KiB of GPT-2's
+HIDDEN = -9e3  # GPT-2 has -1e4, also where fp16 or bf16 rounds it
 
 
 def _require_computed(
@@ -341,31 +347,40 @@ def _is_same(said: object, value: object) -> bool:
     return isinstance(said, bool) == isinstance(value, bool) and said == value
 
 
-def _check_masks(reading: Reading) -> None:
+def check_masks(reading: Reading, *, is_opening: bool = False) -> None:
     """Raise CheckpointError for a mask that is not causal: a window, or none at all, is another computation.
 
-    Reads the first block's mask whole, and of the others, where they are not the same bytes, the first, the
-    middle and the last row: a window hides something in the last, a mask that hides nothing shows in the
-    first.
+    Reads all of them, once where blocks share their bytes; while opening, which is cheap, the first block's.
     """
     tensors = reading.manifest.tensors
-    spans = {tensors[name].address: tensors[name] for name in reading.masks if tensors[name].numel > 1}
-    for number, span in enumerate(spans.values()):
-        size, name = span.shape[-1], span.name
-        rows, count = (range(0, size, MASK_ROWS), MASK_ROWS) if number == 0 else ((0, size // 2, size - 1), 1)
-        is_square = span.shape[-2:] == (size, size) and span.numel == size * size and span.is_contiguous
-        if not is_square or not all(_is_causal(span, range(row, min(row + count, size))) for row in rows):
+    names = (name for name in reading.masks if block_of(name) == 0 or not is_opening)
+    for span in {tensors[name].address: tensors[name] for name in names}.values():
+        if span.name.endswith(".masked_bias"):
+            _check_hidden(span)
+            continue
+        size = span.shape[-1] if span.shape else 0
+        is_square = span.shape[-2:] == (size, size) and span.numel == size * size > 0 and span.is_contiguous
+        rows = (range(row, min(row + MASK_ROWS, size)) for row in range(0, size, MASK_ROWS))
+        if not is_square or not all(_is_causal(span, each) for each in rows):
             said = "is not GPT-2's causal mask, the only one supported. Use the program that wrote it"
-            raise CheckpointError(span.source, f"{name} {said}", name=name)
+            raise CheckpointError(span.source, f"{span.name} {said}", name=span.name)
 
 
 def _is_causal(span: TensorSpan, rows: range) -> bool:
     """Whether rows of a square mask hide what follows each token: 1 for hidden (book) or seen (Hub)."""
     *outer, _, size = span.shape
     box = [*map(range, outer), rows, range(size)]
-    stored = read_span(span.part(box)).view(len(rows), size) != 0
+    stored = read_span(span.part(box)).view(len(rows), size).float()
     follows = torch.ones_like(stored).triu(rows.start + 1)
-    return torch.equal(stored, follows if span.name.endswith(".mask") else ~follows)
+    return torch.equal(stored, follows if span.name.endswith(".mask") else 1 - follows)
+
+
+def _check_hidden(span: TensorSpan) -> None:
+    """Raise CheckpointError for a `masked_bias`, hidden tokens' score, that hides nothing."""
+    found = read_span(span).float().item() if span.numel == 1 else None
+    if found is None or not found <= HIDDEN:
+        said = f"{span.name} is {span.shape if found is None else found}, which hides no token"
+        raise CheckpointError(span.source, f"{said}; wanted one number of at most {HIDDEN:g}", name=span.name)
 
 
 def _agreed(reading: Reading, sources: list[Source]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -483,9 +498,10 @@ def _notes(reading: Reading, sources: list[Source], agreed: Mapping[str, Any]) -
         unknown = [word for word, value in words.items() if word not in KNOWN and value is not None]
         if is_whole and unknown:
             yield f"{where}: ignored {', '.join(sorted(unknown))}, which gpt2lite does not know"
-        rates = {str(words[key]) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop") if key in words}
-        if len(rates) > 1:
-            yield f"{where}: has dropouts {' and '.join(sorted(rates))}; training uses resid_pdrop for all"
+    rates = {str(words[key]) for _, words, _ in sources for key in DROPOUTS if key in words}
+    if len(rates) > 1:
+        used = f"training uses {agreed['drop_rate']} for all"
+        yield f"{path}: has dropouts {' and '.join(sorted(rates))}; {used}"
     if not reading.manifest.values.keys().isdisjoint(BOUND) and (beside := _side_json(path)):
         with suppress(CheckpointError):  # another program's file of that name
             said = in_our_words(read_json(beside))
@@ -524,7 +540,7 @@ def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
     # of the book's layers, or of those that divide it by their rank
     alphas = (None, *(alpha for scale, rank in scales for alpha in (scale * rank, scale)))
     _require_computed(reading, sources, dict.fromkeys(("alpha", "lora_alpha"), alphas) if scales else {})
-    _check_masks(reading)
+    check_masks(reading, is_opening=True)
     agreed, places = _agreed(reading, sources)
     defaults: dict[str, Any] = dict(_known_activation(reading))
     binding = defaults | agreed if isinstance(config, GPTConfig) else agreed
@@ -537,8 +553,9 @@ def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
     known = defaults | agreed | dict(said)
     _require_unsaid(reading, known, said)
     if isinstance(heads := known.get("n_heads"), int) and heads > 0:
-        scale = (known["emb_dim"] / heads) ** -0.5  # True: old transformers' flag
-        _require_computed(reading, sources, {SCALE: (None, True, 1 / scale, scale)})
+        width = known["emb_dim"] / heads
+        factors = (None, True, width**0.5, width**-0.5)  # True: old transformers' flag
+        _require_computed(reading, sources, {SCALE: factors, "head_dim": (None, known["emb_dim"] // heads)})
     return Found(known, tuple(_notes(reading, sources, agreed)), bool(said))
 
 

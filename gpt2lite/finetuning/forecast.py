@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from gpt2lite.finetuning.distilling import Teacher, forecast_teacher, open_teacher
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.finetuning.training import choose_trained, loss_sum, master_dtype, recomputed
+from gpt2lite.model import GPTModel
 
 # What a process that trains on the CPU has beside tensors: packed operands of matrix products, small blocks.
 # Measured on an AMD EPYC (Zen 4) with one thread, MKL and oneDNN.
@@ -27,7 +29,8 @@ class TrainingForecast:
     """Bytes on the device while a model trains.
 
     weights, gradients (at their most) and optimizer live through steps; logits are what the loss holds of
-    rows by vocabulary; activations are the rest of what is there at the peak.
+    rows by vocabulary; activations are the rest of what is there at the peak. teacher and teacher_mapped are
+    its weights: those in memory, and those mapped, which the system can reclaim and the peak leaves out.
     """
 
     weights: int
@@ -36,6 +39,8 @@ class TrainingForecast:
     activations: int
     logits: int
     peak: int
+    teacher: int = 0
+    teacher_mapped: int = 0
 
 
 class _Counter(TorchDispatchMode):
@@ -108,17 +113,21 @@ def _freeing(parameters: list[nn.Parameter], wanted: bool) -> Iterator[None]:
             handle.remove()
 
 
-def _run_step(model: Any, batch_size: int, seq_len: int, recipe: Recipe, device: torch.device) -> _Counter:
+def _run_step(
+    model: Any, batch_size: int, seq_len: int, recipe: Recipe, device: torch.device, teacher: Teacher | None
+) -> _Counter:
     """One step after the first, from weights that are there already."""
     trained = [p for p in model.parameters() if p.requires_grad]
     ids = torch.zeros((batch_size, seq_len), dtype=torch.int64, device=device)
     places = torch.zeros(batch_size, dtype=torch.int64, device=device) if model.config.n_classes else None
     targets = torch.zeros(batch_size if places is not None else ids.numel(), dtype=torch.int64, device=device)
-    counter = _Counter({id(p.untyped_storage()) for p in model.parameters()})
+    models = (model, *([teacher.model] if teacher else []))
+    counter = _Counter({id(p.untyped_storage()) for each in models for p in each.parameters()})
     blocks = model.trf_blocks if recipe.recompute else ()
     with counter, recomputed(blocks, False), _freeing(trained, recipe.step_in_backward):
         for _ in range(min(recipe.accumulate, 2)):
-            loss = loss_sum(model, ids, places, targets, recipe)
+            teaching = teacher.says(ids, places) if teacher else None
+            loss = loss_sum(model, ids, places, targets, recipe, teaching)
             loss.backward()
     return counter
 
@@ -141,36 +150,44 @@ def forecast_training(
     from torch._subclasses.fake_tensor import FakeTensorMode  # here: it takes a second to import
 
     device = torch.device(device)
+    with torch.device("meta"):
+        opened = open_teacher(build().config, recipe) if recipe.teacher else None
+    taught = forecast_teacher(opened, recipe, device) if opened else None
     with FakeTensorMode(), torch.device(device):
+        teacher = Teacher(GPTModel(opened.sizes).eval(), recipe) if opened else None
         model = build()
         for parameter in model.parameters():
             parameter.data = parameter.data.to(master_dtype(dtype))
         choose_trained(model, recipe)
         model.train()
         seq_len = recipe.seq_len or model.config.context_length
-        counter = _run_step(model, recipe.batch_size, seq_len, recipe, device)
+        counter = _run_step(model, recipe.batch_size, seq_len, recipe, device, teacher)
         weights = sum(p.nbytes for p in model.parameters())
         trained = [p for p in model.parameters() if p.requires_grad]
     gradients = 0 if recipe.step_in_backward else sum(p.nbytes for p in trained)
     moments = 2 * sum(p.numel() if recipe.eight_bit else p.nbytes for p in trained)
     logits = _logits_bytes(model.config, recipe, seq_len)
     most = counter.peak + (WORKSPACE if device.type == "cpu" else 0)
+    held = (taught.stays_host if device.type == "cpu" else taught.stays_device) if taught else 0
     return TrainingForecast(
         weights=weights,
         gradients=gradients,
         optimizer=moments,
         activations=max(most - gradients - logits, 0),
         logits=logits,
-        peak=weights + moments + most,
+        peak=weights + moments + most + held,
+        teacher=held,
+        teacher_mapped=taught.stays_mapped if taught else 0,
     )
 
 
 def _logits_bytes(config: Any, recipe: Recipe, seq_len: int) -> int:
-    from gpt2lite.finetuning.losses import ROWS
+    from gpt2lite.finetuning.losses import ROWS, ROWS_TAUGHT
 
     width = config.n_classes or config.vocab_size
     rows = recipe.batch_size * (1 if config.n_classes else seq_len)
-    return 4 * width * (2 * min(rows, ROWS) if recipe.chunked_loss else 3 * rows)
+    taught = 6 * min(rows, ROWS_TAUGHT) if recipe.teacher else 2 * min(rows, ROWS)
+    return 4 * width * (taught if recipe.chunked_loss else 3 * rows)
 
 
 # The levers from the cheapest to the dearest, and what each costs.

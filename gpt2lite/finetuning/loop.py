@@ -24,7 +24,9 @@ from gpt2lite.devices import peak_allocated
 from gpt2lite.errors import UsageError
 from gpt2lite.finetuning import states
 from gpt2lite.finetuning.data import IGNORED, Batch
+from gpt2lite.finetuning.distilling import load_teacher
 from gpt2lite.finetuning.lora import merge_lora
+from gpt2lite.finetuning.losses import rows_of
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.finetuning.states import LABELS, METRICS, Run, Task
 from gpt2lite.finetuning.training import (
@@ -36,7 +38,6 @@ from gpt2lite.finetuning.training import (
     placed,
     prepared,
     require_divisible,
-    rows_of,
 )
 from gpt2lite.model import GPTModel
 
@@ -180,16 +181,16 @@ def finetune(
     with parallel.together(mesh := parallel.mesh_of(model)):
         if parallel.is_first(mesh):
             _require_folder(out, resume, recipe.save_every)
-    identity = states.identity_of(model, task, recipe)
+    teacher = load_teacher(model, recipe, model.pos_emb.weight.device)
+    identity = states.identity_of(model, task, recipe, teacher.model if teacher else None)
     if bad := not_finite(model):
         raise UsageError(f"the model's {bad[0]} holds infinities or NaN; give one with finite weights")
     with ExitStack() as until_saved:
         with prepared(model):
             choose_trained(model, recipe)
-            with closing(Trainer(model, recipe)) as trainer:
-                until_saved.enter_context(
-                    parallel.shared(mesh, partial(_locked, out, resume, recipe.save_every))
-                )
+            with closing(Trainer(model, recipe, teacher)) as trainer:
+                locked = partial(_locked, out, resume, recipe.save_every)
+                until_saved.enter_context(parallel.shared(mesh, locked))
                 run = Run(trainer, task, out, identity)
                 _go_on(run, report)
             if recipe.lora_rank:

@@ -11,7 +11,8 @@ from gpt2lite.errors import UsageError
 LORA_TARGETS = ("W_query", "W_key", "W_value", "out_proj", "layers.0", "layers.2")
 AT_LEAST_1 = ("steps", "batch_size", "seq_len", "accumulate", "last_blocks", "validate_every", "save_every")
 LEAST = dict.fromkeys((*AT_LEAST_1, "keep"), 1) | {"warmup_steps": 0, "seed": 0, "lora_rank": 0}
-NUMBERS = ("learning_rate", "weight_decay", "clip", "lora_alpha")
+NUMBERS = ("learning_rate", "weight_decay", "clip", "lora_alpha", "alpha", "temperature")
+TEACHER_DTYPES = ("float32", "bfloat16", "int8")
 
 FLAGS = ("autocast", "recompute", "chunked_loss", "step_in_backward", "eight_bit", "compile")
 
@@ -32,6 +33,9 @@ class Recipe:
     lora_rank: trains A (in, rank) and B (rank, out) beside `lora_targets`, which are frozen; lora_alpha
     multiplies their product, as in the book. last_blocks: trains only that many blocks and the last norm. A
     classifier's head is always trained. eight_bit: Adam's moments in 8 bits (the extra [quant]).
+    teacher: a checkpoint or a name on the Hub, of any size and the same vocabulary, whose predictions are
+    learned beside the text: alpha × temperature² × KL(teacher ‖ student) + (1 - alpha) × the loss. It is held
+    in teacher_dtype (float32, bfloat16, int8); on the CPU, where that is the file's own, its file is mapped.
     validate_every, save_every: in steps; `keep` saved states are kept. These three may change on resuming.
 
     Raises UsageError for values that cannot work.
@@ -56,6 +60,10 @@ class Recipe:
     last_blocks: int | None = None
     eight_bit: bool = False
     compile: bool = False
+    teacher: str = ""
+    alpha: float = 0.5
+    temperature: float = 2.0
+    teacher_dtype: str = "float32"
     validate_every: int = 50
     save_every: int = 100
     keep: int = 2
@@ -86,6 +94,16 @@ class Recipe:
         object.__setattr__(self, "lora_targets", targets)  # a saved recipe's list is the same recipe
         if self.lora_rank and self.last_blocks:
             raise UsageError("lora_rank and last_blocks exclude each other: both say what is trained")
+        if self.alpha > 1 or not self.temperature:
+            said = f"alpha={self.alpha} and temperature={self.temperature}"
+            raise UsageError(f"{said}: alpha is a share, 0 … 1, and the temperature is more than 0")
+        if not isinstance(self.teacher, str) or self.teacher_dtype not in TEACHER_DTYPES:
+            said = f"teacher={self.teacher!r}, teacher_dtype={self.teacher_dtype!r}"
+            raise UsageError(f"{said}: wanted a path or a name, and one of {', '.join(TEACHER_DTYPES)}")
+        if self.teacher and (self.compile or not self.chunked_loss):
+            raise UsageError(
+                "a teacher needs chunked_loss=True and compile=False: its logits are never whole"
+            )
         if self.step_in_backward and (self.clip or self.accumulate > 1):
             raise UsageError("step_in_backward frees each gradient: it needs clip=0 and accumulate=1")
 

@@ -34,7 +34,11 @@ UNSAID = {"validate_every", "save_every", "keep"}  # of a recipe: may change whe
 MAY_CHANGE = UNSAID | {"steps", "learning_rate"}  # with a warning; steps may only grow
 BAD_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
 DAMAGE = (*BAD_ZIP, UnpicklingError, LookupError, TypeError, ValueError)
-OTHERS = {"base": "another model (give it as it was before the run)", "data": "other data"}
+OTHERS = {
+    "base": "another model (give it as it was before the run)",
+    "data": "other data",
+    "teacher": "another teacher",
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,9 @@ def weights_of(model: nn.Module) -> dict[str, str]:
     }
 
 
-def identity_of(model: GPTModel, task: Task, recipe: Recipe) -> dict[str, Any]:
+def identity_of(
+    model: GPTModel, task: Task, recipe: Recipe, teacher: GPTModel | None = None
+) -> dict[str, Any]:
     """What a run was made from, which it must be resumed with: digests of the whole model and of the data.
 
     One that differs in a single row would end as another.
@@ -81,6 +87,7 @@ def identity_of(model: GPTModel, task: Task, recipe: Recipe) -> dict[str, Any]:
         "data": digest_of([f"{task.digest} {task.labels}".encode()], batches),
         "recipe": asdict(recipe),
         "labels": list(task.labels),
+        "teacher": weights_of(teacher) if teacher else {},
     }
 
 

@@ -19,8 +19,9 @@ from gpt2lite.devices import has_bfloat16, seeded
 from gpt2lite.dialects.reading import Placement
 from gpt2lite.errors import TrainingDivergedError, UsageError
 from gpt2lite.finetuning.data import IGNORED, Batch, check_batch
+from gpt2lite.finetuning.distilling import Teacher
 from gpt2lite.finetuning.lora import add_lora, drop_lora, lora_layers
-from gpt2lite.finetuning.losses import cross_entropy
+from gpt2lite.finetuning.losses import Teaching, rows_of, summed_loss
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.model import GPTModel
 
@@ -148,13 +149,14 @@ def precision_of(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16(device) else torch.float16
 
 
-def rows_of(model: GPTModel, ids: Tensor, places: Tensor | None) -> Tensor:
-    """What the head reads, (N, C): of all tokens, or of those at `places` of the flattened batch."""
-    hidden = model.hidden(ids).flatten(0, 1)
-    return hidden if places is None else hidden[places]
-
-
-def loss_sum(model: GPTModel, ids: Tensor, places: Tensor | None, targets: Tensor, recipe: Recipe) -> Tensor:
+def loss_sum(
+    model: GPTModel,
+    ids: Tensor,
+    places: Tensor | None,
+    targets: Tensor,
+    recipe: Recipe,
+    teaching: Teaching | None = None,
+) -> Tensor:
     """The loss of ids (B, T) at N places, in nats, summed: ()."""
     device = ids.device
     # Without its cache of casts, which is emptied only where no autocast is left, such as a caller's: weights
@@ -162,7 +164,7 @@ def loss_sum(model: GPTModel, ids: Tensor, places: Tensor | None, targets: Tenso
     precision = precision_of(device)
     with torch.autocast(device.type, precision, enabled=recipe.autocast, cache_enabled=False):
         rows = rows_of(model, ids, places)
-        return cross_entropy(model.out_head, rows, targets, chunked=recipe.chunked_loss)
+        return summed_loss(model.out_head, rows, targets, chunked=recipe.chunked_loss, teaching=teaching)
 
 
 def own_rows(batch: Batch, model: GPTModel) -> Batch:
@@ -213,8 +215,8 @@ class Trainer:
     AdamW's two moments cost twice the trained weights, from the first step on. Vectors do not decay.
     """
 
-    def __init__(self, model: GPTModel, recipe: Recipe) -> None:
-        self.model, self.recipe = model, recipe
+    def __init__(self, model: GPTModel, recipe: Recipe, teacher: Teacher | None = None) -> None:
+        self.model, self.recipe, self.teacher = model, recipe, teacher
         self.device = model.pos_emb.weight.device
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizers = self._make_optimizers()
@@ -273,7 +275,8 @@ class Trainer:
         draws = seeded(self.device, drawn) if dropout else nullcontext()
         with recomputed(blocks, dropout), draws:
             for ids, places, targets in there:
-                loss = self.loss_sum(self.model, ids, places, targets, self.recipe) / count
+                teaching = self.teacher.says(ids, places) if self.teacher else None
+                loss = self.loss_sum(self.model, ids, places, targets, self.recipe, teaching) / count
                 summed += parallel.total(self.mesh, float(loss.detach()))
                 _require_finite(number, summed, self.recipe)
                 self.scaler.scale(loss * self.ranks).backward()  # of which torch takes the ranks' mean
