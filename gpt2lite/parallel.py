@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 
 Made = TypeVar("Made")
 Divide = Callable[[nn.Module, "DeviceMesh"], object]
-CONNECTION = re.compile("[Cc]onnection|NCCL|timed out")  # what torch says where a rank has gone
 FSDP, TP, DDP = "fsdp", "tp", "ddp"
 MESHES = ((FSDP,), (TP,), (DDP,), (FSDP, TP))  # the names of a mesh's dimensions
 
@@ -149,42 +147,24 @@ def _divide_rows(module: nn.Module, mesh: DeviceMesh) -> None:
 # ---- starting ----------------------------------------------------------------------------------------------
 
 
-def start(kind: str, device: torch.device) -> tuple[DeviceMesh, torch.device]:
-    """The mesh of the processes that `torchrun` started, and this one's device; else UsageError."""
-    if "LOCAL_RANK" not in os.environ:
+@contextmanager
+def started(kind: str, device: torch.device, imagined: int = 0) -> Iterator[DeviceMesh]:
+    """The mesh of the processes that `torchrun` started. Raises UsageError elsewhere.
+
+    Or that of so many `imagined` ones, seen from the first, which has the largest part of everything.
+    """
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if imagined:
+        dist.init_process_group("fake", rank=0, world_size=imagined)
+    elif "LOCAL_RANK" in os.environ:
+        dist.init_process_group()
+    else:
         said = "torchrun --nproc-per-node 2 -m gpt2lite … --parallel"
         raise UsageError(f"several processes share a model where torchrun starts them: {said} {kind}")
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-
-    dist.init_process_group()
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=(kind,))
-    return mesh, device if device.type == "cpu" else torch.device(device.type, mesh.get_local_rank())
-
-
-@contextmanager
-def ending_together() -> Iterator[None]:
-    """The processes of a command end together: where another one failed, its message alone says why."""
-    import torch.distributed as dist
-
     try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, GPT2LiteError) or not CONNECTION.search(str(error)):
-            raise
-        raise GPT2LiteError("another rank ended first; its message says why") from None
-    dist.destroy_process_group()
-
-
-@contextmanager
-def imagined(kind: str, ranks: int) -> Iterator[DeviceMesh]:
-    """The first of `ranks` processes that are not there: it has the largest part of everything."""
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-
-    dist.init_process_group("fake", rank=0, world_size=ranks)
-    try:
-        yield init_device_mesh("cpu", (ranks,), mesh_dim_names=(kind,))
+        yield init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=(kind,))
     finally:
         dist.destroy_process_group()
 

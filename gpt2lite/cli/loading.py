@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,13 @@ def ranks(args: argparse.Namespace) -> Iterator[None]:
     if args.command == "plan" or not getattr(args, "parallel", None):
         yield
         return
-    args.mesh, args.device = parallel.start(args.parallel, name_device(args.device))
-    with ExitStack() as stack:
-        if not parallel.is_first(args.mesh):
-            silence = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(redirect_stdout(silence))
-            stack.enter_context(redirect_stderr(silence))
-        with parallel.ending_together():
+    device = name_device(args.device)
+    with parallel.started(args.parallel, device) as args.mesh, open(os.devnull, "w") as silence:
+        if device.type != "cpu":
+            args.device = f"{device.type}:{os.environ['LOCAL_RANK']}"
+        is_first = parallel.is_first(args.mesh)
+        out, err = (sys.stdout, sys.stderr) if is_first else (silence, silence)
+        with redirect_stdout(out), redirect_stderr(err):
             yield
 
 

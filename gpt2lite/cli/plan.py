@@ -12,14 +12,14 @@ import torch
 from gpt2lite.cli.arguments import recipe_of
 from gpt2lite.cli.loading import config_of, dtype_of
 from gpt2lite.cli.terminal import as_json, facts, table
-from gpt2lite.devices import name_device
+from gpt2lite.devices import CPU, name_device
 from gpt2lite.errors import InsufficientMemoryError, UsageError
 from gpt2lite.finetuning.forecast import TrainingForecast, find_levers, forecast_training
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.loading import STRATEGIES, LoadPlan, Verdict, choose, helps, judge
 from gpt2lite.memory import Budget, find_budget, human, parse_size
 from gpt2lite.model import GPTModel, open_model
-from gpt2lite.parallel import forecast_gathered, imagined
+from gpt2lite.parallel import forecast_gathered, started
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -117,7 +117,7 @@ def run_plan(args: argparse.Namespace) -> int:
     """Print forecasts, available memory, and what fits; 1 if nothing does."""
     if args.ranks is None:
         return _plan(args, None)
-    with imagined(args.parallel, args.ranks) as mesh:
+    with started(args.parallel, CPU, args.ranks) as mesh:
         return _plan(args, mesh)
 
 

@@ -63,7 +63,7 @@ class Metrics:
 @torch.no_grad()
 def validate(model: GPTModel, batches: Sequence[Batch], recipe: Recipe) -> tuple[float, float | None]:
     """(loss in nats a target, share of right classes or None) over all batches."""
-    summed, right, count, mesh = 0.0, 0, 0, parallel.mesh_of(model)
+    summed, right, count, mesh = 0.0, 0.0, 0.0, parallel.mesh_of(model)
     for batch in batches:
         ids, places, targets = placed(batch, model)
         summed += float(loss_sum(model, ids, places, targets, recipe))
@@ -71,11 +71,7 @@ def validate(model: GPTModel, batches: Sequence[Batch], recipe: Recipe) -> tuple
         if model.config.n_classes:
             right += int((model.out_head(rows_of(model, ids, places)).argmax(-1) == targets).sum())
     parallel.rest(model)
-    summed, right, count = (
-        parallel.total(mesh, summed),
-        round(parallel.total(mesh, right)),
-        round(parallel.total(mesh, count)),
-    )
+    summed, right, count = (parallel.total(mesh, each) for each in (summed, right, count))
     return summed / count, right / count if model.config.n_classes else None
 
 

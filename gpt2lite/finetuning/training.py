@@ -24,6 +24,7 @@ from gpt2lite.finetuning.lora import add_lora, drop_lora, lora_layers
 from gpt2lite.finetuning.losses import Teaching, rows_of, summed_loss
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.model import GPTModel
+from gpt2lite.parallel import mesh_of
 
 BETAS = (0.9, 0.95)
 M_MMAP_THRESHOLD, OWN_MAPPING, GLIBCS_MOST = -3, 128 << 10, 32 << 20
@@ -50,21 +51,14 @@ def map_from(nbytes: int) -> None:
 
 def require_divisible(model: GPTModel, recipe: Recipe) -> None:
     """Raise UsageError for what a recipe cannot do with a model on several ranks."""
-    if (mesh := parallel.mesh_of(model)) is None:
+    if (mesh := mesh_of(model)) is None:
         return
-    alone = ["step_in_backward", "compile", "eight_bit"] + ["lora_rank"] * (
-        parallel.names_of(mesh) != (parallel.DDP,)
-    )
+    names = parallel.names_of(mesh)
+    alone = ["step_in_backward", "compile", "eight_bit", *(["lora_rank"] if names != (parallel.DDP,) else [])]
     if unable := [name for name in alone if getattr(recipe, name)]:
-        raise UsageError(
-            f"a model on several ranks ({parallel.names_of(mesh)}) does not train with {', '.join(unable)}"
-        )
-    whole = (
-        [name for name, p in model.named_parameters() if not parallel.is_divided(p)]
-        if parallel.FSDP in parallel.names_of(mesh)
-        else []
-    )
-    if whole:
+        raise UsageError(f"a model on several ranks ({names}) does not train with {', '.join(unable)}")
+    whole = [name for name, p in model.named_parameters() if not parallel.is_divided(p)]
+    if whole and parallel.FSDP in names:
         said = "came into the model after it was divided, and would differ from rank to rank"
         raise UsageError(f"{', '.join(whole[:3])} {said}; use a mesh with the dimension 'ddp'")
     if any(parallel.is_divided(p) and p.dtype.itemsize < 4 for p in model.parameters()):
@@ -169,7 +163,7 @@ def loss_sum(
 
 def own_rows(batch: Batch, model: GPTModel) -> Batch:
     """The rows that this rank computes: of fewer rows than ranks, the first one for nothing."""
-    place, count = parallel.share_of(parallel.mesh_of(model))
+    place, count = parallel.share_of(mesh_of(model))
     rows = slice(len(batch.ids) * place // count, len(batch.ids) * (place + 1) // count)
     if rows.start == rows.stop:
         return Batch(batch.ids[:1], torch.full_like(batch.targets[:1], IGNORED))
@@ -226,7 +220,7 @@ class Trainer:
         if scales and recipe.step_in_backward:
             raise UsageError("step_in_backward needs bf16: fp16's scaled gradients are unscaled all at once")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scales)
-        self.mesh = parallel.mesh_of(model)
+        self.mesh = mesh_of(model)
         self.place, self.ranks = parallel.share_of(self.mesh)
         self.loss_sum: Callable[..., Tensor] = torch.compile(loss_sum) if recipe.compile else loss_sum
         if self.mesh is not None and parallel.DDP in parallel.names_of(self.mesh):
@@ -239,11 +233,11 @@ class Trainer:
         options, own = {"lr": self.recipe.learning_rate, "betas": BETAS}, self.trained.values()
         groups: list[dict[str, Any]] = [
             {
-                "params": [p for p in own if (p.dim() < 2, parallel.mesh_of(p)) == (is_flat, mesh)],
+                "params": [p for p in own if (p.dim() < 2, mesh_of(p)) == (is_flat, mesh)],
                 "weight_decay": decay,
             }
             for is_flat, decay in ((False, self.recipe.weight_decay), (True, 0.0))
-            for mesh in dict.fromkeys(map(parallel.mesh_of, own))  # a fused step takes one
+            for mesh in dict.fromkeys(map(mesh_of, own))  # a fused step takes one
         ]
         if not self.recipe.step_in_backward:
             return dict.fromkeys(self.trained.values(), make(groups, **options))
@@ -341,4 +335,4 @@ def not_finite(model: nn.Module) -> list[str]:
     parts = ((name, parallel.local_of(p.detach())) for name, p in model.named_parameters())
     ends = ((name, part.aminmax()) for name, part in parts if part.numel())
     found = [name for name, both in ends if not all(map(math.isfinite, both))]
-    return [name for names in parallel.gathered(parallel.mesh_of(model), found) for name in names]
+    return [name for names in parallel.gathered(mesh_of(model), found) for name in names]

@@ -200,24 +200,17 @@ def cut(span: TensorSpan, targets: tuple[Target, ...], max_bytes: int) -> Iterat
 
 
 def _pieces(
-    span: TensorSpan,
-    box: list[range],
-    order: list[int],
-    columns: Iterable[range],
-    targets: tuple[Target, ...],
+    span: TensorSpan, box: list[range], order: list[int], columns: list[range], targets: tuple[Target, ...]
 ) -> Iterator[Piece]:
     """A box as one piece, or, of a matrix of whose rows only `columns` are wanted, one for each of these."""
-    if len(order) != 2 or len(box[order[1]]) != span.shape[order[1]]:
-        columns = [box[order[-1]]]
-    for wanted in columns:
-        box = [wanted if axis == order[-1] else rows for axis, rows in enumerate(box)]
-        part = span.part(box)
-        if part.numel * part.dtype.itemsize == part.extent:
+    is_cut = len(order) != 2 or len(box[order[1]]) != span.shape[order[1]]  # within a row
+    for wanted in [box[order[-1]]] if is_cut else columns:
+        box[order[-1]] = wanted
+        part, itemsize = span.part(box), span.dtype.itemsize
+        if part.nbytes == part.extent:
             yield Piece(part, tuple(box), targets)
             continue
-        compact = dict(zip(order, (len(wanted), 1), strict=True))
-        stride = tuple(compact.get(axis, 1) for axis in range(len(box)))
-        itemsize = span.dtype.itemsize
+        stride = tuple(len(wanted) if axis == order[0] else 1 for axis in range(len(box)))
         steps = len(wanted) * itemsize, span.stride[order[0]] * itemsize
         yield Piece(replace(part, stride=stride), tuple(box), targets, steps)
 
@@ -238,12 +231,8 @@ def _fits(run: list[Piece], piece: Piece, max_bytes: int) -> bool:
     first, last, new = run[0].span, run[-1].span, piece.span
     at, gap = new.offset - first.offset, new.offset - last.offset - last.extent
     is_aligned = new.source == first.source and at % new.dtype.itemsize == 0
-    return (
-        not (run[0].steps or piece.steps)
-        and is_aligned
-        and 0 <= gap <= MAX_GAP
-        and at + new.extent <= max_bytes
-    )
+    is_run = not (run[0].steps or piece.steps)
+    return is_run and is_aligned and 0 <= gap <= MAX_GAP and at + new.extent <= max_bytes
 
 
 def shares(chunks: Sequence[Chunk], count: int) -> list[list[Chunk]]:

@@ -222,10 +222,8 @@ def _forecast_mmap(plan: LoadPlan, ledger: Ledger) -> None:
     touched, reached = Counter[ByteSource](), Counter[ByteSource]()
     last = {span.source: name for name, span in plan.spans.items()}
     for name, targets in plan.filled.items():
-        stored, are_views = (
-            _used(plan.spans[name], targets),
-            [_is_view(plan, t, again=i > 0) for i, t in enumerate(targets)],
-        )
+        are_views = [_is_view(plan, t, again=i > 0) for i, t in enumerate(targets)]
+        stored = _used(plan.spans[name], targets)
         source, end = stored.source, stored.offset + stored.extent
         fresh = max(end - max(stored.offset, reached[source]), 0)  # spans come in order, and may overlap
         reached[source] = max(end, reached[source])
