@@ -2,10 +2,10 @@
 
     python benchmarks/compare_ranks.py --size gpt2 --ranks 2 4 --json benchmarks/results/ranks-cpu-gpt2.json
 
-Every run is a fresh `torchrun`: each rank imports, loads something tiny in the same way, waits for the others,
-then loads once, FSDP2 by blocks, file in the page cache. Runs of the ways take turns; seconds are medians of the
-slowest rank's, bytes are the worst rank's: anonymous memory at the peak above the imports, and what it read by
-read() (rchar, which mapped pages are not in). transformers' DistributedConfig is left out where it cannot run.
+Every run is a fresh `torchrun`: each rank imports, loads something tiny in the same way, waits for the
+others, then loads once, FSDP2 by blocks, file in the page cache. Ways take turns; seconds are medians of the
+slowest rank, bytes are the worst rank's: anonymous memory at the peak above the imports, and what it read by
+read() (rchar, without mapped pages). What cannot run says why.
 """
 
 from __future__ import annotations
@@ -203,6 +203,7 @@ def write_files(folder: Path, config: GPTConfig) -> None:
 
 
 def main() -> None:
+    """Run all ways, print a table for each number of ranks."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -38,6 +38,7 @@ RECIPE = {"steps": 10, "batch_size": 4, "seq_len": 16, "accumulate": 2, "warmup_
 TOKENS = torch.randint(TINY.vocab_size, (4000,), generator=torch.Generator().manual_seed(3))
 IDS = torch.randint(TINY.vocab_size, (2, 17), generator=torch.Generator().manual_seed(1))
 BIG_HEADS = 8
+STRATEGIES = ("stream", "mmap", "meta")
 
 
 def task() -> Task:
@@ -62,7 +63,7 @@ class Ranks:
     def __init__(self, folder: Path) -> None:
         self.folder, self.size, self.rank = folder, dist.get_world_size(), dist.get_rank()
         self.meshes = {kind: self.mesh(self.size, (kind,)) for kind in ("fsdp", "tp", "ddp")}
-        self.meshes["fsdp × tp"] = init_device_mesh("cpu", (self.size // 2, 2), mesh_dim_names=("fsdp", "tp"))
+        self.meshes["both"] = init_device_mesh("cpu", (self.size // 2, 2), mesh_dim_names=("fsdp", "tp"))
 
     def mesh(self, size: int, names: tuple[str, ...] | None = None) -> Any:
         return init_device_mesh("cpu", (size,), mesh_dim_names=names)
@@ -82,7 +83,7 @@ class Ranks:
             wanted, logits = one.state_dict(), one(IDS).detach()
             tokens, nats = one.generate(IDS, 8), evaluate(one, TOKENS[:100]).nats
             for kind in self.meshes:
-                for strategy in ("stream", "mmap", "meta") if file == "model.pth" else ("stream",):
+                for strategy in STRATEGIES if file == "model.pth" else ("stream",):
                     model = self.load(file, kind, strategy)
                     equal = all(torch.equal(t, wanted[name]) for name, t in whole(model).items())
                     with torch.no_grad():
