@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from gpt2lite.checkpoint import folders, llmc_bin, tf_bundle, torch_legacy
+from gpt2lite.checkpoint import dcp, folders, llmc_bin, tf_bundle, torch_legacy
 from gpt2lite.checkpoint.folders import FOLDER_FILES
 from gpt2lite.checkpoint.foreign import READABLE, shortened, what_is
 from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, joined, validate
@@ -61,6 +61,8 @@ def _open_folder(path: Path) -> Manifest:
     """The checkpoint that a folder is or holds. Raises CheckpointError where none or more than one does."""
     if named := next((path / name for name in FOLDER_FILES if (path / name).is_file()), None):
         return _open_file(LocalFile(named))
+    if (path / dcp.METADATA).is_file():
+        return dcp.open_dcp(path)
     folders.refuse_divided(path)
     tensors = folders.open_tensors(path)
     files = folders.candidates(path, tensors)

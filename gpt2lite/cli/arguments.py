@@ -17,7 +17,7 @@ from gpt2lite.finetuning.recipe import LORA_TARGETS, TEACHER_DTYPES, Recipe
 STRATEGIES = ("baseline", "sequential", "meta", "mmap", "per_tensor", "stream")
 ENGINES = ("numba", "cuda_graph", "torch")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-FORMATS = ("pth", "safetensors", "per-tensor")
+FORMATS = ("pth", "safetensors", "per-tensor", "dcp")
 REFERENCES = ("torch", "transformers")
 PARALLEL = ("fsdp", "tp", "ddp")
 DIALECTS = {"book": "book", "hf": "huggingface", "nanogpt": "nanogpt"}

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gpt2lite.checkpoint.dcp import Joined
 from gpt2lite.checkpoint.manifest import TensorSpan
 from gpt2lite.checkpoint.reading import map_tensors, prefetch, read_tensors, sizes_read, stored_versions
 from gpt2lite.checkpoint.source import ByteSource
@@ -284,6 +285,8 @@ def _needs(plan: LoadPlan) -> Iterator[tuple[str, str]]:
         yield "building", f'{what} needs strategy="sequential", "baseline" or "auto"'
     if plan.is_divided:
         yield "ranks", 'a model over several ranks needs strategy="stream", "mmap", "meta" or "auto"'
+    if any(isinstance(span.source, Joined) for span in plan.spans.values()):
+        yield "joined", 'the parts of a distributed checkpoint cannot be mapped; use strategy="stream"'
     if plan.is_quantized:
         yield "quantize", 'quantize goes with strategy="stream" or "auto"'
     if not plan.tuning.keep_cached:
@@ -309,11 +312,13 @@ class Strategy(NamedTuple):
 
 
 STRATEGIES: dict[str, Strategy] = {
-    "baseline": Strategy(baseline, _forecast_baseline, _beyond("files", "building", "own loading")),
-    "sequential": Strategy(sequential, _forecast_sequential, _beyond("files", "building")),
-    "meta": Strategy(meta, _forecast_meta, _beyond("files", "ranks")),
+    "baseline": Strategy(baseline, _forecast_baseline, _beyond("files", "building", "own loading", "joined")),
+    "sequential": Strategy(sequential, _forecast_sequential, _beyond("files", "building", "joined")),
+    "meta": Strategy(meta, _forecast_meta, _beyond("files", "ranks", "joined")),
     "mmap": Strategy(mmap, _forecast_mmap, _beyond("files", "prefetch", "ranks")),
     "per_tensor": Strategy(per_tensor, _forecast_per_tensor, _beyond("ranks")),
-    "stream": Strategy(stream.load, stream.forecast, _beyond("files", "quantize", "keep_cached", "ranks")),
+    "stream": Strategy(
+        stream.load, stream.forecast, _beyond("files", "quantize", "keep_cached", "ranks", "joined")
+    ),
 }
 AUTO = ("stream", "mmap", "sequential", "baseline")  # the fastest first, and copying before mapping
