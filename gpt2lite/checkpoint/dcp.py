@@ -1,6 +1,6 @@
 """A folder that `torch.distributed.checkpoint` wrote, from any number of ranks; and such a folder, written.
 
-Its pickle `.metadata` says in which bytes of which file each chunk of a tensor lies, as `torch.save` wrote it:
+Its pickle `.metadata` says in which bytes of which file each chunk of a tensor lies, as torch.save wrote it:
 zips, one behind the other in one file. A source joins chunks of rows, going on from one to the next.
 """
 

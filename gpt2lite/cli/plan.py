@@ -87,7 +87,7 @@ def _of_ranks(plan: LoadPlan) -> dict[str, int]:
     return {"reads": read, "gathers": forecast_gathered(plan.skeleton, plan.targets[0].dtype.itemsize)}
 
 
-def _plan_training(args: argparse.Namespace) -> int:
+def _plan_training(args: argparse.Namespace, mesh: DeviceMesh | None) -> int:
     """Print what training takes; with --fit what brings it there: 1 if nothing does."""
     config = open_model(args.path, revision=args.revision, config=config_of(args)).sizes
     if args.classes:
@@ -95,7 +95,7 @@ def _plan_training(args: argparse.Namespace) -> int:
     device, dtype, recipe = name_device(args.device), dtype_of(args) or torch.float32, recipe_of(args)
 
     def predict(recipe: Recipe) -> TrainingForecast:
-        return forecast_training(lambda: GPTModel(config), recipe, device, dtype)
+        return forecast_training(lambda: GPTModel(config), recipe, device, dtype, mesh)
 
     limit = parse_size(args.fit) if args.fit else None
     levers, found = ([], predict(recipe)) if limit is None else find_levers(recipe, limit, predict)
@@ -125,7 +125,7 @@ def _plan(args: argparse.Namespace, mesh: DeviceMesh | None) -> int:
     if (args.fit or args.classes) and not args.train:
         raise UsageError("--fit and --classes are about training: add --train")
     if args.train:
-        return _plan_training(args)
+        return _plan_training(args, mesh)
     device = name_device(args.device)
     budget = find_budget(device, args.max_host_memory, args.max_device_memory)
     opened = open_model(args.path, revision=args.revision, config=config_of(args))
