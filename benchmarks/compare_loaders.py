@@ -30,7 +30,7 @@ from machine import LIMITS, read, warm_memory
 
 from gpt2lite import GPTConfig, GPTModel, Tuning, convert, track_memory
 from gpt2lite.benchmarking import TINY, write_random_checkpoint
-from gpt2lite.checkpoint.source import LocalFile
+from gpt2lite.checkpoint.source import ByteSource
 from gpt2lite.cli.bench import environment
 from gpt2lite.cli.terminal import bytes_bar, steps_bar, table
 from gpt2lite.config import OFFICIAL_SIZES
@@ -192,7 +192,7 @@ def settle(files: Files, reads: str, cold: bool) -> None:
     """Have the page cache hold the file that will be read, or no file at all."""
     paths = {"pth": Path(files.pth), "hub": Path(files.hub) / "model.safetensors"}
     for path in paths.values():
-        LocalFile(path).forget()
+        ByteSource(path).forget()
     if not cold:
         read(paths[reads], "cpu", Tuning(), threads=1)
 

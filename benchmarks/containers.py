@@ -31,7 +31,7 @@ from forecast_accuracy import SIZES
 
 from gpt2lite import GPTConfig, GPTModel, InsufficientMemoryError, forecast, save_per_tensor
 from gpt2lite.benchmarking import write_random_checkpoint
-from gpt2lite.checkpoint.source import LocalFile
+from gpt2lite.checkpoint.source import ByteSource
 from gpt2lite.cli.bench import environment
 from gpt2lite.cli.terminal import steps_bar
 from gpt2lite.loading import STRATEGIES
@@ -78,7 +78,7 @@ def held(folder: Path) -> int:
 def forget(path: Path) -> None:
     """Drop a checkpoint from the page cache, so that whoever reads it is charged for it."""
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        LocalFile(file).forget()
+        ByteSource(file).forget()
 
 
 def load_within(

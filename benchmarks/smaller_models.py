@@ -78,7 +78,7 @@ def described(name: str, models: Sequence[GPTModel], held_out: Sequence[Batch], 
 def trained(path: Path, folder: Path, rows: Sequence[Example], recipe: Recipe) -> tuple[Path, float]:
     """Where a checkpoint is after training, and the seconds it took."""
     model = GPTModel.from_checkpoint(path, dtype=torch.float32)
-    batches = example_batches(rows, recipe.batch_size, recipe.seed, 0)
+    batches = example_batches(rows, recipe.batch_size, recipe.seed)
     began = time.perf_counter()
     found = gpt2lite.finetune(model, Task(batches, []), folder, recipe)
     return found, time.perf_counter() - began
@@ -86,7 +86,7 @@ def trained(path: Path, folder: Path, rows: Sequence[Example], recipe: Recipe) -
 
 def rows_of(args: argparse.Namespace, folder: Path) -> list[Row]:
     """Every row of the table."""
-    held_out = example_windows(stories(2, args.held_out), 8, 0)
+    held_out = example_windows(stories(2, args.held_out), 8)
     chosen_by = torch.tensor([token for row in stories(3, 10) for token in row.ids])
     tokens = stories(1, args.stories)
     whole = GPTModel.from_checkpoint(EMBEDDED, dtype=torch.float32)

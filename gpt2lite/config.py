@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
@@ -91,9 +91,24 @@ class GPTConfig:
         if unknown := sorted(set(config) - set(known)):
             raise UsageError(f"config has no field {', '.join(unknown)}; it has {', '.join(known)}")
 
-    def as_dict(self) -> dict[str, Any]:
-        """The fields as a plain dict: what a side file `<stem>.json` holds."""
-        return asdict(self)
+    def as_dict(self, labels: Sequence[str] = ()) -> dict[str, Any]:
+        """The fields as a plain dict, as files hold them; `labels` of a classifier as transformers' id2label.
+
+        Raises UsageError where they do not name each row of the head once.
+        """
+        if not labels:
+            return asdict(self)
+        if wrong := wrong_labels(labels, self.n_classes):
+            raise UsageError(f"labels: {wrong}")
+        return asdict(self) | {"id2label": {str(row): label for row, label in enumerate(labels)}}
+
+
+def wrong_labels(labels: object, n_classes: int) -> str | None:
+    """`wanted …, found …` for what does not name each class of a head once; None for what does."""
+    names = [*labels] if isinstance(labels, (list, tuple)) else [None]
+    if all(type(name) is str for name in names) and len(set(names)) == len(names) == n_classes:
+        return None
+    return f"wanted {n_classes} names of classes, in the order of the head's rows, found {labels!r:.60}"
 
 
 def misfit(name: str, value: object) -> str | None:

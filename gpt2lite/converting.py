@@ -167,6 +167,7 @@ class Conversion:
     config: GPTConfig
     tensors: tuple[TensorToWrite, ...]
     max_shard_bytes: int | None
+    labels: tuple[str, ...] = ()
     beside: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
@@ -253,7 +254,7 @@ def _beside(job: Conversion, source: Path) -> dict[str, bytes]:
     ((dtype, _),) = Counter(tensor.dtype for tensor in job.tensors).most_common(1)
     fields = TARGETS[job.to].folder_config(job.config, dtype)
     if job.format in ("per-tensor", "dcp"):
-        fields = job.config.as_dict()
+        fields = job.config.as_dict(job.labels)
     elif GENERATION in files:
         said = json.loads(files[GENERATION])
         fields |= {name: said.get(name) for name in ("bos_token_id", "eos_token_id")}
@@ -293,8 +294,9 @@ def plan_conversion(
     config = _target_config(opened.config, to, views)
     tensors = tuple(_stored(to, format, config, views, dtype))
     dialect = opened.reading.dialect
+    rest = (config, tensors, max_shard_bytes, opened.labels)
+    job = Conversion(manifest, destination, dialect, to, format, in_folder, *rest)
     beside = opened.path if isinstance(source, Opened) or not Path(source).exists() else Path(source)
-    job = Conversion(manifest, destination, dialect, to, format, in_folder, config, tensors, max_shard_bytes)
     return replace(job, beside=_beside(job, beside))
 
 
@@ -305,14 +307,14 @@ Writer = Callable[[Conversion, Sequence[TensorToWrite], Path, Wrote], None]  # t
 
 def _write_pth(job: Conversion, tensors: Sequence[TensorToWrite], path: Path, wrote: Wrote) -> None:
     arrange = partial(TARGETS[job.to].arrange, job.config)
-    fill_torch_zip(path, tensors, wrote, job.config.as_dict(), arrange)
+    fill_torch_zip(path, tensors, wrote, job.config.as_dict(job.labels), arrange)
 
 
 def _write_safetensors(job: Conversion, tensors: Sequence[TensorToWrite], path: Path, wrote: Wrote) -> None:
     if job.in_folder:
         fill_safetensors_folder(path, tensors, wrote, job.max_shard_bytes)
     else:
-        fill_safetensors(path, tensors, wrote, job.config.as_dict())
+        fill_safetensors(path, tensors, wrote, job.config.as_dict(job.labels))
 
 
 WRITERS: dict[str, Writer] = {

@@ -13,8 +13,9 @@ is an attribute, so that nobody has to parse English.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 MAX_LISTED = 20
 
@@ -73,6 +74,16 @@ class TrainingDivergedError(GPT2LiteError):
 
 class UsageError(GPT2LiteError, ValueError):
     """An argument has a value that cannot work."""
+
+
+def require_allowed(
+    values: Mapping[str, Any], rules: Mapping[str, tuple[Callable[[Any], object], str]]
+) -> None:
+    """Raise UsageError for the first value that is not what its rule, a test and its words, allows."""
+    for name, value in values.items():
+        is_allowed, wanted = rules[name]
+        if not is_allowed(value):
+            raise UsageError(f"{name} must be {wanted}, got {value!r:.80}")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

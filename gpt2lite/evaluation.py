@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gpt2lite.errors import UsageError
 from gpt2lite.generation import LanguageModel
-from gpt2lite.generation.decoding import NOT_FINITE, require_language_head
+from gpt2lite.generation.decoding import NOT_FINITE, require_language_model
 from gpt2lite.generation.engines import in_eval_mode
 from gpt2lite.generation.prompts import INTEGERS, require_ids
 from gpt2lite.loading import Progress
@@ -83,7 +83,7 @@ def evaluate(
     Raises UsageError for a classifier, a text of fewer than two tokens, invalid windows, or a loss that is
     NaN or infinite.
     """
-    require_language_head(model.config)
+    require_language_model(model)
     most = model.config.context_length
     context = most if context is None else context
     stride = max(context // 2, 1) if stride is None else stride

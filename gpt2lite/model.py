@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -187,36 +187,34 @@ class GPTModel(nn.Module):
         check_names(options, Options)
         return cls.from_checkpoint(locate(name, options), device, strategy, **options)
 
-    def save_checkpoint(self, path: Source, *, progress: Progress | None = None) -> Path:
-        """Write the weights and the config to one `.pth` or `.safetensors`.
+    def save_checkpoint(
+        self, path: Source, *, labels: Sequence[str] = (), progress: Progress | None = None
+    ) -> Path:
+        """Write the weights and the config, with a classifier's labels, to one `.pth` or `.safetensors`.
 
         `from_checkpoint` of it needs nothing said; other programs pass over the config. The file is replaced
         whole or not at all, so a model that stands on `model.pth` (strategy="mmap") can be saved over it. A
         tied head stays tied: in a `.pth` one storage, in safetensors no second copy. Holds two chunks of 8
         MiB on the host. Ranks of one mesh write one file together; a `.pth` takes its size on disk again
-        for a moment. Raises UsageError for another suffix, a folder that is not there, or weights on meta,
-        OSError for a full disk.
+        for a moment. Raises UsageError for another suffix, a folder that is not there, weights on meta, or
+        labels that do not name each row of the head once, OSError for a full disk.
         """
-        path = Path(path)
+        path, config = Path(path), self.config.as_dict(labels)
         if any(isinstance(part, Int8Linear) for part in self.modules()):
             raise UsageError(f"{path}: cannot save an int8 model; quantize the checkpoint when loading it")
         if path.suffix not in SAVERS:
             raise UsageError(f"{path}: the name must end in {' or '.join(SAVERS)}")
         fill, ties = SAVERS[path.suffix]
-        state, config, progress = (
-            state_of(self),
-            self.config.as_dict(),
-            progress or (lambda done, total: None),
-        )
+        state, mesh, progress = state_of(self), self.device_mesh, progress or (lambda done, total: None)
         tensors = [tensor for tensor in tensors_of(state) if ties or not tensor.shares]
-        with together(self.device_mesh):
+        with together(mesh):
             require_space(path, sum(tensor.nbytes for tensor in tensors if not tensor.shares))
         if not ties and any(map(is_divided, state.values())):
-            save_divided(path, state, self.device_mesh, counting(progress, tensors), config)
+            save_divided(path, state, mesh, counting(progress, tensors), config)
             return path
-        with whole(state, self.device_mesh, path.parent) as undivided, together(self.device_mesh):
+        with whole(state, mesh, path.parent) as undivided, together(mesh):
             tensors = [tensor for tensor in tensors_of(undivided) if ties or not tensor.shares]
-            if is_first(self.device_mesh):
+            if is_first(mesh):
                 write_whole(fill, path, tensors, progress, config)
         return path
 

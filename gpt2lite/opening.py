@@ -24,7 +24,15 @@ from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.checkpoint.tf_bundle import index_of
 from gpt2lite.config import OFFICIAL_SIZES, GPTConfig
 from gpt2lite.devices import name_device
-from gpt2lite.dialects.configs import UNSAYABLE, Found, check_masks, check_model_type, complete, find_fields
+from gpt2lite.dialects.configs import (
+    UNSAYABLE,
+    Found,
+    check_masks,
+    check_model_type,
+    complete,
+    find_fields,
+    labels_of,
+)
 from gpt2lite.dialects.peft import find_adapter, with_adapter
 from gpt2lite.dialects.reading import Reading, read_dialect, read_names, with_lora_alpha
 from gpt2lite.errors import UsageError
@@ -83,6 +91,11 @@ class Opened(Generic[Model]):
     def config(self) -> GPTConfig:
         """The model's config. Raises CheckpointError where the file cannot tell it and the caller did not."""
         return complete(self.reading, self.found)
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """A classifier's labels, one per row of its head; () where no file says them."""
+        return labels_of(self.reading)
 
     @cached_property
     def sizes(self) -> GPTConfig:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from gpt2lite.checkpoint.reading import map_tensors
 from gpt2lite.checkpoint.safetensors import make_header, open_safetensors
-from gpt2lite.checkpoint.source import LocalFile
+from gpt2lite.checkpoint.source import ByteSource
 from gpt2lite.checkpoint.writing import Config, TensorToWrite, Wrote, chunks_of, replacing
 from gpt2lite.dialects.reading import Narrow
 from gpt2lite.errors import GPT2LiteError, UsageError
@@ -368,6 +368,6 @@ def whole(
     with shared(mesh, lambda: TemporaryDirectory(**options)) as made:  # type: ignore[call-overload]
         path, own = Path(made) / "whole.safetensors", distinct(tensors)
         _fill(path, own, mesh, lambda nbytes: None, None)
-        mapped = map_tensors(open_safetensors(LocalFile(path)).tensors.values())
+        mapped = map_tensors(open_safetensors(ByteSource(path)).tensors.values())
         first = {id(tensor): name for name, tensor in own.items()}
         yield {name: mapped[first[id(tensor)]] for name, tensor in tensors.items()}

@@ -77,8 +77,10 @@ class Tokenizer:
 Encoding: TypeAlias = "Tokenizer | tiktoken.Encoding"
 
 
-def as_tokenizer(encoding: tiktoken.Encoding, end: str = END_OF_TEXT) -> Tokenizer:
-    """The same encoding; the token `end` ends a text, if there is one of this name."""
+def as_tokenizer(encoding: Encoding, end: str = END_OF_TEXT) -> Tokenizer:
+    """The same encoding; of tiktoken's, the token `end` ends a text, if there is one of this name."""
+    if isinstance(encoding, Tokenizer):
+        return encoding
 
     def ids_of(text: str, allowed: Allowed) -> list[int]:
         return encoding.encode(text, allowed_special=allowed, disallowed_special=())

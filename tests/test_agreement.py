@@ -339,6 +339,14 @@ def test_a_head_that_the_config_wants_and_the_file_lacks_is_not_the_embedding(tm
         GPTModel.from_checkpoint(folder)
 
 
+def test_a_config_that_gives_a_key_twice_is_refused(tmp_path: Path):
+    folder = saved(hub_model(), tmp_path / "hub")
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"n_head": 4', '"n_head": 2, "n_head": 4'))
+    with pytest.raises(CheckpointError, match=r"config.json: not valid JSON .a key occurs twice"):
+        GPTModel.from_checkpoint(folder)
+
+
 # ---- masks -------------------------------------------------------------------------------------------------
 
 T = TINY.context_length

@@ -170,8 +170,13 @@ def test_bench_refuses_a_checkpoint_that_does_not_fit_before_it_measures(
         (["generate", "--model", "no.pth"], "no.pth: no such file or folder"),
         (["generate", "--prompt", "word " * 400], "exceed the context of 256; shorten the prompt, or"),
         (["generate", "--max-new-tokens", "300"], "exceed the context of 256"),
-        (["generate", "--max-new-tokens", "-1"], "max_new_tokens must be at least 1, got -1"),
+        (["generate", "--max-new-tokens", "-1"], "max_new_tokens must be an int of at least 1, got -1"),
         (["generate", "--temperature", "-1"], "temperature must be 0"),
+        (
+            ["generate", "--temperature", "nan"],
+            "temperature must be 0 (greedy) or a positive number, got nan",
+        ),
+        (["generate", "--stop", ""], "stop must be token ids in 0 … 1023 and non-empty strings"),
         (["generate", "--device", "cuda:77"], "cuda:77 was asked for"),
         (["generate", "--device", "abc"], "unknown device 'abc'"),
         (["generate", "--strategy", "per_tensor"], "gpt2lite.save_per_tensor"),
@@ -184,7 +189,7 @@ def test_bench_refuses_a_checkpoint_that_does_not_fit_before_it_measures(
         ),
         (["bench", "--plot", "x.xyz"], "x.xyz: expected a file name ending in .png"),
         (["generate", "--n-heads", "0"], "n_heads=0 was passed"),
-        (["generate", "--seed", "-5", "--temperature", "1"], "seed must be in 0"),
+        (["generate", "--seed", "-5", "--temperature", "1"], "seed must be an int in 0"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_1(

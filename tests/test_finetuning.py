@@ -33,13 +33,16 @@ from gpt2lite import (
     TrainingForecast,
     UsageError,
     as_classifier,
+    convert,
     finetune,
     forecast_training,
     load_lora,
     merge_lora,
+    open_model,
 )
-from gpt2lite.checkpoint import open_checkpoint
+from gpt2lite.checkpoint import open_checkpoint, writing
 from gpt2lite.cli import main
+from gpt2lite.finetuning import lora, states
 from gpt2lite.finetuning.data import (
     IGNORED,
     Batch,
@@ -52,7 +55,6 @@ from gpt2lite.finetuning.examples import read_records
 from gpt2lite.finetuning.forecast import find_levers
 from gpt2lite.finetuning.loop import read_metrics, validate
 from gpt2lite.finetuning.losses import ROWS, summed_loss
-from gpt2lite.finetuning.states import read_labels
 from gpt2lite.finetuning.training import Trainer, choose_trained
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -627,7 +629,7 @@ def test_adapters_of_a_classifier_hold_its_head_and_train_further(tmp_path: Path
     load_lora(found, path.with_name("adapters.pth"))
     ids = labelled(5).ids
     torch.testing.assert_close(found(ids), wanted(ids), rtol=1e-4, atol=1e-5)
-    assert read_labels(path) == ("even", "odd")
+    assert open_model(path).labels == ("even", "odd")
     with pytest.raises(CheckpointError, match=r"out_head.weight is .2, 48., the model has one of .101, 48."):
         load_lora(fresh(TINY), path.with_name("adapters.pth"))
     with pytest.raises(UsageError, match="has LoRA adapters already, of rank 2 and alpha 4"):
@@ -644,8 +646,8 @@ def test_adapters_of_a_classifier_hold_its_head_and_train_further(tmp_path: Path
 # ---- resuming ----------------------------------------------------------------------------------------------
 
 
-def cut_run(out: Path, recipe: Recipe = QUICK, at: int = 4) -> None:
-    """Ends after the fifth step, with the states of steps 2 and 4."""
+def cut_run(out: Path, recipe: Recipe = QUICK, at: int = 3) -> None:
+    """Ends after the fourth step, with the states of steps 2 and 4."""
 
     def stop(metrics: Any) -> None:
         if metrics.step == at:
@@ -776,8 +778,8 @@ def test_a_half_written_line_of_metrics_is_made_again(tmp_path: Path):
     out, path = tmp_path / "out", tmp_path / "out" / "metrics.jsonl"
     cut_run(out)
     whole = path.read_text()
-    path.write_text(whole + '{"step": 5, "lo')
-    assert len(read_metrics(out)) == 5
+    path.write_text(whole + '{"step": 4, "lo')
+    assert len(read_metrics(out)) == 4
     resumed(out)
     assert [each["step"] for each in read_metrics(out)] == list(range(8))
 
@@ -845,19 +847,208 @@ def test_one_folder_takes_one_run_at_a_time(resume: bool, tmp_path: Path):
     resumed(out)  # nothing is left of the lock
 
 
-def test_a_sample_that_raises_costs_no_step(tmp_path: Path):
-    def fail(model: Any) -> str:
+def test_metrics_that_are_no_json_are_one_error_or_restored(tmp_path: Path):
+    out, path = tmp_path / "out", tmp_path / "out" / "metrics.jsonl"
+    cut_run(out)
+    whole = path.read_bytes()
+    for content in (b'{"step": 0\n' + whole, whole + b"\xff\n"):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"metrics.jsonl: not a JSON object in each line"):
+            read_metrics(out)
+    resumed(out)
+    assert [each["step"] for each in read_metrics(out)] == list(range(8))
+
+
+@pytest.mark.parametrize("damage", ["deleted", "truncated", "longer"])
+@pytest.mark.parametrize("save_every", [1, 100])
+def test_metrics_that_change_during_a_run_are_whole_in_the_end(damage: str, save_every: int, tmp_path: Path):
+    path = tmp_path / "out" / "metrics.jsonl"
+
+    def spoil(metrics: Any) -> None:
+        if metrics.step == 3 and damage == "deleted":
+            path.unlink()
+        elif metrics.step == 3:
+            path.write_bytes(path.read_bytes()[:-30] if damage == "truncated" else b"no line")
+
+    finetune(fresh(), task(QUICK), tmp_path / "out", replace(QUICK, save_every=save_every), report=spoil)
+    assert [each["step"] for each in read_metrics(tmp_path / "out")] == list(range(8))
+    saved = torch.load(tmp_path / "out" / "step-000008.pth", weights_only=True)
+    assert saved["metrics"] == path.read_text()
+
+
+class GoneLater(list[Batch]):
+    """Batches that can be gone through twice, before the first step."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.times = getattr(self, "times", 0) + 1
+        if self.times > 2:
+            raise Cut
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("fails", ["train", "validation", "sample", "report", "memory"])
+@pytest.mark.parametrize("levers", [{}, {"step_in_backward": True, "clip": 0.0}], ids=str)
+def test_what_raises_costs_no_step(fails: str, levers: dict[str, Any], tmp_path: Path):
+    recipe = replace(QUICK, validate_every=5, **levers)
+    wanted = finetune(fresh(), task(recipe), tmp_path / "whole", recipe)
+    good, out, hooks = task(recipe), tmp_path / "out", list[Any]()
+
+    def fail(*_: Any) -> Any:
+        for hook in hooks:
+            hook.remove()
         raise Cut
 
-    wanted, recipe = (
-        finetune(fresh(), task(QUICK), tmp_path / "whole", QUICK),
-        replace(QUICK, validate_every=5),
-    )
-    with pytest.raises(Cut):
-        finetune(fresh(), task(QUICK, sample=fail), tmp_path / "out", recipe)
-    assert [path.name for path in (tmp_path / "out").glob("*.pth")] == ["step-000005.pth"]
-    assert resumed(tmp_path / "out").read_bytes() == wanted.read_bytes()
-    assert [each["step"] for each in read_metrics(tmp_path / "out")] == list(range(8))
+    def train(number: int) -> Batch:
+        return good.train(number) if number < 5 else fail()
+
+    def report(metrics: Any) -> None:
+        if metrics.step == 4 and fails == "memory":  # in the middle of the next step's forward
+            hooks.append(model.final_norm.register_forward_hook(fail))
+        if metrics.step == 4 and fails == "report":
+            fail()
+
+    model, own = fresh(), good
+    if fails == "train":
+        own = replace(own, train=train)
+    elif fails == "sample":
+        own = replace(own, sample=fail)
+    elif fails == "validation":
+        own = replace(own, validation=GoneLater(own.validation))
+    with pytest.raises(Cut) as error:
+        finetune(model, own, out, recipe, report=report)
+    assert error.value.__cause__ is None
+    assert [path.name for path in out.glob("*.pth")] == ["step-000005.pth"]
+    assert resumed(out, recipe).read_bytes() == wanted.read_bytes()
+    assert [each["step"] for each in read_metrics(out)] == list(range(8))
+
+
+def test_a_failure_to_save_does_not_hide_what_ended_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: Any) -> None:
+        raise OSError("the disk is full")
+
+    def fail(metrics: Any) -> None:
+        monkeypatch.setattr(torch, "save", full)
+        raise Cut
+
+    with pytest.raises(Cut) as error:
+        finetune(fresh(), task(QUICK), tmp_path / "out", QUICK, report=fail)
+    assert str(error.value.__cause__) == "the disk is full"
+
+
+@pytest.mark.parametrize("sample", [torch.ones(2), b"bytes", 1.5, ["a"]], ids=str)
+def test_a_sample_that_is_no_text_is_refused_and_costs_no_step(sample: Any, tmp_path: Path):
+    recipe, out = replace(QUICK, validate_every=2), tmp_path / "out"
+    with pytest.raises(UsageError, match=f"Task.sample returned a {type(sample).__name__}, wanted a str"):
+        finetune(fresh(), task(QUICK, sample=lambda model: sample), out, recipe)
+    assert len(read_metrics(out)) == 2
+    resumed(out, replace(QUICK, validate_every=3), own=task(QUICK, sample=lambda model: "\udcff ☂"))
+    assert [each.get("sample") for each in read_metrics(out)][2] == "\udcff ☂"
+
+
+# ---- Ctrl-C ------------------------------------------------------------------------------------------------
+
+
+def press(*_: Any) -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("at", [0, 3, 7])
+def test_ctrl_c_in_any_step_saves_it_and_raises(at: int, tmp_path: Path):
+    wanted, out = finetune(fresh(), task(QUICK), tmp_path / "whole", QUICK), tmp_path / "out"
+    before = signal.getsignal(signal.SIGINT)
+
+    def report(metrics: Any) -> None:
+        if metrics.step == at:
+            press()
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(fresh(), task(QUICK), out, QUICK, report=report)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert [path.name for path in out.glob("*.pth")] == [f"step-{at + 1:06}.pth"]
+    assert resumed(out).read_bytes() == wanted.read_bytes()
+
+
+def test_a_second_ctrl_c_ends_a_slow_sample_at_once(tmp_path: Path):
+    recipe, out, pressed = replace(QUICK, validate_every=3), tmp_path / "out", []
+
+    def sample(model: Any) -> str:
+        for number in range(4):
+            pressed.append(number)
+            press()
+        return "never"
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(fresh(), task(QUICK, sample=sample), out, recipe)
+    assert pressed == [0, 1]
+    assert [path.name for path in out.glob("*.pth")] == ["step-000003.pth"]
+    assert len(read_metrics(out)) == 3
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, "own"])
+def test_a_handler_of_the_caller_stays_and_counts(handler: Any, tmp_path: Path):
+    calls: list[int] = []
+    own = (lambda *_: calls.append(1)) if handler == "own" else handler
+    before = signal.signal(signal.SIGINT, own)
+    try:
+        if handler == "own":  # pressed while the model is saved: the caller hears of it when all is whole
+            with pytest.raises(KeyboardInterrupt):
+                finetune(fresh(), task(QUICK), tmp_path / "out", QUICK, report=press)
+        else:
+            finetune(fresh(), task(QUICK), tmp_path / "out", QUICK, report=press)
+        assert signal.getsignal(signal.SIGINT) is own
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(read_metrics(tmp_path / "out")) == (1 if handler == "own" else 8)
+
+
+@pytest.mark.parametrize("where", ["merge_lora", "save_lora", "save_checkpoint"])
+def test_ctrl_c_after_the_last_step_leaves_model_and_files_whole(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recipe = replace(QUICK, lora_rank=2, learning_rate=1e-2)
+    wanted_model, model, out = fresh(), fresh(), tmp_path / "out"
+    wanted = finetune(wanted_model, task(recipe), tmp_path / "whole", recipe)
+    home = {"merge_lora": lora, "save_lora": states, "save_checkpoint": writing}[where]
+    name = {"merge_lora": "put_layer", "save_lora": "replacing", "save_checkpoint": "_flush"}[where]
+    plain = getattr(home, name)
+
+    def pressing(*args: Any) -> Any:
+        is_there = where != "save_checkpoint" or "model.pth" in str(args)
+        if recipe.steps == len(read_metrics(out)) and is_there:
+            press()
+        return plain(*args)
+
+    monkeypatch.setattr(home, name, pressing)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(model, task(recipe), out, recipe)
+    monkeypatch.undo()
+    names = {path.name for path in out.iterdir()}
+    if "model.pth" in names:
+        assert (out / "model.pth").read_bytes() == wanted.read_bytes()
+    assert not [name for name in names if name.endswith(".part")]
+    found, merged = weights(model), weights(wanted_model)
+    last = "trf_blocks.2.att.W_query.weight"
+    assert_same(found, merged if torch.equal(found[last], merged[last]) else weights(fresh()), 0.0)
+    assert resumed(out, recipe).read_bytes() == wanted.read_bytes()
+
+
+def test_ctrl_c_while_adapters_are_merged_waits_for_the_last(monkeypatch: pytest.MonkeyPatch):
+    wanted, model, recipe = fresh(), fresh(), replace(QUICK, lora_rank=2)
+    for each in (wanted, model):
+        lora.add_lora(each, recipe)
+        for layer in lora.lora_layers(each).values():
+            layer.lora.B.data.fill_(0.1)
+    merge_lora(wanted)
+    plain = lora.put_layer
+
+    def pressing(*args: Any) -> None:
+        press()
+        plain(*args)
+
+    monkeypatch.setattr(lora, "put_layer", pressing)
+    with pytest.raises(KeyboardInterrupt):
+        merge_lora(model)
+    assert_same(weights(model), weights(wanted), 0.0)
 
 
 # ---- the process belongs to the caller --------------------------------------------------------------------
@@ -1150,7 +1341,7 @@ def test_a_classifier_keeps_its_rows_by_name(tmp_path: Path, capsys: pytest.Capt
     words = ("--steps", 1, "--learning-rate", 1e-12, tmp_path / "1" / "model.pth")
     assert classify(tmp_path / "2", "red azure tree", *words) == 0
     assert capsys.readouterr().out.startswith("labels kept: red, tree; new: azure; dropped: sky\n")
-    assert read_labels(tmp_path / "2" / "model.pth") == ("azure", "red", "tree")
+    assert open_model(tmp_path / "2" / "model.pth").labels == ("azure", "red", "tree")
     after = GPTModel.from_checkpoint(tmp_path / "2" / "model.pth").out_head
     for part in ("weight", "bias"):
         torch.testing.assert_close(getattr(after, part)[1:], getattr(before, part)[::2], rtol=0, atol=1e-6)
@@ -1163,22 +1354,93 @@ def test_labels_of_another_model_or_none_are_refused(tmp_path: Path, capsys: pyt
     classify(tmp_path / "1", "red sky tree", "--steps", 1)
     labels, model = tmp_path / "1" / "labels.json", tmp_path / "1" / "model.pth"
     for content, message in (
+        ('["sky", "red", "tree"]', "the config in it says red, sky, tree, but "),
+        ('["sky", "red", "tree"]', "labels.json says sky, red, tree. Is one of them another run's?"),
         (
-            '["sky", "red", "tree"]',
-            "labels.json: says sky, red, tree, step-000001.pth says red, sky, tree. Is it ano",
+            '["red", "sky"]',
+            "labels.json: wanted 3 names of classes, in the order of the head's rows, found ['red', 'sky']",
         ),
-        ('["red", "sky"', "labels.json: not JSON"),
-        ('{"red": 0}', "labels.json: wanted a JSON list of the classes' labels"),
+        ('["red", "sky"', "labels.json: not valid JSON"),
+        ('{"red": 0}', "labels.json: holds a JSON dict, expected a list"),
     ):
         labels.write_text(content)
         assert classify(tmp_path / "2", "red sky tree", "--steps", 1, model) == 1
         assert message in capsys.readouterr().err
     labels.unlink()
-    assert read_labels(model) == ("red", "sky", "tree")
+    assert open_model(model).labels == ("red", "sky", "tree")
+    GPTModel.from_checkpoint(model).save_checkpoint(model)  # whose caller did not say them
     (tmp_path / "1" / "step-000001.pth").unlink()
     assert classify(tmp_path / "2", "red sky tree", "--steps", 1, model) == 1
-    assert "no labels beside a head of 3 classes; write labels.json" in capsys.readouterr().err
+    assert "no names for a head of 3 classes; write labels.json" in capsys.readouterr().err
     assert not (tmp_path / "2").exists()
+
+
+@pytest.mark.parametrize("labels", ["ab", ("a", "a"), ("a", 1)], ids=str)
+def test_labels_that_name_no_classes_are_refused(labels: Any):
+    with pytest.raises(UsageError, match=r"Task.labels: wanted 2 names of classes, in the order of the head"):
+        Task(labelled, [], labels=labels)
+    assert Task(labelled, [], labels=["a", "b"]).labels == ("a", "b")
+
+
+def labelled_run(out: Path, *labels: str) -> Path:
+    model = fresh(TINY)
+    as_classifier(model, 2)
+    own = Task(labelled, [labelled(99)], labels=labels)
+    return finetune(model, own, out, replace(QUICK, steps=2, warmup_steps=0))
+
+
+@pytest.mark.parametrize("swapped", ["model.pth", "labels.json"])
+def test_labels_are_bound_to_their_model(swapped: str, tmp_path: Path):
+    one, two = labelled_run(tmp_path / "1", "even", "odd"), labelled_run(tmp_path / "2", "odd", "even")
+    (two.parent / swapped).replace(one.parent / swapped)
+    said = {"model.pth": ("odd, even", "even, odd"), "labels.json": ("even, odd", "odd, even")}[swapped]
+    message = r"1/model.pth, the config in it says {}, but .*1/labels.json says {}. Is one of them another"
+    with pytest.raises(CheckpointError, match=message.format(*said)):
+        _ = open_model(one).labels
+
+
+def test_every_file_with_a_classifiers_head_says_its_labels(tmp_path: Path):
+    path = labelled_run(tmp_path / "out", "even", "odd")
+    path.with_name("labels.json").unlink()
+    convert(path, tmp_path / "other.safetensors")
+    convert(path, tmp_path / "other.pth")
+    convert(path, tmp_path / "folder", format="per-tensor")
+    assert torch.load(path, weights_only=True).keys() == GPTModel.from_checkpoint(path).state_dict().keys()
+    for name in ("out/model.pth", "out/step-000002.pth", "other.safetensors", "other.pth", "folder"):
+        assert open_model(tmp_path / name).labels == ("even", "odd")
+    with pytest.raises(
+        UsageError, match=r"labels: wanted 2 names of classes, in the order of the head's rows, found .'even'"
+    ):
+        GPTModel.from_checkpoint(path).save_checkpoint(tmp_path / "new.pth", labels=["even"])
+    for wrong in (["even", "even"], ["even", 1], "ab"):
+        with pytest.raises(UsageError, match="wanted 2 names of classes"):
+            GPTModel.from_checkpoint(path).save_checkpoint(tmp_path / "new.pth", labels=wrong)
+    with pytest.raises(UsageError, match="wanted 0 names"):
+        fresh().save_checkpoint(tmp_path / "new.pth", labels=["even"])
+    assert not (tmp_path / "new.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "labels"),
+    [
+        ({"0": "no", "1": "yes"}, ("no", "yes")),
+        ({"1": "yes", "0": "no"}, ("no", "yes")),
+        ({"0": "LABEL_0", "1": "LABEL_1"}, ()),
+        (None, ()),
+    ],
+    ids=["ordered", "turned", "placeholders", "none"],
+)
+def test_labels_of_transformers_are_read(
+    said: dict[str, str] | None, labels: tuple[str, ...], tmp_path: Path
+):
+    model = fresh(TINY)
+    as_classifier(model, 2)
+    save_pth(model.state_dict(), tmp_path)
+    config = {"model_type": "gpt2", "n_head": 4} | ({"id2label": said} if said else {})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert open_model(tmp_path / "model.pth").labels == labels
+    (tmp_path / "labels.json").write_text('["no", "yes"]')
+    assert open_model(tmp_path / "model.pth").labels == ("no", "yes")
 
 
 def test_the_command_resumes_with_the_runs_own_recipe(tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import random
 import struct
@@ -13,15 +14,18 @@ import numpy
 import pytest
 import tiktoken
 import torch
+from conftest import TINY
 from test_cli import has_gpt2_encoding
+from torch.utils.data import DataLoader
 
-from gpt2lite import CheckpointError, GPTConfig, UsageError
+from gpt2lite import Batch, CheckpointError, GPTConfig, GPTModel, Task, UsageError, finetune
 from gpt2lite.cli import main
 from gpt2lite.cli.terminal import EMBEDDED
 from gpt2lite.finetuning import data
 from gpt2lite.finetuning.data import (
     IGNORED,
     Example,
+    check_batch,
     example_batches,
     example_windows,
     open_tokens,
@@ -426,8 +430,8 @@ EXAMPLES = [Example([i] * (i + 1), [IGNORED] * i + [i]) for i in range(7)]
 
 
 def test_rows_are_filled_up_on_the_right():
-    batch = example_windows(EXAMPLES[1:4], 3, pad=99)[0]
-    assert batch.ids.tolist() == [[1, 1, 99, 99], [2, 2, 2, 99], [3, 3, 3, 3]]
+    batch = example_windows(EXAMPLES[1:4], 3)[0]
+    assert batch.ids.tolist() == [[1, 1, 0, 0], [2, 2, 2, 0], [3, 3, 3, 3]]
     assert batch.targets.tolist() == [
         [IGNORED, 1, IGNORED, IGNORED],
         [IGNORED, IGNORED, 2, IGNORED],
@@ -436,23 +440,136 @@ def test_rows_are_filled_up_on_the_right():
 
 
 def test_example_windows_keep_the_order():
-    batches = example_windows(EXAMPLES, 3, pad=99)
+    batches = example_windows(EXAMPLES, 3)
     assert [batch.ids[:, 0].tolist() for batch in batches] == [[0, 1, 2], [3, 4, 5], [6]]
 
 
 def test_an_epoch_holds_each_example_once_and_batches_reach_into_the_next():
-    draw = example_batches(EXAMPLES, 4, seed=0, pad=99)
+    draw = example_batches(EXAMPLES, 4, seed=0)
     drawn = [int(i) for number in range(7) for i in draw(number).ids[:, 0]]
     epochs = [tuple(drawn[start : start + 7]) for start in range(0, 28, 7)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len(set(epochs)) > 1
-    assert same(example_batches(EXAMPLES, 4, seed=0, pad=99)(5), draw(5))
+    assert same(example_batches(EXAMPLES, 4, seed=0)(5), draw(5))
 
 
 def test_a_batch_may_be_larger_than_all_examples():
-    batch = example_batches(EXAMPLES[:2], 5, seed=0, pad=99)(0)
+    batch = example_batches(EXAMPLES[:2], 5, seed=0)(0)
     assert sorted(batch.ids[:4, 0].tolist()) == [0, 0, 1, 1]
     assert len(batch.ids) == 5
+
+
+ROWS_OF_TEXT = torch.randint(101, (4, 14), generator=torch.Generator().manual_seed(0))
+ROW = ROWS_OF_TEXT[:, :-1]
+NOT_NEXT = {
+    "as they are": (ROW, ROW),
+    "two ahead": (ROWS_OF_TEXT[:, :-2], ROWS_OF_TEXT[:, 2:]),
+    "the other way": (ROWS_OF_TEXT[:, 1:], ROW),
+    "three behind": (ROWS_OF_TEXT[:, 3:], ROWS_OF_TEXT[:, :-3]),
+    "all one": (ROW, torch.full_like(ROW, 5)),
+    "of another tokenizer": (ROW, (ROW * 7 + 3) % 101),
+    "some as they are": (ROW, ROW.where(ROW % 2 == 0, IGNORED)),
+    "one as it is": (ROW, ROW.where(torch.arange(13) == 7, IGNORED)),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_NEXT)
+def test_targets_that_are_not_the_next_tokens_are_refused(kind: str):
+    message = r"Batch.targets are .*; shift them: Batch\(ids\[:, :-1\], ids\[:, 1:\]\)"
+    with pytest.raises(UsageError, match=message):
+        check_batch(Batch(*NOT_NEXT[kind]), TINY)
+
+
+def test_what_may_be_learned_beside_plain_text():
+    noisy = ROW.where(torch.rand(ROW.shape, generator=torch.Generator().manual_seed(0)) > 0.3, 7)
+    answer = torch.arange(13) == torch.tensor([[3], [7], [12], [5]])
+    right = {
+        "tokens of the input dropped": (noisy, ROWS_OF_TEXT[:, 1:]),
+        "answers of one token that no row holds": (ROW, torch.full_like(ROW, 9).where(answer, IGNORED)),
+        "responses alone": (ROW, ROWS_OF_TEXT[:, 1:].where(torch.arange(13) > 6, IGNORED)),
+        "one token": (ROW[:, :1], ROW[:, 1:2]),
+    }
+    for ids, targets in right.values():
+        check_batch(Batch(ids, targets), TINY)
+    check_batch(Batch(ROW, ROW % 2), GPTConfig.of(TINY.as_dict() | {"n_classes": 2}))
+
+
+NO_BATCHES = {
+    "a tuple": (ROW, ROWS_OF_TEXT[:, 1:]),
+    "a list": [ROW, ROWS_OF_TEXT[:, 1:]],
+    "a dict": {"ids": ROW, "targets": ROW},
+    "nothing": None,
+    "a tensor": ROW,
+    "lists": Batch(ROW.tolist(), ROWS_OF_TEXT[:, 1:].tolist()),
+    "arrays": Batch(ROW.numpy(), ROWS_OF_TEXT[:, 1:].numpy()),
+    "floats": Batch(ROW.float(), ROWS_OF_TEXT[:, 1:]),
+    "no memory": Batch(ROW.to("meta"), ROW.to("meta")),
+    "targets without memory": Batch(ROW, ROW.to("meta")),
+    "sparse": Batch(ROW.to_sparse(), ROW),
+}
+
+
+@pytest.mark.parametrize("kind", NO_BATCHES)
+def test_what_is_no_batch_is_refused(kind: str):
+    with pytest.raises(UsageError, match=r"wanted Batch\(ids, targets\)|wanted \(B, T\) torch.int64"):
+        check_batch(NO_BATCHES[kind], TINY)
+
+
+def shifted(rows: torch.Tensor) -> Batch:
+    return Batch(rows[:, :-1], rows[:, 1:])
+
+
+GOOD = shifted(ROWS_OF_TEXT)
+NO_TASKS = {
+    "batches in place of a function": ({"train": [GOOD]}, "train must be a function of a batch's number"),
+    "a generator to train": ({"train": iter([GOOD])}, "train must be"),
+    "no validation": ({"validation": None}, "validation must be a list of Batch, got None"),
+    "a generator": ({"validation": iter([GOOD])}, "validation must be a list of Batch"),
+    "a loader": ({"validation": DataLoader([GOOD], batch_size=None)}, "validation must be a list of Batch"),
+    "a function": ({"validation": lambda n: GOOD}, "validation must be a list of Batch"),
+    "one batch": ({"validation": GOOD}, "validation must be a list of Batch"),
+    "one label": ({"labels": "spam"}, "labels must be a tuple of str, got 'spam'"),
+    "numbers": ({"labels": (0, 1)}, "labels must be a tuple of str"),
+    "a text": ({"sample": "Once"}, "sample must be a function of the model, or None"),
+    "a digest of bytes": ({"digest": b"1"}, "digest must be a str"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_TASKS)
+def test_what_is_no_task_is_refused_where_it_is_made(kind: str):
+    given, message = NO_TASKS[kind]
+    with pytest.raises(UsageError, match=message):
+        Task(**{"train": lambda n: GOOD, "validation": [GOOD]} | given)
+
+
+@pytest.mark.parametrize("kind", ["drawn", "an iterator's", "counted", "one buffer"])
+def test_a_batch_that_changes_under_its_number_is_refused(kind: str, tmp_path: Path):
+    rows = torch.randint(101, (99, 4, 14), generator=torch.Generator().manual_seed(0))
+    calls, each, buffer = itertools.count(), iter(rows), torch.empty(4, 14, dtype=torch.int64)
+    draw = {
+        "drawn": lambda n: rows[int(torch.randint(99, ()))],
+        "an iterator's": lambda n: next(each),
+        "counted": lambda n: rows[next(calls)],
+        "one buffer": lambda n: buffer.copy_(rows[next(calls)]),
+    }[kind]
+    task = Task(lambda n: shifted(draw(n)), [])
+    with pytest.raises(
+        UsageError,
+        match=r"train\(0\) gave another batch the second time; number n must always be the same batch",
+    ):
+        finetune(GPTModel(TINY), task, tmp_path / "out", Recipe(steps=2, seq_len=13))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_task_may_write_its_batches_into_one_buffer(tmp_path: Path):
+    rows = torch.randint(101, (99, 4, 14), generator=torch.Generator().manual_seed(0))
+    buffer, ends = torch.empty_like(rows[0]), []
+    for draw in (lambda n: shifted(rows[n]), lambda n: shifted(buffer.copy_(rows[n]))):
+        torch.manual_seed(0)
+        model = GPTModel(TINY)
+        finetune(model, Task(draw, []), tmp_path / str(len(ends)), Recipe(steps=2, seq_len=13, accumulate=2))
+        ends.append(model.state_dict())
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
 # ---- records -----------------------------------------------------------------------------------------------

@@ -39,8 +39,8 @@ from test_checkpoint import (
 
 from gpt2lite.checkpoint import FOLDER_FILES, OPENERS, open_checkpoint
 from gpt2lite.checkpoint.reading import map_tensors, read_span, sizes_read
-from gpt2lite.checkpoint.source import FileState, LocalFile
-from gpt2lite.checkpoint.torch_legacy import MAGIC_NUMBER
+from gpt2lite.checkpoint.source import ByteSource, FileState
+from gpt2lite.checkpoint.torch_zip import MAGIC_NUMBER
 from gpt2lite.errors import CheckpointError
 
 # ---- written before torch 1.6 ------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def test_a_bad_legacy_file_is_a_checkpoint_error(data, message, tmp_path):
 
 @pytest.mark.parametrize("data", [parts({"a": "x" * 600, "b": "y" * 600}), parts(b"\x80\x02I" + b"1" * 1100)])
 def test_the_pickles_of_a_legacy_file_are_limited_together(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("gpt2lite.checkpoint.torch_legacy.MAX_SMALL_BYTES", 1000)
+    monkeypatch.setattr("gpt2lite.checkpoint.torch_zip.MAX_SMALL_BYTES", 1000)
     (tmp_path / "model.pth").write_bytes(data)
     assert_refused(tmp_path / "model.pth", "its pickles are damaged, or larger than")
 
@@ -585,7 +585,7 @@ class Elsewhere:
         return f"elsewhere:{self.path.name}"
 
     def state(self) -> FileState:
-        return LocalFile(self.path).state()
+        return ByteSource(self.path).state()
 
     def open(self) -> BinaryIO:
         return io.open(self.path, "rb")  # noqa: UP020 - the builtin is taken away

@@ -5,14 +5,25 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from decimal import Decimal
 from types import SimpleNamespace
 
 import pytest
+import tiktoken
 import torch
 from conftest import in_threads, randomise, where_positions_decide
 from test_loading import HEADS, huggingface
 
-from gpt2lite import GPTConfig, GPTModel, InsufficientMemoryError, UsageError, convert, generate
+from gpt2lite import (
+    GenerateOptions,
+    GPTConfig,
+    GPTModel,
+    InsufficientMemoryError,
+    UsageError,
+    convert,
+    evaluate,
+    generate,
+)
 from gpt2lite.cli.terminal import EMBEDDED
 from gpt2lite.generation import ENGINES, KVCache
 from gpt2lite.generation.decoding import (
@@ -508,7 +519,7 @@ def test_a_graph_is_recorded_on_its_own_device_and_not_on_the_current(monkeypatc
             {"max_new_tokens": 5},
             r"30 tokens and 5 new ones exceed the context of 32.* 2 at most.*window=16",
         ),
-        ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be an int of at least 1, got 0"),
         ([[101]], {}, r"ids must be in 0 … 100, got 101 … 101"),
         ([1], {}, r"ids must be a tensor of integers of shape \(batch, tokens ≥ 1\)"),
         ([[]], {}, r"ids must be a tensor of integers of shape"),
@@ -516,16 +527,16 @@ def test_a_graph_is_recorded_on_its_own_device_and_not_on_the_current(monkeypatc
         ([[1]], {"temperature": -1.0}, "temperature must be 0"),
         ([[1]], {"temperature": float("nan")}, "temperature must be 0"),
         ([[], []], {}, r"ids must be a tensor of integers"),
-        ([[1]], {"seed": -1}, r"seed must be in 0 … 2\*\*64 - 1, got -1"),
+        ([[1]], {"seed": -1}, r"seed must be an int in 0 … 2\*\*64 - 1, got -1"),
         ([[1]], {"top_k": 0, "temperature": 1.0}, "top_k must be an int of at least 1, got 0"),
-        ([[1]], {"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0"),
-        ([[1]], {"min_p": 2.0}, "min_p must be in 0 … 1, got 2"),
-        ([[1]], {"repetition_penalty": 0.0}, "repetition_penalty must be a positive number"),
+        ([[1]], {"top_p": 0.0}, "top_p must be a number above 0 and at most 1, got 0"),
+        ([[1]], {"min_p": 2.0}, "min_p must be a number in 0 … 1, got 2"),
+        ([[1]], {"repetition_penalty": 0.0}, "repetition_penalty must be a number in 1e-9 … 1e9"),
         ([[1]], {"window": 32}, "window must be an int in 1 … 31, got 32"),
-        ([[1]], {"stop": [1.5]}, "stop must be token ids and non-empty strings"),
-        ([[1]], {"stop": [""]}, "stop must be token ids and non-empty strings"),
+        ([[1]], {"stop": [1.5]}, "stop must be token ids in 0 … 100 and non-empty strings"),
+        ([[1]], {"stop": [""]}, "stop must be token ids in 0 … 100 and non-empty strings"),
         ([[1]], {"stop": ["."]}, "stop strings need the encoding"),
-        ([[1]], {"engine": "warp"}, "unknown engine 'warp'; choose from auto, numba, cuda_graph, torch"),
+        ([[1]], {"engine": "warp"}, "engine must be one of auto, numba, cuda_graph, torch, got 'warp'"),
         ([[1]], {"engine": "cuda_graph"}, "cannot run this model: the model is not on a GPU"),
     ],
 )
@@ -559,7 +570,7 @@ def test_tokens_come_one_by_one(model: GPTModel):
 
 @pytest.mark.parametrize("seed", ["x", 1.0, -1, 2**64, True])
 def test_a_seed_that_is_none_is_refused_at_once(model: GPTModel, seed: object):
-    with pytest.raises(UsageError, match=r"seed must be in 0 … 2\*\*64 - 1, got"):
+    with pytest.raises(UsageError, match=r"seed must be an int in 0 … 2\*\*64 - 1, got"):
         model.generate([[1]], 2, temperature=1.0, seed=seed)
 
 
@@ -578,10 +589,70 @@ def test_a_stopped_row_is_filled_with_what_the_model_knows():
     assert len(rows[0]) == 2
 
 
-@pytest.mark.parametrize("stop", [[None, 1], [True], [1.5], [b"x"], [""]])
-def test_what_is_no_stop_is_refused(model: GPTModel, stop: list[object]):
-    with pytest.raises(UsageError, match="stop must be token ids and non-empty strings"):
+@pytest.mark.parametrize(
+    "stop",
+    [
+        [None, 1],
+        [True],
+        [1.5],
+        [b"x"],
+        [""],
+        b"x",
+        None,
+        1.5,
+        "",
+        101,
+        [-1],
+        [2**70],
+        [[1]],
+        torch.tensor([1]),
+    ],
+    ids=str,
+)
+def test_what_is_no_stop_is_refused(model: GPTModel, stop: object):
+    with pytest.raises(UsageError, match="stop must be token ids in 0 … 100 and non-empty strings"):
         model.generate([[1]], 2, stop=stop, encoding=tokenizer_for(EMBEDDED, 1024))
+
+
+WRONG = [True, math.nan, -1, math.inf, [0.5], 1j, Decimal("0.5"), torch.tensor(1)]
+NEVER_NONE = ("temperature", "repetition_penalty", "stop", "engine", "max_new_tokens")
+OWN = {"temperature": [2**1100], "repetition_penalty": [2**1100, 0], "seed": [2**70, 1.5], "top_k": [1.5]}
+
+
+@pytest.mark.parametrize("name", [*GenerateOptions.__optional_keys__, "max_new_tokens"])
+def test_an_option_of_another_type_or_range_is_refused_by_its_name(model: GPTModel, name: str):
+    none = [None] if name in NEVER_NONE else []
+    text = [] if name == "stop" else ["0.7"]
+    for value in (*WRONG, *none, *text, *OWN.get(name, [])):
+        with pytest.raises(UsageError, match=f"^{name} must be .*, got "):
+            model.generate([[1]], **{"max_new_tokens": 3, "temperature": 1.0, name: value})
+
+
+def test_an_option_at_the_end_of_its_range_is_taken(model: GPTModel):
+    for options in (
+        {"temperature": 1e308, "repetition_penalty": 1e-9},
+        {"temperature": 5e-324, "repetition_penalty": 1e9},
+        {"temperature": 2, "top_k": 10**9, "top_p": 1, "min_p": 0, "seed": 2**64 - 1},
+        {"temperature": 1, "top_k": 1, "top_p": 5e-324, "min_p": 1, "seed": 0, "window": 31, "stop": 100},
+        {"top_k": None, "top_p": None, "min_p": None, "seed": None, "window": None, "encoding": None},
+    ):
+        assert len(model.generate([[1]], 9, **options)[0]) == 10
+
+
+def test_an_encoding_without_an_end_of_text_and_with_gaps_can_generate(model: GPTModel):
+    """tiktoken raises KeyError for both."""
+    ranks = {bytes([byte]): byte for byte in range(80)} | {b"ab": 100}
+    encoding = tiktoken.Encoding("gaps", pat_str=r"\w+|.", mergeable_ranks=ranks, special_tokens={})
+    rows = model.generate([[1], [2]], 25, temperature=2.0, seed=0, encoding=encoding, stop="never\n")
+    assert {id for row in rows for id in row.tolist()} & set(range(80, 100))
+
+
+def test_a_model_without_memory_is_refused():
+    with torch.device("meta"):
+        model = GPTModel(GPTConfig(101, 32, 16, 2, 1))
+    for use in (lambda: model.generate([[1]], 3), lambda: evaluate(model, torch.arange(9))):
+        with pytest.raises(UsageError, match="the model's weights are on meta, without memory; load or"):
+            use()
 
 
 class Louder(GPTModel):

@@ -8,8 +8,9 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from torch.nn.utils import parametrizations
 
 from gpt2lite import CheckpointError, InsufficientMemoryError, UsageError, load_module
 from gpt2lite.loading import STRATEGIES
+from gpt2lite.loading.skeleton import sketch
 
 ONE_FILE = [name for name in STRATEGIES if name != "per_tensor"]
 BUILT = ("sequential", "baseline")
@@ -211,7 +213,15 @@ def old_weight_norm() -> nn.Module:
 
 
 # Of these, what can be filled without building it with memory.
-ON_META = {"weight_norm", "spectral_norm", "attention and batch norm", "WithNumpy", "WithBuffer"}
+ON_META = {
+    *KEPT,
+    "weight_norm",
+    "spectral_norm",
+    "attention and batch norm",
+    "WithNumpy",
+    "WithBuffer",
+    "Hooked",
+}
 BUILDS: dict[str, Callable[[], nn.Module]] = {
     **{name: partial(Keeps, *functions) for name, functions in KEPT.items()},
     "LSTM": partial(Recurrent, nn.LSTM),
@@ -475,6 +485,147 @@ def test_an_unsaved_buffer_that_is_drawn_is_as_torch_draws_it(
         assert torch.equal(loaded(torch.ones(2, 3)), plain(torch.ones(2, 3)))
 
 
+class DrawnAttribute(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.drawn = nn.Linear(3, 3), torch.randn(3)
+
+
+class Unwritten(nn.Module):
+    """An unsaved buffer, as a cache of keys and values is one, to which its constructor writes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.register_buffer("cache", torch.empty(2, 512, 512), persistent=False)
+
+
+@pytest.mark.parametrize(("build", "name"), [(DrawnAttribute, "drawn"), (Unwritten, "cache")])
+@pytest.mark.parametrize("strategy", ["meta", "mmap", "stream"])
+def test_values_that_two_builds_do_not_share_are_named(
+    build: Callable[[], nn.Module], name: str, strategy: str, tmp_path: Path
+):
+    torch.save(build().state_dict(), path := tmp_path / "model.pth")
+    with pytest.raises(UsageError, match=rf"cannot be built on meta \({name}\)"):
+        load_module(build, path, "cpu", strategy)
+    assert torch.equal(load_module(build, path).layer.weight, torch.load(path)["layer.weight"])
+
+
+# ---- what the process keeps between modules ----------------------------------------------------------------
+
+
+@cache
+def cached_mask(size: int) -> Tensor:
+    mask = torch.empty(size, size)
+    return mask.fill_(-torch.inf).triu_(1)
+
+
+CACHE: dict[int, Tensor] = {}
+
+
+def cached_rope(size: int) -> Tensor:
+    if size not in CACHE:
+        CACHE[size] = torch.outer(torch.arange(size), 1 / 10 ** torch.linspace(0, 1, size)).cos()
+    return CACHE[size]
+
+
+class Caching(nn.Module):
+    """Takes its tables from where every module of the process takes them."""
+
+    def __init__(self, size: int, persistent: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(size, size), nn.Linear(size, size)])
+        for layer in self.layers:
+            layer.register_buffer("mask", cached_mask(size), persistent=persistent)
+        self.rope = cached_rope(size)
+        self.scale = nn.Parameter(cached_rope(size)[0].clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x * self.rope) * self.scale + layer.mask.exp()
+        return x
+
+
+@pytest.mark.parametrize("strategy", ALL)
+@pytest.mark.parametrize("persistent", [True, False])
+def test_what_a_constructor_caches_stays_real(strategy: str, persistent: bool, tmp_path: Path):
+    cached_mask.cache_clear()
+    CACHE.clear()
+    build = lambda: Caching(600, persistent)  # noqa: E731 (a mask of more than 1 MiB)
+    path, x = tmp_path / "model.pth", torch.rand(600, 600)
+    torch.save(Caching(600, persistent).state_dict(), path)
+    for _ in range(2):
+        cached_mask.cache_clear()
+        CACHE.clear()
+        first, second = (load_module(build, path, strategy=strategy) for _ in range(2))
+        assert_same(first, plain(build, path), x)
+        assert_same(second, plain(build, path), x)
+        assert build()(x).isfinite().all()
+
+
+class Sets(nn.Module):
+    """Goes on with its own name of a parameter once it is registered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weight = nn.Parameter(torch.ones(3))
+        self.weight = weight
+        self.same = weight
+        weight.requires_grad = False
+        nn.init.zeros_(weight)
+
+
+def test_a_parameter_that_is_registered_goes_by_its_first_name_too(tmp_path: Path):
+    torch.save(Sets().state_dict(), tmp_path / "model.pth")
+    loaded = load_module(Sets, tmp_path / "model.pth", strategy="stream")
+    assert loaded.same is loaded.weight
+    assert not loaded.weight.requires_grad
+
+
+class Waits(nn.Module):
+    """While it is built, another thread builds, too."""
+
+    other: nn.Module
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        thread = Thread(target=lambda: setattr(Waits, "other", WithBuffer()))
+        thread.start()
+        thread.join()
+
+
+def test_other_threads_build_real_modules_meanwhile(tmp_path: Path):
+    before = nn.Module.register_parameter, nn.Module.register_buffer
+    torch.save(Waits().state_dict(), tmp_path / "model.pth")
+    load_module(Waits, tmp_path / "model.pth")
+    assert not any(t.is_meta for t in (*Waits.other.parameters(), *Waits.other.buffers()))
+    assert (nn.Module.register_parameter, nn.Module.register_buffer) == before
+
+
+class Masked(nn.Module):
+    """An attention layer with the mask that the book saves, 4 MiB."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(3, 3), nn.Parameter(torch.rand(1024, 1024))
+        self.register_buffer("mask", torch.ones(1024, 1024).triu(1))
+
+
+def test_large_tensors_that_a_checkpoint_fills_are_let_go_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    held = []
+
+    def build() -> nn.Module:
+        module = nn.Sequential(*[Masked() for _ in range(5)])
+        held.append([tensor.is_meta for tensor in module.state_dict().values()].count(False))
+        return module
+
+    assert sketch(build).lost == ()
+    assert held == [1]
+
+
 # ---- files that hold more than one module ------------------------------------------------------------------
 
 
@@ -543,7 +694,7 @@ class Marked(nn.Module):
 def test_what_is_set_on_a_parameter_stays(what: str, strategy: str, tmp_path: Path):
     torch.save({"weight": torch.rand(3)}, path := tmp_path / "model.pth")
     wanted = plain(lambda: Marked(what), path)
-    able = strategy in ("auto", *BUILT) or what in ("number", "value")
+    able = strategy in ("auto", *BUILT) or what in ("number", "value", "tensor")
     with nullcontext() if able else pytest.raises(UsageError, match=r"cannot be built on meta \(weight\)"):
         loaded = load_module(lambda: Marked(what), path, strategy=strategy)
         assert loaded.weight._no_weight_decay

@@ -560,18 +560,6 @@ def test_buffers_that_no_file_holds_are_computed_again(strategy: str, tmp_path: 
     assert loaded.twin.weight is loaded.layer.weight
 
 
-@pytest.mark.parametrize("strategy", ["meta", "mmap", "stream"])
-def test_a_tensor_that_is_no_buffer_and_was_lost_on_meta_is_named(strategy: str, tmp_path: Path):
-    class Forgetful(nn.Linear):
-        def __init__(self) -> None:
-            super().__init__(2, 2)
-            self.mask = torch.ones(2)
-
-    path = save_pth(nn.Linear(2, 2).state_dict(), tmp_path)
-    with pytest.raises(UsageError, match=r'cannot be built on meta \(mask\) needs strategy="sequential"'):
-        load_module(Forgetful, path, strategy=strategy)
-
-
 def test_load_module_finds_the_modules_names_behind_wrappers_and_prefixes(tmp_path: Path):
     original = nn.Linear(3, 2)
     state = {f"_orig_mod.module.{name}": tensor for name, tensor in original.state_dict().items()}

@@ -16,7 +16,7 @@ from test_loading import assert_equal_bits
 from gpt2lite import CheckpointError, GPTConfig, GPTModel, Tuning, forecast, track_memory
 from gpt2lite.benchmarking import write_random_checkpoint
 from gpt2lite.checkpoint import open_checkpoint
-from gpt2lite.checkpoint.source import BUFFER_BYTES, LocalFile, PastCache, read_each
+from gpt2lite.checkpoint.source import BUFFER_BYTES, ByteSource, PastCache, read_each
 
 CONFIG = GPTConfig(8000, 512, 512, 8, 8)
 
@@ -42,7 +42,7 @@ def pages_cached(path: Path) -> int:
 
 
 def forget(path: Path) -> None:
-    LocalFile(path).forget()
+    ByteSource(path).forget()
     if pages_cached(path) > path.stat().st_size // 4:
         pytest.skip("this file system does not give cached pages back")
 
@@ -110,7 +110,7 @@ def past_cache_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def forget_for_past_cache(path: Path) -> None:
     forget(path)
-    if not LocalFile(path).is_best_past_cache():
+    if not ByteSource(path).is_best_past_cache():
         pytest.skip("this system does not read this file past the page cache, or not fast")
     forget(path)  # the pages that told
 

@@ -8,13 +8,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from gpt2lite.checkpoint import dcp, folders, llmc_bin, tf_bundle, torch_legacy
+from gpt2lite.checkpoint import dcp, folders, llmc_bin, tf_bundle, torch_zip
 from gpt2lite.checkpoint.folders import FOLDER_FILES
 from gpt2lite.checkpoint.foreign import READABLE, shortened, what_is
 from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, joined, validate
 from gpt2lite.checkpoint.safetensors import open_safetensors
-from gpt2lite.checkpoint.source import ByteSource, LocalFile
-from gpt2lite.checkpoint.torch_zip import open_torch_zip
+from gpt2lite.checkpoint.source import ByteSource
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError
 
 OPTIMIZER = re.compile(r"(.*\.)?(state\.\d+|param_groups|optim\w*)\..*")  # names of an optimizer's tensors
@@ -23,8 +22,8 @@ __all__ = ["FOLDER_FILES", "Manifest", "TensorSpan", "open_checkpoint", "side_fi
 
 
 OPENERS: dict[str, Callable[[ByteSource], Manifest]] = {
-    "zip": open_torch_zip,
-    "legacy": torch_legacy.open_torch_legacy,
+    "zip": torch_zip.open_torch_zip,
+    "legacy": torch_zip.open_torch_legacy,
     "safetensors": open_safetensors,
     "sharded": lambda source: folders.open_sharded(source, partial(_open_file, is_shard=True)),
     "llmc": llmc_bin.open_llmc,
@@ -46,7 +45,7 @@ def _open_file(source: ByteSource, is_shard: bool = False) -> Manifest:
         "sharded": head.lstrip()[:1] == b"{" and b"\0" not in head[:8],
         "tf bundle": tail == tf_bundle.MAGIC,
         "safetensors": head[8:9] == b"{" and not (any(head[4:8]) and what_is(head)),
-        "legacy": torch_legacy.MAGIC in head[:32] or head.startswith(torch_legacy.MAGIC_TEXT),
+        "legacy": torch_zip.MAGIC in head[:32] or head.startswith(torch_zip.MAGIC_TEXT),
     }
     kind = next((kind for kind, is_it in rows.items() if is_it), None)
     if kind is None:
@@ -60,14 +59,14 @@ def _open_file(source: ByteSource, is_shard: bool = False) -> Manifest:
 def _open_folder(path: Path) -> Manifest:
     """The checkpoint that a folder is or holds. Raises CheckpointError where none or more than one does."""
     if named := next((path / name for name in FOLDER_FILES if (path / name).is_file()), None):
-        return _open_file(LocalFile(named))
+        return _open_file(ByteSource(named))
     if (path / dcp.METADATA).is_file():
         return dcp.open_dcp(path)
     folders.refuse_divided(path)
     tensors = folders.open_tensors(path)
     files = folders.candidates(path, tensors)
     if len(files) == 1 and len(tensors) < 2:
-        return _open_file(LocalFile(files[0]))
+        return _open_file(ByteSource(files[0]))
     if files:
         found = f"{len(tensors)} files of exactly one tensor each and " if len(tensors) > len(files) else ""
         names = shortened(file.name for file in files)
@@ -75,7 +74,7 @@ def _open_folder(path: Path) -> Manifest:
     if tensors:
         return joined(list(tensors.values()))
     if indices := sorted(path.glob("*.index")):
-        return tf_bundle.open_tf_bundle(LocalFile(tf_bundle.current_index(path, indices)))
+        return tf_bundle.open_tf_bundle(ByteSource(tf_bundle.current_index(path, indices)))
     raise folders.without_weights(path)
 
 
@@ -100,9 +99,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Manifest:
     """
     path = Path(path)
     if os.path.exists(path):
-        manifest = _open_folder(path) if path.is_dir() else _open_file(LocalFile(path))
+        manifest = _open_folder(path) if path.is_dir() else _open_file(ByteSource(path))
     elif os.path.isfile(index := tf_bundle.index_of(path)):
-        manifest = tf_bundle.open_tf_bundle(LocalFile(index))
+        manifest = tf_bundle.open_tf_bundle(ByteSource(index))
     else:
         raise CheckpointNotFoundError(path, "no such file or folder")
     if manifest.tensors and all(map(OPTIMIZER.fullmatch, manifest.tensors)):

@@ -23,7 +23,7 @@ from gpt2lite.checkpoint.inert_pickle import DescribingUnpickler, Inert, describ
 from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, are_sizes, contiguous_span
 from gpt2lite.checkpoint.reading import map_tensors
 from gpt2lite.checkpoint.safetensors import fill_safetensors, open_safetensors
-from gpt2lite.checkpoint.source import FileReader, FileState, LocalFile, memory_of
+from gpt2lite.checkpoint.source import ByteSource, FileReader, FileState, memory_of
 from gpt2lite.checkpoint.torch_zip import open_torch_zip
 from gpt2lite.checkpoint.writing import TensorToWrite, Wrote
 from gpt2lite.errors import CheckpointError
@@ -59,14 +59,14 @@ class _UpTo(io.FileIO):
 
 
 @dataclass(frozen=True, slots=True)
-class _Item(LocalFile):
+class _Item(ByteSource):
     """A file up to the end of one of the zips in it."""
 
     end: int = 0
 
     def state(self) -> FileState:
         """As of a file that ends there."""
-        return replace(LocalFile.state(self), size=self.end)
+        return replace(ByteSource.state(self), size=self.end)
 
     def open(self) -> BinaryIO:
         """For its headers."""
@@ -76,11 +76,11 @@ class _Item(LocalFile):
 class _JoinedReader:
     """Reads ranges one behind the other; `stack` closes their files."""
 
-    def __init__(self, ranges: Sequence[tuple[LocalFile, int, int]], stack: ExitStack) -> None:
+    def __init__(self, ranges: Sequence[tuple[ByteSource, int, int]], stack: ExitStack) -> None:
         ends = accumulate(nbytes for *_, nbytes in ranges)
         self.ranges, self.stack, self.opened = list(zip(ranges, ends, strict=True)), stack, {}
 
-    opened: dict[LocalFile, FileReader]
+    opened: dict[ByteSource, FileReader]
 
     def read_into(self, memories: Iterable[memoryview], offset: int) -> None:
         """Fill one memory after the other from byte `offset` of all ranges together."""
@@ -99,33 +99,17 @@ class _JoinedReader:
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Joined:
-    """Ranges (file, offset, bytes) of local files as one source."""
+class Joined(ByteSource):
+    """Ranges (file, offset, bytes) of local files as one source; `path` is the first file's."""
 
-    ranges: tuple[tuple[LocalFile, int, int], ...]
-
-    def __str__(self) -> str:
-        return str(self.path)
-
-    @property
-    def path(self) -> Path:
-        """The first file's."""
-        return self.ranges[0][0].path
+    ranges: tuple[tuple[ByteSource, int, int], ...] = ()
 
     def state(self) -> FileState:
         """Its size; the files' own states are in the manifest beside it."""
         return FileState(sum(nbytes for *_, nbytes in self.ranges), 0, 0)
 
-    def open(self) -> BinaryIO:
-        """The first file."""
-        return self.ranges[0][0].open()
-
-    def sibling(self, name: str) -> LocalFile:
-        """What lies beside the first file."""
-        return self.ranges[0][0].sibling(name)
-
     @contextmanager
-    def reader(self, *, past_cache: bool = False) -> Iterator[_JoinedReader]:
+    def reader(self, *, past_cache: bool = False) -> Iterator[_JoinedReader]:  # type: ignore[override]
         """Through the page cache."""
         with ExitStack() as stack:
             yield _JoinedReader(self.ranges, stack)
@@ -169,12 +153,12 @@ def _tensor(folder: Path, name: str, shape: Any, chunks: dict[Any, TensorSpan]) 
     if not are_rows or (shape and begins[-1][0] != shape[0]) or not all(s.is_contiguous for s in ordered):
         said = f"{name} is stored in other parts than rows; join it: {DCP_TO_TORCH}"
         raise CheckpointError(folder, said, name=name)
-    places = [(LocalFile(span.source.path), span.offset, span.nbytes) for span in ordered if span.nbytes]
+    places = [(ByteSource(span.source.path), span.offset, span.nbytes) for span in ordered if span.nbytes]
     dtype, nbytes = ordered[0].dtype, sum(nbytes for *_, nbytes in places)
     if len(places) < 2:
-        source, begin, _ = places[0] if places else (LocalFile(ordered[0].source.path), 0, 0)
+        source, begin, _ = places[0] if places else (ByteSource(ordered[0].source.path), 0, 0)
         return contiguous_span(name, dtype, shape, source, begin, nbytes)
-    return contiguous_span(name, dtype, shape, Joined(tuple(places)), 0, nbytes)
+    return contiguous_span(name, dtype, shape, Joined(places[0][0].path, tuple(places)), 0, nbytes)
 
 
 def open_dcp(folder: Path) -> Manifest:
@@ -182,7 +166,7 @@ def open_dcp(folder: Path) -> Manifest:
 
     Raises CheckpointError for one that is damaged or has tensors divided otherwise than by rows.
     """
-    own = LocalFile(folder / METADATA)
+    own = ByteSource(folder / METADATA)
     with own.open() as file:
         found: Any = describe(own, _Unpickler(file))
     named, where, paths = (
@@ -201,7 +185,7 @@ def open_dcp(folder: Path) -> Manifest:
     if lacking := [name for name in chunks if not chunks[name]]:
         raise CheckpointError(own, f"says of {len(lacking)} tensor(s) not where they lie: {lacking[0]}")
     tensors = {name: _tensor(folder, name, shapes[name], chunks[name]) for name in chunks}
-    files = {LocalFile(span.source.path) for each in chunks.values() for span in each.values()}
+    files = {ByteSource(span.source.path) for each in chunks.values() for span in each.values()}
     sources = {own, *files, *(span.source for span in tensors.values())}
     paths = paths if isinstance(paths, dict) else {}
     containers = {name: ".".join(map(str, path[:-1])) for name, path in paths.items() if name in tensors}
@@ -216,7 +200,7 @@ def fill_dcp(folder: Path, tensors: Sequence[TensorToWrite], wrote: Wrote) -> No
     folder.mkdir()
     whole = folder / "whole.safetensors"
     fill_safetensors(whole, tensors, wrote)
-    mapped = map_tensors(open_safetensors(LocalFile(whole)).tensors.values())
+    mapped = map_tensors(open_safetensors(ByteSource(whole)).tensors.values())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         state_dict_saver.save(mapped, checkpoint_id=folder, no_dist=True)

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from gpt2lite.checkpoint.foreign import shortened, what_is_json
 from gpt2lite.checkpoint.manifest import Manifest, joined
 from gpt2lite.checkpoint.safetensors import json_object
-from gpt2lite.checkpoint.source import ByteSource, LocalFile
+from gpt2lite.checkpoint.source import ByteSource
 from gpt2lite.checkpoint.torch_zip import fill_torch_zip, open_torch_zip
 from gpt2lite.checkpoint.writing import TensorToWrite, Wrote, state_of
 from gpt2lite.errors import CheckpointError, UsageError, listed
@@ -85,7 +85,7 @@ def open_tensors(folder: Path) -> dict[Path, Manifest]:
     found = {}
     for file in sorted(folder.glob("*.pt")):
         with suppress(CheckpointError):  # a damaged file is not one of them
-            manifest = open_torch_zip(LocalFile(file))
+            manifest = open_torch_zip(ByteSource(file))
             if list(manifest.tensors) == [""]:
                 span = replace(manifest.tensors[""], name=file.stem)
                 found[file] = replace(
@@ -166,7 +166,7 @@ def open_sharded(source: ByteSource, open_shard: Callable[[ByteSource], Manifest
     if state.size > MAX_INDEX_BYTES:
         raise CheckpointError(source, f"has {state.size} bytes; the limit is {MAX_INDEX_BYTES >> 20} MiB")
     with source.open() as file:
-        index = json_object(source, file.read(), "index")
+        index = json_object(source, file.read(), "its index is ")
     weight_map, metadata = index.get("weight_map"), index.get("metadata")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(source, f"has no weight_map that names tensors; it is {what_is_json(index)}")

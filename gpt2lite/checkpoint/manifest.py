@@ -71,11 +71,8 @@ class TensorSpan:
 
 def contiguous_stride(shape: Iterable[int]) -> tuple[int, ...]:
     """Strides, in elements, of a row-major tensor of `shape`."""
-    stride, step = [], 1
-    for size in reversed(tuple(shape)):
-        stride.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(stride))
+    sizes = [max(size, 1) for size in shape]
+    return tuple(math.prod(sizes[axis + 1 :]) for axis in range(len(sizes)))
 
 
 def are_sizes(numbers: object) -> TypeGuard[tuple[int, ...]]:

@@ -43,12 +43,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def json_object(source: ByteSource, raw: bytes, what: str) -> dict[str, Any]:
-    """Parse what is known to begin with a brace. Raises CheckpointError, also where a key occurs twice."""
+def json_object(where: object, raw: bytes | str, what: str = "", kind: type = dict) -> Any:
+    """The object, or list, that some JSON is. Raises CheckpointError, also where a key occurs twice."""
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        text = raw if isinstance(raw, str) else raw.decode("utf-8")
+        found = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(source, f"its {what} is not valid JSON ({error}): {DAMAGED}") from None
+        raise CheckpointError(where, f"{what}not valid JSON ({error}): {DAMAGED}") from None
+    if not isinstance(found, kind):
+        wanted = "an object" if kind is dict else "a list"
+        raise CheckpointError(where, f"holds a JSON {type(found).__name__}, expected {wanted}")
+    return found
 
 
 def _span(source: ByteSource, name: str, entry: Any, start: int) -> TensorSpan | str:
@@ -89,7 +94,7 @@ def open_safetensors(source: ByteSource) -> Manifest:
         if length > MAX_HEADER_BYTES or 8 + length > state.size:
             what = f"announces a header of {length} bytes in a file of {state.size}: {DAMAGED}"
             raise CheckpointError(source, what)
-        header = json_object(source, file.read(length), "header")
+        header = json_object(source, file.read(length), "its header is ")
     metadata = header.pop("__metadata__", {})
     found = {name: _span(source, name, entry, 8 + length) for name, entry in header.items()}
     _check_gapless(source, header, state.size - 8 - length)

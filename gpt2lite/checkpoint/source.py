@@ -13,11 +13,10 @@ import os
 import sys
 from collections import deque
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 import torch
 
@@ -47,45 +46,6 @@ class FileState:
     size: int
     modified_ns: int
     inode: int
-
-
-class Reader(Protocol):
-    """One thread's way to the bytes of a source."""
-
-    def read_into(self, memories: Iterable[memoryview], offset: int) -> None:
-        """Fill one memory after the other from byte `offset`. Raises CheckpointError where it ends first."""
-
-    def forget(self, offset: int, nbytes: int) -> None:
-        """Give back what the system caches of a range, where it can be told so."""
-
-
-class ByteSource(Protocol):
-    """Bytes that lie somewhere, read by ranges; hashable, equal for one place. `str` is what messages say."""
-
-    @property
-    def path(self) -> Path:
-        """Where it lies."""
-
-    def state(self) -> FileState:
-        """Its state now. Raises CheckpointNotFoundError."""
-
-    def open(self) -> BinaryIO:
-        """A file object that can seek, for headers."""
-
-    def sibling(self, name: str) -> ByteSource:
-        """What lies under a name relative to its folder, there or not."""
-
-    def reader(self, *, past_cache: bool = False) -> AbstractContextManager[Reader]:
-        """A reader for one thread; `past_cache`, which takes BUFFER_BYTES, where `is_best_past_cache`."""
-
-    def is_best_past_cache(self) -> bool:
-        """Whether it is not in the page cache, and reading past that is as fast."""
-
-    def map(self) -> torch.UntypedStorage:
-        """All of it, writable, without a byte read before it is used. Raises InsufficientMemoryError."""
-
-    def forget(self) -> None:
-        """Give back what the system caches of it, where it can be told so."""
 
 
 class FileReader(io.FileIO):
@@ -148,8 +108,8 @@ class PastCache(FileReader):
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class LocalFile:
-    """A file that the system can open."""
+class ByteSource:
+    """Where bytes lie, read by ranges: a local file. `str` is what messages say."""
 
     path: Path
 
@@ -165,19 +125,19 @@ class LocalFile:
         return FileState(found.st_size, found.st_mtime_ns, found.st_ino)
 
     def open(self) -> BinaryIO:
-        """The file, buffered."""
+        """The file, buffered, for headers."""
         return open(self.path, "rb")
 
-    def sibling(self, name: str) -> LocalFile:
+    def sibling(self, name: str) -> ByteSource:
         """The file of this name, relative to its folder, there or not."""
-        return LocalFile(self.path.parent / name)
+        return ByteSource(self.path.parent / name)
 
     def reader(self, *, past_cache: bool = False) -> FileReader:
-        """The file for one thread, unbuffered or past the page cache."""
+        """The file for one thread, unbuffered; past the page cache, which takes BUFFER_BYTES, if asked to."""
         return (PastCache if past_cache else FileReader)(self.path)
 
     def is_best_past_cache(self) -> bool:
-        """Whether most of it is not in the page cache, and O_DIRECT reads are fast here."""
+        """Whether most of it is not in the page cache, and reading past that (O_DIRECT) is as fast here."""
         try:
             if "[never]" in HUGE_PAGES.read_text():
                 return False

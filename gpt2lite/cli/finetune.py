@@ -18,20 +18,28 @@ from gpt2lite.errors import UsageError
 from gpt2lite.finetuning.heads import as_classifier, relabel
 from gpt2lite.finetuning.loop import Metrics, finetune, read_metrics
 from gpt2lite.finetuning.recipe import Recipe
-from gpt2lite.finetuning.states import Task, read_labels, saved_recipe
+from gpt2lite.finetuning.states import Task, saved_recipe
 from gpt2lite.finetuning.tasks import classifier_task, instruction_task, open_text, text_task
 from gpt2lite.memory import human
-from gpt2lite.model import GPTModel
+from gpt2lite.model import GPTModel, open_model
+from gpt2lite.opening import Opened
 from gpt2lite.parallel import is_first
 from gpt2lite.tokenizer import tokenizer_files, tokenizer_for, write_beside
 
 
-def _task(path: Path, model: GPTModel, args: argparse.Namespace, recipe: Recipe, tokens: Path) -> Task:
+def _task(
+    path: Path,
+    opened: Opened[GPTModel],
+    model: GPTModel,
+    args: argparse.Namespace,
+    recipe: Recipe,
+    tokens: Path,
+) -> Task:
     """What the flags name; a classifier's head is put on the model."""
     encoding, config = tokenizer_for(path, model.config.vocab_size), model.config
     if args.classify:
         task = classifier_task(args.classify, encoding, config, recipe)
-        _put_head(path, model, task.labels, recipe)
+        _put_head(opened, model, task.labels, recipe)
         return task
     if config.n_classes:
         raise UsageError(f"{path}: a classifier of {config.n_classes} classes writes no text; use --classify")
@@ -40,15 +48,14 @@ def _task(path: Path, model: GPTModel, args: argparse.Namespace, recipe: Recipe,
     return text_task(open_text(args.text, tokens, encoding, config.vocab_size), encoding, config, recipe)
 
 
-def _put_head(path: Path, model: GPTModel, labels: tuple[str, ...], recipe: Recipe) -> None:
+def _put_head(opened: Opened[GPTModel], model: GPTModel, labels: tuple[str, ...], recipe: Recipe) -> None:
     """A head for the labels, in which a classifier's own rows are kept by name."""
     if not model.config.n_classes:
         as_classifier(model, len(labels), recipe.seed)
         return
-    known = read_labels(path)
-    if len(known) != model.config.n_classes:
-        found = f"{len(known) or 'no'} labels beside a head of {model.config.n_classes} classes"
-        raise UsageError(f"{path}: {found}; write labels.json, one name per row of the head")
+    if not (known := opened.labels):
+        found = f"no names for a head of {model.config.n_classes} classes"
+        raise UsageError(f"{opened.path}: {found}; write labels.json, one name per row of the head")
     if known != labels:
         kept = relabel(model, known, labels, recipe.seed)
         parts = {"kept": kept, "new": set(labels) - set(kept), "dropped": set(known) - set(kept)}
@@ -84,8 +91,9 @@ def run_finetune(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="gpt2lite-") as folder:
         with bytes_bar("loading") as progress:  # in the file's dtype, whatever it trains in: it is saved so
             options, device = load_options(args, progress), resolve_device(args.device)
-            model = GPTModel.from_checkpoint(path, device, args.strategy, config=config_of(args), **options)
-        task = _task(path, model, args, recipe, Path(folder) / "tokens.npy")
+            opened = open_model(path, config=config_of(args))
+            model = opened.load(device, args.strategy, **options)
+        task = _task(path, opened, model, args, recipe, Path(folder) / "tokens.npy")
         with _reports(recipe.steps) as report:
             model_path = finetune(model, task, args.out, recipe, resume=args.resume, report=report)
     if not is_first(model.device_mesh):

@@ -19,7 +19,7 @@ from gpt2lite.config import GPTConfig
 from gpt2lite.errors import UsageError
 from gpt2lite.evaluation import evaluate
 from gpt2lite.finetuning.data import tokenize_file
-from gpt2lite.generation.decoding import require_fit, require_language_head
+from gpt2lite.generation.decoding import require_fit, require_language_model
 from gpt2lite.generation.prompts import stream_text
 from gpt2lite.model import GPTModel, open_model
 from gpt2lite.reading_text import filled_lines, typed_text
@@ -94,7 +94,7 @@ def run_generate(args: argparse.Namespace) -> int:
     """Print prompts and continuations: one as it comes, more of them in batches."""
     path = local_path(args.model, args.revision)
     model = load_to_read(path, args)
-    require_language_head(model.config)
+    require_language_model(model)
     encoding = tokenizer_for(path, model.config.vocab_size)
     prompts = _prompts(args, EMBEDDED_PROMPT if path == EMBEDDED else DEFAULT_PROMPT)
     ids = [encoding.encode(text, allowed_special="all") or [end_of_text(encoding)] for text in prompts]
@@ -129,7 +129,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     """Print the perplexity."""
     path, text = local_path(args.path, args.revision), read_text(args.text)
     model = load_to_read(path, args)
-    require_language_head(model.config)
+    require_language_model(model)
     encoding = tokenizer_for(path, model.config.vocab_size)
     ids = torch.tensor(encoding.encode(text, allowed_special="all"), dtype=torch.int64)
     with bytes_bar("reading", "token") as progress:

@@ -22,8 +22,9 @@ from gpt2lite.checkpoint import FOLDER_FILES, Manifest, TensorSpan, side_file
 from gpt2lite.checkpoint.inert_pickle import CHANGES
 from gpt2lite.checkpoint.manifest import BOUND_CONFIG, Unread, flatten
 from gpt2lite.checkpoint.reading import read_span
+from gpt2lite.checkpoint.safetensors import json_object
 from gpt2lite.config import ACTIVATIONS as OURS_ARE
-from gpt2lite.config import OFFICIAL_SIZES, GPTConfig, misfit
+from gpt2lite.config import OFFICIAL_SIZES, GPTConfig, misfit, wrong_labels
 from gpt2lite.dialects.reading import AUXILIARY, CLASSIFIERS, TIED, Reading, above_of, block_of, unwrapped
 from gpt2lite.errors import CheckpointError, UsageError, listed
 
@@ -124,6 +125,7 @@ predict_special_tokens _attn_implementation _attn_implementation_autoset _commit
 DOES_NOT_MATTER = frozenset(_DOES_NOT_MATTER.split())
 
 FIELDS = GPTConfig.__dataclass_fields__
+LABELS = "labels.json"  # beside a finetuned classifier: its labels as a list, for other programs
 KNOWN = {"n_inner", *FIELDS, *OURS, *COMPUTED, *DOES_NOT_MATTER}
 
 
@@ -297,6 +299,38 @@ def folder_configs(path: Path) -> dict[str, dict[str, Any]]:
     return {name: read_json(folder / name) for name in names if (folder / name).is_file()}
 
 
+def labels_of(reading: Reading) -> tuple[str, ...]:
+    """A classifier's labels, as its file, the config beside it or labels.json say them; () where none does.
+
+    Raises CheckpointError where two of them disagree or one does not name every row of the head.
+    """
+    path, n_classes = reading.manifest.path, _said_by_shapes(reading)["n_classes"]
+    sources = (*_in_the_file(reading), *_beside_the_file(reading, has_heads=True)) if n_classes else ()
+    named = {where: words["id2label"] for where, words, _ in sources if words.get("id2label")}
+    said = {where: _in_order(labels) for where, labels in named.items() if not _are_placeholders(labels)}
+    if n_classes and (beside := folder_of(path) / LABELS).is_file():
+        said[str(beside)] = read_json(beside, kind=list)
+    for where, labels in said.items():
+        if wrong := wrong_labels(labels, n_classes):
+            raise CheckpointError(where, wrong)
+        first, agreed = next(iter(said.items()))
+        if labels != agreed:
+            both = f"{first} says {', '.join(agreed)}, but {where} says {', '.join(labels)}"
+            raise CheckpointError(f"{both}. Is one of them another run's?")
+    return tuple(next(iter(said.values()), ()))
+
+
+def _in_order(labels: Any) -> Any:
+    """id2label's names by their numbers; what is no such table stays as it is."""
+    is_table = isinstance(labels, dict) and labels.keys() == {str(row) for row in range(len(labels))}
+    return [labels[str(row)] for row in range(len(labels))] if is_table else labels
+
+
+def _are_placeholders(labels: object) -> bool:
+    """Whether these are transformers' own words for classes that nobody named."""
+    return isinstance(labels, dict) and all(labels[row] == f"LABEL_{row}" for row in labels)
+
+
 def check_model_type(path: Path) -> None:
     """Raise CheckpointError where a checkpoint's own config.json says that it is no GPT-2."""
     kind = folder_configs(path).get("config.json", {}).get("model_type")
@@ -304,15 +338,10 @@ def check_model_type(path: Path) -> None:
         raise CheckpointError(path, f"its config.json says model_type={kind!r}; gpt2lite opens gpt2 only")
 
 
-def read_json(path: Path, text: str | None = None) -> dict[str, Any]:
-    """The object that a JSON file, or a text in it, holds. Raises CheckpointError."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8", errors="replace") if text is None else text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(path, f"not valid JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(path, f"holds a JSON {type(found).__name__}, expected an object")
-    return found
+def read_json(path: Path, text: str | None = None, kind: type = dict) -> Any:
+    """The object, or list, that a JSON file, or a text in it, holds. Raises CheckpointError."""
+    found = path.read_text(encoding="utf-8", errors="replace") if text is None else text
+    return json_object(path, found, kind=kind)
 
 
 # ---- whether they agree ------------------------------------------------------------------------------------

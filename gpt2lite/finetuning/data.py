@@ -16,13 +16,14 @@ from typing import NamedTuple, TextIO
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from gpt2lite.checkpoint.source import memory_of
 from gpt2lite.checkpoint.writing import Progress, replacing
 from gpt2lite.config import GPTConfig
 from gpt2lite.errors import CheckpointError, UsageError
 from gpt2lite.reading_text import not_utf8, text_stream
-from gpt2lite.tokenizer import Encoding, Tokenizer, as_tokenizer
+from gpt2lite.tokenizer import Encoding, as_tokenizer
 
 NO_HEADER = "no header"  # nanoGPT's train.bin
 IGNORED = -100  # a target that does not count; F.cross_entropy's own ignore_index
@@ -56,24 +57,51 @@ class Batch(NamedTuple):
     targets: Tensor
 
 
+def _require_tensors(batch: object) -> None:
+    if not isinstance(batch, Batch):
+        raise UsageError(f"wanted Batch(ids, targets), got {type(batch).__name__}")
+    like = batch.ids
+    for name, tensor in zip(Batch._fields, batch, strict=True):
+        wanted = "wanted (B, T) torch.int64, ids and targets alike and on one device"
+        if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.layout != torch.strided:
+            raise UsageError(f"Batch.{name} is no dense tensor, but {tensor!r:.60}; {wanted}")
+        is_one = tensor.dtype == torch.int64 and tensor.dim() == 2 and tensor.numel()
+        if not is_one or (tensor.shape, tensor.device) != (like.shape, like.device):
+            raise UsageError(f"Batch.{name} is {tuple(tensor.shape)} {tensor.dtype}; {wanted}")
+
+
+def own_copy(batch: Batch) -> Batch:
+    """The same batch, which a task that writes all into one buffer does not change."""
+    _require_tensors(batch)
+    return Batch(*map(torch.clone, batch))
+
+
 def check_batch(batch: Batch, config: GPTConfig) -> None:
     """Raise UsageError, with what was found, where a model of this config cannot learn from a batch."""
+    _require_tensors(batch)
     ids, targets = batch
     ends = (config.vocab_size, config.n_classes or config.vocab_size)
     for name, tensor, end in zip(Batch._fields, batch, ends, strict=True):
-        if tensor.dtype != torch.int64 or tensor.dim() != 2 or tensor.shape != ids.shape or not ids.numel():
-            found = f"{tuple(tensor.shape)} {tensor.dtype}"
-            raise UsageError(f"Batch.{name} is {found}; wanted (B, T) torch.int64, ids and targets alike")
         wrong = tensor[(tensor < 0) | (tensor >= end)]
         if len(wrong := wrong if tensor is ids else wrong[wrong != IGNORED]):
             wanted = f"0 … {end - 1} ({IGNORED} for a target to ignore)"
             raise UsageError(f"Batch.{name} holds {int(wrong[0])}; wanted {wanted}")
     if ids.shape[1] > config.context_length:
         raise UsageError(f"Batch: rows of {ids.shape[1]} tokens, the context is {config.context_length}")
+    if not config.n_classes:
+        _require_shifted(ids, targets)
+
+
+def _require_shifted(ids: Tensor, targets: Tensor) -> None:
+    """Refuse targets that are not the next tokens, but for a few, or those of inputs that were made noisy."""
     counted = targets != IGNORED
-    copies = bool((targets == ids)[counted].all())
-    if not config.n_classes and copies and not bool((targets[:, :-1] == ids[:, 1:])[counted[:, :-1]].all()):
-        raise UsageError("Batch.targets are a copy of ids; shift them: Batch(ids[:, :-1], ids[:, 1:])")
+    is_next = targets[:, :-1] == ids[:, 1:]
+    is_copy = bool((targets == ids)[counted].all()) and not bool(is_next[counted[:, :-1]].all())
+    # A target before another target stands in the row when the model predicts that one.
+    inner = is_next[counted[:, :-1] & counted[:, 1:]]
+    if is_copy or (len(inner) and inner.float().mean() < 0.5):
+        found = "a copy of ids" if is_copy else f"the next token at {int(inner.sum())} of {len(inner)} places"
+        raise UsageError(f"Batch.targets are {found}; shift them: Batch(ids[:, :-1], ids[:, 1:])")
 
 
 class Example(NamedTuple):
@@ -131,7 +159,7 @@ def tokenize_file(text: Path, tokens: Path, encoding: Encoding, progress: Progre
     whole or not at all. `progress` is called with (bytes read, bytes in all). Raises UsageError for a text
     that is empty or not UTF-8, and for a vocabulary that needs 32 bits in a file without a header.
     """
-    encoding = encoding if isinstance(encoding, Tokenizer) else as_tokenizer(encoding)
+    encoding = as_tokenizer(encoding)
     is_npy, width = tokens.suffix == ".npy", 2 if encoding.n_vocab <= MOST_IDS else 4
     if width > 2 and not is_npy:
         raise UsageError(f"{tokens}: 16 bits cannot number {encoding.n_vocab} tokens; name the file .npy")
@@ -285,30 +313,29 @@ def text_windows(tokens: Tensor, seq_len: int, batch_size: int, most: int) -> li
     return [_windows(tokens, starts[first : first + batch_size], seq_len) for first in firsts]
 
 
-def _padded(examples: Sequence[Example], pad: int) -> Batch:
-    length = max(len(example.ids) for example in examples)
-    ids, targets = (
-        torch.tensor([row + [fill] * (length - len(row)) for row in rows], device="cpu")
-        for rows, fill in zip(zip(*examples, strict=True), (pad, IGNORED), strict=True)
+def _padded(examples: Sequence[Example]) -> Batch:
+    rows, targets = (
+        [torch.tensor(row, device="cpu") for row in rows] for rows in zip(*examples, strict=True)
     )
-    return Batch(ids, targets)
+    return Batch(pad_sequence(rows, True), pad_sequence(targets, True, IGNORED))
 
 
-def example_batches(examples: Sequence[Example], batch_size: int, seed: int, pad: int) -> Batches:
+def example_batches(examples: Sequence[Example], batch_size: int, seed: int) -> Batches:
     """Epoch after epoch, each in an order drawn from (seed, epoch); a batch may reach into the next.
 
-    Rows are filled up on the right to the longest of their batch, with `pad` and targets that are IGNORED.
+    Rows are filled up on the right to the longest of their batch, with targets that are IGNORED; the ids
+    there are 0, since nothing before them sees them.
     """
 
     def batch(number: int) -> Batch:
         places = [divmod(number * batch_size + row, len(examples)) for row in range(batch_size)]
         orders = {epoch: shuffled(len(examples), seed, epoch) for epoch, _ in places}
-        return _padded([examples[orders[epoch][index]] for epoch, index in places], pad)
+        return _padded([examples[orders[epoch][index]] for epoch, index in places])
 
     return batch
 
 
-def example_windows(examples: Sequence[Example], batch_size: int, pad: int) -> list[Batch]:
+def example_windows(examples: Sequence[Example], batch_size: int) -> list[Batch]:
     """All examples in their order, padded as `example_batches` does; the last batch may be smaller."""
     firsts = range(0, len(examples), batch_size)
-    return [_padded(examples[first : first + batch_size], pad) for first in firsts]
+    return [_padded(examples[first : first + batch_size]) for first in firsts]

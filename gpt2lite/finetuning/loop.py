@@ -6,8 +6,6 @@ import fcntl
 import json
 import math
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -20,15 +18,18 @@ import psutil
 import torch
 
 from gpt2lite import parallel
+from gpt2lite.checkpoint.writing import replacing
 from gpt2lite.devices import peak_allocated
-from gpt2lite.errors import UsageError
+from gpt2lite.dialects.configs import LABELS
+from gpt2lite.errors import CheckpointError, TrainingDivergedError, UsageError
 from gpt2lite.finetuning import states
-from gpt2lite.finetuning.data import IGNORED, Batch
+from gpt2lite.finetuning.data import IGNORED, Batch, digest_of, own_copy, tensor_parts
 from gpt2lite.finetuning.distilling import load_teacher
+from gpt2lite.finetuning.interrupts import held
 from gpt2lite.finetuning.lora import merge_lora
 from gpt2lite.finetuning.losses import rows_of
 from gpt2lite.finetuning.recipe import Recipe
-from gpt2lite.finetuning.states import LABELS, METRICS, Run, Task
+from gpt2lite.finetuning.states import METRICS, Run, Task
 from gpt2lite.finetuning.training import (
     Trainer,
     choose_trained,
@@ -78,7 +79,8 @@ def validate(model: GPTModel, batches: Sequence[Batch], recipe: Recipe) -> tuple
 def _require_folder(out: Path, resume: bool, save_every: int) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; choose a folder")
-    is_begun = (out / METRICS).is_file() and len(read_metrics(out)) <= save_every  # and nothing saved yet
+    log = out / METRICS
+    is_begun = log.is_file() and log.read_bytes().count(b"\n") <= save_every  # and nothing saved yet
     if resume and not states.state_files(out) and (not is_begun or (out / "model.pth").exists()):
         found = [name for name in (METRICS, "model.pth") if (out / name).exists()]
         lacks = f"{' and '.join(found)}, but no saved state (step-….pth)" if found else "no run"
@@ -107,23 +109,11 @@ def _locked(out: Path, resume: bool, save_every: int) -> Iterator[None]:
 def read_metrics(out: Path) -> list[dict[str, Any]]:
     """What was written to a run's folder, a dict a step; a last line that is being written is left out."""
     path = out / METRICS
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-    return [json.loads(line) for line in lines]
-
-
-@contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM set the event, so that no step is cut in its middle; only the main thread can."""
-    asked, is_main = threading.Event(), threading.current_thread() is threading.main_thread()
-    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if is_main}
-    before = {number: handler for number, handler in found.items() if handler is not None}  # Python's own
-    for number in before:
-        signal.signal(number, lambda *_: asked.set())
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
     try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise CheckpointError(path, f"not a JSON object in each line ({error})") from None
 
 
 def _require_task(model: GPTModel, task: Task, recipe: Recipe) -> None:
@@ -137,7 +127,12 @@ def _require_task(model: GPTModel, task: Task, recipe: Recipe) -> None:
         raise UsageError("a model made under torch.inference_mode does not train; load it outside")
     require_divisible(model, recipe)
     recipe.row_length(model.config.context_length)
-    placed(task.train(0), model)
+    first = task.train(0)
+    placed(first, model)
+    if digest_of(tensor_parts(*first)) != digest_of(tensor_parts(*task.train(0))):
+        raise UsageError(
+            "train(0) gave another batch the second time; number n must always be the same batch"
+        )
     counts = [len(placed(batch, model)[2]) for batch in task.validation]
     if counts and not parallel.total(parallel.mesh_of(model), sum(counts)):
         raise UsageError(f"every target of the validation is {IGNORED}, so none counts")
@@ -161,12 +156,13 @@ def finetune(
     which `resume` takes the newest whole one, and writes metrics.jsonl as it was then: a run that was cut at
     any step and resumed, with the same model, task and recipe, ends with the same bits on the CPU. Resuming
     with another model, other data or another recipe is refused; `steps` may grow and the learning rate may
-    change, with a warning. Ctrl-C or SIGTERM finishes the step, saves, and raises KeyboardInterrupt. `report`
-    is called after each step; an error of `task.sample` is raised after the step is saved.
+    change, with a warning. Ctrl-C or SIGTERM finishes the step, saves, and raises KeyboardInterrupt, twice
+    also during `task` or `report`, which is called after each step. Whatever they raise, the steps are saved
+    before.
 
-    A model of several ranks trains as it would in one process, each rank on its rows of every batch; the
-    first rank alone writes and reports, and any number of ranks resumes. What it saves takes its size on disk
-    again for a moment, in a file system that all ranks must see.
+    A model of several ranks trains as it would in one process, each rank on its rows of every batch. The
+    first rank alone writes and reports, and any number of ranks resumes; what it saves takes its size on disk
+    again for a moment, in a file system that all ranks must see. An error on one rank saves nothing.
 
     Costs what `gpt2lite.forecast_training` says. Gradients are recorded also under `torch.no_grad`. Raises
     UsageError for what cannot work before anything is written, CheckpointError where what was saved is
@@ -181,58 +177,86 @@ def finetune(
     identity = states.identity_of(model, task, recipe, teacher.model if teacher else None)
     if bad := not_finite(model):
         raise UsageError(f"the model's {bad[0]} holds infinities or NaN; give one with finite weights")
-    with ExitStack() as until_saved:
+    with held() as ctrl_c, ExitStack() as until_saved:
         with prepared(model):
             choose_trained(model, recipe)
             with closing(Trainer(model, recipe, teacher)) as trainer:
                 locked = partial(_locked, out, resume, recipe.save_every)
                 until_saved.enter_context(parallel.shared(mesh, locked))
-                run = Run(trainer, task, out, identity)
+                run = Run(trainer, task, out, identity, ctrl_c)
                 _go_on(run, report)
             if recipe.lora_rank:
                 states.save_lora(run, out / "adapters.pth")
                 merge_lora(model)
         if bad := not_finite(model):
             raise diverged(f"{bad[0]} is too large for {model.pos_emb.weight.dtype}", recipe)
-        path = model.save_checkpoint(out / "model.pth")
         if task.labels and parallel.is_first(mesh):
-            (out / LABELS).write_text(json.dumps(task.labels) + "\n", encoding="utf-8")
-    return path
+            with replacing(out / LABELS) as temporary:
+                temporary.write_text(json.dumps(task.labels) + "\n", encoding="utf-8")
+        return model.save_checkpoint(out / "model.pth", labels=task.labels, progress=ctrl_c.check)
 
 
 def _go_on(run: Run, report: Callable[[Metrics], None] | None) -> None:
-    """All steps from the newest state on."""
-    recipe, mesh, start = run.trainer.recipe, run.trainer.mesh, states.restore(run)
-    path = run.out / METRICS if parallel.is_first(mesh) else Path(os.devnull)
-    with _interruptible() as asked, path.open("a", encoding="utf-8", newline="\n") as log:
-        for number in range(start, recipe.steps):
-            metrics, is_whole, is_asked = _one(run, number), False, False
-            is_last = number + 1 == recipe.steps
+    """All steps from the newest state on. Whatever ends them, those that were done are saved before."""
+    states.restore(run)
+    try:
+        while run.step < run.trainer.recipe.steps:
+            _check(run)
+            metrics = _one(run)
+            if report and parallel.is_first(run.trainer.mesh):
+                with run.ctrl_c.looking():
+                    report(metrics)
+        _check(run)
+    except TrainingDivergedError:
+        raise
+    except BaseException as error:
+        is_everywhere = run.trainer.mesh is None or isinstance(error, KeyboardInterrupt)
+        if is_everywhere and run.trainer.is_whole and run.step > run.saved:
             try:
-                metrics, is_whole = _validated(run, metrics), True
-                is_asked = any(parallel.gathered(mesh, asked.is_set()))
-            finally:  # what only looks at the model must not cost its steps
-                line = {key: value for key, value in asdict(metrics).items() if value is not None}
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                if not is_whole or is_asked or is_last or (number + 1) % recipe.save_every == 0:
-                    _save(run, number + 1)
-            if report and parallel.is_first(mesh):
-                report(metrics)
-            if is_asked and not is_last:
-                raise KeyboardInterrupt
+                _save(run)
+            except Exception as failed:
+                raise error from failed
+        raise
 
 
-def _save(run: Run, step: int) -> None:
+def _check(run: Run) -> None:
+    """Raise KeyboardInterrupt on all ranks where one was asked to end."""
+    run.ctrl_c.presses = max(parallel.gathered(run.trainer.mesh, run.ctrl_c.presses))
+    run.ctrl_c.check()
+
+
+def _one(run: Run) -> Metrics:
+    """One step: trained, looked at, written down, and saved where that is due."""
+    recipe, device, began = run.trainer.recipe, run.trainer.device, time.perf_counter()
+    with run.ctrl_c.looking():
+        first = run.step * recipe.accumulate
+        batches = [own_copy(run.task.train(first + part)) for part in range(recipe.accumulate)]
+    loss, norm = run.trainer.step(run.step, batches)
+    speed = sum(batch.ids.numel() for batch in batches) / (time.perf_counter() - began)
+    memory = psutil.Process().memory_info().rss if device.type == "cpu" else peak_allocated(device)
+    metrics = Metrics(run.step, loss, recipe.learning_rate_at(run.step), norm, speed, memory)
+    run.step, run.last = run.step + 1, batches[-1]
+    try:
+        with run.ctrl_c.looking():
+            metrics = _validated(run, metrics)
+    finally:  # what only looks at the model must not cost its steps
+        states.log(run, {key: value for key, value in asdict(metrics).items() if value is not None})
+    if run.step == recipe.steps or run.step % recipe.save_every == 0:
+        _save(run)
+    return metrics
+
+
+def _save(run: Run) -> None:
     """A state from which training can go on: with finite weights, and a finite loss on its last batch."""
-    model, recipe = run.trainer.model, run.trainer.recipe
+    model, recipe, run.saved = run.trainer.model, run.trainer.recipe, run.step
     if bad := not_finite(model):
-        raise diverged(f"step {step - 1}: after it {bad[0]} is not finite", recipe)
-    ids, places, targets = placed(run.task.train(step * recipe.accumulate - 1), model)
+        raise diverged(f"step {run.step - 1}: after it {bad[0]} is not finite", recipe)
+    model.eval()  # which a step that was cut left in training
+    ids, places, targets = placed(run.last, model)
     with torch.no_grad():
         loss = parallel.total(run.trainer.mesh, float(loss_sum(model, ids, places, targets, recipe)))
-    _require_finite(loss, step - 1, recipe)
-    states.save_state(run, step)
+    _require_finite(loss, run.step - 1, recipe)
+    states.save_state(run)
 
 
 def _require_finite(loss: float, step: int, recipe: Recipe) -> None:
@@ -240,23 +264,15 @@ def _require_finite(loss: float, step: int, recipe: Recipe) -> None:
         raise diverged(f"step {step}: after it the loss is {loss}", recipe)
 
 
-def _one(run: Run, number: int) -> Metrics:
-    """One step."""
-    recipe, device, began = run.trainer.recipe, run.trainer.device, time.perf_counter()
-    batches = [run.task.train(number * recipe.accumulate + part) for part in range(recipe.accumulate)]
-    loss, norm = run.trainer.step(number, batches)
-    speed = sum(batch.ids.numel() for batch in batches) / (time.perf_counter() - began)
-    memory = psutil.Process().memory_info().rss if device.type == "cpu" else peak_allocated(device)
-    return Metrics(number, loss, recipe.learning_rate_at(number), norm, speed, memory)
-
-
 def _validated(run: Run, metrics: Metrics) -> Metrics:
     """With validation loss, accuracy and sample, after the steps where they are due."""
     task, model, recipe = run.task, run.trainer.model, run.trainer.recipe
-    is_due = (metrics.step + 1) % recipe.validate_every == 0 or metrics.step + 1 == recipe.steps
-    if not task.validation or not is_due:
+    if not task.validation or (run.step % recipe.validate_every and run.step != recipe.steps):
         return metrics
     loss, accuracy = validate(model, task.validation, recipe)
     _require_finite(loss, metrics.step, recipe)
+    metrics = replace(metrics, validation_loss=loss, accuracy=accuracy)
     sample = task.sample(model) if task.sample else None
-    return replace(metrics, validation_loss=loss, accuracy=accuracy, sample=sample)
+    if not isinstance(sample, str | None):
+        raise UsageError(f"Task.sample returned a {type(sample).__name__}, wanted a str")
+    return replace(metrics, sample=sample)

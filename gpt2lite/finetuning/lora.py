@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2lite.errors import UsageError
+from gpt2lite.finetuning.interrupts import held
 from gpt2lite.finetuning.recipe import Recipe
 
 
@@ -99,9 +100,13 @@ def drop_lora(model: nn.Module, kept: Collection[str]) -> None:
             put_layer(model, path, layer.linear)
 
 
+@held()
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
-    """Add every adapter to the weight below, and take the adapter away. Costs one weight at a time."""
+    """Add every adapter to the weight below, and take the adapter away. Costs one weight at a time.
+
+    Ctrl-C waits until it is done.
+    """
     for path, layer in lora_layers(model).items():
         dtype = torch.promote_types(layer.weight.dtype, torch.float32)
         with torch.autocast(layer.weight.device.type, enabled=False):

@@ -8,7 +8,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -19,15 +19,17 @@ from torch import Tensor, nn
 from gpt2lite import parallel
 from gpt2lite.checkpoint.torch_zip import NO_CRC
 from gpt2lite.checkpoint.writing import CHUNK_BYTES, replacing, tensors_of
-from gpt2lite.errors import CheckpointError, UsageError, first_line
+from gpt2lite.config import wrong_labels
+from gpt2lite.errors import CheckpointError, UsageError, first_line, require_allowed
 from gpt2lite.finetuning.data import Batch, Batches, digest_of, tensor_parts
+from gpt2lite.finetuning.interrupts import CtrlC
 from gpt2lite.finetuning.lora import LinearWithLoRA, put_layer
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.finetuning.training import Trainer, own_part
 from gpt2lite.loading.skeleton import state_of
 from gpt2lite.model import GPTModel
 
-METRICS, LABELS = "metrics.jsonl", "labels.json"
+METRICS = "metrics.jsonl"
 STATE_NAME = re.compile(r"step-(\d+)\.pth")
 STATE = ("step", "model", "optimizer", "made_from", "last_batch", "metrics")
 UNSAID = {"validate_every", "save_every", "keep"}  # of a recipe: may change when a run is resumed
@@ -41,12 +43,23 @@ OTHERS = {
 }
 
 
+# What a task may hold, and in words.
+TASK_RULES: dict[str, tuple[Callable[[Any], object], str]] = {
+    "train": (callable, "a function of a batch's number"),
+    "validation": (lambda v: isinstance(v, Sequence) and not isinstance(v, Batch), "a list of Batch"),
+    "labels": (lambda v: not isinstance(v, str) and all(isinstance(n, str) for n in v), "a tuple of str"),
+    "sample": (lambda v: v is None or callable(v), "a function of the model, or None"),
+    "digest": (lambda v: isinstance(v, str), "a str"),
+}
+
+
 @dataclass(frozen=True)
 class Task:
     """What is learned: batch number n for training, batches to validate with, and how to see it.
 
     `sample` writes a text with the model as it is; `labels` names a classifier's classes; `digest` stands
     for all the data, so that a run is not resumed with other data (a few batches are compared in any case).
+    Raises UsageError for other kinds of values, such as a generator, which would be empty the second time.
     """
 
     train: Batches
@@ -55,15 +68,29 @@ class Task:
     sample: Callable[[GPTModel], str] | None = None
     digest: str = ""
 
+    def __post_init__(self) -> None:
+        require_allowed(vars(self), TASK_RULES)
+        if wrong := wrong_labels(self.labels, len(self.labels)):
+            raise UsageError(f"Task.labels: {wrong}")
+        object.__setattr__(self, "labels", tuple(self.labels))  # a list is the same data
 
-@dataclass(frozen=True)
+
+@dataclass
 class Run:
-    """A run in progress: what it trains and from what, and its folder."""
+    """A run in progress: what it trains and from what, and its folder; how far it is, and is saved.
+
+    `last` is the newest step's last batch, `lines` are those of metrics.jsonl.
+    """
 
     trainer: Trainer
     task: Task
     out: Path
     identity: dict[str, Any]
+    ctrl_c: CtrlC
+    step: int = 0
+    saved: int = 0
+    last: Batch = field(init=False)
+    lines: list[str] = field(default_factory=list)
 
 
 def weights_of(model: nn.Module) -> dict[str, str]:
@@ -117,11 +144,23 @@ def state_files(out: Path) -> dict[int, Path]:
     return dict(sorted((int(found[1]), path) for found, path in named if found))
 
 
-def _last_batch(task: Task, recipe: Recipe, step: int) -> str:
-    return digest_of(tensor_parts(*task.train(step * recipe.accumulate - 1)))
+def log(run: Run, said: dict[str, Any]) -> None:
+    """Write a step down."""
+    run.lines.append(json.dumps(said) + "\n")
+    if parallel.is_first(run.trainer.mesh):
+        with (run.out / METRICS).open("a", encoding="utf-8", newline="") as file:
+            file.write(run.lines[-1])
 
 
-def save_state(run: Run, step: int) -> None:
+def _write_log(run: Run) -> None:
+    """Where metrics.jsonl is not what was written down, write it anew."""
+    path, content = run.out / METRICS, "".join(run.lines).encode()
+    is_first = parallel.is_first(run.trainer.mesh)
+    if is_first and (not path.is_file() or path.read_bytes() != content):
+        path.write_bytes(content)
+
+
+def save_state(run: Run) -> None:
     """Everything that the next step depends on, and the log so far; the oldest states are deleted.
 
     The log takes about 200 bytes a step.
@@ -133,26 +172,25 @@ def save_state(run: Run, step: int) -> None:
     keyed |= {f"{key} {name}": value for (name, key), value in moments.items()}
     with parallel.whole(keyed, mesh, run.out) as found, parallel.together(mesh):
         if parallel.is_first(mesh):
-            _write_state(run, step, found)
+            _write_state(run, found)
 
 
-def _write_state(run: Run, step: int, found: Mapping[str, Tensor]) -> None:
-    trainer = run.trainer
+def _write_state(run: Run, found: Mapping[str, Tensor]) -> None:
+    state = run.trainer.state()
     content = {
-        "model": {name: found[f"model {name}"].detach() for name in trainer.trained},
-        "optimizer": {
-            name: {key: found[f"{key} {name}"] for key in own} for name, own in trainer.state().items()
-        },
-        "step": step,
-        "config": trainer.model.config.as_dict(),
+        "model": {name: found[f"model {name}"].detach() for name in state},
+        "optimizer": {name: {key: found[f"{key} {name}"] for key in own} for name, own in state.items()},
+        "step": run.step,
+        "config": run.trainer.model.config.as_dict(run.task.labels),
         "made_from": run.identity,
-        "last_batch": _last_batch(run.task, trainer.recipe, step),
-        "metrics": (run.out / METRICS).read_text(encoding="utf-8"),
+        "last_batch": digest_of(tensor_parts(*run.last)),
+        "metrics": "".join(run.lines),
     }
-    with replacing(run.out / f"step-{step:06}.pth") as temporary:
+    with replacing(run.out / f"step-{run.step:06}.pth") as temporary:
         torch.save(content, temporary)
-    older = [path for number, path in state_files(run.out).items() if number <= step]
-    for path in older[: -trainer.recipe.keep]:
+    _write_log(run)
+    older = [path for number, path in state_files(run.out).items() if number <= run.step]
+    for path in older[: -run.trainer.recipe.keep]:
         path.unlink()
 
 
@@ -181,30 +219,11 @@ def saved_recipe(out: Path) -> dict[str, Any]:
     return dict(found[1]["made_from"]["recipe"]) if found else {}
 
 
-def read_labels(checkpoint: Path) -> tuple[str, ...]:
-    """What the classes of a finetuned classifier are called, from labels.json or the states beside it.
-
-    () where nothing says it. Raises CheckpointError where labels.json is damaged or is another run's.
-    """
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    path, state = folder / LABELS, newest_state(folder)
-    known = state[1]["made_from"]["labels"] if state else []
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else known
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(path, f"not JSON ({error})") from None
-    if not isinstance(found, list) or not all(isinstance(label, str) for label in found):
-        raise CheckpointError(path, "wanted a JSON list of the classes' labels, in the order of the head")
-    if state and found != known:
-        said = f"says {', '.join(found)}, {state[0].name} says {', '.join(known)}"
-        raise CheckpointError(path, f"{said}. Is it another run's?")
-    return tuple(found)
-
-
 def _require_same(path: Path, saved: dict[str, Any], run: Run) -> None:
     """Refuse to go on with another model, data or recipe than a state's; say what differs and may."""
     was, now, step = saved["made_from"], run.identity, saved["step"]
-    same_batch = saved["last_batch"] == _last_batch(run.task, run.trainer.recipe, step)
+    last = run.task.train(step * run.trainer.recipe.accumulate - 1)
+    same_batch = saved["last_batch"] == digest_of(tensor_parts(*last))
     others = {key for key in OTHERS if was[key] != now[key]} | (set() if same_batch else {"data"})
     before, after = was["recipe"], now["recipe"]
     changed = [key for key in before if after.get(key) != before[key] and key not in UNSAID]
@@ -217,18 +236,14 @@ def _require_same(path: Path, saved: dict[str, Any], run: Run) -> None:
         warnings.warn(f"{path}: was made with {said}; {changes}", stacklevel=2)
 
 
-def _write_metrics(run: Run, text: str) -> None:
-    if parallel.is_first(run.trainer.mesh):
-        (run.out / METRICS).write_bytes(text.encode())
+def restore(run: Run) -> None:
+    """Go back to the newest state, or to the beginning, and metrics.jsonl with it."""
+    if found := newest_state(run.out):
+        _restore(run, *found)
+    _write_log(run)
 
 
-def restore(run: Run) -> int:
-    """Go back to the newest state, and metrics.jsonl with it; returns the next step, or 0."""
-    found = newest_state(run.out)
-    if found is None:
-        _write_metrics(run, "")
-        return 0
-    path, saved = found
+def _restore(run: Run, path: Path, saved: dict[str, Any]) -> None:
     _require_same(path, saved, run)
     shapes = {name: tensor.shape for name, tensor in saved["model"].items()}
     if shapes != {name: p.shape for name, p in run.trainer.trained.items()}:
@@ -237,8 +252,8 @@ def restore(run: Run) -> int:
         for name, parameter in run.trainer.trained.items():
             parallel.local_of(parameter).copy_(parallel.local_of(own_part(parameter, saved["model"][name])))
     run.trainer.restore(saved["optimizer"])
-    _write_metrics(run, saved["metrics"])
-    return int(saved["step"])
+    run.step = run.saved = saved["step"]
+    run.lines = saved["metrics"].splitlines(keepends=True)
 
 
 # ---- adapters ----------------------------------------------------------------------------------------------

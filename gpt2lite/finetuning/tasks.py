@@ -15,7 +15,7 @@ from gpt2lite.finetuning import data, examples
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.finetuning.states import Task
 from gpt2lite.model import GPTModel
-from gpt2lite.tokenizer import Encoding, end_of_text
+from gpt2lite.tokenizer import Encoding
 
 HELD_OUT = 0.1  # of the data, for validation
 MOST_WINDOWS = 64
@@ -62,14 +62,14 @@ def instruction_task(path: Path, encoding: Encoding, config: GPTConfig, recipe: 
     training, held = examples.split(pairs, HELD_OUT, recipe.seed)
     shown = held[0][0]
     prompt = encoding.encode_ordinary(examples.format_prompt(shown))
-    task = _example_task([e for _, e in training], [e for _, e in held], recipe, end_of_text(encoding))
+    task = _example_task([e for _, e in training], [e for _, e in held], recipe)
     return replace(task, sample=lambda model: f"{shown['instruction']} → {_written(model, prompt, encoding)}")
 
 
-def _example_task(training: list[data.Example], held: list[data.Example], recipe: Recipe, pad: int) -> Task:
+def _example_task(training: list[data.Example], held: list[data.Example], recipe: Recipe) -> Task:
     return Task(
-        data.example_batches(training, recipe.batch_size, recipe.seed, pad),
-        data.example_windows(held, recipe.batch_size, pad),
+        data.example_batches(training, recipe.batch_size, recipe.seed),
+        data.example_windows(held, recipe.batch_size),
         digest=data.digest_of(repr(example).encode() for example in (*training, *held)),
     )
 
@@ -88,7 +88,7 @@ def classifier_task(path: Path, encoding: Encoding, config: GPTConfig, recipe: R
         seen = {example.targets[-1] for example in part}
         if lacking := [label for number, label in enumerate(labels) if number not in seen]:
             warnings.warn(f"{path}: no rows of {', '.join(lacking)} {what}; give more rows", stacklevel=2)
-    return replace(_example_task(training, held, recipe, end_of_text(encoding)), labels=tuple(labels))
+    return replace(_example_task(training, held, recipe), labels=tuple(labels))
 
 
 def open_text(path: Path, tokens: Path, encoding: Encoding, vocab_size: int) -> Tensor:

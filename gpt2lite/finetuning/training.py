@@ -214,6 +214,7 @@ class Trainer:
         self.device = model.pos_emb.weight.device
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizers = self._make_optimizers()
+        self.is_whole = True  # not where a step was cut after it changed the first weight
         if self.device.type == "cpu":
             map_from(OWN_MAPPING)
         scales = recipe.autocast and precision_of(self.device) == torch.float16
@@ -273,9 +274,12 @@ class Trainer:
                 loss = self.loss_sum(self.model, ids, places, targets, self.recipe, teaching) / count
                 summed += parallel.total(self.mesh, float(loss.detach()))
                 _require_finite(number, summed, self.recipe)
+                self.is_whole = not self.recipe.step_in_backward
                 self.scaler.scale(loss * self.ranks).backward()  # of which torch takes the ranks' mean
         self.model.eval()
-        return summed, 0.0 if self.recipe.step_in_backward else self._step_all(number, unique)
+        norm = 0.0 if self.recipe.step_in_backward else self._step_all(number, unique)
+        self.is_whole = True
+        return summed, norm
 
     def _step_all(self, number: int, optimizers: set[torch.optim.Optimizer]) -> float:
         for optimizer in optimizers:
@@ -283,6 +287,7 @@ class Trainer:
         norm = parallel.clip_gradients(self.trained.values(), self.recipe.clip or math.inf)
         if not self.scaler.is_enabled():
             _require_finite(number, norm, self.recipe)
+        self.is_whole = False
         for optimizer in optimizers:
             self.scaler.step(optimizer)
             optimizer.zero_grad()

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict, overload
+from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from gpt2lite.config import GPTConfig
-from gpt2lite.errors import UsageError
+from gpt2lite.errors import UsageError, require_allowed
 from gpt2lite.generation.engines import ENGINES, KVCache, LanguageModel, choose_engine
-from gpt2lite.generation.prompts import Batch, Ids, Rows, Stops, as_batch, usable_vocabulary
+from gpt2lite.generation.prompts import Batch, Ids, Rows, Stops, as_batch, as_stops, usable_vocabulary
 from gpt2lite.loading.options import check_names
 from gpt2lite.parallel import is_divided, no_gradients, rest
-from gpt2lite.tokenizer import Encoding
+from gpt2lite.tokenizer import Encoding, as_tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -31,9 +32,9 @@ COLDEST = 1e-30  # a lower temperature gives the same, and would divide by what 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How a token is drawn; by default the most likely one is taken (greedy).
+    """How a token is drawn; by default the most likely one is taken (greedy). `rules` says what each may be.
 
-    Raises UsageError for invalid values, and for a filter beside a temperature of 0, which it cannot affect.
+    Raises UsageError for a filter beside a temperature of 0, which it cannot affect.
     """
 
     temperature: float = 0.0
@@ -43,18 +44,7 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        k, top_p, min_p = self.top_k, self.top_p, self.min_p
-        rules = {
-            "temperature": (0 <= self.temperature < math.inf, "0 (greedy) or a positive number"),
-            "top_k": (k is None or (type(k) is int and k >= 1), "an int of at least 1"),
-            "top_p": (top_p is None or 0 < top_p <= 1, "above 0 and at most 1"),
-            "min_p": (min_p is None or 0 <= min_p <= 1, "in 0 … 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "a positive number, 1 for none"),
-        }
-        for name, (holds, wanted) in rules.items():
-            if not holds:
-                raise UsageError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
-        filters = {"top_k": k, "top_p": (top_p or 1) < 1, "min_p": min_p}
+        filters = {"top_k": self.top_k, "top_p": (self.top_p or 1) < 1, "min_p": self.min_p}
         if self.temperature == 0 and (idle := [name for name, value in filters.items() if value]):
             raise UsageError(f"{', '.join(idle)} has no effect at temperature 0; pass a temperature above 0")
 
@@ -106,11 +96,9 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def make_generators(seed: int | None, batch: int, device: torch.device) -> list[torch.Generator]:
-    """One per row, seeded with seed, seed + 1 …; none without a seed. Raises UsageError."""
+    """One per row, seeded with seed, seed + 1 …; none without a seed."""
     if seed is None:
         return []
-    if type(seed) is not int or not 0 <= seed < 2**64:
-        raise UsageError(f"seed must be in 0 … 2**64 - 1, got {seed!r}")
     seeds = [(seed + row) % 2**64 for row in range(batch)]
     # torch's CPU generator reads only the lower 32 bits of a seed: fold in the upper, or 2**40 would be 0.
     return [torch.Generator(device).manual_seed((n + (n >> 32) * 0x9E3779B1) % 2**64) for n in seeds]
@@ -161,19 +149,49 @@ class GenerateOptions(TypedDict, total=False):
     engine: str
 
 
-def require_language_head(config: GPTConfig) -> None:
-    """Raise UsageError for a classifier."""
-    if config.n_classes:
-        raise UsageError(f"this model is a classifier of {config.n_classes} classes and writes no text")
+def _is_int(value: object, least: int, end: float = math.inf) -> bool:
+    return type(value) is int and least <= value < end
+
+
+def _is_number(value: object, least: float, most: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+
+
+def rules(config: GPTConfig) -> dict[str, tuple[Callable[[Any], object], str]]:
+    """What each argument of `generate` may be for a model of this config, and in words."""
+    context, V = config.context_length, config.vocab_size
+    engines, tiny, huge = ("auto", *ENGINES), math.ulp(0), sys.float_info.max
+    return {
+        "max_new_tokens": (lambda n: _is_int(n, 1), "an int of at least 1"),
+        "temperature": (lambda t: _is_number(t, 0, huge), "0 (greedy) or a positive number"),
+        "top_k": (lambda k: k is None or _is_int(k, 1), "an int of at least 1"),
+        "top_p": (lambda p: p is None or _is_number(p, tiny, 1), "a number above 0 and at most 1"),
+        "min_p": (lambda p: p is None or _is_number(p, 0, 1), "a number in 0 … 1"),
+        "repetition_penalty": (lambda r: _is_number(r, 1e-9, 1e9), "a number in 1e-9 … 1e9, 1 for none"),
+        "seed": (lambda seed: seed is None or _is_int(seed, 0, 2**64), "an int in 0 … 2**64 - 1"),
+        "window": (lambda n: n is None or _is_int(n, 1, context), f"an int in 1 … {context - 1}"),
+        "engine": (lambda name: name in engines, f"one of {', '.join(engines)}"),
+        "encoding": (lambda e: e is None or hasattr(e, "encode_ordinary"), "tiktoken's or gpt2lite's"),
+        "stop": (
+            lambda stop: all((type(s) is str and s) or _is_int(s, 0, V) for s in as_stops(stop)),
+            f"token ids in 0 … {V - 1} and non-empty strings",
+        ),
+    }
+
+
+def require_language_model(model: LanguageModel) -> None:
+    """Raise UsageError for a classifier, and for a model whose weights are on meta."""
+    if model.config.n_classes:
+        found = f"this model is a classifier of {model.config.n_classes} classes"
+        raise UsageError(f"{found} and writes no text")
+    if model.pos_emb.weight.is_meta:
+        raise UsageError("the model's weights are on meta, without memory; load or initialise them first")
 
 
 def require_fit(T: int, max_new_tokens: int, window: int | None, config: GPTConfig) -> None:
     """Raise UsageError if T tokens and the new ones do not fit the context and no window slides."""
     context = config.context_length
-    if type(max_new_tokens) is not int or max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if window is not None and (type(window) is not int or not 0 < window < context):
-        raise UsageError(f"window must be an int in 1 … {context - 1}, got {window!r}")
+    require_allowed({"max_new_tokens": max_new_tokens, "window": window}, rules(config))
     if window is not None or T + max_new_tokens <= context:
         return
     fewer = f", ask for {context - T} at most" if context > T else ""
@@ -188,19 +206,21 @@ def _decode(
 ) -> tuple[Batch, Stops, Iterator[Tensor]]:
     """Check everything, then (prompts, stops, tokens as they come)."""
     check_names(options, GenerateOptions)
-    sampling = Sampling(**{name: options[name] for name in Sampling.__slots__ if name in options})  # type: ignore
-    encoding, window = options.get("encoding"), options.get("window")
+    require_language_model(model)
     config, like = model.config, model.pos_emb.weight
-    require_language_head(config)
+    require_allowed(options, rules(config))
+    sampling = Sampling(**{name: options[name] for name in Sampling.__slots__ if name in options})  # type: ignore
     if sampling.temperature and options.get("seed") is None and any(map(is_divided, model.parameters())):
         raise UsageError("ranks that share a model must draw the same tokens; pass a seed")
+    given, window = options.get("encoding"), options.get("window")
+    encoding = None if given is None else as_tokenizer(given)
     prompts = as_batch(ids, config, like.device)
     T = prompts.ids.shape[1]
     require_fit(T, max_new_tokens, window, config)
     start = prompts if window is None or config.context_length > T else prompts.last(window)
     n_rows, T = start.ids.shape
     generators = make_generators(options.get("seed"), n_rows, like.device)
-    stops = Stops(options.get("stop", ()), encoding, prompts, config.vocab_size)
+    stops = Stops(as_stops(options.get("stop", ())), encoding, prompts, config.vocab_size)
     engine = choose_engine(model, n_rows, max_new_tokens, options.get("engine", "auto"))
     capacity = min(T + max_new_tokens, config.context_length)
     cache = KVCache(config, n_rows, capacity, like, start.pads, getattr(model, "local_heads", 0))

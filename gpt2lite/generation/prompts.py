@@ -5,13 +5,14 @@ from __future__ import annotations
 import codecs
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gpt2lite.config import GPTConfig
 from gpt2lite.errors import UsageError
-from gpt2lite.tokenizer import Encoding
+from gpt2lite.tokenizer import Encoding, Tokenizer
 
 Rows = Sequence[Tensor | Sequence[int]]
 Ids = Tensor | Rows
@@ -75,17 +76,20 @@ def usable_vocabulary(config: GPTConfig, encoding: Encoding | None) -> int:
     return GPT2_VOCABULARY if is_padded else config.vocab_size
 
 
+def as_stops(stop: Any) -> tuple[Any, ...]:
+    """Stop ids and strings, of which one may stand alone."""
+    is_many = isinstance(stop, Collection) and not isinstance(stop, str | bytes | Tensor)
+    return tuple(stop) if is_many else (stop,)
+
+
 class Stops:
     """Which rows go on, as tokens come in: a row stops after a stop id, or after a stop string."""
 
     def __init__(
-        self, stop: Collection[int | str], encoding: Encoding | None, batch: Batch, vocab_size: int
+        self, stop: tuple[int | str, ...], encoding: Tokenizer | None, batch: Batch, vocab_size: int
     ) -> None:
-        stop = (stop,) if isinstance(stop, str | int) else tuple(stop)
         strings = [each.encode() for each in stop if isinstance(each, str)]
         ids = [each for each in stop if not isinstance(each, str)]
-        if any(type(each) is not int for each in ids) or not all(strings):
-            raise UsageError(f"stop must be token ids and non-empty strings, got {stop!r}")
         if strings and encoding is None:
             raise UsageError("stop strings need the encoding that turns tokens into text: pass encoding=")
         self.strings, self.encoding = strings, encoding

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gpt2lite.checkpoint import Manifest, TensorSpan
 from gpt2lite.checkpoint.manifest import contiguous_stride
-from gpt2lite.checkpoint.source import LocalFile
+from gpt2lite.checkpoint.source import ByteSource
 from gpt2lite.dialects.reading import Placement, Reading
 from gpt2lite.errors import CheckpointError, UsageError, listed
 from gpt2lite.loading.options import LoadOptions, Progress, check_values
@@ -223,7 +223,7 @@ def _targets(reading: Reading, groups: Groups, dtype: torch.dtype | None, own: b
     for names, tensor in groups:
         shape = tuple(tensor.shape)
         if own:
-            source, placement = LocalFile(reading.manifest.path), Placement(names[0])
+            source, placement = ByteSource(reading.manifest.path), Placement(names[0])
             span = TensorSpan(names[0], tensor.dtype, shape, contiguous_stride(shape), source, 0)
         else:
             placement = next(reading.placements[name] for name in names if name in reading.placements)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import gc
-from collections import Counter
+import sys
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from hashlib import sha256
+from threading import Lock, get_ident
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from gpt2lite.checkpoint.source import memory_of
 from gpt2lite.errors import CheckpointError, UsageError, listed
@@ -25,7 +26,13 @@ from gpt2lite.parallel import is_divided, part_like, rest
 DRAWS = "normal uniform fill zero erfinv bernoulli exponential geometric log_normal cauchy random"
 INITIALISERS = frozenset(getattr(Tensor, f"{name}_") for name in DRAWS.split())
 
+# What gives memory that nobody wrote to.
+UNWRITTEN = {torch.empty, torch.empty_like, torch.empty_strided, Tensor.new_empty, Tensor.new_empty_strided}
+
+LARGE = 1 << 20  # bytes of a buffer
+
 REGISTRIES = {"_parameters", "_buffers", "_modules"}
+ATOMS, CONTAINERS = {type(None), bool, int, float, str}, {dict, OrderedDict, set, list, tuple}
 # What `fully_shard` keeps of parameters: it takes them anew, and refuses those on meta, at the first forward.
 FSDPS = "torch.distributed.fsdp."
 
@@ -35,26 +42,125 @@ LOADING = ("_load_from_state_dict", "load_state_dict", "get_extra_state", "set_e
 NOT_OVERRIDDEN = {getattr(nn.Module, name) for name in LOADING}
 
 
-class _EmptyOnMeta(TorchFunctionMode):
-    """Puts `torch.empty` on meta, where in-place initialisers do nothing; tensors with values stay real.
+class _Sketching(TorchFunctionMode):
+    """Builds a module of which parameters, and what torch's own layers allocate, are on meta.
 
-    With `shift` an initialiser draws one random number, so that whatever is drawn after it is another.
+    In-place initialisers do nothing there. What the caller's code allocates is real, since it may keep it for
+    later modules, as masks and rotary tables are cached. A parameter among it is replaced on meta when it is
+    registered, and what is done to it afterwards is done to what stands for it now. With `shift` an
+    initialiser draws one random number, and memory that is never written to begins and ends with a one, not a
+    zero, so that values that hang on either are others.
     """
 
     def __init__(self, shift: bool = False) -> None:
         super().__init__()
-        self.shift = shift
+        self.shift, self.moved = int(shift), WeakTensorKeyDictionary()
+        self.real = list[nn.Parameter]()  # that share memory, or are more than values
+        self.buffers, self.latest = list[tuple[nn.Module, str]](), list[tuple[nn.Module, str]]()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if self.moved:
+            args = tuple(map(self.current, args))
+            kwargs = {name: self.current(value) for name, value in kwargs.items()}
         if func in INITIALISERS or getattr(func, "__module__", "") == nn.init.__name__:
             tensor = next(iter((*args, *kwargs.values())))
             if tensor.is_meta:
-                torch.rand(int(self.shift), device="cpu")
+                torch.rand(self.shift, device="cpu")
                 return tensor
-        return func(*args, **(kwargs | {"device": "meta"} if func is torch.empty else kwargs))
+        if func is torch.empty and sys._getframe(1).f_globals["__name__"].startswith("torch.nn.modules."):
+            return func(*args, **kwargs | {"device": "meta"})
+        made = func(*args, **kwargs)
+        if func in UNWRITTEN and made.numel():
+            made.detach().as_strided((2,), (made.numel() - 1,)).fill_(self.shift)
+        return made
+
+    def current(self, value: Any) -> Any:
+        """What stands for a parameter now; anything else as it is."""
+        return self.moved.get(value, value) if isinstance(value, nn.Parameter) else value
+
+    def parameter(self, given: nn.Parameter | None) -> nn.Parameter | None:
+        """What is registered for a parameter: it on meta, unless something else needs its memory."""
+        found: nn.Parameter | None = self.current(given)
+        if found is None or found.is_meta:
+            return found
+        if _has_more(found) or _users(found) > 1:
+            self.real.append(found)
+            return found
+        on_meta = nn.Parameter(found.detach().to("meta"), requires_grad=found.requires_grad)
+        on_meta.__dict__ = vars(found)  # one dict, for what the constructor sets afterwards
+        self.moved[found] = on_meta
+        return on_meta
+
+    def buffer(self, module: nn.Module, name: str) -> None:
+        """Note a buffer that is registered; those of the module before are needed no longer."""
+        if self.latest and self.latest[-1][0] is not module:
+            for place in self.latest:
+                _let_go(*place)
+            self.latest.clear()
+        self.latest.append((module, name))
+        self.buffers.append((module, name))
+
+    def build(self, build: Callable[[], nn.Module]) -> nn.Module:
+        """The module. Its buffers have memory, and parameters whose memory something else needs."""
+
+        def build_inside() -> nn.Module:
+            with self:
+                return build()
+
+        with _registrations_seen_by(self):
+            return initialised(build_inside)
+
+    def kept(self, tensors: Mapping[str, Tensor]) -> set[str]:
+        """The parameters whose first version is in use still."""
+        ids = {id(parameter) for parameter in self.moved.values()}
+        return {name for name, tensor in tensors.items() if id(tensor) in ids}
+
+    def clear(self, module: nn.Module) -> None:
+        """Put on meta what was registered and has memory still."""
+        buffers = [module._buffers.get(name) for module, name in self.buffers]
+        _to_meta(module, [*self.real, *(buffer for buffer in buffers if buffer is not None)])
+
+
+_sketching: dict[int, _Sketching] = {}  # by thread: others build as ever
+_lock = Lock()
+_register: dict[str, Callable[..., None]] = {}  # torch's own methods, or what a caller put in their place
+
+
+def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+    mode = _sketching.get(get_ident())
+    _register["register_parameter"](self, name, mode.parameter(param) if mode else param)
+
+
+def _register_buffer(self: nn.Module, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+    _register["register_buffer"](self, name, tensor, persistent)
+    if mode := _sketching.get(get_ident()):
+        mode.buffer(self, name)
+
+
+@contextmanager
+def _registrations_seen_by(mode: _Sketching) -> Iterator[None]:
+    """Torch's own hooks for this stand in one dict, which other threads may be reading."""
+    thread, ours = get_ident(), {f.__name__[1:]: f for f in (_register_parameter, _register_buffer)}
+    with _lock:
+        outer = _sketching.get(thread)
+        if not _sketching:
+            _register.update((name, getattr(nn.Module, name)) for name in ours)
+            for name, method in ours.items():
+                setattr(nn.Module, name, method)
+        _sketching[thread] = mode
+    try:
+        yield
+    finally:
+        with _lock:
+            del _sketching[thread]
+            if outer:
+                _sketching[thread] = outer
+            if not _sketching:
+                for name, method in _register.items():
+                    setattr(nn.Module, name, method)
 
 
 class Skeleton(NamedTuple):
@@ -67,90 +173,85 @@ class Skeleton(NamedTuple):
 def sketch(build: Callable[[], nn.Module]) -> Skeleton:
     """The module that `build` makes, on meta: shapes and dtypes, no memory. Milliseconds.
 
-    Where `build` reads a value (`linspace(…)[i].item()`), only `torch.empty` is on meta, and tensors with
-    values take memory; so do, for a moment, buffers that no checkpoint holds. Where `build` reads the value
-    of a parameter, the module is built once with all of its memory. Raises UsageError where `build` is not a
-    function that returns a module.
+    Tensors that `build` itself computes have memory for a moment: parameters until they are registered,
+    buffers until it returns, large ones that a checkpoint holds until another module registers one. Where it
+    computes values that no checkpoint holds, it runs twice; where it reads the value of a parameter, the
+    module is built once with all of its memory. Raises UsageError where `build` is not a function that
+    returns a module.
     """
     if isinstance(build, nn.Module) or not callable(build):
         raise UsageError(f"build must be a function that returns an nn.Module, got {type(build).__name__}")
-    for attempt in (_on_meta, _with_values):
-        with suppress(Exception):  # a constructor that lacks a value can fail in any way
-            return attempt(build)
+    with suppress(Exception):  # a constructor that lacks a value can fail in any way
+        return _sketched(build)
     module = initialised(build)
-    saved, unsaved = _named_tensors(module)
-    for names, tensor in tied_names(saved | unsaved):
-        replace_tensor(module, names, tensor.detach().to("meta"))
+    _to_meta(module, [*module.parameters(), *module.buffers()])
     return Skeleton(module, ("what its constructor computes from parameters",))
-
-
-def _built(build: Callable[[], nn.Module]) -> nn.Module:
-    module = build()
-    if not isinstance(module, nn.Module):
-        raise UsageError(f"build() must return an nn.Module, got {type(module).__name__}")
-    return module
 
 
 def initialised(build: Callable[[], nn.Module]) -> nn.Module:
     """The module with initial values, on the host, which are not drawn from the caller's generator."""
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        return _built(build)
+        module = build()
+    if not isinstance(module, nn.Module):
+        raise UsageError(f"build() must return an nn.Module, got {type(module).__name__}")
+    return module
 
 
-def _on_meta(build: Callable[[], nn.Module]) -> Skeleton:
-    with torch.device("meta"), _EmptyOnMeta():
-        module = _built(build)
-    unsaved = _unsaved(module).keys()
-    lost = {*_lost(module)} - unsaved | (_lost_values(build) if unsaved else set())
+def _sketched(build: Callable[[], nn.Module]) -> Skeleton:
+    """The module on meta. Also lost are values that no checkpoint holds and that differ from build to build.
+
+    They were drawn after initialisers, which draw nothing here, or never written.
+    """
+    module, lost, values = _sketched_once(build, shift=False)
+    if values:
+        module, also_lost, others = _sketched_once(build, shift=True)
+        lost |= also_lost | {name for name, _ in values ^ others}
     return Skeleton(module, tuple(sorted(lost)))
 
 
-def _with_values(build: Callable[[], nn.Module]) -> Skeleton:
-    lost = _lost_values(build)
-    return Skeleton(_built_with_values(build)[0], tuple(sorted(lost)))
+def _sketched_once(
+    build: Callable[[], nn.Module], *, shift: bool
+) -> tuple[nn.Module, set[str], set[tuple[str, bytes]]]:
+    """The module on meta, what is lost of it there, and digests of what no checkpoint holds."""
+    mode = _Sketching(shift)
+    module = mode.build(build)
+    saved, unsaved = _named_tensors(module)
+    kept = [*unsaved.items(), *_in_attributes(module, saved | unsaved)]
+    values = {(name, _digest(tensor)) for name, tensor in kept if tensor.numel() and not tensor.is_meta}
+    lost = _lost(saved, kept) | mode.kept(saved)
+    mode.clear(module)
+    return module, lost, values
 
 
-def _built_with_values(build: Callable[[], nn.Module], shift: bool = False) -> tuple[nn.Module, list[str]]:
-    """Only `torch.empty` on meta; a parameter with values goes there once it is registered.
-
-    Also the names of those whose memory outlives the build: it is used elsewhere, too, and would keep its
-    initial values there.
-    """
-    memories: dict[StorageWeakRef, str] = {}
-
-    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if parameter is None or parameter.is_meta:
-            return parameter
-        if _has_more(parameter):
-            return parameter
-        memories[StorageWeakRef(parameter.untyped_storage())] = name
-        on_meta = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-        on_meta.__dict__ = vars(parameter)  # one dict, for what the constructor sets afterwards
-        return on_meta
-
-    hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
-    try:
-        with _EmptyOnMeta(shift):
-            module = initialised(build)
-    finally:
-        hook.remove()
-    return module, [name for memory, name in memories.items() if not memory.expired()]
+def _digest(tensor: Tensor) -> bytes:
+    return sha256(memory_of(tensor.detach().cpu().contiguous())).digest()
 
 
-def _lost_values(build: Callable[[], nn.Module]) -> set[str]:
-    """What only a build with all memory gives, also unsaved buffers that are drawn after initialisers.
+def _users(tensor: Tensor) -> int:
+    """How many tensors share a tensor's memory, itself among them."""
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)) - 1
 
-    Those draw nothing here, so such a buffer is another where they draw one number. Builds twice, one after
-    the other.
-    """
-    lost, buffers = set[str](), set[tuple[str, bytes]]()
-    for shift in (False, True):
-        module, aliased = _built_with_values(build, shift)
-        lost |= {*aliased, *_lost(module)}
-        values = {name: buffer for name, buffer in _unsaved(module).items() if not buffer.is_meta}
-        buffers ^= {(name, sha256(memory_of(b.contiguous())).digest()) for name, b in values.items()}
-        del module, values
-    return lost | {name for name, _ in buffers}
+
+def _let_go(module: nn.Module, name: str) -> None:
+    """Put a buffer on meta that a checkpoint fills, if it is large and only its module refers to it."""
+    buffers = module._buffers
+    if name in module._non_persistent_buffers_set or sys.getrefcount(buffers.get(name)) > 2:
+        return
+    found = [buffer for buffer in (buffers[name],) if buffer is not None and buffer.nbytes >= LARGE]
+    if found and _users(found[0]) == 1:
+        _to_meta(module, found)
+
+
+def _to_meta(module: nn.Module, tensors: Iterable[Tensor]) -> None:
+    """Put these parameters and buffers of a module on meta; what shares memory does so there, too."""
+    wanted, memories = {id(tensor) for tensor in tensors}, dict[int, torch.UntypedStorage]()
+    saved, unsaved = _named_tensors(module) if wanted else ({}, {})
+    named = {n: t for n, t in (saved | unsaved).items() if id(t) in wanted and not t.is_meta}
+    for names, tensor in tied_names(named):
+        real, empty = tensor.untyped_storage(), torch.empty(0, dtype=tensor.dtype, device="meta")
+        memory = memories.setdefault(real._cdata, torch.UntypedStorage(real.nbytes(), device="meta"))
+        view = empty.set_(memory, tensor.storage_offset(), tensor.shape, tensor.stride())
+        replace_tensor(module, names, view)
 
 
 def _named_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -244,7 +345,7 @@ def restore_unsaved_buffers(module: nn.Module, build: Callable[[], nn.Module], d
     """
     unsaved = _unsaved(module)
     on_meta = any(buffer.is_meta for buffer in unsaved.values())
-    computed = _unsaved(_built_with_values(build)[0]) if on_meta else unsaved
+    computed = _unsaved(_Sketching().build(build)) if on_meta else unsaved
     for names, _ in tied_names(unsaved):
         replace_tensor(module, names, computed[names[0]].to(device))
 
@@ -274,15 +375,15 @@ def _is_fsdps(value: object) -> bool:
     return type(value).__module__.startswith(FSDPS)
 
 
-def _in_attributes(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in plain attributes and hooks of a module and in attributes of its tensors, each once."""
+def _in_attributes(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in plain attributes and hooks of a module and in attributes of its `tensors`, each once."""
     seen = {id(part) for part in module.modules()}
     for path, part in module.named_modules():
-        for key in vars(part).keys() - REGISTRIES:
-            for found in _within(vars(part)[key], seen):
-                yield f"{path}.{key}".lstrip("."), found
-    saved, unsaved = _named_tensors(module)
-    for name, tensor in (saved | unsaved).items():
+        for key, value in vars(part).items():
+            if key in REGISTRIES or type(value) in ATOMS or (type(value) in CONTAINERS and not value):
+                continue
+            yield from ((f"{path}.{key}".lstrip("."), found) for found in _within(value, seen))
+    for name, tensor in tensors.items():
         yield from ((name, found) for found in _within(vars(tensor), seen))
 
 
@@ -292,16 +393,13 @@ def _has_more(tensor: Tensor) -> bool:
     return any(hooks) or nn.Parameter in type(tensor).__mro__[1:]
 
 
-def _lost(module: nn.Module) -> tuple[str, ...]:
-    """What is on meta, or on the memory of a tensor that is replaced, and is itself not replaced."""
-    named, unsaved = _named_tensors(module)
-    groups = tied_names(named)
-    saved = [(tensor.untyped_storage()._cdata, names[0]) for names, tensor in groups]
-    memories = Counter(memory for memory, _ in saved)
-    kept = (*_in_attributes(module), *unsaved.items())
+def _lost(saved: Mapping[str, Tensor], kept: Iterable[tuple[str, Tensor]]) -> set[str]:
+    """What is on meta, or on the memory of a tensor that is replaced (`saved`), and is itself `kept`."""
+    groups = tied_names(saved)
+    memories = Counter(tensor.untyped_storage()._cdata for _, tensor in groups)
     lost = {name for name, value in kept if value.is_meta or value.untyped_storage()._cdata in memories}
-    lost |= {names[0] for names, tensor in groups if _has_more(tensor)}
-    return tuple(sorted(lost | {name for memory, name in saved if memories[memory] > 1}))
+    shared = (names[0] for names, t in groups if _has_more(t) or memories[t.untyped_storage()._cdata] > 1)
+    return lost.union(shared)
 
 
 def prove_complete(module: nn.Module, dtypes: Mapping[str, torch.dtype], device: torch.device) -> nn.Module:
@@ -310,12 +408,12 @@ def prove_complete(module: nn.Module, dtypes: Mapping[str, torch.dtype], device:
     Raises CheckpointError that lists what is not.
     """
     saved, unsaved = _named_tensors(module)
-    wrong = []
-    for name, tensor in (saved | unsaved).items():
+    wrong, tensors = [], saved | unsaved
+    for name, tensor in tensors.items():
         wanted = dtypes.get(name, tensor.dtype)
         if (tensor.dtype, tensor.device) != (wanted, device):
             wrong.append(f"{name} is {tensor.dtype} on {tensor.device}, not {wanted} on {device}")
-    lost = {name for name, found in _in_attributes(module) if found.is_meta}
+    lost = {name for name, found in _in_attributes(module, tensors) if found.is_meta}
     wrong += [f"{name} is on meta, where it has no value" for name in sorted(lost)]
     if wrong:
         raise CheckpointError(f"the loaded model is incomplete{listed(wrong)}")
