@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoint
 from conftest import TINY
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -174,6 +175,22 @@ class Ranks:
             if self.rank == self.size - 1:
                 raise OSError("its disk is full")
 
+    def dcp(self) -> dict[str, Any]:
+        """torch's own checkpoint of these ranks, read back: equal?, and bytes of a part and what is read of it."""
+        folder, model = self.folder / f"dcp-{self.size}", self.load("tied.pth", "fsdp")
+        optimizer = torch.optim.AdamW(model.parameters())
+        checkpoint.save({"model": model.state_dict(), "optim": optimizer.state_dict()}, checkpoint_id=folder)
+        wanted = whole(model)
+        again = whole(self.load(folder.name, "fsdp"))
+        options = {"config": {"n_heads": BIG_HEADS}, "mesh": self.meshes["fsdp"]}
+        big = GPTModel.from_checkpoint(self.folder / "big.pth", strategy="stream", **options)
+        checkpoint.save(big.state_dict(), checkpoint_id=self.folder / f"dcp-big-{self.size}")
+        before = bytes_read()
+        big = GPTModel.from_checkpoint(self.folder / f"dcp-big-{self.size}", strategy="stream", **options)
+        read = bytes_read() - before
+        equal = all(torch.equal(again[name], t) for name, t in wanted.items())
+        return {"equal": equal, "shard": sum(local_of(p).nbytes for p in big.parameters()), "read": read}
+
     def modules(self) -> dict[str, Any]:
         """A module of the caller's, divided as the caller says or block by block; more ranks than rows."""
         build, path = (lambda: nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 1))), self.folder / "plain.pth"
@@ -208,7 +225,15 @@ def main() -> None:
     folder = Path(sys.argv[1])
     dist.init_process_group("gloo")
     ranks = Ranks(folder)
-    tried = ("memory", "loads", "trains", "resumes", "refusals", "modules")  # memory in a fresh process
+    tried = (
+        "memory",
+        "loads",
+        "trains",
+        "resumes",
+        "refusals",
+        "modules",
+        "dcp",
+    )  # memory in a fresh process
     found = {name: getattr(ranks, name)() for name in tried}
     (folder / f"saw-{ranks.size}-{ranks.rank}.json").write_text(json.dumps(found))
     dist.barrier()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,9 @@ import torch
 from conftest import TINY, randomise
 from ranks import BIG_HEADS, RECIPE, curve, task
 from torch import nn
+from torch.distributed import checkpoint
 
-from gpt2lite import GPTConfig, GPTModel, Recipe, convert, finetune
+from gpt2lite import CheckpointError, GPTConfig, GPTModel, Recipe, UsageError, convert, finetune
 from gpt2lite.benchmarking import write_random_checkpoint
 from gpt2lite.cli import main
 from gpt2lite.cli.terminal import EMBEDDED
@@ -167,6 +169,70 @@ def test_ranks_save_the_bytes_that_one_process_saves(folder: Path, tmp_path: Pat
         model.save_checkpoint(tmp_path / name)
         assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
     assert not [path for path in (*out.iterdir(), *folder.iterdir()) if path.suffix == ".part"]
+
+
+# ---- torch's own checkpoints (DCP) -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_rank_reads_its_own_ranges_of_a_distributed_checkpoint(folder: Path, size: int):
+    for found in (each["dcp"] for each in saw(folder, size)):
+        assert found["equal"]
+        assert found["shard"] <= found["read"] <= found["shard"] + 8 * MIB
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_distributed_checkpoint_opens_in_one_process_and_is_converted(
+    folder: Path, tmp_path: Path, size: int
+):
+    wanted = list(GPTModel.from_checkpoint(folder / "tied.pth").parameters())[0]
+    source = folder / f"dcp-{size}"
+    for strategy in ("stream", "sequential", "meta"):
+        model = GPTModel.from_checkpoint(source, strategy=strategy, config={"n_heads": TINY.n_heads})
+        assert torch.equal(model.tok_emb.weight, wanted)
+    with pytest.raises(UsageError, match="cannot be mapped; use strategy="):
+        GPTModel.from_checkpoint(source, strategy="mmap", config={"n_heads": TINY.n_heads})
+    convert(source, tmp_path / "model.pth", config={"n_heads": TINY.n_heads})
+    assert torch.equal(torch.load(tmp_path / "model.pth")["tok_emb.weight"], wanted)
+
+
+def test_torch_reads_the_distributed_checkpoint_that_convert_writes(folder: Path, tmp_path: Path):
+    convert(folder / "model.safetensors", tmp_path / "dcp", format="dcp")
+    wanted = GPTModel.from_checkpoint(folder / "model.safetensors").state_dict()
+    found = {name: torch.empty_like(tensor) for name, tensor in wanted.items()}
+    checkpoint.load(found, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    assert GPTModel.from_checkpoint(tmp_path / "dcp", strategy="mmap").config == TINY
+
+
+class Shout:
+    def __reduce__(self) -> Any:
+        return print, ("executed",)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"state_dict_metadata": Shout()}, "not the .metadata of a distributed checkpoint"),
+        (Shout(), "not the .metadata of a distributed checkpoint"),
+        (None, "its pickle is damaged"),
+    ],
+)
+def test_a_metadata_pickle_is_never_executed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: object, said: str
+):
+    (tmp_path / ".metadata").write_bytes(b"\x80\x04junk" if content is None else pickle.dumps(content))
+    with pytest.raises(CheckpointError, match=said):
+        GPTModel.from_checkpoint(tmp_path)
+    assert not capsys.readouterr().out
+
+
+def test_a_metadata_that_names_a_file_elsewhere_is_refused(folder: Path, tmp_path: Path):
+    convert(folder / "model.safetensors", tmp_path / "dcp", format="dcp")
+    path = tmp_path / "dcp" / ".metadata"
+    path.write_bytes(path.read_bytes().replace(b"__0_0.distcp", b"../0_0.distcp"[:12]))
+    with pytest.raises(CheckpointError, match="which is no file in it"):
+        GPTModel.from_checkpoint(tmp_path / "dcp")
 
 
 # ---- what is refused, and errors ---------------------------------------------------------------------------
