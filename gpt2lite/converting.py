@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2lite.checkpoint import open_checkpoint, writing
+from gpt2lite.checkpoint.dcp import fill_dcp
 from gpt2lite.checkpoint.manifest import Manifest
 from gpt2lite.checkpoint.reading import map_tensors
 from gpt2lite.checkpoint.safetensors import fill_safetensors, fill_safetensors_folder
@@ -138,10 +139,11 @@ class ConvertOptions(TypedDict, total=False):
     """What to write.
 
     to: "book" (the default, with the masks that its class wants), "huggingface" (transformers'
-    GPT2LMHeadModel) or "nanogpt". format: "pth", "safetensors" or "per-tensor" (a folder with a file per
-    tensor); by default the destination's suffix says it, and a name without one is a folder of safetensors
-    with its config.json, in shards of max_shard_size (bytes, or "5GB"). dtype: casts; otherwise no value
-    changes. config: what the source does not say, such as {"n_heads": 4}.
+    GPT2LMHeadModel) or "nanogpt". format: "pth", "safetensors", "per-tensor" (a folder with a file per
+    tensor) or "dcp" (a folder for torch.distributed.checkpoint); by default the destination's suffix says it,
+    and a name without one is a folder of safetensors with its config.json, in shards of max_shard_size
+    (bytes, or "5GB"). dtype: casts; otherwise no value changes. config: what the source does not say, such as
+    {"n_heads": 4}.
     """
 
     to: str
@@ -182,7 +184,7 @@ def _format_of(destination: Path, format: str | None) -> tuple[str, bool]:
     if format and said and said != format:
         raise UsageError(f"{destination}: its suffix says {said}, format says {format}")
     found = format or said or "safetensors"
-    in_folder = found == "per-tensor" or (found == "safetensors" and suffix != ".safetensors")
+    in_folder = found in ("per-tensor", "dcp") or (found == "safetensors" and suffix != ".safetensors")
     if suffix in OTHER_FILES.split() and in_folder:
         wanted = f'use {", ".join(SUFFIXES)}, none for a folder, or format="pth"'
         raise UsageError(f"{destination}: {suffix} files are not written here; {wanted}")
@@ -250,7 +252,7 @@ def _beside(job: Conversion, source: Path) -> dict[str, bytes]:
     files = hub_files(source, job.config.vocab_size) if is_hub else tokenizer_files(source, in_folder=True)
     ((dtype, _),) = Counter(tensor.dtype for tensor in job.tensors).most_common(1)
     fields = TARGETS[job.to].folder_config(job.config, dtype)
-    if job.format == "per-tensor":
+    if job.format in ("per-tensor", "dcp"):
         fields = job.config.as_dict(job.labels)
     elif GENERATION in files:
         said = json.loads(files[GENERATION])
@@ -318,6 +320,7 @@ WRITERS: dict[str, Writer] = {
     "pth": _write_pth,
     "safetensors": _write_safetensors,
     "per-tensor": lambda job, tensors, path, wrote: fill_tensor_folder(path, tensors, wrote),
+    "dcp": lambda job, tensors, path, wrote: fill_dcp(path, tensors, wrote),
 }
 
 

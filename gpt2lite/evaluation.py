@@ -17,6 +17,7 @@ from gpt2lite.generation.decoding import NOT_FINITE, require_language_model
 from gpt2lite.generation.engines import in_eval_mode
 from gpt2lite.generation.prompts import INTEGERS, require_ids
 from gpt2lite.loading import Progress
+from gpt2lite.parallel import rest
 
 POSITIONS_AT_ONCE = 128  # whose logits are in memory together: 25 MiB of GPT-2's
 
@@ -61,7 +62,7 @@ def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, 
         yield begin, min(begin + context + 1, length), first
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode, in which FSDP's memory could not train afterwards
 def evaluate(
     model: LanguageModel,
     ids: Tensor,
@@ -106,4 +107,5 @@ def evaluate(
             raise UsageError(NOT_FINITE.format(f"loss is {nats}", like.dtype))
         if progress:
             progress(end - 1, len(ids) - 1)
+    rest(model)
     return Evaluation(len(ids) - 1, nats, time.perf_counter() - began)

@@ -18,13 +18,15 @@ from torch import Tensor, nn
 
 from gpt2lite.checkpoint.safetensors import fill_safetensors
 from gpt2lite.checkpoint.torch_zip import fill_torch_zip
-from gpt2lite.checkpoint.writing import require_space, tensors_of, write_whole
+from gpt2lite.checkpoint.writing import counting, require_space, tensors_of, write_whole
 from gpt2lite.config import ACTIVATIONS, GPTConfig
 from gpt2lite.errors import UsageError
 from gpt2lite.generation import KVCache, generate, generate_tokens
 from gpt2lite.loading import Forecast, OpenOptions, Options, Progress
 from gpt2lite.loading.options import check_names, split
+from gpt2lite.loading.skeleton import state_of
 from gpt2lite.opening import Opened, locate, open_as
+from gpt2lite.parallel import is_divided, is_first, save_divided, together, whole
 from gpt2lite.quantization import Int8Linear
 
 if TYPE_CHECKING:
@@ -77,7 +79,7 @@ class CausalSelfAttention(nn.Module):
 
         `mask`, (T, S) or (B, 1, T, S), says which tokens each may see; None: itself and all before it.
         """
-        B, T, C = x.shape
+        B, T, _ = x.shape
         projected = (W(x).view(B, T, self.n_heads, -1) for W in (self.W_query, self.W_key, self.W_value))
         q, k, v = (each.transpose(1, 2) for each in projected)  # (B, H, T, D)
         if cache is not None:
@@ -87,7 +89,7 @@ class CausalSelfAttention(nn.Module):
         # it does not depend on T, so that a traced or exported model takes any length.
         is_causal = mask is None and (cache is None or T > 1)
         y = F.scaled_dot_product_attention(q, k, v, mask, drop, is_causal=is_causal)
-        return self.out_proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.out_proj(y.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -132,6 +134,7 @@ class GPTModel(nn.Module):
 
     generate = generate
     generate_tokens = generate_tokens
+    device_mesh: Any = None  # over which ranks the model was loaded
 
     def __init__(self, config: GPTConfig | Mapping[str, Any]) -> None:
         super().__init__()
@@ -192,7 +195,8 @@ class GPTModel(nn.Module):
         `from_checkpoint` of it needs nothing said; other programs pass over the config. The file is replaced
         whole or not at all, so a model that stands on `model.pth` (strategy="mmap") can be saved over it. A
         tied head stays tied: in a `.pth` one storage, in safetensors no second copy. Holds two chunks of 8
-        MiB on the host. Raises UsageError for another suffix, a folder that is not there, weights on meta, or
+        MiB on the host. Ranks of one mesh write one file together; a `.pth` takes its size on disk again
+        for a moment. Raises UsageError for another suffix, a folder that is not there, weights on meta, or
         labels that do not name each row of the head once, OSError for a full disk.
         """
         path, config = Path(path), self.config.as_dict(labels)
@@ -201,9 +205,17 @@ class GPTModel(nn.Module):
         if path.suffix not in SAVERS:
             raise UsageError(f"{path}: the name must end in {' or '.join(SAVERS)}")
         fill, ties = SAVERS[path.suffix]
-        tensors = [tensor for tensor in tensors_of(self.state_dict()) if ties or not tensor.shares]
-        require_space(path, sum(tensor.nbytes for tensor in tensors if not tensor.shares))
-        write_whole(fill, path, tensors, progress or (lambda done, total: None), config)
+        state, mesh, progress = state_of(self), self.device_mesh, progress or (lambda done, total: None)
+        tensors = [tensor for tensor in tensors_of(state) if ties or not tensor.shares]
+        with together(mesh):
+            require_space(path, sum(tensor.nbytes for tensor in tensors if not tensor.shares))
+        if not ties and any(map(is_divided, state.values())):
+            save_divided(path, state, mesh, counting(progress, tensors), config)
+            return path
+        with whole(state, mesh, path.parent) as undivided, together(mesh):
+            tensors = [tensor for tensor in tensors_of(undivided) if ties or not tensor.shares]
+            if is_first(mesh):
+                write_whole(fill, path, tensors, progress, config)
         return path
 
     @torch.no_grad()

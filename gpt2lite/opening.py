@@ -143,7 +143,10 @@ class Opened(Generic[Model]):
         check_masks(self.reading)
         for note in self.found.notes:
             warnings.warn(note, UserWarning, stacklevel=2)
-        return load(partial(self.plan, **options), device, strategy, options)  # type: ignore[return-value]
+        model = load(partial(self.plan, **options), device, strategy, options)
+        if (mesh := options.get("mesh")) is not None:
+            model.device_mesh = mesh  # type: ignore[assignment]
+        return model  # type: ignore[return-value]
 
 
 def locate(name: str | os.PathLike[str], options: Mapping[str, Any]) -> Path:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from gpt2lite.checkpoint import llmc_bin, tf_bundle, torch_zip
+from gpt2lite.checkpoint import dcp, llmc_bin, tf_bundle, torch_zip
 from gpt2lite.checkpoint.foreign import READABLE, shortened, what_is, what_is_json
 from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, joined, validate
 from gpt2lite.checkpoint.safetensors import json_object, open_safetensors
@@ -37,12 +37,11 @@ PASSENGER = re.compile(
     r"|.*(optim_states|_tokenizer|_debug_state|scheduler|optimizer)\.\w+"
 )
 ZERO_TO_FP32 = "join them with DeepSpeed's zero_to_fp32.py, which lies in the folder above"
-DCP_TO_TORCH = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pth"
 # (pattern, so many at least): what it is, and what to do.
 DIVIDED = {
     ("zero_pp_rank_*_model_states.pt", 1): f"DeepSpeed's ZeRO-3 checkpoint, in parts; {ZERO_TO_FP32}",
     ("*model_states.pt", 2): f"DeepSpeed's checkpoint of several model-parallel ranks; {ZERO_TO_FP32}",
-    ("*.distcp", 1): f"a distributed checkpoint of torch (FSDP, DCP); join it: {DCP_TO_TORCH}",
+    ("*.distcp", 1): f"a distributed checkpoint of torch (FSDP, DCP); join it: {dcp.DCP_TO_TORCH}",
 }
 OPTIMIZER = re.compile(r"(.*\.)?(state\.\d+|param_groups|optim\w*)\..*")  # names of an optimizer's tensors
 INDEX_SUFFIX = ".index.json"
@@ -212,6 +211,8 @@ def _open_folder(path: Path) -> Manifest:
     """The checkpoint that a folder is or holds. Raises CheckpointError where none or more than one does."""
     if named := next((path / name for name in FOLDER_FILES if (path / name).is_file()), None):
         return _open_file(ByteSource(named))
+    if (path / dcp.METADATA).is_file():
+        return dcp.open_dcp(path)
     _refuse_divided(path)
     tensors = _open_tensors(path)
     files = _candidates(path, tensors)

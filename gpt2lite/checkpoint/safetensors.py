@@ -108,7 +108,7 @@ def open_safetensors(source: ByteSource) -> Manifest:
 # ---- writing -----------------------------------------------------------------------------------------------
 
 
-def _header(tensors: Iterable[TensorToWrite], config: Config | None) -> bytes:
+def make_header(tensors: Iterable[TensorToWrite], config: Config | None) -> bytes:
     """The length and the JSON header, padded with spaces so that the data begin aligned."""
     bound = {} if config is None else {BOUND_CONFIG: json.dumps(config)}
     entries: dict[str, Any] = {"__metadata__": {"format": "pt", **bound}}
@@ -138,7 +138,7 @@ def fill_safetensors(
     A thread has the disk take what is written while more is made. The format cannot tie: tensors that share
     another's bytes are written again. Raises UsageError for a dtype that the format lacks.
     """
-    header = _header(tensors, config)
+    header = make_header(tensors, config)
     with open(path, "xb", buffering=0) as file, ThreadPoolExecutor(1) as flusher:
         flush, waiting = flusher.submit(_write_all, file.fileno(), header), 0
         flush.result()

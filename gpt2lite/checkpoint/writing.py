@@ -84,8 +84,10 @@ def _joined(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 def chunks_of(parts: Sequence[Tensor], axis: int, dtype: torch.dtype) -> Iterator[memoryview]:
     """The bytes of `parts` joined along `axis` and cast, CHUNK_BYTES or a row at a time.
 
-    Allocates one chunk at a time, none for what lies ready in host memory.
+    Allocates one chunk at a time, none for what lies ready in host memory; of a tensor that is divided over
+    ranks, which must all ask, the whole.
     """
+    parts = [part.full_tensor() if hasattr(part, "full_tensor") else part for part in parts]
     for sheet in [[part] for part in parts] if axis == 0 else [parts]:
         row_bytes = sum(part[:1].numel() for part in sheet) * dtype.itemsize
         step = max(1, CHUNK_BYTES // max(1, row_bytes))
@@ -126,7 +128,8 @@ def tensors_of(state: Mapping[str, Tensor]) -> list[TensorToWrite]:
     for name, tensor in state.items():
         if tensor.is_meta:
             raise UsageError(f"{name} is on the meta device and has no values to write")
-        address = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        place = id(tensor) if hasattr(tensor, "device_mesh") else tensor.data_ptr()  # a DTensor's is 0
+        address = (tensor.device, place, tensor.shape, tensor.stride(), tensor.dtype)
         shared = first.setdefault(address if tensor.numel() else (name,), name)
         shares = shared if shared != name else ""
         found.append(replace(join(name, [tensor]), shape=tuple(tensor.shape), shares=shares))

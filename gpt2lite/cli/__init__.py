@@ -68,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args = _parser().parse_args(arguments)
             importlib.import_module("gpt2lite._torch")
             module = importlib.import_module(f"gpt2lite.cli.{COMMANDS[args.command].module}")
-            return int(getattr(module, f"run_{args.command}")(args))
+            with importlib.import_module("gpt2lite.cli.loading").ranks(args):
+                return int(getattr(module, f"run_{args.command}")(args))
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -17,8 +17,9 @@ from gpt2lite.finetuning.recipe import LORA_TARGETS, TEACHER_DTYPES, Recipe
 STRATEGIES = ("baseline", "sequential", "meta", "mmap", "per_tensor", "stream")
 ENGINES = ("numba", "cuda_graph", "torch")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-FORMATS = ("pth", "safetensors", "per-tensor")
+FORMATS = ("pth", "safetensors", "per-tensor", "dcp")
 REFERENCES = ("torch", "transformers")
+PARALLEL = ("fsdp", "tp", "ddp")
 DIALECTS = {"book": "book", "hf": "huggingface", "nanogpt": "nanogpt"}
 
 EMBEDDED_PROMPT = "Once upon a time"
@@ -49,6 +50,7 @@ SHARED: Rows = {
     "--lora-alpha": _number("alpha of the book's LoRA layers, if the file has any"),
     "--dtype": _arg("cast the weights (default: as in the file)", choices=DTYPES),
     "--quantize": _arg("int8 weights with one scale per row", choices=("int8",)),
+    "--parallel": _arg("under torchrun: how its processes share the model", choices=PARALLEL),
     "--max-host-memory": _size("cap on what loading adds to host memory: 512MiB, 2GiB"),
     "--max-device-memory": _size("cap on what loading adds to device memory"),
 }
@@ -92,7 +94,7 @@ COMMANDS = {
             "--window": _int("when the context is full, go on from the last N tokens"),
             "--engine": _arg("default: the fastest that can run", choices=("auto", *ENGINES), default="auto"),
         },
-        (*LOADING, "--quantize"),
+        (*LOADING, "--parallel", "--quantize"),
         one_of=("--prompt", "--prompts"),
     ),
     "bench": Command(
@@ -117,6 +119,8 @@ COMMANDS = {
             "--train": _switch("show what training would take instead"),
             "--fit": _size("with --train: find the cheapest settings that fit in SIZE"),
             "--classes": _int("with --train: a classifier of N classes"),
+            "--ranks": _int("what the first of N processes would take, none of which need be there"),
+            "--parallel": _arg("how they share the model (default: fsdp)", choices=PARALLEL, default="fsdp"),
         },
         ("path", "--json", *CONFIG, "--dtype", "--quantize", *CAPS),
         with_recipe=True,
@@ -172,7 +176,7 @@ COMMANDS = {
             "--context": _int("tokens in each window (default: the model's context)"),
             "--stride": _int("tokens from one window to the next (default: half the context)"),
         },
-        ("path", "--json", *LOADING, "--quantize"),
+        ("path", "--json", *LOADING, "--parallel", "--quantize"),
     ),
     "finetune": Command(
         "finetune",
@@ -184,7 +188,7 @@ COMMANDS = {
             "--out": _path("a new or empty folder", required=True, metavar="DIR"),
             "--resume": _switch("continue the run in --out with its recipe; flags given here win"),
         },
-        ("path", "--strategy", "--device", *CONFIG, "--dtype", *CAPS),
+        ("path", "--strategy", "--device", "--parallel", *CONFIG, "--dtype", *CAPS),
         one_of=("--text", "--instructions", "--classify"),
         needs_one=True,
         with_recipe=True,

@@ -23,6 +23,7 @@ from gpt2lite.finetuning.tasks import classifier_task, instruction_task, open_te
 from gpt2lite.memory import human
 from gpt2lite.model import GPTModel, open_model
 from gpt2lite.opening import Opened
+from gpt2lite.parallel import is_first
 from gpt2lite.tokenizer import tokenizer_files, tokenizer_for, write_beside
 
 
@@ -95,6 +96,8 @@ def run_finetune(args: argparse.Namespace) -> int:
         task = _task(path, opened, model, args, recipe, Path(folder) / "tokens.npy")
         with _reports(recipe.steps) as report:
             model_path = finetune(model, task, args.out, recipe, resume=args.resume, report=report)
+    if not is_first(model.device_mesh):
+        return 0
     write_beside(model_path, tokenizer_files(path))
     try:
         plot_losses(read_metrics(args.out), args.out / "loss.png")

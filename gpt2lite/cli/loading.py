@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gpt2lite import parallel
 from gpt2lite.cli.terminal import EMBEDDED, bytes_bar
-from gpt2lite.devices import resolve_device
+from gpt2lite.devices import name_device, resolve_device
 from gpt2lite.loading import LoadOptions, Progress
 from gpt2lite.model import GPTModel
 from gpt2lite.opening import locate
@@ -39,7 +44,24 @@ def load_options(args: argparse.Namespace, progress: Progress) -> LoadOptions:
         "max_host_memory": args.max_host_memory,
         "max_device_memory": args.max_device_memory,
         "progress": progress,
+        "mesh": getattr(args, "mesh", None),
     }
+
+
+@contextmanager
+def ranks(args: argparse.Namespace) -> Iterator[None]:
+    """With --parallel, `args.mesh` and this process's own device; only the first of its ranks writes."""
+    if args.command == "plan" or not getattr(args, "parallel", None):
+        yield
+        return
+    device = name_device(args.device)
+    with parallel.started(args.parallel, device) as args.mesh, open(os.devnull, "w") as silence:
+        if device.type != "cpu":
+            args.device = f"{device.type}:{os.environ['LOCAL_RANK']}"
+        is_first = parallel.is_first(args.mesh)
+        out, err = (sys.stdout, sys.stderr) if is_first else (silence, silence)
+        with redirect_stdout(out), redirect_stderr(err):
+            yield
 
 
 def strategy_of(args: argparse.Namespace) -> str:

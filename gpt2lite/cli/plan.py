@@ -5,27 +5,32 @@ from __future__ import annotations
 import argparse
 from contextlib import suppress
 from dataclasses import asdict, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gpt2lite.cli.arguments import recipe_of
 from gpt2lite.cli.loading import config_of, dtype_of
 from gpt2lite.cli.terminal import as_json, facts, table
-from gpt2lite.devices import name_device
+from gpt2lite.devices import CPU, name_device
 from gpt2lite.errors import InsufficientMemoryError, UsageError
 from gpt2lite.finetuning.forecast import TrainingForecast, find_levers, forecast_training
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.loading import STRATEGIES, LoadPlan, Verdict, choose, helps, judge
 from gpt2lite.memory import Budget, find_budget, human, parse_size
 from gpt2lite.model import GPTModel, open_model
+from gpt2lite.parallel import forecast_gathered, started
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 HEADER = ("strategy", "device", "host anon", "host file", "stays", "mapped", "fits")
 LEGEND = """\
 Bytes that loading adds. device, host anon, host file: at the peak; anon cannot be
 reclaimed, file is what is read through a mapping. stays: after loading. mapped: pages
 of the file that the model then uses and the system can reclaim. fits: in available
-memory, and under the caps."""
+memory, and under the caps. reads, gathers (with --ranks): bytes that stream reads; what
+FSDP takes once it computes."""
 
 
 def _judge_all(plan: LoadPlan, budget: Budget) -> dict[str, Verdict | str]:
@@ -45,7 +50,8 @@ def _size(nbytes: int) -> str:
 
 def _row(name: str, verdict: Verdict | str) -> list[str]:
     if isinstance(verdict, str):
-        why = "not int8" if verdict.startswith("quantize") else "not this file"
+        whys = {"quantize": "not int8", "a model over": "not ranks"}
+        why = next((said for start, said in whys.items() if verdict.startswith(start)), "not this file")
         return [name, *["–"] * (len(HEADER) - 2), why]
     forecast = verdict.forecast
     peaks = (forecast.peak_device, forecast.peak_host_anonymous, forecast.peak_host_reclaimable)
@@ -69,10 +75,19 @@ def _print(plan: LoadPlan, budget: Budget, verdicts: dict[str, Verdict | str], a
     swap = [("swap", f"{human(budget.swap)}, not counted")] if budget.swap else []
     would_fit = [("would fit", change) for change in helps(plan, "auto", budget)] if not auto else []
     chosen = ("auto", auto or "nothing fits")
-    print(facts([("host", budget.host.said), *swap, *on_device, chosen, *would_fit]))
+    ranks = [(name, human(nbytes)) for name, nbytes in _of_ranks(plan).items()]
+    print(facts([("host", budget.host.said), *swap, *on_device, chosen, *would_fit, *ranks]))
 
 
-def _plan_training(args: argparse.Namespace) -> int:
+def _of_ranks(plan: LoadPlan) -> dict[str, int]:
+    """Bytes that `stream` reads for one of several ranks, and what FSDP then takes in order to compute."""
+    if not plan.is_divided:
+        return {}
+    read = sum(chunk.nbytes for chunk in plan.schedule.chunks)
+    return {"reads": read, "gathers": forecast_gathered(plan.skeleton, plan.targets[0].dtype.itemsize)}
+
+
+def _plan_training(args: argparse.Namespace, mesh: DeviceMesh | None) -> int:
     """Print what training takes; with --fit what brings it there: 1 if nothing does."""
     config = open_model(args.path, revision=args.revision, config=config_of(args)).sizes
     if args.classes:
@@ -80,7 +95,7 @@ def _plan_training(args: argparse.Namespace) -> int:
     device, dtype, recipe = name_device(args.device), dtype_of(args) or torch.float32, recipe_of(args)
 
     def predict(recipe: Recipe) -> TrainingForecast:
-        return forecast_training(lambda: GPTModel(config), recipe, device, dtype)
+        return forecast_training(lambda: GPTModel(config), recipe, device, dtype, mesh)
 
     limit = parse_size(args.fit) if args.fit else None
     levers, found = ([], predict(recipe)) if limit is None else find_levers(recipe, limit, predict)
@@ -102,21 +117,28 @@ def _plan_training(args: argparse.Namespace) -> int:
 
 def run_plan(args: argparse.Namespace) -> int:
     """Print forecasts, available memory, and what fits; 1 if nothing does."""
+    if args.ranks is None:
+        return _plan(args, None)
+    with started(args.parallel, CPU, args.ranks) as mesh:
+        return _plan(args, mesh)
+
+
+def _plan(args: argparse.Namespace, mesh: DeviceMesh | None) -> int:
     if (args.fit or args.classes) and not args.train:
         raise UsageError("--fit and --classes are about training: add --train")
     if args.train:
-        return _plan_training(args)
+        return _plan_training(args, mesh)
     device = name_device(args.device)
     budget = find_budget(device, args.max_host_memory, args.max_device_memory)
     opened = open_model(args.path, revision=args.revision, config=config_of(args))
-    plan = opened.plan(device, dtype=dtype_of(args), quantize=args.quantize)
+    plan = opened.plan(device, dtype=dtype_of(args), quantize=args.quantize, mesh=mesh)
     verdicts, auto = _judge_all(plan, budget), ""
     with suppress(InsufficientMemoryError):
         auto = choose(plan, "auto", budget)[0]
     if args.json:
         rows = [_as_dict(name, verdict) for name, verdict in verdicts.items()]
         content = {"path": str(plan.manifest.path), "device": str(device), "budget": asdict(budget)}
-        print(as_json(content | {"strategies": rows, "auto": auto or None}))
+        print(as_json(content | _of_ranks(plan) | {"strategies": rows, "auto": auto or None}))
     else:
         _print(plan, budget, verdicts, auto)
     return 0 if auto else 1

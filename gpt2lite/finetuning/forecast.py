@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,18 @@ from torch.utils._pytree import tree_leaves
 
 from gpt2lite.finetuning.distilling import Teacher, forecast_teacher, open_teacher
 from gpt2lite.finetuning.recipe import Recipe
-from gpt2lite.finetuning.training import choose_trained, loss_sum, master_dtype, recomputed
+from gpt2lite.finetuning.training import (
+    choose_trained,
+    loss_sum,
+    master_dtype,
+    recomputed,
+    require_divisible,
+)
 from gpt2lite.model import GPTModel
+from gpt2lite.parallel import divide, local_of, share_of
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 # What a process that trains on the CPU has beside tensors: packed operands of matrix products, small blocks.
 # Measured on an AMD EPYC (Zen 4) with one thread, MKL and oneDNN.
@@ -49,27 +59,30 @@ class _Counter(TorchDispatchMode):
     def __init__(self, seen: set[int]) -> None:
         super().__init__()
         self.used = self.peak = 0
-        self.seen = seen  # storages that are counted already, by identity
+        self.sizes = dict.fromkeys(seen, 0)  # storages that are counted, by identity; those counted already
 
     def take(self, storage: torch.UntypedStorage) -> None:
         """Count a storage from now until it goes."""
-        if id(storage) in self.seen:
-            return
-        key, nbytes = id(storage), -(-storage.nbytes() // 64) * 64
-        self.seen.add(key)
-        self.used += nbytes
-        self.peak = max(self.peak, self.used)
-        weakref.finalize(storage, self._give, key, nbytes)
+        if id(storage) not in self.sizes:
+            self.sizes[id(storage)] = 0
+            weakref.finalize(storage, self._give, id(storage))
+            self.resized(storage)
 
-    def _give(self, key: int, nbytes: int) -> None:
-        self.seen.discard(key)
-        self.used -= nbytes
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """Count what a storage has now."""
+        nbytes = -(-storage.nbytes() // 64) * 64
+        self.used += nbytes - self.sizes[id(storage)]
+        self.sizes[id(storage)] = nbytes
+        self.peak = max(self.peak, self.used)
+
+    def _give(self, key: int) -> None:
+        self.used -= self.sizes.pop(key)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.add.Tensor and _is_summed_in_place(*args):
             func = torch.ops.aten.add_.Tensor
         found = func(*args, **(kwargs or {}))
-        made = [tensor for tensor in tree_leaves(found) if isinstance(tensor, Tensor)]
+        made = [local_of(tensor) for tensor in tree_leaves(found) if isinstance(tensor, Tensor)]
         for tensor in made:
             self.take(tensor.untyped_storage())
         self.peak = max(self.peak, self.used + _hidden_casts(func, args, made))
@@ -113,6 +126,24 @@ def _freeing(parameters: list[nn.Parameter], wanted: bool) -> Iterator[None]:
             handle.remove()
 
 
+@contextmanager
+def _resizing(counter: _Counter) -> Iterator[None]:
+    """FSDP empties and refills storages by a call that no dispatch sees."""
+    resize = torch.UntypedStorage.resize_
+
+    def counted(storage: torch.UntypedStorage, nbytes: int) -> Any:
+        found = resize(storage, nbytes)
+        if id(storage) in counter.sizes:
+            counter.resized(storage)
+        return found
+
+    torch.UntypedStorage.resize_ = counted  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+
+
 def _run_step(
     model: Any, batch_size: int, seq_len: int, recipe: Recipe, device: torch.device, teacher: Teacher | None
 ) -> _Counter:
@@ -122,9 +153,9 @@ def _run_step(
     places = torch.zeros(batch_size, dtype=torch.int64, device=device) if model.config.n_classes else None
     targets = torch.zeros(batch_size if places is not None else ids.numel(), dtype=torch.int64, device=device)
     models = (model, *([teacher.model] if teacher else []))
-    counter = _Counter({id(p.untyped_storage()) for each in models for p in each.parameters()})
+    counter = _Counter({id(local_of(p).untyped_storage()) for each in models for p in each.parameters()})
     blocks = model.trf_blocks if recipe.recompute else ()
-    with counter, recomputed(blocks, False), _freeing(trained, recipe.step_in_backward):
+    with counter, _resizing(counter), recomputed(blocks, False), _freeing(trained, recipe.step_in_backward):
         for _ in range(min(recipe.accumulate, 2)):
             teaching = teacher.says(ids, places) if teacher else None
             loss = loss_sum(model, ids, places, targets, recipe, teaching)
@@ -137,10 +168,11 @@ def forecast_training(
     recipe: Recipe,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    mesh: DeviceMesh | None = None,
 ) -> TrainingForecast:
     """What `finetune` will have on the device at its most, for the model that `build()` makes.
 
-    A model of 16 bits trains in fp32, and costs what one of fp32 does.
+    A model of 16 bits trains in fp32, and costs what one of fp32 does. With a `mesh`, on this rank of it.
     Runs a step of the real code with torch's fake tensors, which have no memory; the device need not be
     there. Counts the copies that mixed dtypes cost on the CPU and WORKSPACE beside tensors; validation and
     samples are included as far as they take no more than a step, which holds where their batches are not
@@ -160,10 +192,15 @@ def forecast_training(
             parameter.data = parameter.data.to(master_dtype(dtype))
         choose_trained(model, recipe)
         model.train()
+        if mesh is not None:
+            model.device_mesh = mesh
+            divide(model, mesh)
+            require_divisible(model, recipe)
+            recipe = replace(recipe, batch_size=-(-recipe.batch_size // share_of(mesh)[1]))
         seq_len = recipe.seq_len or model.config.context_length
+        own = [(local_of(p), p.requires_grad) for p in model.parameters()]
+        weights, trained = sum(p.nbytes for p, _ in own), [p for p, learns in own if learns]
         counter = _run_step(model, recipe.batch_size, seq_len, recipe, device, teacher)
-        weights = sum(p.nbytes for p in model.parameters())
-        trained = [p for p in model.parameters() if p.requires_grad]
     gradients = 0 if recipe.step_in_backward else sum(p.nbytes for p in trained)
     moments = 2 * sum(p.numel() if recipe.eight_bit else p.nbytes for p in trained)
     logits = _logits_bytes(model.config, recipe, seq_len)

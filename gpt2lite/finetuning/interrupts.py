@@ -12,10 +12,11 @@ class CtrlC:
     """A handler that only counts, but for a second press while what runs may end anywhere."""
 
     def __init__(self) -> None:
-        self.presses, self.may_end = 0, False
+        self.presses, self.may_end, self.signal = 0, False, signal.SIGINT
 
-    def __call__(self, *_: object) -> None:
+    def __call__(self, number: int, *_: object) -> None:
         """Count a press."""
+        self.signal = signal.Signals(number)
         self.presses += 1
         if self.presses > 1 and self.may_end:
             self.may_end = False
@@ -40,22 +41,23 @@ class CtrlC:
 
 @contextmanager
 def held() -> Iterator[CtrlC]:
-    """Ctrl-C waits until the block ends, and goes then to the handler that was there, which is back.
+    """Ctrl-C or SIGTERM waits until the block ends, and goes then to the handler that was there before.
 
     Where it is ignored it stays so; in a thread other than the main one there is nothing to hold.
     """
-    own, before = CtrlC(), signal.getsignal(signal.SIGINT)
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or before in (None, signal.SIG_IGN):  # None: a handler that is not Python's
-        yield own
-        return
-    signal.signal(signal.SIGINT, own)
+    own, is_main = CtrlC(), threading.current_thread() is threading.main_thread()
+    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if is_main}
+    # None: a handler that is not Python's
+    before = {number: was for number, was in found.items() if was not in (None, signal.SIG_IGN)}
+    for number in before:
+        signal.signal(number, own)
     try:
         yield own
     except KeyboardInterrupt:
         own.presses = 0  # this is what it came to
         raise
     finally:
-        signal.signal(signal.SIGINT, before)
-        if own.presses:
-            signal.raise_signal(signal.SIGINT)
+        for number, was in before.items():
+            signal.signal(number, was)
+        if own.presses and before:
+            signal.raise_signal(own.signal)

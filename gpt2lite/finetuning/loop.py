@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import psutil
 import torch
 from torch import nn
 
+from gpt2lite import parallel
 from gpt2lite.checkpoint.writing import replacing
 from gpt2lite.devices import peak_allocated
 from gpt2lite.dialects.configs import LABELS
@@ -37,6 +39,7 @@ from gpt2lite.finetuning.training import (
     not_finite,
     placed,
     prepared,
+    require_divisible,
 )
 from gpt2lite.model import GPTModel
 
@@ -64,14 +67,16 @@ class Metrics:
 @torch.no_grad()
 def validate(model: GPTModel, batches: Sequence[Batch], recipe: Recipe) -> tuple[float, float | None]:
     """(loss in nats a target, share of right classes or None) over all batches."""
-    total, right, count = 0.0, 0, 0
+    summed, right, count, mesh = 0.0, 0.0, 0.0, parallel.mesh_of(model)
     for batch in batches:
         ids, places, targets = placed(batch, model)
-        total += float(loss_sum(model, ids, places, targets, recipe))
+        summed += float(loss_sum(model, ids, places, targets, recipe))
         count += len(targets)
         if model.config.n_classes:
             right += int((model.out_head(rows_of(model, ids, places)).argmax(-1) == targets).sum())
-    return total / count, right / count if model.config.n_classes else None
+    parallel.rest(model)
+    summed, right, count = (parallel.total(mesh, each) for each in (summed, right, count))
+    return summed / count, right / count if model.config.n_classes else None
 
 
 def _require_folder(out: Path, resume: bool, save_every: int) -> None:
@@ -155,6 +160,7 @@ def _require_task(model: GPTModel, task: Task, recipe: Recipe) -> None:
     if any(p.is_inference() for p in model.parameters()):
         raise UsageError("a model made under torch.inference_mode does not train; load it outside")
     _require_plain(model)
+    require_divisible(model, recipe)
     recipe.row_length(model.config.context_length)
     first = task.train(0)
     placed(first, model)
@@ -162,7 +168,8 @@ def _require_task(model: GPTModel, task: Task, recipe: Recipe) -> None:
         raise UsageError(
             "train(0) gave another batch the second time; number n must always be the same batch"
         )
-    if task.validation and not sum(len(placed(batch, model)[2]) for batch in task.validation):
+    counts = [len(placed(batch, model)[2]) for batch in task.validation]
+    if counts and not parallel.total(parallel.mesh_of(model), sum(counts)):
         raise UsageError(f"every target of the validation is {IGNORED}, so none counts")
 
 
@@ -184,8 +191,13 @@ def finetune(
     which `resume` takes the newest whole one, and writes metrics.jsonl as it was then: a run that was cut at
     any step and resumed, with the same model, task and recipe, ends with the same bits on the CPU. Resuming
     with another model, other data or another recipe is refused; `steps` may grow and the learning rate may
-    change, with a warning. Ctrl-C finishes the step, saves, and raises KeyboardInterrupt, twice also during
-    `task` or `report`, which is called after each step. Whatever they raise, the steps are saved before.
+    change, with a warning. Ctrl-C or SIGTERM finishes the step, saves, and raises KeyboardInterrupt, twice
+    also during `task` or `report`, which is called after each step. Whatever they raise, the steps are saved
+    before.
+
+    A model of several ranks trains as it would in one process, each rank on its rows of every batch. The
+    first rank alone writes and reports, and any number of ranks resumes; what it saves takes its size on disk
+    again for a moment, in a file system that all ranks must see. An error on one rank saves nothing.
 
     Costs what `gpt2lite.forecast_training` says. Gradients are recorded also under `torch.no_grad`. Raises
     UsageError for what cannot work before anything is written, CheckpointError where what was saved is
@@ -197,7 +209,9 @@ def finetune(
         )
     out, recipe = Path(out), recipe or Recipe()
     _require_task(model, task, recipe)
-    _require_folder(out, resume, recipe.save_every)
+    with parallel.together(mesh := parallel.mesh_of(model)):
+        if parallel.is_first(mesh):
+            _require_folder(out, resume, recipe.save_every)
     teacher = load_teacher(model, recipe, model.pos_emb.weight.device)
     identity = states.identity_of(model, task, recipe, teacher.model if teacher else None)
     if bad := not_finite(model):
@@ -206,7 +220,8 @@ def finetune(
         with prepared(model):
             choose_trained(model, recipe)
             with closing(Trainer(model, recipe, teacher)) as trainer:
-                until_saved.enter_context(_locked(out, resume, recipe.save_every))
+                locked = partial(_locked, out, resume, recipe.save_every)
+                until_saved.enter_context(parallel.shared(mesh, locked))
                 run = Run(trainer, task, out, identity, ctrl_c)
                 _go_on(run, report)
             if recipe.lora_rank:
@@ -214,7 +229,7 @@ def finetune(
                 merge_lora(model)
         if bad := not_finite(model):
             raise diverged(f"{bad[0]} is too large for {model.pos_emb.weight.dtype}", recipe)
-        if task.labels:
+        if task.labels and parallel.is_first(mesh):
             with replacing(out / LABELS) as temporary:
                 temporary.write_text(json.dumps(task.labels) + "\n", encoding="utf-8")
         return model.save_checkpoint(out / "model.pth", labels=task.labels, progress=ctrl_c.check)
@@ -225,21 +240,28 @@ def _go_on(run: Run, report: Callable[[Metrics], None] | None) -> None:
     states.restore(run)
     try:
         while run.step < run.trainer.recipe.steps:
-            run.ctrl_c.check()
+            _check(run)
             metrics = _one(run)
-            if report:
+            if report and parallel.is_first(run.trainer.mesh):
                 with run.ctrl_c.looking():
                     report(metrics)
-        run.ctrl_c.check()
+        _check(run)
     except TrainingDivergedError:
         raise
     except BaseException as error:
-        if run.trainer.is_whole and run.step > run.saved:
+        is_everywhere = run.trainer.mesh is None or isinstance(error, KeyboardInterrupt)
+        if is_everywhere and run.trainer.is_whole and run.step > run.saved:
             try:
                 _save(run)
             except Exception as failed:
                 raise error from failed
         raise
+
+
+def _check(run: Run) -> None:
+    """Raise KeyboardInterrupt on all ranks where one was asked to end."""
+    run.ctrl_c.presses = max(parallel.gathered(run.trainer.mesh, run.ctrl_c.presses))
+    run.ctrl_c.check()
 
 
 def _one(run: Run) -> Metrics:
@@ -271,7 +293,8 @@ def _save(run: Run) -> None:
     model.eval()  # which a step that was cut left in training
     ids, places, targets = placed(run.last, model)
     with torch.no_grad():
-        _require_finite(float(loss_sum(model, ids, places, targets, recipe)), run.step - 1, recipe)
+        loss = parallel.total(run.trainer.mesh, float(loss_sum(model, ids, places, targets, recipe)))
+    _require_finite(loss, run.step - 1, recipe)
     states.save_state(run)
 
 

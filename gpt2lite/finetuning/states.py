@@ -7,15 +7,16 @@ import re
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from gpt2lite import parallel
 from gpt2lite.checkpoint.torch_zip import NO_CRC
 from gpt2lite.checkpoint.writing import CHUNK_BYTES, replacing, tensors_of
 from gpt2lite.config import wrong_labels
@@ -24,7 +25,8 @@ from gpt2lite.finetuning.data import Batch, Batches, digest_of, tensor_parts
 from gpt2lite.finetuning.interrupts import CtrlC
 from gpt2lite.finetuning.lora import LinearWithLoRA, put_layer
 from gpt2lite.finetuning.recipe import Recipe
-from gpt2lite.finetuning.training import Trainer
+from gpt2lite.finetuning.training import Trainer, own_part
+from gpt2lite.loading.skeleton import state_of
 from gpt2lite.model import GPTModel
 
 METRICS = "metrics.jsonl"
@@ -95,7 +97,7 @@ def weights_of(model: nn.Module) -> dict[str, str]:
     """A digest of each tensor that a model saves, by name. Reads all bytes, a GB or two a second."""
     return {
         t.name: digest_of([f"{t.dtype} {t.shape} {t.shares}".encode()], () if t.shares else t.chunks())
-        for t in tensors_of(model.state_dict())
+        for t in tensors_of(state_of(model))
     }
 
 
@@ -145,14 +147,16 @@ def state_files(out: Path) -> dict[int, Path]:
 def log(run: Run, said: dict[str, Any]) -> None:
     """Write a step down."""
     run.lines.append(json.dumps(said) + "\n")
-    with (run.out / METRICS).open("a", encoding="utf-8", newline="") as file:
-        file.write(run.lines[-1])
+    if parallel.is_first(run.trainer.mesh):
+        with (run.out / METRICS).open("a", encoding="utf-8", newline="") as file:
+            file.write(run.lines[-1])
 
 
 def _write_log(run: Run) -> None:
     """Where metrics.jsonl is not what was written down, write it anew."""
     path, content = run.out / METRICS, "".join(run.lines).encode()
-    if not path.is_file() or path.read_bytes() != content:
+    is_first = parallel.is_first(run.trainer.mesh)
+    if is_first and (not path.is_file() or path.read_bytes() != content):
         path.write_bytes(content)
 
 
@@ -161,12 +165,23 @@ def save_state(run: Run) -> None:
 
     The log takes about 200 bytes a step.
     """
-    trainer = run.trainer
+    trainer, mesh = run.trainer, run.trainer.mesh
+    parallel.rest(trainer.model)
+    moments = {(name, key): value for name, own in trainer.state().items() for key, value in own.items()}
+    keyed: dict[str, Tensor] = {f"model {name}": p for name, p in trainer.trained.items()}
+    keyed |= {f"{key} {name}": value for (name, key), value in moments.items()}
+    with parallel.whole(keyed, mesh, run.out) as found, parallel.together(mesh):
+        if parallel.is_first(mesh):
+            _write_state(run, found)
+
+
+def _write_state(run: Run, found: Mapping[str, Tensor]) -> None:
+    state = run.trainer.state()
     content = {
-        "model": {name: p.detach() for name, p in trainer.trained.items()},
-        "optimizer": trainer.state(),
+        "model": {name: found[f"model {name}"].detach() for name in state},
+        "optimizer": {name: {key: found[f"{key} {name}"] for key in own} for name, own in state.items()},
         "step": run.step,
-        "config": trainer.model.config.as_dict(run.task.labels),
+        "config": run.trainer.model.config.as_dict(run.task.labels),
         "made_from": run.identity,
         "last_batch": digest_of(tensor_parts(*run.last)),
         "metrics": "".join(run.lines),
@@ -175,7 +190,7 @@ def save_state(run: Run) -> None:
         torch.save(content, temporary)
     _write_log(run)
     older = [path for number, path in state_files(run.out).items() if number <= run.step]
-    for path in older[: -trainer.recipe.keep]:
+    for path in older[: -run.trainer.recipe.keep]:
         path.unlink()
 
 
@@ -235,7 +250,7 @@ def _restore(run: Run, path: Path, saved: dict[str, Any]) -> None:
         raise CheckpointError(path, "holds other weights than this model trains; give the same model")
     with torch.no_grad():
         for name, parameter in run.trainer.trained.items():
-            parameter.copy_(saved["model"][name])
+            parallel.local_of(parameter).copy_(parallel.local_of(own_part(parameter, saved["model"][name])))
     run.trainer.restore(saved["optimizer"])
     run.step = run.saved = saved["step"]
     run.lines = saved["metrics"].splitlines(keepends=True)
@@ -248,6 +263,8 @@ def save_lora(run: Run, path: Path) -> None:
     """Write what was trained, by name: adapters and a classifier's head; their alpha; digests of the base."""
     trained = {name: p.detach() for name, p in run.trainer.trained.items()}
     base = {name: digest for name, digest in run.identity["base"].items() if name and name not in trained}
+    if not parallel.is_first(run.trainer.mesh):
+        return
     with replacing(path) as temporary:
         torch.save({"lora_alpha": run.trainer.recipe.lora_alpha, "lora": trained, "base": base}, temporary)
 

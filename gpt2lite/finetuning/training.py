@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gpt2lite import parallel
 from gpt2lite.devices import has_bfloat16, seeded
+from gpt2lite.dialects.reading import Placement
 from gpt2lite.errors import TrainingDivergedError, UsageError
 from gpt2lite.finetuning.data import IGNORED, Batch, check_batch
 from gpt2lite.finetuning.distilling import Teacher
@@ -22,6 +24,7 @@ from gpt2lite.finetuning.lora import add_lora, drop_lora, lora_layers
 from gpt2lite.finetuning.losses import Teaching, rows_of, summed_loss
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.model import GPTModel
+from gpt2lite.parallel import mesh_of
 
 BETAS = (0.9, 0.95)
 M_MMAP_THRESHOLD, OWN_MAPPING, GLIBCS_MOST = -3, 128 << 10, 32 << 20
@@ -44,6 +47,22 @@ def map_from(nbytes: int) -> None:
     """
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(M_MMAP_THRESHOLD, nbytes)
+
+
+def require_divisible(model: GPTModel, recipe: Recipe) -> None:
+    """Raise UsageError for what a recipe cannot do with a model on several ranks."""
+    if (mesh := mesh_of(model)) is None:
+        return
+    names = parallel.names_of(mesh)
+    alone = ["step_in_backward", "compile", "eight_bit", *(["lora_rank"] if names != (parallel.DDP,) else [])]
+    if unable := [name for name in alone if getattr(recipe, name)]:
+        raise UsageError(f"a model on several ranks ({names}) does not train with {', '.join(unable)}")
+    whole = [name for name, p in model.named_parameters() if not parallel.is_divided(p)]
+    if whole and parallel.FSDP in names:
+        said = "came into the model after it was divided, and would differ from rank to rank"
+        raise UsageError(f"{', '.join(whole[:3])} {said}; use a mesh with the dimension 'ddp'")
+    if any(parallel.is_divided(p) and p.dtype.itemsize < 4 for p in model.parameters()):
+        raise UsageError("a divided model trains in fp32; load it with dtype=torch.float32 (--dtype float32)")
 
 
 def choose_trained(model: GPTModel, recipe: Recipe) -> None:
@@ -83,14 +102,16 @@ def prepared(model: GPTModel) -> Iterator[None]:
     try:
         for parameter, dtype, _ in found:
             parameter.grad = None
-            parameter.data = parameter.data.to(master_dtype(dtype))
+            if dtype != master_dtype(dtype):
+                parameter.data = parameter.data.to(master_dtype(dtype))
         with torch.autocast(model.pos_emb.weight.device.type, enabled=False):
             yield
     finally:
         drop_lora(model, own)
         for parameter, dtype, learns in found:
             parameter.grad = None
-            parameter.data = parameter.data.to(dtype)
+            if parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
             parameter.requires_grad_(learns)
         for module, mode in modes:
             module.training = mode
@@ -140,18 +161,46 @@ def loss_sum(
         return summed_loss(model.out_head, rows, targets, chunked=recipe.chunked_loss, teaching=teaching)
 
 
+def own_rows(batch: Batch, model: GPTModel) -> Batch:
+    """The rows that this rank computes: of fewer rows than ranks, the first one for nothing."""
+    place, count = parallel.share_of(mesh_of(model))
+    rows = slice(len(batch.ids) * place // count, len(batch.ids) * (place + 1) // count)
+    if rows.start == rows.stop:
+        return Batch(batch.ids[:1], torch.full_like(batch.targets[:1], IGNORED))
+    return Batch(batch.ids[rows], batch.targets[rows])
+
+
 def placed(batch: Batch, model: GPTModel) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(ids, places, targets (N,)) on the model's device; no places where every token has a target.
+    """(ids, places, targets (N,)) of this rank's rows, on the model's device; no places: every token has one.
 
     Raises UsageError for a batch that the model cannot learn from (`check_batch`).
     """
     check_batch(batch, model.config)
-    device = model.pos_emb.weight.device
+    device, batch = model.pos_emb.weight.device, own_rows(batch, model)
     ids = batch.ids.clone() if batch.ids.is_inference() else batch.ids  # backward cannot keep those
     flat = batch.targets.flatten()
     kept = flat != IGNORED
     places = None if bool(kept.all()) else kept.nonzero()[:, 0].to(device, non_blocking=True)
     return ids.to(device, non_blocking=True), places, flat[kept].to(device, non_blocking=True)
+
+
+def _with_ddp(model: GPTModel) -> Callable[..., Tensor]:
+    """`loss_sum` as the forward of a DDP module, the one call that DDP sees; all ranks read one file."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    class LossSum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.forward = model, loss_sum
+
+    return DistributedDataParallel(LossSum(), init_sync=False, gradient_as_bucket_view=True)
+
+
+def own_part(parameter: Tensor, value: Tensor) -> Tensor:
+    """Of a whole tensor, what a divided parameter of its shape has of it, and divided like it."""
+    if not parallel.is_divided(parameter) or value.shape != parameter.shape:
+        return value
+    return parallel.part_like(parameter, Placement("", parallel.views_of(parameter)).of(value))
 
 
 class Trainer:
@@ -172,16 +221,24 @@ class Trainer:
         if scales and recipe.step_in_backward:
             raise UsageError("step_in_backward needs bf16: fp16's scaled gradients are unscaled all at once")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scales)
+        self.mesh = mesh_of(model)
+        self.place, self.ranks = parallel.share_of(self.mesh)
         self.loss_sum: Callable[..., Tensor] = torch.compile(loss_sum) if recipe.compile else loss_sum
+        if self.mesh is not None and parallel.DDP in parallel.names_of(self.mesh):
+            self.loss_sum = _with_ddp(model)
         stepped = self.trained.values() if recipe.step_in_backward else ()
         self.handles = [p.register_post_accumulate_grad_hook(self._step_one) for p in stepped]
 
     def _make_optimizers(self) -> dict[Tensor, torch.optim.Optimizer]:
         make: Any = _adamw8bit if self.recipe.eight_bit else partial(torch.optim.AdamW, fused=True)
-        options = {"lr": self.recipe.learning_rate, "betas": BETAS}
+        options, own = {"lr": self.recipe.learning_rate, "betas": BETAS}, self.trained.values()
         groups: list[dict[str, Any]] = [
-            {"params": [p for p in self.trained.values() if (p.dim() < 2) == is_flat], "weight_decay": decay}
+            {
+                "params": [p for p in own if (p.dim() < 2, mesh_of(p)) == (is_flat, mesh)],
+                "weight_decay": decay,
+            }
             for is_flat, decay in ((False, self.recipe.weight_decay), (True, 0.0))
+            for mesh in dict.fromkeys(map(mesh_of, own))  # a fused step takes one
         ]
         if not self.recipe.step_in_backward:
             return dict.fromkeys(self.trained.values(), make(groups, **options))
@@ -202,31 +259,32 @@ class Trainer:
             for group in optimizer.param_groups:
                 _set_rate(group, self.recipe.learning_rate_at(number))
         there = [placed(batch, self.model) for batch in batches]
-        count = sum(len(targets) for _, _, targets in there)
+        count = sum(int((batch.targets != IGNORED).sum()) for batch in batches)
         if not count:
             raise UsageError(f"step {number}: every target of its batches is {IGNORED}, so none counts")
-        total, dropout = 0.0, bool(self.model.config.drop_rate)
+        summed, dropout = 0.0, bool(self.model.config.drop_rate)
         blocks = list(self.model.trf_blocks) if self.recipe.recompute else ()
         self.model.train()
-        # what dropout draws depends on seed and step alone
-        draws = seeded(self.device, (self.recipe.seed << 32) + number) if dropout else nullcontext()
+        # what dropout draws depends on seed and step alone, and on whose rows it is for
+        drawn = (self.recipe.seed << 32) + number * self.ranks + self.place
+        draws = seeded(self.device, drawn) if dropout else nullcontext()
         with recomputed(blocks, dropout), draws:
             for ids, places, targets in there:
                 teaching = self.teacher.says(ids, places) if self.teacher else None
                 loss = self.loss_sum(self.model, ids, places, targets, self.recipe, teaching) / count
-                total += float(loss.detach())
-                _require_finite(number, total, self.recipe)
+                summed += parallel.total(self.mesh, float(loss.detach()))
+                _require_finite(number, summed, self.recipe)
                 self.is_whole = not self.recipe.step_in_backward
-                self.scaler.scale(loss).backward()
+                self.scaler.scale(loss * self.ranks).backward()  # of which torch takes the ranks' mean
         self.model.eval()
         norm = 0.0 if self.recipe.step_in_backward else self._step_all(number, unique)
         self.is_whole = True
-        return total, norm
+        return summed, norm
 
     def _step_all(self, number: int, optimizers: set[torch.optim.Optimizer]) -> float:
         for optimizer in optimizers:
             self.scaler.unscale_(optimizer)
-        norm = float(nn.utils.clip_grad_norm_(self.trained.values(), self.recipe.clip or float("inf")))
+        norm = parallel.clip_gradients(self.trained.values(), self.recipe.clip or math.inf)
         if not self.scaler.is_enabled():
             _require_finite(number, norm, self.recipe)
         self.is_whole = False
@@ -243,8 +301,9 @@ class Trainer:
     def restore(self, state: dict[str, dict[str, Tensor]]) -> None:
         """What `state` returned, onto the parameters' devices."""
         for name, parameter in self.trained.items():
-            moments = {key: value.to(parameter.device, copy=True) for key, value in state[name].items()}
-            self.optimizers[parameter].state[parameter] = moments
+            moments = state[name].items()
+            own = {key: own_part(parameter, value).to(parameter.device, copy=True) for key, value in moments}
+            self.optimizers[parameter].state[parameter] = own
 
     def close(self) -> None:
         """Let go of the model."""
@@ -276,6 +335,9 @@ def diverged(what: str, recipe: Recipe) -> TrainingDivergedError:
 
 
 def not_finite(model: nn.Module) -> list[str]:
-    """The names of parameters that hold infinities or NaN. Reads all, allocates nothing."""
-    ends = ((name, p.detach().aminmax()) for name, p in model.named_parameters())
-    return [name for name, both in ends if not all(map(math.isfinite, both))]
+    """The names of parameters that hold infinities or NaN, on any rank. Reads all, allocates nothing."""
+    parallel.rest(model)
+    parts = ((name, parallel.local_of(p.detach())) for name, p in model.named_parameters())
+    ends = ((name, part.aminmax()) for name, part in parts if part.numel())
+    found = [name for name, both in ends if not all(map(math.isfinite, both))]
+    return [name for names in parallel.gathered(mesh_of(model), found) for name in names]

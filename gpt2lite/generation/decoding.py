@@ -16,6 +16,7 @@ from gpt2lite.errors import UsageError, require_allowed
 from gpt2lite.generation.engines import ENGINES, KVCache, LanguageModel, choose_engine
 from gpt2lite.generation.prompts import Batch, Ids, Rows, Stops, as_batch, as_stops, usable_vocabulary
 from gpt2lite.loading.options import check_names
+from gpt2lite.parallel import is_divided, no_gradients, rest
 from gpt2lite.tokenizer import Encoding, as_tokenizer
 
 if TYPE_CHECKING:
@@ -209,6 +210,8 @@ def _decode(
     config, like = model.config, model.pos_emb.weight
     require_allowed(options, rules(config))
     sampling = Sampling(**{name: options[name] for name in Sampling.__slots__ if name in options})  # type: ignore
+    if sampling.temperature and options.get("seed") is None and any(map(is_divided, model.parameters())):
+        raise UsageError("ranks that share a model must draw the same tokens; pass a seed")
     given, window = options.get("encoding"), options.get("window")
     encoding = None if given is None else as_tokenizer(given)
     prompts = as_batch(ids, config, like.device)
@@ -220,7 +223,7 @@ def _decode(
     stops = Stops(as_stops(options.get("stop", ())), encoding, prompts, config.vocab_size)
     engine = choose_engine(model, n_rows, max_new_tokens, options.get("engine", "auto"))
     capacity = min(T + max_new_tokens, config.context_length)
-    cache = KVCache(config, n_rows, capacity, like, start.pads)
+    cache = KVCache(config, n_rows, capacity, like, start.pads, getattr(model, "local_heads", 0))
     vocabulary = usable_vocabulary(config, encoding)
 
     def tokens(batch: Batch) -> Iterator[Tensor]:
@@ -245,7 +248,7 @@ def _decode(
                     cache.length, cache.pads, ids = 0, batch.pads, batch.ids
 
     # Outside of inference mode, a clone is an ordinary tensor, which can be trained on.
-    return prompts, stops, (token.clone() for token in torch.inference_mode()(tokens)(start))
+    return prompts, stops, (token.clone() for token in no_gradients(model)(tokens)(start))
 
 
 def generate_tokens(
@@ -291,6 +294,7 @@ def generate(
     """
     prompts, stops, tokens = _decode(model, ids, max_new_tokens, options)
     new = torch.cat(list(tokens), 1)
+    rest(model)
     if isinstance(ids, Tensor):
         return torch.cat([prompts.ids, new], 1)
     pads = torch.zeros_like(stops.lengths) if prompts.pads is None else prompts.pads

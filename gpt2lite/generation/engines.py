@@ -19,6 +19,7 @@ from gpt2lite.config import GPTConfig
 from gpt2lite.devices import has_graphs, record
 from gpt2lite.errors import InsufficientMemoryError, UsageError, first_line
 from gpt2lite.memory import find_budget, human
+from gpt2lite.parallel import is_divided
 from gpt2lite.quantization import Int8Embedding, Int8Linear
 
 Step = Callable[[Tensor], Tensor]  # ids (B, T) → logits (B, V) of the last; the cache grows by T tokens
@@ -42,14 +43,15 @@ class KVCache:
     """Keys and values of at most `capacity` tokens per row, in the dtype and on the device of `like`.
 
     `length` counts the tokens in it. Row b begins with `pads[b]` padding tokens: shorter prompts are padded
-    on the left. Memory: (n_layers, 2, B, H, capacity, D), of gpt2 in fp32 72 KiB per token and row; raises
+    on the left; `n_heads` are fewer where ranks share them. Memory: (n_layers, 2, B, H, capacity, D), of gpt2
+    in fp32 72 KiB per token and row; raises
     InsufficientMemoryError, before it is allocated, if that is not available.
     """
 
     def __init__(
-        self, config: GPTConfig, batch: int, capacity: int, like: Tensor, pads: Tensor | None = None
+        self, config: GPTConfig, batch: int, capacity: int, like: Tensor, pads: Any = None, n_heads: int = 0
     ) -> None:
-        shape = (config.n_layers, 2, batch, config.n_heads, capacity, config.head_dim)
+        shape = (config.n_layers, 2, batch, n_heads or config.n_heads, capacity, config.head_dim)
         needed = math.prod(shape) * like.dtype.itemsize
         place = "host" if like.device.type == "cpu" else "device"
         limit = find_budget(like.device).of(place)
@@ -302,11 +304,17 @@ def _graph_step(model: LanguageModel, cache: KVCache) -> Step:
 # ---- the choice --------------------------------------------------------------------------------------------
 
 
+def _lacks_for_graph(model: LanguageModel, batch: int) -> str:
+    if any(map(is_divided, model.parameters())):
+        return "the model is divided over ranks"
+    return "" if has_graphs(model.pos_emb.weight.device) else "the model is not on a GPU"
+
+
 # Per engine: why it cannot run this model and batch ("" if it can), and what makes a step.
 ENGINES: dict[str, tuple[Callable[[LanguageModel, int], str], Callable[[LanguageModel, KVCache], Step]]] = {
     "numba": (_lacks_for_numba, _numba_step),
     "cuda_graph": (
-        lambda model, batch: "" if has_graphs(model.pos_emb.weight.device) else "the model is not on a GPU",
+        _lacks_for_graph,
         _graph_step,
     ),
     "torch": (lambda model, batch: "", lambda model, cache: partial(last_logits, model, cache=cache)),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from gpt2lite.devices import CPU, resolve_device
+from gpt2lite.devices import CPU, name_device, resolve_device
 from gpt2lite.dialects.reading import Placement
 from gpt2lite.errors import InsufficientMemoryError, UsageError, first_line, is_out_of_memory
 from gpt2lite.loading.forecast import Forecast, Ledger
@@ -17,6 +17,7 @@ from gpt2lite.loading.plan import SMALLEST_RING, LoadPlan
 from gpt2lite.loading.skeleton import prove_complete, restore_unsaved_buffers, saved_tensors
 from gpt2lite.loading.strategies import AUTO, STRATEGIES
 from gpt2lite.memory import Budget, find_budget, human
+from gpt2lite.parallel import require_mesh, together
 
 WORKING_BYTES = 1 << 20  # of a sum of LoRA factors, computed rows at a time
 HALVES = {torch.float64: torch.bfloat16, torch.float32: torch.bfloat16}
@@ -81,15 +82,17 @@ def _lacking(plan: LoadPlan, forecast: Forecast, budget: Budget) -> dict[str, in
 def choose(plan: LoadPlan, strategy: str, budget: Budget) -> tuple[str, LoadPlan]:
     """The strategy to take and the plan for it.
 
-    "auto" is the first of AUTO that can do what is planned and fits; a strategy that was named may count on
-    swap. Raises UsageError for an unknown one and one that cannot do it; InsufficientMemoryError, before
+    "auto" is the first of AUTO (where ranks load the same, "mmap" comes first) that can do what is planned
+    and fits; a strategy that was named may count on swap. Raises UsageError for an unknown one and one that
+    cannot do it; InsufficientMemoryError, before
     anything is allocated, where nothing fits.
     """
     if strategy not in ("auto", *STRATEGIES):
         raise UsageError(f"unknown strategy {strategy!r}; choose from auto, {', '.join(STRATEGIES)}")
     if strategy != "auto":
         budget = budget.with_swap()
-    names = AUTO if strategy == "auto" else (strategy,)
+    order = ("mmap", *AUTO) if plan.is_repeated else AUTO  # processes share the pages of a mapped file
+    names = tuple(dict.fromkeys(order)) if strategy == "auto" else (strategy,)
     refused = {name: why for name in names if (why := STRATEGIES[name].refuses(plan))}
     if len(refused) == len(names):
         raise UsageError(f"{plan.manifest.path}: {'; '.join(dict.fromkeys(refused.values()))}")
@@ -201,6 +204,15 @@ def load(
     checkpoint that does not fit or changes while it is read; InsufficientMemoryError, with nothing left
     allocated, where memory runs out.
     """
+    with together(mesh := options.get("mesh")):
+        if mesh is not None:
+            require_mesh(mesh, name_device(device))
+        return _load(make, device, strategy, options)
+
+
+def _load(
+    make: Callable[[torch.device], LoadPlan], device: str | torch.device, strategy: str, options: LoadOptions
+) -> nn.Module:
     resolved = resolve_device(device)
     budget = find_budget(resolved, options.get("max_host_memory"), options.get("max_device_memory"))
     name, plan = choose(make(resolved), strategy, budget)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
 from gpt2lite.config import GPTConfig
 from gpt2lite.errors import UsageError
 from gpt2lite.loading.schedule import Tuning
+from gpt2lite.parallel import Divide
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
@@ -25,6 +29,9 @@ class LoadOptions(TypedDict, total=False):
     max_host_memory, max_device_memory: bytes, or "512MiB": caps on what the load adds at its peak; the host's
     stays below the cap plus 24 MiB or 3 %. tuning: how bytes are read where the machine's own choice will not
     do. progress: called with (bytes done, bytes in all).
+    mesh: a DeviceMesh of this process and others, whose `mesh_dim_names` say how they share the model: "fsdp"
+    by rows (FSDP2; without names, too), "tp" by layers, ("fsdp", "tp") both, "ddp" not at all. Each rank
+    reads its own part. parallelize: called with (module on meta, mesh) instead, to divide it otherwise.
     """
 
     dtype: torch.dtype | None
@@ -33,6 +40,8 @@ class LoadOptions(TypedDict, total=False):
     max_device_memory: int | str | None
     tuning: Tuning | None
     progress: Progress | None
+    mesh: DeviceMesh | None
+    parallelize: Divide | None
 
 
 class OpenOptions(TypedDict, total=False):

@@ -19,6 +19,7 @@ from gpt2lite.errors import CheckpointError, UsageError, listed
 from gpt2lite.loading.options import LoadOptions, Progress, check_values
 from gpt2lite.loading.schedule import MIB, Schedule, Tuning, make_schedule
 from gpt2lite.loading.skeleton import own_loading, saved_tensors, sketch, tied_names
+from gpt2lite.parallel import DDP, divide, is_divided, local_of, views_of
 from gpt2lite.quantization import quantize_skeleton
 
 SMALLEST_RING = 2 * MIB
@@ -65,7 +66,8 @@ class LoadPlan:
     """Everything that a strategy needs. `skeleton` is the module on meta, for one strategy to fill.
 
     `lost` names what only a build with real memory gives, `own_loading` the hooks by which the module loads
-    itself; then a target's span describes the module's tensor, not a place in the file.
+    itself; then a target's span describes the module's tensor, not a place in the file. `is_repeated`: other
+    processes load the same.
     """
 
     reading: Reading
@@ -77,6 +79,7 @@ class LoadPlan:
     progress: Progress
     lost: tuple[str, ...]
     own_loading: tuple[str, ...]
+    is_repeated: bool = False
 
     @property
     def manifest(self) -> Manifest:
@@ -109,6 +112,11 @@ class LoadPlan:
         """What `stream` reads, in which order: its forecast and its run use this one."""
         stored = ((span, self.filled[name]) for name, span in self.spans.items())
         return make_schedule(stored, self.device, self.tuning)
+
+    @cached_property
+    def is_divided(self) -> bool:
+        """Whether other ranks have other parts of the module."""
+        return any(map(is_divided, self.skeleton.parameters()))
 
     @property
     def is_quantized(self) -> bool:
@@ -194,9 +202,18 @@ def make_plan(
             )
         int8 = quantize_skeleton(skeleton, quantizable)
         targets = tuple(replace(t, dtype=torch.int8) if int8.issuperset(t.names) else t for t in targets)
+    if (mesh := options.get("mesh")) is not None:
+        (options.get("parallelize") or divide)(skeleton, mesh)
+        divided = any(map(is_divided, skeleton.parameters()))
+        if divided and (reading.adapters or own or options.get("quantize")):
+            said = "LoRA layers in the file, int8 weights and modules that load themselves"
+            raise UsageError(f"{path}: {said} are not divided over ranks; load it without mesh")
+        tensors = saved_tensors(skeleton)
+        targets = tuple(_own_part(target, tensors[target.names[0]]) for target in targets)
     report = options.get("progress") or (lambda done, total: None)
     tuning = options.get("tuning") or Tuning()
-    return LoadPlan(reading, build, skeleton, targets, device, tuning, report, lost, own)
+    is_repeated = mesh is not None and mesh.mesh_dim_names == (DDP,)
+    return LoadPlan(reading, build, skeleton, targets, device, tuning, report, lost, own, is_repeated)
 
 
 def _targets(reading: Reading, groups: Groups, dtype: torch.dtype | None, own: bool) -> Iterator[Target]:
@@ -214,6 +231,11 @@ def _targets(reading: Reading, groups: Groups, dtype: torch.dtype | None, own: b
         is_float = span.dtype.is_floating_point and tensor.is_floating_point()
         cast = (dtype or span.dtype) if is_float else tensor.dtype  # as `load_state_dict` casts what counts
         yield Target(names, placement, span, shape, cast, tensor.dtype)
+
+
+def _own_part(target: Target, tensor: Tensor) -> Target:
+    placement = replace(target.placement, views=(*target.placement.views, *views_of(tensor)))
+    return replace(target, placement=placement, shape=tuple(local_of(tensor).shape))
 
 
 def require_one_dtype(reading: Reading, dtype: torch.dtype | None, *, quantized: bool = False) -> None:

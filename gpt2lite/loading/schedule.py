@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain, groupby, product
 from operator import itemgetter
 from typing import TYPE_CHECKING
@@ -76,11 +76,16 @@ class Tuning:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """`box` of a stored tensor, which fills parts of `targets`; `span` is its own place on disk."""
+    """`box` of a stored tensor, which fills parts of `targets`; `span` is its own place on disk.
+
+    With `steps` (bytes of a run, bytes from one run to the next) it is a part of each of many rows there, and
+    the span is what they are once they are read.
+    """
 
     span: TensorSpan
     box: tuple[range, ...]
     targets: tuple[Target, ...]
+    steps: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +97,15 @@ class Chunk:
     nbytes: int
     pieces: tuple[Piece, ...]
     in_place: bool
+
+    def reads(self, memories: Iterable[memoryview]) -> Iterator[tuple[int, Iterable[memoryview]]]:
+        """Each read that fills the memories: where it begins, and into what."""
+        if not (steps := self.pieces[0].steps):
+            yield self.offset, memories
+            return
+        (memory,), (width, step) = memories, steps
+        for row, at in enumerate(range(0, self.nbytes, width)):
+            yield self.offset + row * step, [memory[at : at + width]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +171,7 @@ def _united(ranges: Iterable[range]) -> list[range]:
 def cut(span: TensorSpan, targets: tuple[Target, ...], max_bytes: int) -> Iterator[Piece]:
     """Boxes of at most `max_bytes` that hold what is wanted of a tensor; one if it is not row-major.
 
-    What nobody wants of the axis that is cut, and of the slower ones, is not read.
+    What nobody wants of the axis that is cut, of the slower ones, and of a matrix' other axis, is not read.
     """
     boxes = [box for target in targets if all(box := target.placement.box(span.shape))]
     if not boxes:
@@ -182,7 +196,23 @@ def cut(span: TensorSpan, targets: tuple[Target, ...], max_bytes: int) -> Iterat
                 box[order[split]] = range(start, min(start + step, rows.stop))
                 for axis, at in zip(order[:split], index, strict=True):
                     box[axis] = range(at, at + 1)
-                yield Piece(span.part(box), tuple(box), targets)
+                yield from _pieces(span, box, order, wanted[order[-1]], targets)
+
+
+def _pieces(
+    span: TensorSpan, box: list[range], order: list[int], columns: list[range], targets: tuple[Target, ...]
+) -> Iterator[Piece]:
+    """A box as one piece, or, of a matrix of whose rows only `columns` are wanted, one for each of these."""
+    is_cut = len(order) != 2 or len(box[order[1]]) != span.shape[order[1]]  # within a row
+    for wanted in [box[order[-1]]] if is_cut else columns:
+        box[order[-1]] = wanted
+        part, itemsize = span.part(box), span.dtype.itemsize
+        if part.nbytes == part.extent:
+            yield Piece(part, tuple(box), targets)
+            continue
+        stride = tuple(len(wanted) if axis == order[0] else 1 for axis in range(len(box)))
+        steps = len(wanted) * itemsize, span.stride[order[0]] * itemsize
+        yield Piece(replace(part, stride=stride), tuple(box), targets, steps)
 
 
 def joined(pieces: Iterable[Piece], max_bytes: int, *, in_place: bool) -> Iterator[Chunk]:
@@ -201,7 +231,8 @@ def _fits(run: list[Piece], piece: Piece, max_bytes: int) -> bool:
     first, last, new = run[0].span, run[-1].span, piece.span
     at, gap = new.offset - first.offset, new.offset - last.offset - last.extent
     is_aligned = new.source == first.source and at % new.dtype.itemsize == 0
-    return is_aligned and 0 <= gap <= MAX_GAP and at + new.extent <= max_bytes
+    is_run = not (run[0].steps or piece.steps)
+    return is_run and is_aligned and 0 <= gap <= MAX_GAP and at + new.extent <= max_bytes
 
 
 def shares(chunks: Sequence[Chunk], count: int) -> list[list[Chunk]]:

@@ -19,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from gpt2lite.checkpoint.source import memory_of
 from gpt2lite.errors import CheckpointError, UsageError, listed
+from gpt2lite.parallel import is_divided, part_like, rest
 
 # What initialisers that are not torch.nn.init's call. On meta they change nothing, and dispatching them there
 # imports half of torch (0.6 to 1.9 s and 33 to 69 MiB).
@@ -32,6 +33,8 @@ LARGE = 1 << 20  # bytes of a buffer
 
 REGISTRIES = {"_parameters", "_buffers", "_modules"}
 ATOMS, CONTAINERS = {type(None), bool, int, float, str}, {dict, OrderedDict, set, list, tuple}
+# What `fully_shard` keeps of parameters: it takes them anew, and refuses those on meta, at the first forward.
+FSDPS = "torch.distributed.fsdp."
 
 # The methods by which a module loads itself. Overrides and hooks of torch.nn's own do no more than read older
 # files: where a file has today's names, they change nothing.
@@ -269,6 +272,13 @@ def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
     return _named_tensors(module)[0]
 
 
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """`state_dict()`; of a module that is divided over ranks the tensors themselves, which show ties."""
+    rest(module)
+    tensors = saved_tensors(module)
+    return tensors if any(map(is_divided, tensors.values())) else module.state_dict()
+
+
 def _unsaved(module: nn.Module) -> dict[str, Tensor]:
     return _named_tensors(module)[1]
 
@@ -300,12 +310,14 @@ def tied_names(tensors: Mapping[str, Tensor]) -> list[tuple[tuple[str, ...], Ten
 def replace_tensor(module: nn.Module, names: Iterable[str], tensor: Tensor) -> None:
     """Put one tensor in the place of a parameter or buffer, under all the names that share it.
 
-    A parameter stays one, frozen or not as it was, and what was set on it stays.
+    A parameter stays one, frozen or not as it was, and what was set on it stays; where it is divided over
+    ranks, the tensor is this rank's part.
     """
     for name in names:
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
         old = owner._parameters.get(leaf)
+        tensor = part_like(old, tensor)
         if old is not None and not isinstance(tensor, nn.Parameter):
             can_learn = tensor.is_floating_point() or tensor.is_complex()
             tensor = nn.Parameter(tensor, requires_grad=old.requires_grad and can_learn)
@@ -355,8 +367,12 @@ def _within(value: object, seen: set[int]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, FunctionType):  # its globals are the whole program
             pending += (value.__closure__, value.__defaults__, value.__kwdefaults__)
-        elif gc.is_tracked(value) and not isinstance(value, type | ModuleType):
+        elif gc.is_tracked(value) and not (isinstance(value, type | ModuleType) or _is_fsdps(value)):
             pending += gc.get_referents(value)
+
+
+def _is_fsdps(value: object) -> bool:
+    return type(value).__module__.startswith(FSDPS)
 
 
 def _in_attributes(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

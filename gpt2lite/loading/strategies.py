@@ -8,12 +8,14 @@ when the article's code does, so that comparing them is honest; its gaps are clo
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from gpt2lite.checkpoint.dcp import Joined
+from gpt2lite.checkpoint.manifest import TensorSpan
 from gpt2lite.checkpoint.reading import map_tensors, prefetch, read_tensors, sizes_read, stored_versions
 from gpt2lite.checkpoint.source import ByteSource
 from gpt2lite.errors import CheckpointError, is_out_of_memory
@@ -28,6 +30,7 @@ from gpt2lite.loading.skeleton import (
     unsaved_buffers,
 )
 from gpt2lite.loading.stream import forecast_allocated, forecast_unsaved_buffers
+from gpt2lite.parallel import local_of
 
 CPU = torch.device("cpu")
 
@@ -82,7 +85,7 @@ def _copy_all(plan: LoadPlan, module: nn.Module, read: Callable[[str], Tensor]) 
     tensors, done = saved_tensors(module), 0
     for target in plan.targets:
         value = target.placement.of(read(target.span.name).to(plan.device))
-        tensors[target.names[0]].copy_(value)
+        local_of(tensors[target.names[0]]).copy_(value)
         del value
         done += target.nbytes
         plan.progress(done, plan.model_bytes)
@@ -213,20 +216,21 @@ def _is_view(plan: LoadPlan, target: Target, *, again: bool) -> bool:
     """Whether a parameter can be a view of its stored tensor; not one that the file ties and we do not."""
     stays_itself = target.dtype == target.span.dtype and (not again or bool(target.placement.narrows))
     is_straight = target.placement.is_contiguous and target.span.is_contiguous
-    return stays_itself and (plan.device == CPU or is_straight)
+    return stays_itself and (is_straight or (plan.device == CPU and not plan.is_divided))
 
 
 def _forecast_mmap(plan: LoadPlan, ledger: Ledger) -> None:
     touched, reached = Counter[ByteSource](), Counter[ByteSource]()
     last = {span.source: name for name, span in plan.spans.items()}
     for name, targets in plan.filled.items():
-        stored, are_views = plan.spans[name], [_is_view(plan, t, again=i > 0) for i, t in enumerate(targets)]
+        are_views = [_is_view(plan, t, again=i > 0) for i, t in enumerate(targets)]
+        stored = _used(plan.spans[name], targets)
         source, end = stored.source, stored.offset + stored.extent
         fresh = max(end - max(stored.offset, reached[source]), 0)  # spans come in order, and may overlap
         reached[source] = max(end, reached[source])
         is_read = not ledger.on_cpu or not all(are_views) or plan.tuning.prefetch
         touched[source] += ledger.mapped.take(fresh if is_read else 0)
-        block = 0 if ledger.on_cpu else ledger.device.take(stored.nbytes)
+        block = 0 if ledger.on_cpu else ledger.device.take(plan.spans[name].nbytes)
         for target, is_view in zip(targets, are_views, strict=True):
             ledger.device.take(0 if is_view else target.nbytes)
         if not (any(are_views) or ledger.on_cpu):
@@ -235,6 +239,13 @@ def _forecast_mmap(plan: LoadPlan, ledger: Ledger) -> None:
         if last[source] == name and not plan.tuning.prefetch:  # with its last tensor the mapping goes
             ledger.mapped.give(touched[source])
     forecast_unsaved_buffers(plan, ledger)
+
+
+def _used(span: TensorSpan, targets: Sequence[Target]) -> TensorSpan:
+    """What its targets view of a stored tensor, from the first row to the last."""
+    boxes = [target.placement.box(span.shape) for target in targets if target.numel]
+    hull = [range(min(r.start for r in rows), max(r.stop for r in rows)) for rows in zip(*boxes, strict=True)]
+    return span.part(hull if boxes else [range(0) for _ in span.shape])
 
 
 def per_tensor(plan: LoadPlan) -> nn.Module:
@@ -272,6 +283,10 @@ def _needs(plan: LoadPlan) -> Iterator[tuple[str, str]]:
     if plan.lost:
         what = f"a module that cannot be built on meta ({', '.join(plan.lost[:5])})"
         yield "building", f'{what} needs strategy="sequential", "baseline" or "auto"'
+    if plan.is_divided:
+        yield "ranks", 'a model over several ranks needs strategy="stream", "mmap", "meta" or "auto"'
+    if any(isinstance(span.source, Joined) for span in plan.spans.values()):
+        yield "joined", 'the parts of a distributed checkpoint cannot be mapped; use strategy="stream"'
     if plan.is_quantized:
         yield "quantize", 'quantize goes with strategy="stream" or "auto"'
     if not plan.tuning.keep_cached:
@@ -297,11 +312,13 @@ class Strategy(NamedTuple):
 
 
 STRATEGIES: dict[str, Strategy] = {
-    "baseline": Strategy(baseline, _forecast_baseline, _beyond("files", "building", "own loading")),
-    "sequential": Strategy(sequential, _forecast_sequential, _beyond("files", "building")),
-    "meta": Strategy(meta, _forecast_meta, _beyond("files")),
-    "mmap": Strategy(mmap, _forecast_mmap, _beyond("files", "prefetch")),
-    "per_tensor": Strategy(per_tensor, _forecast_per_tensor, _beyond()),
-    "stream": Strategy(stream.load, stream.forecast, _beyond("files", "quantize", "keep_cached")),
+    "baseline": Strategy(baseline, _forecast_baseline, _beyond("files", "building", "own loading", "joined")),
+    "sequential": Strategy(sequential, _forecast_sequential, _beyond("files", "building", "joined")),
+    "meta": Strategy(meta, _forecast_meta, _beyond("files", "ranks", "joined")),
+    "mmap": Strategy(mmap, _forecast_mmap, _beyond("files", "prefetch", "ranks")),
+    "per_tensor": Strategy(per_tensor, _forecast_per_tensor, _beyond("ranks")),
+    "stream": Strategy(
+        stream.load, stream.forecast, _beyond("files", "quantize", "keep_cached", "ranks", "joined")
+    ),
 }
 AUTO = ("stream", "mmap", "sequential", "baseline")  # the fastest first, and copying before mapping

@@ -218,7 +218,8 @@ def _read(
                     if ring.closed.is_set():
                         return
                     staged = [] if slot is None else [memory_of(slot)[: chunk.nbytes]]
-                    reader.read_into(staged or places(chunk, between, ring.tensors), chunk.offset)
+                    for offset, memories in chunk.reads(staged or places(chunk, between, ring.tensors)):
+                        reader.read_into(memories, offset)
                     if not plan.tuning.keep_cached:
                         reader.forget(chunk.offset, chunk.nbytes)
                     yield chunk, slot

@@ -1,0 +1,249 @@
+"""What each rank of test_parallel.py does, under torchrun: `ranks.py FOLDER` writes what it saw to FOLDER."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoint
+from conftest import TINY
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from gpt2lite import (
+    GPT2LiteError,
+    GPTModel,
+    Recipe,
+    Task,
+    as_classifier,
+    evaluate,
+    finetune,
+    forecast,
+    load_module,
+    track_memory,
+)
+from gpt2lite.finetuning.data import text_batches, text_windows
+from gpt2lite.finetuning.loop import read_metrics
+from gpt2lite.parallel import local_of, together
+
+FILES = ("model.pth", "tied.pth", "model.safetensors", "sharded", "hub.safetensors")
+RECIPE = {"steps": 10, "batch_size": 4, "seq_len": 16, "accumulate": 2, "warmup_steps": 2, "save_every": 5}
+TOKENS = torch.randint(TINY.vocab_size, (4000,), generator=torch.Generator().manual_seed(3))
+IDS = torch.randint(TINY.vocab_size, (2, 17), generator=torch.Generator().manual_seed(1))
+BIG_HEADS = 8
+STRATEGIES = ("stream", "mmap", "meta")
+
+
+def task() -> Task:
+    def sample(model: GPTModel) -> str:
+        return str(model.generate(torch.tensor([[1, 2, 3]]), 5, temperature=0.7, seed=0).tolist())
+
+    return Task(text_batches(TOKENS, 16, 4, 0), text_windows(TOKENS[:300], 16, 4, 8), sample=sample)
+
+
+def curve(out: Path) -> list[tuple[Any, ...]]:
+    return [(m["loss"], m["gradient_norm"], m.get("validation_loss", 0.0)) for m in read_metrics(out)]
+
+
+def whole(model: nn.Module) -> dict[str, torch.Tensor]:
+    found = model.state_dict().items()
+    return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in found}
+
+
+class Ranks:
+    """What is tried, a method each; `folder` holds what one process made."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.size, self.rank = folder, dist.get_world_size(), dist.get_rank()
+        self.meshes = {kind: self.mesh(self.size, (kind,)) for kind in ("fsdp", "tp", "ddp")}
+        self.meshes["both"] = init_device_mesh("cpu", (self.size // 2, 2), mesh_dim_names=("fsdp", "tp"))
+
+    def mesh(self, size: int, names: tuple[str, ...] | None = None) -> Any:
+        return init_device_mesh("cpu", (size,), mesh_dim_names=names)
+
+    def load(self, file: str, kind: str, strategy: str = "stream", **options: Any) -> GPTModel:
+        mesh = self.meshes[kind]
+        config = {"n_heads": TINY.n_heads}
+        return GPTModel.from_checkpoint(
+            self.folder / file, "cpu", strategy, config=config, mesh=mesh, **options
+        )
+
+    def loads(self) -> dict[str, Any]:
+        """{what: [parameters equal, largest difference of logits, same tokens, difference of evaluation]}"""
+        found = {}
+        for file in FILES:
+            one = GPTModel.from_checkpoint(self.folder / file, config={"n_heads": TINY.n_heads})
+            wanted, logits = one.state_dict(), one(IDS).detach()
+            tokens, nats = one.generate(IDS, 8), evaluate(one, TOKENS[:100]).nats
+            for kind in self.meshes:
+                for strategy in STRATEGIES if file == "model.pth" else ("stream",):
+                    model = self.load(file, kind, strategy)
+                    equal = all(torch.equal(t, wanted[name]) for name, t in whole(model).items())
+                    with torch.no_grad():
+                        difference = (model(IDS) - logits).abs().max().item()
+                    same = torch.equal(model.generate(IDS, 8), tokens)
+                    off = abs(evaluate(model, TOKENS[:100]).nats - nats)
+                    is_tied = model.out_head.weight is model.tok_emb.weight
+                    found[f"{file} {kind} {strategy}"] = [equal, difference, same, off, is_tied]
+        return found
+
+    def memory(self) -> dict[str, Any]:
+        """{what: bytes of the shard, anonymous peak, bytes read, forecast}"""
+        found = {}
+        for kind in ("fsdp", "tp"):
+            self.load("model.pth", kind)  # imports
+            for file in ("big.pth", "big.safetensors"):
+                options = {"config": {"n_heads": BIG_HEADS}, "mesh": self.meshes[kind]}
+                before = bytes_read()
+                with track_memory() as memory:
+                    model = GPTModel.from_checkpoint(self.folder / file, "cpu", "stream", **options)
+                read = bytes_read() - before
+                shard = sum(local_of(p).nbytes for p in model.parameters())
+                foreseen = forecast(self.folder / file, "cpu", **options)["stream"].peak_host_anonymous
+                found[f"{file} {kind}"] = [shard, memory.peak_host_anonymous, read, foreseen]
+                del model
+        return found
+
+    def trains(self) -> dict[str, Any]:
+        found = {}
+        for kind in self.meshes:
+            out = self.folder / f"run-{kind}-{self.size}"
+            model = self.load("tied.pth", kind)
+            model.generate(IDS, 2)  # what it leaves behind must not keep the model from training
+            finetune(model, task(), out, Recipe(**RECIPE))
+            model.save_checkpoint(out / "again.safetensors")
+            dist.barrier()
+            found[kind] = curve(out)
+        return found
+
+    def resumes(self) -> dict[str, Any]:
+        """What two ranks began, on as many as these are."""
+        found = {}
+        for kind in self.meshes if self.size != 2 else ():
+            out = self.folder / f"cut-{kind}"
+            finetune(self.load("tied.pth", kind), task(), out, Recipe(**RECIPE), resume=True)
+            dist.barrier()
+            found[kind] = curve(out)
+        return found
+
+    def refusals(self) -> dict[str, str]:
+        def lora() -> object:
+            recipe = Recipe(**RECIPE, lora_rank=2)
+            return finetune(self.load("model.pth", "fsdp"), task(), self.folder / "no", recipe)
+
+        def classifier() -> object:
+            model = self.load("model.pth", "fsdp")
+            as_classifier(model, 2)
+            data = Task(task().train, [], labels=("a", "b"))
+            return finetune(model, data, self.folder / "no", Recipe(**RECIPE))
+
+        def by_file(file: str, kind: str, **options: Any) -> Callable[[], object]:
+            return lambda: self.load(file, kind, **options)
+
+        self.meshes["other"] = self.mesh(self.size, ("pp",))
+        tries: dict[str, Callable[[], object]] = {
+            "baseline": by_file("model.pth", "fsdp", strategy="baseline"),
+            "int8": by_file("model.pth", "fsdp", quantize="int8"),
+            "names": by_file("model.pth", "other"),
+            "lora": lora,
+            "classifier": classifier,
+            "16 bits": lambda: finetune(
+                self.load("model.pth", "fsdp", dtype=torch.bfloat16), task(), self.folder / "no"
+            ),
+            "no seed": lambda: self.load("model.pth", "tp").generate(IDS, 2, temperature=1.0),
+            "heads": lambda: GPTModel.from_checkpoint(
+                self.folder / "three.pth", config={"n_heads": 3}, mesh=self.meshes["tp"]
+            ),
+            "module": lambda: load_module(
+                lambda: nn.Linear(2, 2), self.folder / "linear.pth", mesh=self.meshes["tp"]
+            ),
+            "one rank": self.fails_on_the_last,
+            "memory": by_file("model.pth", "fsdp", max_host_memory="4KiB" if self.rank == 1 else "1GiB"),
+        }
+        return {name: said(attempt) for name, attempt in tries.items()}
+
+    def fails_on_the_last(self) -> None:
+        with together(self.meshes["fsdp"]):
+            if self.rank == self.size - 1:
+                raise OSError("its disk is full")
+
+    def dcp(self) -> dict[str, Any]:
+        """Of torch's own checkpoint of these ranks, read back: equal?, bytes of a part and what is read."""
+        folder, model = self.folder / f"dcp-{self.size}", self.load("tied.pth", "fsdp")
+        optimizer = torch.optim.AdamW(model.parameters())
+        checkpoint.save({"model": model.state_dict(), "optim": optimizer.state_dict()}, checkpoint_id=folder)
+        wanted = whole(model)
+        again = whole(self.load(folder.name, "fsdp"))
+        options = {"config": {"n_heads": BIG_HEADS}, "mesh": self.meshes["fsdp"]}
+        big = GPTModel.from_checkpoint(self.folder / "big.pth", strategy="stream", **options)
+        checkpoint.save(big.state_dict(), checkpoint_id=self.folder / f"dcp-big-{self.size}")
+        before = bytes_read()
+        big = GPTModel.from_checkpoint(self.folder / f"dcp-big-{self.size}", strategy="stream", **options)
+        read = bytes_read() - before
+        equal = all(torch.equal(again[name], t) for name, t in wanted.items())
+        return {"equal": equal, "shard": sum(local_of(p).nbytes for p in big.parameters()), "read": read}
+
+    def modules(self) -> dict[str, Any]:
+        """A module of the caller's, divided as the caller says or block by block; more ranks than rows."""
+        build, path = (lambda: nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 1))), self.folder / "plain.pth"
+        mesh, wanted = self.meshes["fsdp"], torch.load(path)
+
+        def by_hand(module: nn.Module, mesh: Any) -> None:
+            fully_shard(module[0], mesh=mesh)
+
+        found = {}
+        for name, options in {"alone": {}, "by hand": {"parallelize": by_hand}}.items():
+            module = load_module(build, path, mesh=mesh, **options)
+            equal = all(torch.equal(t, wanted[key]) for key, t in whole(module).items())
+            found[name] = [equal, [local_of(p).numel() for p in module.parameters()]]
+        return found
+
+
+def said(attempt: Callable[[], object]) -> str:
+    try:
+        attempt()
+    except (GPT2LiteError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def bytes_read() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def main() -> None:
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+    folder = Path(sys.argv[1])
+    dist.init_process_group("gloo")
+    ranks = Ranks(folder)
+    tried = (
+        "memory",
+        "loads",
+        "trains",
+        "resumes",
+        "refusals",
+        "modules",
+        "dcp",
+    )  # memory in a fresh process
+    found = {name: getattr(ranks, name)() for name in tried}
+    (folder / f"saw-{ranks.size}-{ranks.rank}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 2:  # a rank that dies in the middle of it all
+        dist.init_process_group("gloo")
+        if dist.get_rank() == 1:
+            os._exit(3)
+        print(said(lambda: dist.barrier()), flush=True)
+    main()
