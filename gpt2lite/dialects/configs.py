@@ -322,7 +322,7 @@ def read_json(path: Path, text: str | None = None) -> dict[str, Any]:
 
 # ---- whether they agree ------------------------------------------------------------------------------------
 
-MASK_ROWS = 64  # read at a time: 256 KiB of GPT-2's
+MASK_ROWS = 256  # read at a time: 1 MiB of GPT-2's
 HIDDEN = -9e3  # GPT-2 has -1e4, also where fp16 or bf16 rounds it
 
 
