@@ -376,14 +376,16 @@ def _is_same(said: object, value: object) -> bool:
     return isinstance(said, bool) == isinstance(value, bool) and said == value
 
 
-def check_masks(reading: Reading, *, is_opening: bool = False) -> None:
+def check_masks(reading: Reading, own: slice = slice(None), *, is_opening: bool = False) -> None:
     """Raise CheckpointError for a mask that is not causal: a window, or none at all, is another computation.
 
-    Reads all of them, once where blocks share their bytes; while opening, which is cheap, the first block's.
+    Reads all of them, or its `own` of a rank, once where blocks share their bytes; while opening, which is
+    cheap, the first block's.
     """
     tensors = reading.manifest.tensors
     names = (name for name in reading.masks if block_of(name) == 0 or not is_opening)
-    for span in {tensors[name].address: tensors[name] for name in names}.values():
+    spans = {tensors[name].address: tensors[name] for name in names}
+    for span in [*spans.values()][own]:
         if span.name.endswith(".masked_bias"):
             _check_hidden(span)
             continue
