@@ -21,12 +21,11 @@ from torch import Tensor, nn
 
 from gpt2lite.checkpoint import open_checkpoint, writing
 from gpt2lite.checkpoint.dcp import fill_dcp
-from gpt2lite.checkpoint.folders import fill_tensor_folder
 from gpt2lite.checkpoint.manifest import Manifest
 from gpt2lite.checkpoint.reading import map_tensors
 from gpt2lite.checkpoint.safetensors import fill_safetensors, fill_safetensors_folder
 from gpt2lite.checkpoint.source import memory_of
-from gpt2lite.checkpoint.torch_zip import fill_torch_zip
+from gpt2lite.checkpoint.torch_zip import fill_tensor_folder, fill_torch_zip
 from gpt2lite.checkpoint.writing import Progress, TensorToWrite, Wrote
 from gpt2lite.config import GPTConfig
 from gpt2lite.dialects.configs import check_masks

@@ -73,7 +73,12 @@ def plain_model(opened: Opened[GPTModel], dtype: torch.dtype | None) -> GPTModel
     return model.eval().to(dtype=dtype)
 
 
-Forward = Callable[[Tensor], Tensor]  # ids (1, T) → logits (1, T, V)
+# A classifier's class in config.json → the class of transformers that reads it.
+CLASSIFIERS = {
+    "GPT2ForSequenceClassification": "AutoModelForSequenceClassification",
+    "GPT2ForTokenClassification": "AutoModelForTokenClassification",
+}
+Forward = Callable[[Tensor], Tensor]  # ids (1, T) → logits (1, T, V), or (1, V) of the last token
 SAME_CONFIG = "the config and the forward pass: both loads take gpt2lite's (try --against transformers)"
 CONVERTED = "transformers cannot read this file, so gpt2lite converted it"
 
@@ -81,27 +86,38 @@ CONVERTED = "transformers cannot read this file, so gpt2lite converted it"
 def _transformers(opened: Opened[GPTModel], dtype: torch.dtype, folder: Path) -> tuple[Forward, str]:
     """transformers' own model, of its own class, as the folder's config.json says; else of a conversion."""
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        import transformers
         from transformers.utils import logging
     except ImportError as error:
         raise UsageError(f"transformers cannot be imported ({error}): pip install transformers") from None
     logging.disable_progress_bar()
     path, shared = folder_of(opened.path), ""
-    has_config = "model_type" in folder_configs(opened.path).get("config.json", {})
+    said = folder_configs(opened.path).get("config.json", {})
+    has_config, kind = "model_type" in said, "AutoModelForCausalLM"
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
     if not has_config or opened.reading.dialect != "huggingface" or opened.path.name not in FOLDER_FILES:
         shared = f"the config and the names: {CONVERTED}"
         if has_config:
-            options["config"] = AutoConfig.from_pretrained(path, local_files_only=True)
+            options["config"] = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
             shared = f"the names: {CONVERTED}; the config is the folder's"
         if opened.config.n_classes:
-            raise UsageError(f"{opened.path}: a classifier is compared with plain torch only")
+            raise UsageError(
+                f"{opened.path}: a classifier that gpt2lite converts is compared with torch only"
+            )
         config = opened.config.as_dict()
         path = convert(opened.path, folder / "model", to="huggingface", config=config, verify=False)
     elif opened.reading.adapters and not (path / "adapter_config.json").is_file():
         advice = "copy its two files here, or compare with plain torch"
         raise UsageError(f"{path}: transformers would leave out the adapter; {advice}")
-    model = AutoModelForCausalLM.from_pretrained(path, **options).eval()
+    elif opened.config.n_classes:
+        named = said.get("architectures") or ["none"]
+        kind = CLASSIFIERS.get(named[0], "")
+        if not kind:
+            raise UsageError(
+                f"{path}/config.json names {named[0]}; the classifiers compared are {', '.join(CLASSIFIERS)}"
+            )
+    model = getattr(transformers, kind).from_pretrained(path, **options).eval()
+    model.config.pad_token_id = None  # what is classified is the last token, whatever its number
     return lambda ids: model(ids).logits, shared
 
 
@@ -145,7 +161,8 @@ def verify(
     reference, load_other = REFERENCES[against]
     with tempfile.TemporaryDirectory(prefix="gpt2lite-", dir=folder) as temporary:
         forward, unchecked = load_other(opened, dtype, Path(temporary))
-        theirs = forward(ids)[0].float()
+        theirs = forward(ids).reshape(-1, ours.shape[-1]).float()
+    ours = ours[-len(theirs) :]
     tolerance = TOLERANCES[dtype] * float(theirs.abs().max())
     difference = float((ours - theirs).abs().max()) if ours.shape == theirs.shape else float("inf")
     before, new = theirs[start - 1 : -1], ids[0, start:]

@@ -176,7 +176,7 @@ class Ranks:
                 raise OSError("its disk is full")
 
     def dcp(self) -> dict[str, Any]:
-        """The ranks' own DCP checkpoint, read back: whether it is equal, bytes of a part, bytes read."""
+        """Of torch's own checkpoint of these ranks, read back: equal?, bytes of a part and what is read."""
         folder, model = self.folder / f"dcp-{self.size}", self.load("tied.pth", "fsdp")
         optimizer = torch.optim.AdamW(model.parameters())
         checkpoint.save({"model": model.state_dict(), "optim": optimizer.state_dict()}, checkpoint_id=folder)

@@ -709,6 +709,30 @@ def test_a_whole_books_model_with_another_epsilon_is_refused(tmp_path: Path):
         GPTModel.from_checkpoint(tmp_path / "model.pth")
 
 
+def unsaved(model: Any, *, is_attribute: bool, window: int) -> nn.Module:
+    """The book's model, whose attention keeps its mask where no state dict shows it."""
+    for block in model.trf_blocks:
+        mask = block.att._buffers.pop("mask") + torch.ones(T, T).tril(-window)
+        if is_attribute:
+            block.att.mask = mask
+        else:
+            block.att.register_buffer("mask", mask, persistent=False)
+    return model
+
+
+@pytest.mark.parametrize("is_attribute", [False, True])
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_a_whole_pickled_models_masks_are_read_where_no_state_dict_has_them(
+    is_attribute: bool, is_wrapped: bool, tmp_path: Path
+):
+    for window in (T, 8):
+        whole = unsaved(whole_models()["book"], is_attribute=is_attribute, window=window)
+        torch.save(nn.DataParallel(whole) if is_wrapped else whole, tmp_path / f"{window}.pth")
+    assert GPTModel.from_checkpoint(tmp_path / f"{T}.pth").config.n_heads == 4
+    with pytest.raises(CheckpointError, match=r"trf_blocks.0.att.mask is not GPT-2's causal mask"):
+        open_model(tmp_path / "8.pth")
+
+
 def test_dropouts_that_differ_in_a_whole_pickled_model_are_said(tmp_path: Path):
     theirs = whole_models()["book"]
     theirs.trf_blocks[1].drop_resid.p = 0.5

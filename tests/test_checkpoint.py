@@ -649,7 +649,7 @@ NOT_READ = {
     "storage missing": (zip_of_tensor(Stored(key="1")), "needs data/1 of 24 bytes, which is missing"),
     "storage elsewhere": (zip_of_tensor(Stored(key="../byteorder")), "which is missing"),
     "storage too short": (zip_of_tensor(Stored(numel=7)), "needs data/0 of 28 bytes, which has 24"),
-    "storage too long": (zip_of_tensor(Stored(numel=5)), "needs data/0 of 20 bytes, which has 24"),
+    "storage too long": (zip_of_tensor(Stored(numel=5), 0, (1, 3)), "needs data/0 of 20 bytes, which has 24"),
     "conjugated": (zip_of_tensor(None, 0, (2, 3), (3, 1), {"conj": True}), "conjugated or negated"),
 }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, randomise
 from test_loading import HEADS, huggingface, save_pth
 
 from gpt2lite import GPTConfig, GPTModel, UsageError, evaluate
@@ -65,6 +65,28 @@ def test_it_is_the_protocol_around_transformers(length: int, context: int, strid
     assert found.tokens == length - 1
     assert found.nats == pytest.approx(peers_nats(peer, ids, context, stride), rel=1e-5)
     assert found.perplexity == pytest.approx(math.exp(found.nats / found.tokens))
+
+
+def one_by_one(model: GPTModel, ids: list[int], context: int, stride: int) -> tuple[int, float]:
+    """Every token's loss from a forward of its own, in the first window that has all before it."""
+    nats, begin = 0.0, 0
+    for place in range(1, len(ids)):
+        begin += stride if place - begin > context else 0
+        logits = model(torch.tensor([ids[begin:place]]))[0, -1]
+        nats -= float(logits.double().log_softmax(-1)[ids[place]])
+    return len(ids) - 1, nats
+
+
+@pytest.mark.parametrize("context", [1, 2, 5, 8])
+@pytest.mark.parametrize("length", [2, 3, 8, 9, 10, 23])
+def test_windows_that_do_not_fit_are_a_plain_loop_over_tokens(length: int, context: int):
+    model = randomise(GPTModel(GPTConfig(101, 8, 16, 2, 2)))
+    ids = torch.randint(101, (length,), generator=torch.Generator().manual_seed(length))
+    for stride in range(1, context + 1):
+        with torch.inference_mode():
+            tokens, nats = one_by_one(model, ids.tolist(), context, stride)
+        found = evaluate(model, ids, context=context, stride=stride)
+        assert (found.tokens, found.nats) == (tokens, pytest.approx(nats, rel=1e-5))
 
 
 @pytest.mark.parametrize("stride", [1, 3, 8])

@@ -60,7 +60,7 @@ from gpt2lite.finetuning.training import Trainer, choose_trained
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 MIB = 1 << 20
 TIED = GPTConfig.of(TINY.as_dict() | {"tied_head": True})
-QUICK = Recipe(steps=8, batch_size=4, seq_len=12, learning_rate=1e-3, warmup_steps=2)
+QUICK = Recipe(steps=8, batch_size=4, seq_len=12, learning_rate=1e-3, warmup_steps=1)
 TOKENS = torch.randint(101, (4000,), generator=torch.Generator().manual_seed(0)).to(torch.uint16)
 
 
@@ -475,11 +475,57 @@ def test_a_rate_that_is_a_tensor_is_set_in_place():
         ({"seed": 2**40}, r"seed must be below 2\*\*32, got 1099511627776"),
         ({"seed": 1.5}, "seed must be an int of at least 0, got 1.5"),
         ({"seed": None}, "seed must be an int of at least 0, got None"),
+        ({"steps": 5, "warmup_steps": 6}, "warmup_steps=6 is more than steps=5: no step has the peak"),
+        ({"learning_rate": 10**400}, "learning_rate must be a finite number"),
+        ({"learning_rate": "1e-4"}, "learning_rate must be a finite number, 0 or more, got '1e-4'"),
+        ({"learning_rate": 0}, "learning_rate must be more than 0"),
+        ({"save_every": 0}, "save_every must be an int of at least 1, got 0"),
+        ({"steps": True}, "steps must be an int of at least 1, got True"),
+        ({"weight_decay": -0.1}, "weight_decay must be a finite number, 0 or more"),
     ],
 )
 def test_a_recipe_that_cannot_work_is_refused(options: dict[str, Any], message: str):
     with pytest.raises(UsageError, match=message):
         Recipe(**options)
+
+
+def test_what_is_no_recipe_is_refused(tmp_path: Path):
+    for recipe in ({}, {"steps": 3}):
+        with pytest.raises(UsageError, match="recipe must be a Recipe, got a dict"):
+            finetune(fresh(), task(QUICK), tmp_path / "out", recipe)  # type: ignore[arg-type]
+    assert [Recipe(steps=steps).warmup for steps in (1, 5, 20, 200)] == [0, 2, 10, 10]
+
+
+class Wider(GPTModel):
+    """A layer more than its config says, and another way through it."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__(config)
+        self.adapter = torch.nn.Linear(48, 48)
+
+    def hidden(self, ids: torch.Tensor, cache: Any = None) -> torch.Tensor:
+        return self.adapter(super().hidden(ids, cache))
+
+
+def test_a_model_whose_file_would_open_as_another_is_refused(tmp_path: Path):
+    buffered, headed, relu, untied, smaller = fresh(), fresh(), fresh(), fresh(), fresh(TINY)
+    buffered.trf_blocks[1].register_buffer("calls", torch.zeros(1))
+    headed.trf_blocks[2].att.n_heads = 2
+    relu.trf_blocks[0].ff.layers[1] = torch.nn.ReLU()
+    untied.out_head.weight = torch.nn.Parameter(untied.out_head.weight.detach().clone())
+    smaller.pos_emb = torch.nn.Embedding(16, 48)
+    for model, message in (
+        (Wider(TIED), r"adapter.weight is \(48, 48\), wanted no such part"),
+        (Wider(TIED), r"the model computes something else than GPTModel's GPTModel"),
+        (buffered, r"trf_blocks.1.calls is \(1,\), wanted no such part"),
+        (headed, "trf_blocks.2.att computes something else than GPTModel's CausalSelfAttention"),
+        (relu, "trf_blocks.0.ff.layers.1 computes something else than GPTModel's GELU"),
+        (untied, "the head is tied or not, unlike config.tied_head=True"),
+        (smaller, r"pos_emb.weight is \(16, 48\), wanted \(32, 48\)"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            finetune(model, task(QUICK), tmp_path / "out", QUICK)
+    assert not (tmp_path / "out").exists()
 
 
 def test_models_that_do_not_train_are_refused(pth: Path, tmp_path: Path):
@@ -1511,7 +1557,11 @@ def test_plan_tells_training_and_fits_it(pth: Path, capsys: pytest.CaptureFixtur
     assert fitted["forecast"]["peak"] < whole["peak"]
     assert fitted["levers"]
     assert main([*words, "--fit", "1KiB"]) == 1
-    assert "does not fit in 1.0 KiB" in capsys.readouterr().out
+    assert "1.0 KiB: does not fit in any way; the least takes" in capsys.readouterr().out
+    assert main([*words, "--fit", f"{whole['peak'] - 1}B", "--lora-rank", "2"]) == 0
+    assert "fits as asked" in capsys.readouterr().out
+    assert main([*words, "--fit", f"{whole['peak'] - 1}B"]) == 0
+    assert "does not fit as asked; it would with\n" in capsys.readouterr().out
     assert main(["plan", str(pth), "--n-heads", "4", "--fit", "1GiB"]) == 1
     assert "add --train" in capsys.readouterr().err
 
@@ -1529,7 +1579,7 @@ def test_only_levers_that_are_needed_are_named():
 
     assert named(100) == []
     assert named(60) == ["recompute=True"]
-    assert named(40) == ["recompute=True", "batch_size=1"]
+    assert named(40) == ["recompute=True", "batch_size=1 (was 4)"]
     assert named(10) == named(40)  # nothing fits: the lowest peak
     for asked in ({"lora_rank": 4}, {"last_blocks": 1}):
         levers, _ = find_levers(replace(changed, **asked), 10, predict)

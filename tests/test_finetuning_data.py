@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import pickle
 import random
 import struct
 from array import array
@@ -240,6 +241,13 @@ def npy(content: object, path: Path) -> bytes:
     return path.read_bytes()
 
 
+class Loaded:
+    """Fails a test that loads it."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return pytest.fail, ("a pickle was loaded",)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32])
 def test_llmcs_token_files_say_their_width(dtype: torch.dtype, tmp_path: Path):
     path = tmp_path / "text.bin"
@@ -279,6 +287,9 @@ def test_numpys_files_say_their_width(kind: str, tmp_path: Path):
         (numpy.array([5, 6], "u8"), "uint16, uint32, int32 or int64, format 1.0"),
         (numpy.array(IDS, "f4"), "wanted one row of little-endian integers"),
         (numpy.array([IDS], "u2"), "wanted one row of little-endian integers"),
+        (numpy.array([IDS, IDS], order="F"), "wanted one row of little-endian integers.*'fortran_order': "),
+        (numpy.array([Loaded()]), "wanted one row of little-endian integers.*'descr': '.O'"),
+        (pickle.dumps(Loaded()), "bytes of tokens|looks like text|holds the id"),
         (numpy.array([5, -1]), "holds the id -1, the model's are below 1024"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -868,6 +879,28 @@ def test_tasks_of_other_data_have_other_digests(encoding: Encoding, tmp_path: Pa
     before = text_task(tokens, encoding, SMALL, Recipe(seq_len=16)).digest
     tokens[444] = 3
     assert text_task(tokens, encoding, SMALL, Recipe(seq_len=16)).digest != before
+
+
+def test_a_tokenizer_of_characters_classifies_and_cannot_end_a_response(tmp_path: Path):
+    characters = "".join(sorted({*"some text, ab"}))
+    table = {"stoi": {c: i for i, c in enumerate(characters)}, "itos": dict(enumerate(characters))}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(table))
+    own = tokenizer_for(tmp_path / "model.pth", len(characters))
+    config, recipe = GPTConfig(len(characters), 32, 16, 2, 1), Recipe(seq_len=32)
+    rows = [{"text": "some text, " + "ab"[i % 2] * (1 + i % 3), "label": "xy"[i % 2]} for i in range(40)]
+    task = classifier_task(lines(tmp_path / "a.jsonl", rows), own, config, recipe)
+    check_batch(task.train(0), GPTConfig.of(config.as_dict() | {"n_classes": 2}))
+    asked = lines(tmp_path / "b.jsonl", [{"instruction": "text", "output": "some"}] * 9)
+    with pytest.raises(UsageError, match=r"meta.pkl: this tokenizer has no end-of-text token"):
+        instruction_task(asked, own, config, recipe)
+
+
+def test_what_fills_a_row_up_does_not_reach_the_model():
+    model = GPTModel(GPTConfig.of(TINY.as_dict() | {"n_classes": 2})).eval()
+    batch = example_windows([Example([5] * n, [IGNORED] * (n - 1) + [n % 2]) for n in (2, 9)], 2)[0]
+    other = batch.ids.where(torch.arange(9) < torch.tensor([[2], [9]]), 77)
+    counts = batch.targets != IGNORED
+    assert torch.equal(model(batch.ids)[counts], model(other)[counts])
 
 
 def test_one_class_is_none(encoding: Encoding):

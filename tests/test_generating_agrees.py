@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, in_threads, randomise
+from conftest import TINY, in_threads, randomise, where_positions_decide
 from torch import Tensor
 
 from gpt2lite import GPTConfig, GPTModel, UsageError, evaluate
@@ -436,3 +436,35 @@ def test_what_torch_makes_by_default_does_not_matter(model: GPTModel, engine: st
             torch.set_default_device(None)
         assert [row.tolist() for row in found] == [row.tolist() for row in wanted]
         assert loss == evaluate(model, torch.arange(90)).nats
+
+
+def test_weights_that_changed_in_place_are_the_ones_that_write(engine: str):
+    model, other = (where_positions_decide(GPTModel(TINY)) for _ in range(2))
+    for parameter in other.parameters():
+        parameter.data.mul_(torch.linspace(0.5, 1.5, parameter.numel()).view_as(parameter))
+    before, wanted = (each.generate([[1, 2]], 9, engine="torch")[0] for each in (model, other))
+    assert not torch.equal(before, wanted)
+    assert torch.equal(model.generate([[1, 2]], 9, engine=engine)[0], before)
+    for assign in (False, True):
+        model.load_state_dict(other.state_dict(), assign=assign)
+        assert torch.equal(model.generate([[1, 2]], 9, engine=engine)[0], wanted)
+
+
+def test_a_callback_that_raises_leaves_everything_as_it_was(dropping: GPTModel, engine: str):
+    modes, state = [module.training for module in dropping.modules()], torch.get_rng_state()
+    wanted = dropping.generate([[1, 2]], 9, engine=engine)[0].tolist()[2:]
+    seen = []
+
+    def callback(token: Tensor) -> None:
+        seen.append(int(token))
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+        if len(seen) == 3:
+            raise EOFError
+
+    tokens = dropping.generate_tokens([[1, 2]], 9, engine=engine, temperature=1.0, top_k=1, seed=3)
+    with pytest.raises(EOFError):
+        list(map(callback, tokens))
+    assert seen == wanted[:3]
+    assert [module.training for module in dropping.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)

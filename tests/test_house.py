@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import TINY
 
 import gpt2lite
+from gpt2lite import GPTModel, convert
 
 PACKAGE = Path(gpt2lite.__file__).parent
 
@@ -112,3 +116,28 @@ def test_only_the_command_line_prints():
 
 def test_there_is_no_room_for_everything_else():
     assert not {path.stem for path in MODULES} & {"utils", "helpers", "common", "misc"}
+
+
+def files_entered(call: Callable[[], object]) -> set[str]:
+    """The package's files of which a function runs during a call."""
+    found = set()
+    sys.setprofile(lambda frame, event, arg: found.add(frame.f_code.co_filename))
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return {name for name in found if Path(name).is_relative_to(PACKAGE)}
+
+
+def test_the_walks_through_the_house_grow_no_longer(pth: Path, tmp_path: Path):
+    config = {"n_heads": TINY.n_heads}
+    walks: dict[str, Callable[[int], object]] = {
+        "stream": lambda i: GPTModel.from_checkpoint(pth, strategy="stream", config=config),
+        "convert": lambda i: convert(pth, tmp_path / f"out-{i}", to="huggingface", config=config),
+    }
+    entered = {}
+    for name, walk in walks.items():
+        walk(0)  # imports
+        entered[name] = files_entered(lambda walk=walk: walk(1))
+    assert len(entered["stream"]) <= 21, sorted(entered["stream"])
+    assert len(entered["convert"]) <= 21, sorted(entered["convert"])

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.optim.swa_utils import AveragedModel
 
 from gpt2lite import CheckpointError, InsufficientMemoryError, UsageError, load_module
 from gpt2lite.loading import STRATEGIES
@@ -444,6 +445,35 @@ def test_a_module_that_loads_itself_is_refused_where_baseline_does_not_fit(tmp_p
     torch.save(PreHook().state_dict(), tmp_path / "model.pth")
     with pytest.raises(InsufficientMemoryError, match="baseline would take"):
         load_module(PreHook, tmp_path / "model.pth", max_host_memory="50B")
+
+
+class ExtraDict(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"step": 7}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+
+
+@pytest.mark.parametrize("strategy", ["auto", "baseline", "stream"])
+def test_an_extra_state_that_is_no_tensor_is_refused_by_name(strategy: str, tmp_path: Path):
+    torch.save(nn.Sequential(ExtraDict()).state_dict(), tmp_path / "model.pth")
+    with pytest.raises(UsageError, match=r"0._extra_state of the module is no tensor.*use torch.load and"):
+        load_module(lambda: nn.Sequential(ExtraDict()), tmp_path / "model.pth", strategy=strategy)
+
+
+def test_an_averaged_model_loads_into_one_and_into_the_plain_module(tmp_path: Path):
+    averaged = AveragedModel(net := nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
+    averaged.update_parameters(net)
+    torch.save(averaged.state_dict(), path := tmp_path / "model.pth")
+    build = lambda: nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))  # noqa: E731
+    assert_same(load_module(build, path), net.eval(), torch.rand(2, 3))
+    again = load_module(lambda: AveragedModel(build()), path)
+    assert again.n_averaged == 1
+    assert torch.equal(again.module[1].weight, net[1].weight)
 
 
 def test_batch_norm_needs_no_loading_of_its_own(tmp_path: Path):

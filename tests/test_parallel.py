@@ -185,7 +185,7 @@ def test_a_rank_reads_its_own_ranges_of_a_distributed_checkpoint(folder: Path, s
 def test_a_distributed_checkpoint_opens_in_one_process_and_is_converted(
     folder: Path, tmp_path: Path, size: int
 ):
-    wanted = GPTModel.from_checkpoint(folder / "tied.pth").tok_emb.weight
+    wanted = next(GPTModel.from_checkpoint(folder / "tied.pth").parameters())
     source = folder / f"dcp-{size}"
     for strategy in ("stream", "sequential", "meta"):
         model = GPTModel.from_checkpoint(source, strategy=strategy, config={"n_heads": TINY.n_heads})

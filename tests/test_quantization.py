@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -10,21 +11,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, randomise
 from test_loading import HEADS, KINDS, save_pth
 
 from gpt2lite import (
     STRATEGIES,
     CheckpointError,
+    GPT2LiteError,
     GPTConfig,
     GPTModel,
     InsufficientMemoryError,
+    Recipe,
+    Task,
     Tuning,
     UsageError,
+    finetune,
     forecast,
+    load_lora,
+    merge_lora,
 )
 from gpt2lite.benchmarking import write_random_checkpoint
 from gpt2lite.cli import main
+from gpt2lite.finetuning.data import text_batches
 from gpt2lite.generation.engines import ENGINES, KVCache
 from gpt2lite.quantization import Int8Embedding, Int8Linear
 
@@ -126,6 +134,32 @@ def test_what_cannot_be_quantised_is_refused(pth: Path, options: Mapping[str, st
     arguments = {"quantize": "int8", **options}
     with pytest.raises(UsageError, match=message):
         GPTModel.from_checkpoint(pth, config=HEADS, **arguments)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_whatever_else_is_done_with_int8_is_refused_by_its_name(tied: bool, tmp_path: Path):
+    config = GPTConfig.of(TINY.as_dict() | {"tied_head": tied})
+    recipe = Recipe(steps=1, batch_size=2, seq_len=8, lora_rank=2)
+    task = Task(text_batches(torch.arange(99), 8, 2, 0), [])
+    model = randomise(GPTModel(config))
+    model.save_checkpoint(tmp_path / "model.pth")
+    finetune(model, task, tmp_path / "out", recipe)
+    int8 = GPTModel.from_checkpoint(tmp_path / "model.pth", quantize="int8")
+    before = int8.generate([[1, 2]], 9)
+    torch.save(int8.state_dict() | {"config": config.as_dict()}, tmp_path / "dict.pth")
+    torch.save(int8, tmp_path / "whole.pth")
+    for use, message in (
+        (lambda: finetune(int8, task, tmp_path / "other", recipe), "an int8 model does not train"),
+        (lambda: load_lora(int8, tmp_path / "out" / "adapters.pth"), "adapter for .*W_query, not a linear"),
+        (lambda: int8.save_checkpoint(tmp_path / "x.pth"), "cannot save an int8 model"),
+        (lambda: GPTModel.from_checkpoint(tmp_path / "dict.pth", config=config), "holds torch.int8"),
+        (lambda: GPTModel.from_checkpoint(tmp_path / "whole.pth"), "class='gpt2lite.quantization.Int8"),
+    ):
+        with pytest.raises(GPT2LiteError, match=message):
+            use()
+    merge_lora(int8)  # has none
+    assert torch.equal(int8.generate([[1, 2]], 9)[0], before[0])
+    assert torch.equal(copy.deepcopy(int8).generate([[1, 2]], 9)[0], before[0])
 
 
 def test_an_int8_model_is_not_saved(pth: Path, tmp_path: Path):

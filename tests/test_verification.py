@@ -112,7 +112,28 @@ def test_a_classifier_is_compared_by_its_logits(tmp_path: Path, capsys: pytest.C
     assert main(["verify", str(path)]) == 0
     assert "PASS" in capsys.readouterr().out
     assert main(["verify", str(path), "--against", "transformers"]) == 1
-    assert "a classifier is compared with plain torch only" in capsys.readouterr().err
+    assert "a classifier that gpt2lite converts is compared with torch only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["GPT2ForSequenceClassification", "GPT2ForTokenClassification"])
+def test_a_classifier_is_compared_with_the_class_that_its_folder_names(kind: str, tmp_path: Path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = huggingface().config
+    config.num_labels, config.pad_token_id = 3, 2746 % config.vocab_size  # the prompt's last token
+    getattr(transformers, kind)(config).save_pretrained(folder := tmp_path / "hub")
+
+    def with_other_head() -> GPTModel:
+        model = GPTModel.from_checkpoint(folder)
+        model.out_head.weight.data[2, 5] += 1
+        return model
+
+    found = verify(lambda: GPTModel.from_checkpoint(folder), open_model(folder), against="transformers")
+    assert found.passed
+    assert not verify(with_other_head, open_model(folder), against="transformers").passed
+    said = json.loads((folder / "config.json").read_text()) | {"architectures": ["GPT2ForQuestionAnswering"]}
+    (folder / "config.json").write_text(json.dumps(said))
+    with pytest.raises(UsageError, match="names GPT2ForQuestionAnswering; the classifiers compared are"):
+        verify(lambda: GPTModel.from_checkpoint(folder), open_model(folder), against="transformers")
 
 
 def test_an_unknown_reference_is_refused(pth: Path):

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from gpt2lite.checkpoint import folders, open_checkpoint
+from gpt2lite.checkpoint import open_checkpoint, torch_zip
 from gpt2lite.checkpoint.reading import read_span
 from gpt2lite.checkpoint.source import memory_of
 from gpt2lite.checkpoint.torch_zip import ALIGNMENT, fill_torch_zip
@@ -229,7 +229,7 @@ def test_a_missing_source_leaves_no_folder(tmp_path):
 
 
 def test_a_disk_that_fills_half_way_leaves_no_folder(tmp_path, monkeypatch):
-    saved, fill = [], folders.fill_torch_zip
+    saved, fill = [], torch_zip.fill_torch_zip
 
     def fill_until_full(path: Path, *rest: object, **more: object) -> None:
         if len(saved) == 2:
@@ -237,7 +237,7 @@ def test_a_disk_that_fills_half_way_leaves_no_folder(tmp_path, monkeypatch):
         saved.append(path)
         fill(path, *rest, **more)
 
-    monkeypatch.setattr(folders, "fill_torch_zip", fill_until_full)
+    monkeypatch.setattr(torch_zip, "fill_torch_zip", fill_until_full)
     with pytest.raises(OSError, match="No space left"):
         save_per_tensor(Tied(), tmp_path / "parts")
     assert len(saved) == 2

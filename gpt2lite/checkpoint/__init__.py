@@ -1,34 +1,56 @@
-"""What lies on disk: `open_checkpoint` recognises a file by its content and returns its `Manifest`."""
+"""What lies on disk: `open_checkpoint` recognises a file by its content and returns its `Manifest`.
+
+In a folder, which file it is is decided by what lies there, and asked where two could be; or each file is one
+tensor, the article's last recipe; or an index says which file holds which tensor, as transformers'
+`save_pretrained(max_shard_size=…)` writes it, around safetensors or pickles.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Container, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from gpt2lite.checkpoint import dcp, folders, llmc_bin, tf_bundle, torch_zip
-from gpt2lite.checkpoint.folders import FOLDER_FILES
-from gpt2lite.checkpoint.foreign import READABLE, shortened, what_is
+from gpt2lite.checkpoint import dcp, llmc_bin, tf_bundle, torch_zip
+from gpt2lite.checkpoint.foreign import READABLE, shortened, what_is, what_is_json
 from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, joined, validate
-from gpt2lite.checkpoint.safetensors import open_safetensors
+from gpt2lite.checkpoint.safetensors import json_object, open_safetensors
 from gpt2lite.checkpoint.source import ByteSource
-from gpt2lite.errors import CheckpointError, CheckpointNotFoundError
+from gpt2lite.errors import CheckpointError, CheckpointNotFoundError, listed
 
+# A folder from the Hub holds its weights under one of these names. The first that is there counts, as in
+# transformers: a single file before an index of shards, safetensors before pickles.
+FOLDER_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+NOT_READ = (".h5", ".msgpack", ".ot", ".gguf", ".onnx", ".npz", ".pb")  # opened to say what they are
+# What training and other programs leave beside the weights.
+PASSENGER = re.compile(
+    r"(optimizer|scheduler|rng_state|training_args|scaler|sampler|adapter|tokenizer|train\.|val\.).*"
+    r"|.*(optim_states|_tokenizer|_debug_state|scheduler|optimizer)\.\w+"
+)
+ZERO_TO_FP32 = "join them with DeepSpeed's zero_to_fp32.py, which lies in the folder above"
+# (pattern, so many at least): what it is, and what to do.
+DIVIDED = {
+    ("zero_pp_rank_*_model_states.pt", 1): f"DeepSpeed's ZeRO-3 checkpoint, in parts; {ZERO_TO_FP32}",
+    ("*model_states.pt", 2): f"DeepSpeed's checkpoint of several model-parallel ranks; {ZERO_TO_FP32}",
+    ("*.distcp", 1): f"a distributed checkpoint of torch (FSDP, DCP); join it: {dcp.DCP_TO_TORCH}",
+}
 OPTIMIZER = re.compile(r"(.*\.)?(state\.\d+|param_groups|optim\w*)\..*")  # names of an optimizer's tensors
+INDEX_SUFFIX = ".index.json"
+MAX_INDEX_BYTES = 64 << 20
 
 __all__ = ["FOLDER_FILES", "Manifest", "TensorSpan", "open_checkpoint", "side_file"]
 
 
-OPENERS: dict[str, Callable[[ByteSource], Manifest]] = {
-    "zip": torch_zip.open_torch_zip,
-    "legacy": torch_zip.open_torch_legacy,
-    "safetensors": open_safetensors,
-    "sharded": lambda source: folders.open_sharded(source, partial(_open_file, is_shard=True)),
-    "llmc": llmc_bin.open_llmc,
-    "tf bundle": tf_bundle.open_tf_bundle,
-}
+# ---- a file ------------------------------------------------------------------------------------------------
 
 
 def _open_file(source: ByteSource, is_shard: bool = False) -> Manifest:
@@ -56,15 +78,144 @@ def _open_file(source: ByteSource, is_shard: bool = False) -> Manifest:
     return OPENERS[kind](source)
 
 
+# ---- shards with an index ----------------------------------------------------------------------------------
+
+
+def _shard_name(said: object) -> str | None:
+    """A file below the index's folder, spelled in one way; None for what could lie elsewhere."""
+    if not isinstance(said, str) or "\\" in said or PureWindowsPath(said).drive:
+        return None
+    name = PurePosixPath(said)
+    return str(name) if name.parts and not name.is_absolute() and ".." not in name.parts else None
+
+
+def _open_shards(index: ByteSource, placed: Mapping[str, str]) -> tuple[dict[str, Manifest], list[str]]:
+    """The manifests of all shards that can be opened; a line for each that cannot, or that does not fit."""
+    opened, lines = dict[str, Manifest](), list[str]()
+    for shard in dict.fromkeys(placed.values()):
+        try:
+            opened[shard] = _open_file(index.sibling(shard), is_shard=True)
+        except CheckpointError as error:
+            lines.append(f"{error}")
+        except (OSError, ValueError) as error:  # of a name that no file can have
+            lines.append(f"{shard!r}: cannot be opened ({error})")
+    stored = {shard: found.tensors.keys() | found.unreadable.keys() for shard, found in opened.items()}
+    lines += [
+        f"{name}: is not in {shard}, where the index looks for it"
+        for name, shard in placed.items()
+        if name not in stored.get(shard, {name})
+    ]
+    lines += [
+        f"{name}: is in {shard}; the index says {placed.get(name, 'nothing')}"
+        for shard, manifest in opened.items()
+        for name in manifest.tensors
+        if placed.get(name) != shard
+    ]
+    formats = sorted({manifest.format for manifest in opened.values()})
+    if len(formats) > 1:
+        lines.append(f"the shards are of {len(formats)} formats, {' and '.join(formats)}; wanted one")
+    return opened, lines
+
+
+def open_sharded(source: ByteSource) -> Manifest:
+    """The manifest of all shards that an index names.
+
+    Its format is the shards'. A shard may be a link, as in the Hub's cache, but its name must lie below the
+    index's folder. Raises one CheckpointError that lists every shard that is missing, damaged or elsewhere
+    and every tensor that index and shards do not agree on.
+    """
+    state = source.state()
+    if state.size > MAX_INDEX_BYTES:
+        raise CheckpointError(source, f"has {state.size} bytes; the limit is {MAX_INDEX_BYTES >> 20} MiB")
+    with source.open() as file:
+        index = json_object(source, file.read(), "its index is ")
+    weight_map, metadata = index.get("weight_map"), index.get("metadata")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(source, f"has no weight_map that names tensors; it is {what_is_json(index)}")
+    found = {name: _shard_name(said) for name, said in weight_map.items()}
+    lines = [
+        f"{name}: is said to be in {str(weight_map[name])[:100]!r}, which is not a file in this folder"
+        for name, shard in found.items()
+        if shard is None
+    ]
+    placed = {name: shard for name, shard in found.items() if shard is not None}
+    opened, more = _open_shards(source, placed)
+    if lines := lines + more:
+        what = f"does not fit its shards in {len(lines)} place(s). Copy or download them again."
+        raise CheckpointError(source, what + listed(lines))
+    items = metadata.items() if isinstance(metadata, dict) else ()
+    values = {f"metadata.{key}": value for key, value in items if isinstance(value, (str, int, float))}
+    first = next(iter(opened.values()))
+    own = Manifest(source.path, first.format, {}, values, {source: state})
+    return joined([own, *opened.values()])
+
+
+OPENERS: dict[str, Callable[[ByteSource], Manifest]] = {
+    "zip": torch_zip.open_torch_zip,
+    "legacy": torch_zip.open_torch_legacy,
+    "safetensors": open_safetensors,
+    "sharded": open_sharded,
+    "llmc": llmc_bin.open_llmc,
+    "tf bundle": tf_bundle.open_tf_bundle,
+}
+
+
+# ---- a folder ----------------------------------------------------------------------------------------------
+
+
+def _refuse_divided(folder: Path) -> None:
+    """Raise CheckpointError for a checkpoint in parts that only the program that wrote it can join."""
+    for (pattern, least), said in DIVIDED.items():
+        if len(list(folder.glob(pattern))) >= least:
+            raise CheckpointError(folder, said)
+
+
+def _candidates(folder: Path, tensors: Container[Path]) -> list[Path]:
+    """The files of a folder that may be a checkpoint, by their names; else one that can only be named."""
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file not in tensors]
+    found = [file for file in files if file.suffix in SUFFIXES and not PASSENGER.fullmatch(file.name)]
+    return found or [file for file in files if file.suffix in NOT_READ][:1]
+
+
+def _without_weights(folder: Path) -> CheckpointError:
+    """The error for a folder that holds no checkpoint, with the folder in it that is likely meant."""
+    names = [child.name for child in folder.iterdir()]
+    inner = sorted((child for child in folder.iterdir() if child.is_dir()), key=_number)
+    likely = f". Did you mean {inner[-1]}?" if inner and (_number(inner[-1]) >= 0 or not inner[1:]) else ""
+    wanted = f"{', '.join(FOLDER_FILES)}, one file ending in {', '.join(SUFFIXES)}"
+    more = f"one .pt file per tensor, or a .index of TensorFlow; found {shortened(names)}{likely}"
+    return CheckpointError(folder, f"a folder without weights; wanted {wanted}, {more}")
+
+
+def _number(folder: Path) -> int:
+    """The step at the end of a folder's name, `checkpoint-500` or `global_step1`; -1 where there is none."""
+    found = re.search(r"\d+$", folder.name)
+    return int(found.group()) if found else -1
+
+
+def _open_tensors(folder: Path) -> dict[Path, Manifest]:
+    """The `.pt` files of a folder that are one tensor each, named as its file is. Reads all headers."""
+    found = {}
+    for file in sorted(folder.glob("*.pt")):
+        with suppress(CheckpointError):  # a damaged file is not one of them
+            manifest = torch_zip.open_torch_zip(ByteSource(file))
+            if list(manifest.tensors) == [""]:
+                span = replace(manifest.tensors[""], name=file.stem)
+                found[file] = replace(
+                    manifest, path=folder, format="tensor_folder", tensors={file.stem: span}
+                )
+    return found
+
+
 def _open_folder(path: Path) -> Manifest:
     """The checkpoint that a folder is or holds. Raises CheckpointError where none or more than one does."""
     if named := next((path / name for name in FOLDER_FILES if (path / name).is_file()), None):
         return _open_file(ByteSource(named))
     if (path / dcp.METADATA).is_file():
         return dcp.open_dcp(path)
-    folders.refuse_divided(path)
-    tensors = folders.open_tensors(path)
-    files = folders.candidates(path, tensors)
+    _refuse_divided(path)
+    tensors = _open_tensors(path)
+    files = _candidates(path, tensors)
     if len(files) == 1 and len(tensors) < 2:
         return _open_file(ByteSource(files[0]))
     if files:
@@ -75,7 +226,10 @@ def _open_folder(path: Path) -> Manifest:
         return joined(list(tensors.values()))
     if indices := sorted(path.glob("*.index")):
         return tf_bundle.open_tf_bundle(ByteSource(tf_bundle.current_index(path, indices)))
-    raise folders.without_weights(path)
+    raise _without_weights(path)
+
+
+# ---- a path ------------------------------------------------------------------------------------------------
 
 
 def side_file(path: Path, suffix: str) -> Path:
@@ -87,7 +241,7 @@ def side_file(path: Path, suffix: str) -> Path:
     path = path.absolute()
     if os.path.isdir(path):
         return path.with_name(path.name + suffix)
-    return path.with_name(path.name.removesuffix(folders.INDEX_SUFFIX)).with_suffix(suffix)
+    return path.with_name(path.name.removesuffix(INDEX_SUFFIX)).with_suffix(suffix)
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Manifest:

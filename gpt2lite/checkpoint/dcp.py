@@ -17,7 +17,6 @@ from typing import Any, BinaryIO
 
 import torch
 
-from gpt2lite.checkpoint.folders import DCP_TO_TORCH
 from gpt2lite.checkpoint.foreign import DAMAGED
 from gpt2lite.checkpoint.inert_pickle import DescribingUnpickler, Inert, describe
 from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, are_sizes, contiguous_span
@@ -29,6 +28,7 @@ from gpt2lite.checkpoint.writing import TensorToWrite, Wrote
 from gpt2lite.errors import CheckpointError
 
 METADATA = ".metadata"
+DCP_TO_TORCH = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pth"
 
 
 class _Unpickler(DescribingUnpickler):

@@ -148,6 +148,12 @@ class Inert:
         for key, module in self.attribute("_modules").items():
             yield key, module if isinstance(module, Inert) and module.is_module else ()
 
+    def unsaved(self) -> Iterator[tuple[object, TensorRecord]]:
+        """Tensors that `state_dict` leaves out of a module, among the first: buffers and plain attributes."""
+        facts = chain(islice(self.attribute("_buffers").items(), FEW), islice(self.attributes(), FEW))
+        saved = {key for key, tensor in self.registered() if tensor}
+        return ((key, fact) for key, fact in facts if isinstance(fact, TensorRecord) and key not in saved)
+
 
 TENSORS = (TensorRecord, Unreadable, Storage)
 
@@ -370,6 +376,7 @@ class Described:
     values: dict[str, object] = field(default_factory=dict)
     modules: dict[str, str] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
+    unsaved: dict[str, TensorRecord] = field(default_factory=dict)
     dicts: set[str] = field(default_factory=set)
 
     def containers(self) -> dict[str, str]:
@@ -452,6 +459,7 @@ def _sort(tree: object, found: Described) -> None:
                 functions = {dotted(name, key): node.attribute(key) for key in FUNCTIONS}
                 found.modules.update({at: f.name for at, f in functions.items() if isinstance(f, Inert)})
                 found.values.update((dotted(name, key), key) for key in CHANGES if node.attribute(key))
+                found.unsaved.update((dotted(name, key), tensor) for key, tensor in node.unsaved())
             elif node.holds_tensor:
                 found.unreadable[name] = f"is made by {node}, which was not run"
             elif not node.has_names:

@@ -5,7 +5,6 @@ Weights are (out, in) as in nanoGPT, whose names they get. Format: llm.c, `train
 
 from __future__ import annotations
 
-import math
 import struct
 from dataclasses import replace
 
@@ -20,6 +19,7 @@ HEADER = struct.Struct("<256i")
 MAGIC = (20240326).to_bytes(4, "little")  # by which `open_checkpoint` knows it
 DTYPES = {3: torch.float32, 5: torch.bfloat16}  # by version
 MAX_LAYERS = 10_000
+EMBEDDINGS = ("wte", "wpe")  # which have no bias
 
 # Modules in the order of the file, with their weights' shapes in the words of the header. After each weight
 # lies a bias of its rows, but for the embeddings; "{i}" stands for every layer.
@@ -73,22 +73,18 @@ def open_llmc(source: ByteSource) -> Manifest:
     dtype, said = _read_header(source)
     C = said["n_embd"]
     sizes = {"Vp": said["padded_vocab_size"], "T": said["block_size"], "C": C, "3C": 3 * C, "4C": 4 * C}
-    blocks = []
+    spans, offset = dict[str, TensorSpan](), HEADER.size
     for module, words in MODULES.items():
         shape, count = tuple(sizes[word] for word in words), said["n_layer"] if "{i}" in module else 1
-        blocks.append((f"{module}.weight", shape, count))
-        if module not in ("wte", "wpe"):
-            blocks.append((f"{module}.bias", shape[:1], count))
-    end = HEADER.size + sum(math.prod(shape) * count for _, shape, count in blocks) * dtype.itemsize
-    if end != state.size:
-        what = f"its llm.c header describes {end} bytes, the file has {state.size}: {DAMAGED}"
+        parts = {"weight": shape} if module in EMBEDDINGS else {"weight": shape, "bias": shape[:1]}
+        for leaf, own in parts.items():
+            for i in range(count):  # all layers of one parameter in a row
+                name = f"{module}.{leaf}".format(i=i)
+                spans[name] = TensorSpan(name, dtype, own, contiguous_stride(own), source, offset)
+                offset += spans[name].nbytes
+    if offset != state.size:
+        what = f"its llm.c header describes {offset} bytes, the file has {state.size}: {DAMAGED}"
         raise CheckpointError(source, what)
-    spans, offset = {}, HEADER.size
-    for name, shape, count in blocks:  # each with all its layers in a row
-        for i in range(count):
-            own = name.format(i=i)
-            spans[own] = TensorSpan(own, dtype, shape, contiguous_stride(shape), source, offset)
-            offset += spans[own].nbytes
     spans["wte.weight"] = replace(spans["wte.weight"], shape=(said["vocab_size"], C))
     values = {name: said[name] for name in ("n_head", "vocab_size", "block_size")} | {"format": "llm.c"}
     return Manifest(source.path, "llmc", spans, values, {source: state})

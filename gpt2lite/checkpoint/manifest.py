@@ -99,7 +99,7 @@ class Manifest:
     why a tensor is not read. `is_plain` is False for a pickle that `torch.load(weights_only=True)`
     may refuse.
     `containers` says in which dict or module of its file a tensor lies, by that one's dotted name; what is
-    not there lies in the outermost.
+    not there lies in the outermost. `unsaved` are tensors of pickled modules that a state dict leaves out.
     """
 
     path: Path
@@ -112,6 +112,7 @@ class Manifest:
     unreadable: Mapping[str, str] = field(default_factory=dict)
     is_plain: bool = True
     containers: Mapping[str, str] = field(default_factory=dict)
+    unsaved: Mapping[str, TensorSpan] = field(default_factory=dict)
 
     def container_of(self, tensor: str) -> str:
         """The dotted name of the dict that holds a tensor, with a dot at its end; "" for the outermost."""
@@ -148,7 +149,7 @@ def contiguous_span(
 
 def joined(parts: Sequence[Manifest]) -> Manifest:
     """The manifests of several files as one, of the first one's path and format."""
-    names = ("tensors", "values", "files", "storages", "modules", "unreadable", "containers")
+    names = ("tensors", "values", "files", "storages", "modules", "unreadable", "containers", "unsaved")
     merged: dict[str, Any] = {
         name: {key: value for part in parts for key, value in getattr(part, name).items()} for name in names
     }

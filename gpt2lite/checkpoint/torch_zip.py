@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import struct
 import zipfile
@@ -32,8 +33,8 @@ from gpt2lite.checkpoint.inert_pickle import (
 )
 from gpt2lite.checkpoint.manifest import BOUND_CONFIG, Manifest, TensorSpan, are_sizes, contiguous_stride
 from gpt2lite.checkpoint.source import ByteSource, FileState, read_each
-from gpt2lite.checkpoint.writing import Config, TensorToWrite, Wrote, made_ahead
-from gpt2lite.errors import CheckpointError
+from gpt2lite.checkpoint.writing import Config, TensorToWrite, Wrote, made_ahead, state_of
+from gpt2lite.errors import CheckpointError, UsageError
 
 MAX_SMALL_BYTES = 64 << 20  # of what is read whole: a pickle
 ENCRYPTED, UTF8_NAME = 1, 0x800  # flag bits
@@ -107,7 +108,7 @@ def manifest_of(
     Raises CheckpointError for one that reaches past it.
     """
     spans, unreadable = {}, dict(found.unreadable)
-    for name, record in found.tensors.items():
+    for name, record in (found.unsaved | found.tensors).items():
         storage, start = record.storage, record.offset * record.dtype.itemsize
         begin, nbytes = kept.get(storage.key, (0, -1))
         offset, whole = begin + storage.start + start, storages[storage.key]
@@ -121,7 +122,8 @@ def manifest_of(
         else:
             said = f"has {nbytes} bytes" if storage.key in kept else "is missing"
             unreadable[name] = f"needs data/{storage.key} of {storage.nbytes} bytes, which {said}"
-    rest = (found.modules, unreadable, found.is_plain and not unreadable, found.containers())
+    unsaved = {name: spans.pop(name) for name in found.unsaved.keys() - found.tensors.keys() & spans.keys()}
+    rest = (found.modules, unreadable, found.is_plain and not unreadable, found.containers(), unsaved)
     sizes = {source: tuple(storage.nbytes for storage in storages.values())}
     return Manifest(source.path, "torch_zip", spans, found.values, {source: state}, sizes, *rest)
 
@@ -343,3 +345,19 @@ def fill_torch_zip(
                     entry.write(chunk)
                     wrote(len(chunk))
         archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
+
+
+def fill_tensor_folder(folder: Path, tensors: Sequence[TensorToWrite], wrote: Wrote) -> None:
+    """Write `<name>.pt` for every tensor, those that share another's bytes left out.
+
+    Raises UsageError for a tensor whose name cannot be a file's, before anything is written.
+    """
+    stored = [tensor for tensor in tensors if not tensor.shares]
+    for name in (tensor.name for tensor in stored):
+        if not name or name.startswith(".") or set(name) & {os.sep, "\0"}:
+            raise UsageError(f"{folder}: a tensor is called {name!r}, which cannot be a file's name")
+        state_of(folder.parent / f"{name}.pt")
+    folder.mkdir()
+    for tensor in stored:
+        path = folder / f"{tensor.name}.pt"
+        fill_torch_zip(path, [tensor], wrote, arrange=lambda state: next(iter(state.values())))

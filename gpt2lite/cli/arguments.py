@@ -213,7 +213,7 @@ RECIPE = {
     "seq_len": "tokens per row (default: context)",
     "accumulate": "batches a step",
     "learning_rate": "peak value",
-    "warmup_steps": "steps until the learning rate peaks",
+    "warmup_steps": "steps until the learning rate peaks (default: 10, or half of fewer steps)",
     "weight_decay": "of matrices",
     "clip": "largest norm of the gradient, 0 for no clipping",
     "seed": "for data order, adapters and dropout",

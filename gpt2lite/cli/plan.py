@@ -108,8 +108,10 @@ def _plan_training(args: argparse.Namespace, mesh: DeviceMesh | None) -> int:
         print(f"training {args.path} on {device}\n")
         print(facts([(name, _size(nbytes)) for name, nbytes in asdict(found).items()]))
         if limit is not None:
-            print(f"\n{facts(levers or [('as asked', '')])}")
-            print(f"\n{'fits' if fits else 'does not fit'} in {human(limit)}")
+            how = "fits as asked" if fits else "does not fit in any way; the least takes"
+            if levers:
+                how = "does not fit as asked; it would with" if fits else how
+            print(f"\n{human(limit)}: {how}" + "".join(f"\n  {lever}: {cost}" for lever, cost in levers))
     return 0 if fits else 1
 
 

@@ -58,15 +58,15 @@ def _room(ids: Sequence[Sequence[int]], config: GPTConfig, args: argparse.Namesp
 
 def _write_one(prompt: str, tokens: Iterator[torch.Tensor], encoding: Encoding, stops: list[str]) -> int:
     """Print a text as it comes; returns the number of its tokens. A slow start is explained on a terminal."""
-    count, slow = 0, threading.Timer(PATIENCE, print, [COMPILING], {"file": sys.stderr, "flush": True})
+    slow = threading.Timer(PATIENCE, print, [COMPILING], {"file": sys.stderr, "flush": True})
+    drawn: list[int] = []
 
     def counted() -> Iterator[int]:
-        nonlocal count
         for token in tokens:
-            count += 1
-            if count == 2:
+            drawn.append(int(token))
+            if len(drawn) == 2:
                 slow.cancel()
-            yield int(token)
+            yield drawn[-1]
 
     if sys.stderr.isatty():
         slow.start()
@@ -77,7 +77,7 @@ def _write_one(prompt: str, tokens: Iterator[torch.Tensor], encoding: Encoding, 
         print()
     finally:
         slow.cancel()
-    return count
+    return len(drawn)
 
 
 def _batches(

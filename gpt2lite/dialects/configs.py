@@ -25,7 +25,16 @@ from gpt2lite.checkpoint.reading import read_span
 from gpt2lite.checkpoint.safetensors import json_object
 from gpt2lite.config import ACTIVATIONS as OURS_ARE
 from gpt2lite.config import OFFICIAL_SIZES, GPTConfig, misfit, wrong_labels
-from gpt2lite.dialects.reading import AUXILIARY, CLASSIFIERS, TIED, Reading, above_of, block_of, unwrapped
+from gpt2lite.dialects.reading import (
+    AUXILIARY,
+    CLASSIFIERS,
+    DIALECTS,
+    TIED,
+    Reading,
+    above_of,
+    block_of,
+    unwrapped,
+)
 from gpt2lite.errors import CheckpointError, UsageError, listed
 
 # ---- their words -------------------------------------------------------------------------------------------
@@ -346,7 +355,7 @@ def read_json(path: Path, text: str | None = None, kind: type = dict) -> Any:
 
 # ---- whether they agree ------------------------------------------------------------------------------------
 
-MASK_ROWS = 64  # read at a time: 256 KiB of GPT-2's
+MASK_ROWS = 256  # read at a time: 1 MiB of GPT-2's
 HIDDEN = -9e3  # GPT-2 has -1e4, also where fp16 or bf16 rounds it
 
 
@@ -382,10 +391,11 @@ def check_masks(reading: Reading, own: slice = slice(None), *, is_opening: bool 
     Reads all of them, or its `own` of a rank, once where blocks share their bytes; while opening, which is
     cheap, the first block's.
     """
-    tensors = reading.manifest.tensors
-    names = (name for name in reading.masks if block_of(name) == 0 or not is_opening)
-    spans = {tensors[name].address: tensors[name] for name in names}
-    for span in [*spans.values()][own]:
+    ends, root, unsaved = DIALECTS[reading.dialect].masks, unwrapped(reading.root), reading.manifest.unsaved
+    spans = [reading.manifest.tensors[name] for name in reading.masks]
+    spans += [unsaved[n] for n in unsaved if unwrapped(n).startswith(root) and n.endswith(ends or "\0")]
+    each = {span.address: span for span in spans if block_of(span.name) == 0 or not is_opening}
+    for span in [*each.values()][own]:
         if span.name.endswith(".masked_bias"):
             _check_hidden(span)
             continue

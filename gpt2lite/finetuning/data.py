@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple, TextIO, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,9 +22,11 @@ from gpt2lite.checkpoint.source import memory_of
 from gpt2lite.checkpoint.writing import Progress, replacing
 from gpt2lite.config import GPTConfig
 from gpt2lite.errors import CheckpointError, UsageError
+from gpt2lite.generation.prompts import ends_of
 from gpt2lite.reading_text import not_utf8, text_stream
 from gpt2lite.tokenizer import Encoding, as_tokenizer
 
+T = TypeVar("T")
 NO_HEADER = "no header"  # nanoGPT's train.bin
 IGNORED = -100  # a target that does not count; F.cross_entropy's own ignore_index
 PIECE = 2**18  # characters of a text in memory at a time
@@ -60,14 +62,13 @@ class Batch(NamedTuple):
 def _require_tensors(batch: object) -> None:
     if not isinstance(batch, Batch):
         raise UsageError(f"wanted Batch(ids, targets), got {type(batch).__name__}")
-    like = batch.ids
     for name, tensor in zip(Batch._fields, batch, strict=True):
-        wanted = "wanted (B, T) torch.int64, ids and targets alike and on one device"
-        if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.layout != torch.strided:
-            raise UsageError(f"Batch.{name} is no dense tensor, but {tensor!r:.60}; {wanted}")
-        is_one = tensor.dtype == torch.int64 and tensor.dim() == 2 and tensor.numel()
-        if not is_one or (tensor.shape, tensor.device) != (like.shape, like.device):
-            raise UsageError(f"Batch.{name} is {tuple(tensor.shape)} {tensor.dtype}; {wanted}")
+        is_dense = isinstance(tensor, Tensor) and not tensor.is_meta and tensor.layout == torch.strided
+        found = f"{tuple(tensor.shape)} {tensor.dtype}" if is_dense else f"{tensor!r:.60}"
+        is_one = is_dense and tensor.dtype == torch.int64 and tensor.dim() == 2 and tensor.numel()
+        if not is_one or (tensor.shape, tensor.device) != (batch.ids.shape, batch.ids.device):
+            wanted = "(B, T) torch.int64, dense, ids and targets alike and on one device"
+            raise UsageError(f"Batch.{name} is {found}; wanted {wanted}")
 
 
 def own_copy(batch: Batch) -> Batch:
@@ -230,11 +231,10 @@ def _other_width(ids: Tensor) -> str:
 
 def _require_ids(path: Path, tokens: Tensor, vocab_size: int, *, has_header: bool) -> None:
     """Raise CheckpointError where ids are not the vocabulary's, or may be of another width than they look."""
-    for part in tokens.split(CHECKED):
-        ids = part.long()
-        if len(wrong := ids[(ids < 0) | (ids >= vocab_size)]):
-            found = f"holds the id {int(wrong.max())}, the model's are below {vocab_size}"
-            raise CheckpointError(path, f"{found}; tokenize the text for it: gpt2lite tokenize --model")
+    low, high = ends_of(tokens)
+    if low < 0 or high >= vocab_size:
+        found = f"holds the id {min(low, 0) or high}, the model's are below {vocab_size}"
+        raise CheckpointError(path, f"{found}; tokenize the text for it: gpt2lite tokenize --model")
     is_large = vocab_size > MOST_IDS
     why = f"{vocab_size} ids need more" if is_large else _other_width(tokens[:CHECKED].long())
     if why and not has_header:
@@ -288,6 +288,10 @@ def _windows(tokens: Tensor, starts: Sequence[int], seq_len: int) -> Batch:
     return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
 
 
+def _grouped(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    return (items[first : first + size] for first in range(0, len(items), size))
+
+
 def text_batches(tokens: Tensor, seq_len: int, batch_size: int, seed: int) -> Batches:
     """Windows of a text (N,) at random places, drawn from (seed, number of the batch).
 
@@ -309,8 +313,7 @@ def text_windows(tokens: Tensor, seq_len: int, batch_size: int, most: int) -> li
     The last batch may be smaller. Raises UsageError where N <= seq_len.
     """
     starts = range(0, _starts(tokens, seq_len), seq_len)[:most]
-    firsts = range(0, len(starts), batch_size)
-    return [_windows(tokens, starts[first : first + batch_size], seq_len) for first in firsts]
+    return [_windows(tokens, some, seq_len) for some in _grouped(starts, batch_size)]
 
 
 def _padded(examples: Sequence[Example]) -> Batch:
@@ -337,5 +340,4 @@ def example_batches(examples: Sequence[Example], batch_size: int, seed: int) -> 
 
 def example_windows(examples: Sequence[Example], batch_size: int) -> list[Batch]:
     """All examples in their order, padded as `example_batches` does; the last batch may be smaller."""
-    firsts = range(0, len(examples), batch_size)
-    return [_padded(examples[first : first + batch_size]) for first in firsts]
+    return [_padded(some) for some in _grouped(examples, batch_size)]

@@ -8,6 +8,7 @@ import json
 import threading
 import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -21,16 +22,8 @@ from gpt2lite.tokenizer import Encoding, end_of_text
 PREAMBLE = "Below is an instruction that describes a task. "
 PREAMBLE += "Write a response that appropriately completes the request."
 INPUT = "input"  # the one field that an instruction may lack
-MISSING = (
-    "",
-    "nan",
-    "none",
-    "null",
-    "n/a",
-    "#n/a",
-    "na",
-    "<na>",
-)  # how tables write a label that is not there
+# How tables write a label that is not there.
+MISSING = ("", "nan", "none", "null", "n/a", "#n/a", "na", "<na>")
 FIELD_LIMIT = threading.Lock()  # csv's limit is the process's
 
 T = TypeVar("T")
@@ -43,12 +36,14 @@ class Record(dict[str, str]):
     where = "a record"
 
 
+def _twice(names: Iterable[str]) -> str:
+    return ", ".join(sorted(name for name, count in Counter(names).items() if count > 1))
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"twice the key {next(name for name in names if names.count(name) > 1)!r}")
-    return found
+    if twice := _twice(name for name, _ in pairs):
+        raise ValueError(f"twice the key {twice!r}")
+    return dict(pairs)
 
 
 def _parsed(path: Path, content: str, line: int) -> Any:
@@ -75,9 +70,8 @@ def _csv_entries(path: Path, text: str) -> Entries:
     with FIELD_LIMIT:
         before = csv.field_size_limit(max(len(text), 1))  # a field may be as long as the file
         try:
-            names = reader.fieldnames or ()
-            if twice := sorted({name for name in names if names.count(name) > 1}):
-                raise csv.Error(f"two columns are called {', '.join(twice)}")
+            if twice := _twice(reader.fieldnames or ()):
+                raise csv.Error(f"two columns are called {twice}")
             rows = [(reader.line_num, row) for row in reader]
         except csv.Error as error:
             raise UsageError(f"{path}, line {reader.reader.line_num}: not CSV ({error})") from None
@@ -137,12 +131,12 @@ def instruction_examples(
 
     Longer ones are cut to seq_len, without the end; those whose prompt leaves no room are left out; a warning
     says how many. Special tokens in a record are plain text. Raises UsageError where more than half are left
-    out.
+    out, and for a tokenizer without a token that ends a text.
     """
-    pairs, cut = [], 0
+    pairs, cut, end = [], 0, end_of_text(encoding)
     for record in records:
         prompt = encoding.encode_ordinary(format_prompt(record))
-        response = [*encoding.encode_ordinary(record["output"]), end_of_text(encoding)]
+        response = [*encoding.encode_ordinary(record["output"]), end]
         if len(prompt) < seq_len:
             targets = [IGNORED] * (len(prompt) - 1) + response
             pairs.append((record, Example((prompt + response)[:-1][:seq_len], targets[:seq_len])))

@@ -233,8 +233,8 @@ LEVERS: tuple[tuple[dict[str, Any], str], ...] = (
     ({"autocast": True}, "16 bits in products; faster where the hardware has bf16"),
     ({"step_in_backward": True, "clip": 0.0, "accumulate": 1}, "no clipping, no accumulation"),
     ({"recompute": True}, "up to a third more time"),
-    ({"batch_size": 1}, "noisier steps"),
-    ({"lora_rank": 8}, "adapters alone are trained"),
+    ({"batch_size": 1}, "a step learns from fewer rows, so it is noisier"),
+    ({"lora_rank": 8}, "adapters are trained in place of weights, which learn less"),
 )
 Levers = list[tuple[dict[str, Any], str]]
 
@@ -266,5 +266,11 @@ def find_levers(
         if found.peak <= limit:
             break
     assert best is not None  # the empty subset is one
-    said = [(", ".join(f"{key}={value}" for key, value in lever.items()), cost) for lever, cost in best[0]]
-    return said, best[1]
+    return [(_change(recipe, lever), cost) for lever, cost in best[0]], best[1]
+
+
+def _change(recipe: Recipe, lever: dict[str, Any]) -> str:
+    """What a lever changes of a recipe, and what a number was."""
+    changed = {key: (value, getattr(recipe, key)) for key, value in lever.items()}
+    was = {key: "" if type(new) is bool else f" (was {old})" for key, (new, old) in changed.items()}
+    return ", ".join(f"{key}={new}{was[key]}" for key, (new, old) in changed.items() if new != old)

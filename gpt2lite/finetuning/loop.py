@@ -16,17 +16,18 @@ from typing import Any
 
 import psutil
 import torch
+from torch import nn
 
 from gpt2lite import parallel
 from gpt2lite.checkpoint.writing import replacing
 from gpt2lite.devices import peak_allocated
 from gpt2lite.dialects.configs import LABELS
-from gpt2lite.errors import CheckpointError, TrainingDivergedError, UsageError
+from gpt2lite.errors import CheckpointError, TrainingDivergedError, UsageError, listed
 from gpt2lite.finetuning import states
 from gpt2lite.finetuning.data import IGNORED, Batch, digest_of, own_copy, tensor_parts
 from gpt2lite.finetuning.distilling import load_teacher
 from gpt2lite.finetuning.interrupts import held
-from gpt2lite.finetuning.lora import merge_lora
+from gpt2lite.finetuning.lora import LinearWithLoRA, merge_lora
 from gpt2lite.finetuning.losses import rows_of
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.finetuning.states import METRICS, Run, Task
@@ -41,6 +42,8 @@ from gpt2lite.finetuning.training import (
     require_divisible,
 )
 from gpt2lite.model import GPTModel
+
+COMPUTES, SAID = ("forward", "hidden"), ("approximate", "n_heads")  # methods; what an instance says of itself
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,37 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
         raise CheckpointError(path, f"not a JSON object in each line ({error})") from None
 
 
+def _computes_as(part: Any, like: nn.Module) -> bool:
+    """Whether a part of a model is what its file will open as; dropouts do nothing there."""
+    if isinstance(like, nn.Dropout) or isinstance(part, LinearWithLoRA):
+        return True
+    same = (getattr(type(part), name, None) is getattr(type(like), name, None) for name in COMPUTES)
+    return all(same) and all(getattr(part, name, None) == getattr(like, name, None) for name in SAID)
+
+
+def _require_plain(model: GPTModel) -> None:
+    """Raise UsageError for a model whose file would not open, or would compute something else then."""
+    with torch.device("meta"):
+        plain = GPTModel(model.config)
+    parts, wanted = dict(model.named_modules()), {n: tuple(t.shape) for n, t in plain.state_dict().items()}
+    state = {name.replace(".linear.", "."): each for name, each in model.state_dict().items()}
+    found = {name: tuple(getattr(each, "shape", ())) for name, each in state.items() if ".lora." not in name}
+    lines = [
+        f"{name} is {found.get(name, 'missing')}, wanted {wanted.get(name, 'no such part')}"
+        for name in dict.fromkeys((*found, *wanted))
+        if found.get(name) != wanted.get(name)
+    ]
+    lines += [
+        f"{path or 'the model'} computes something else than GPTModel's {type(like).__name__}"
+        for path, like in plain.named_modules()
+        if path in parts and not _computes_as(parts[path], like)
+    ]
+    if (model.out_head.weight is model.tok_emb.weight) != model.config.tied_head:
+        lines.append(f"the head is tied or not, unlike config.tied_head={model.config.tied_head}")
+    if lines:
+        raise UsageError(f"the model is not its config's GPTModel, as its file would open{listed(lines)}")
+
+
 def _require_task(model: GPTModel, task: Task, recipe: Recipe) -> None:
     n_classes = model.config.n_classes
     if n_classes != len(task.labels):
@@ -125,6 +159,7 @@ def _require_task(model: GPTModel, task: Task, recipe: Recipe) -> None:
         raise UsageError("an int8 model does not train; load it without quantize")
     if any(p.is_inference() for p in model.parameters()):
         raise UsageError("a model made under torch.inference_mode does not train; load it outside")
+    _require_plain(model)
     require_divisible(model, recipe)
     recipe.row_length(model.config.context_length)
     first = task.train(0)
@@ -168,6 +203,10 @@ def finetune(
     UsageError for what cannot work before anything is written, CheckpointError where what was saved is
     damaged, TrainingDivergedError where a loss is not finite; the last saved state stays.
     """
+    if not isinstance(recipe, Recipe | None):
+        raise UsageError(
+            f"recipe must be a Recipe, got a {type(recipe).__name__}; Recipe(**fields) makes one"
+        )
     out, recipe = Path(out), recipe or Recipe()
     _require_task(model, task, recipe)
     with parallel.together(mesh := parallel.mesh_of(model)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -22,8 +23,9 @@ class Recipe:
     """One optimisation run: the optimizer, the levers on memory, and how often to look and to save.
 
     A step reads `accumulate` × `batch_size` rows of `seq_len` tokens (None: the whole context), as if they
-    were one batch. The learning rate rises over `warmup_steps` and falls along a cosine to a tenth. Gradients
-    are clipped to the norm `clip` (0: no clipping), matrices decay by `weight_decay`.
+    were one batch. The learning rate rises over `warmup_steps` (None: 10, or half of fewer steps) and falls
+    along a cosine to a tenth. Gradients are clipped to the norm `clip` (0: no clipping), matrices decay by
+    `weight_decay`.
 
     autocast: bf16 in matrix products, fp16 with a scaled loss where the device has no bf16; weights stay.
     recompute: keeps only a block's input and runs the block again in backward (activation checkpointing).
@@ -46,7 +48,7 @@ class Recipe:
     seq_len: int | None = None
     accumulate: int = 1
     learning_rate: float = 3e-4
-    warmup_steps: int = 10
+    warmup_steps: int | None = None
     weight_decay: float = 0.1
     clip: float = 1.0
     seed: int = 0
@@ -71,16 +73,20 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, least in LEAST.items():
             value = getattr(self, name)
-            is_unset = value is None and name in ("seq_len", "last_blocks")
+            is_unset = value is None and name in ("seq_len", "last_blocks", "warmup_steps")
             if not is_unset and (type(value) is not int or value < least):
                 raise UsageError(f"{name} must be an int of at least {least}, got {value!r}")
         for name in NUMBERS:
             value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 <= value < math.inf:
+            if type(value) not in (int, float) or not 0 <= value <= sys.float_info.max:
                 raise UsageError(f"{name} must be a finite number, 0 or more, got {value!r}")
         for name in FLAGS:
             if type(value := getattr(self, name)) is not bool:
                 raise UsageError(f"{name} must be True or False, got {value!r}")
+        if self.warmup > self.steps:
+            raise UsageError(
+                f"warmup_steps={self.warmup} is more than steps={self.steps}: no step has the peak"
+            )
         if not self.learning_rate:
             raise UsageError("learning_rate must be more than 0")
         if self.lora_rank and not self.lora_alpha:
@@ -107,6 +113,11 @@ class Recipe:
         if self.step_in_backward and (self.clip or self.accumulate > 1):
             raise UsageError("step_in_backward frees each gradient: it needs clip=0 and accumulate=1")
 
+    @property
+    def warmup(self) -> int:
+        """Steps until the learning rate peaks."""
+        return min(10, self.steps // 2) if self.warmup_steps is None else self.warmup_steps
+
     def row_length(self, context_length: int) -> int:
         """Tokens a row for a model of this context. Raises UsageError where seq_len is more than it."""
         if (self.seq_len or 1) > context_length:
@@ -115,7 +126,7 @@ class Recipe:
 
     def learning_rate_at(self, step: int) -> float:
         """Of step 0, 1, …"""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / (self.warmup_steps + 1)
-        done = (step - self.warmup_steps) / max(self.steps - self.warmup_steps, 1)
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / (self.warmup + 1)
+        done = (step - self.warmup) / max(self.steps - self.warmup, 1)
         return self.learning_rate * (0.55 + 0.45 * math.cos(math.pi * min(done, 1.0)))

@@ -330,7 +330,7 @@ def _require_finite(step: int, value: float, recipe: Recipe) -> None:
 
 def diverged(what: str, recipe: Recipe) -> TrainingDivergedError:
     """What happened, and what to try."""
-    rate, warmup = f"a learning rate below {recipe.learning_rate:g}", recipe.warmup_steps
+    rate, warmup = f"a learning rate below {recipe.learning_rate:g}", recipe.warmup
     return TrainingDivergedError(f"{what}. Try {rate}, more warmup_steps than {warmup}, or clip=1")
 
 

@@ -202,15 +202,10 @@ def _changed(model: Any) -> str:
         like = dict(type(model)(replace(model.config, n_layers=1)).named_modules())
     for name, module in model.named_modules():
         twin = like.get(FIRST_BLOCK.sub("trf_blocks.0", name))
-        same = type(twin), *SAME.get(type(twin).__name__, ())
-        is_gelu = isinstance(module, nn.GELU)
-        if (
-            type(module) not in same
-            or vars(module).keys() & {"forward", "hidden"}
-            or (is_gelu and repr(module) != repr(twin))
-            or module._forward_hooks
-            or module._forward_pre_hooks
-        ):
+        is_same = type(module) in (type(twin), *SAME.get(type(twin).__name__, ()))
+        is_same = is_same and not (isinstance(module, nn.GELU) and repr(module) != repr(twin))
+        own = {*vars(module)} & {"forward", "hidden"} or module._forward_hooks or module._forward_pre_hooks
+        if own or not is_same:
             return name or type(model).__name__
     return ""
 

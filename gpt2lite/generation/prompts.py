@@ -22,10 +22,15 @@ WANTED = "ids must be a tensor of integers of shape (batch, tokens ≥ 1), or a 
 GPT2_VOCABULARY, ROWS_PADDED_TO = 50257, 64
 
 
+def ends_of(ids: Tensor) -> tuple[int, int]:
+    """The least and the largest of integers of any shape, at least one; converts some at a time."""
+    ends = [part.long().aminmax() for part in ids.flatten().split(CHECKED_AT_ONCE)]
+    return int(min(low for low, _ in ends)), int(max(high for _, high in ends))
+
+
 def require_ids(ids: Tensor, vocab_size: int) -> None:
-    """Raise UsageError unless all ids (of any shape, at least one) are in 0 … vocab_size - 1."""
-    ends = [part.long().aminmax() for part in ids.split(CHECKED_AT_ONCE)]
-    low, high = int(min(low for low, _ in ends)), int(max(high for _, high in ends))
+    """Raise UsageError unless all ids are in 0 … vocab_size - 1."""
+    low, high = ends_of(ids)
     if low < 0 or high >= vocab_size:
         raise UsageError(f"ids must be in 0 … {vocab_size - 1}, got {low} … {high}")
 

@@ -194,6 +194,11 @@ def make_plan(
     elif quantizable or reading.adapters or reading.unexpected:
         said = f"{path}: a module that loads itself ({', '.join(own[:5])})"
         raise UsageError(f"{said} takes no quantize, LoRA layers or unknown names")
+    if odd := [name for name, value in skeleton.state_dict().items() if not isinstance(value, Tensor)]:
+        do = "use torch.load and load_state_dict, or make it a tensor"
+        raise UsageError(
+            f"{path}: {', '.join(odd)} of the module is no tensor, and only those are read; {do}"
+        )
     targets = tuple(_targets(reading, groups, options.get("dtype"), bool(own)))
     if quantizable is not None and options.get("quantize"):
         if reading.adapters:
