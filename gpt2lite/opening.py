@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from torch import nn
 
+from gpt2lite import parallel
 from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.checkpoint.tf_bundle import index_of
 from gpt2lite.config import OFFICIAL_SIZES, GPTConfig
@@ -145,10 +146,11 @@ class Opened(Generic[Model]):
         """
         complete(self.reading, self.found)  # raises where `plan` would take something for granted
         with_lora_alpha(self.reading, None)  # raises where one is missing
-        check_masks(self.reading)
+        with parallel.together(mesh := options.get("mesh")):
+            check_masks(self.reading, parallel.turn_of(mesh))
         self.warn()
         model = load(partial(self.plan, **options), device, strategy, options)
-        if (mesh := options.get("mesh")) is not None:
+        if mesh is not None:
             model.device_mesh = mesh  # type: ignore[assignment]
         return model  # type: ignore[return-value]
 

@@ -198,6 +198,11 @@ def is_first(mesh: DeviceMesh | None) -> bool:
     return mesh is None or mesh.get_rank() == 0
 
 
+def turn_of(mesh: DeviceMesh | None) -> slice:
+    """Of things that one rank has to look at for all, those that are this one's."""
+    return slice(None) if mesh is None else slice(mesh.get_rank(), None, mesh.size())
+
+
 def share_of(mesh: DeviceMesh | None) -> tuple[int, int]:
     """Which part of a batch is this rank's, and of how many. Ranks that share layers have the same one."""
     names = names_of(mesh) if mesh is not None else (TP,)

@@ -28,6 +28,7 @@ from gpt2lite.finetuning.loop import read_metrics
 MIB = 1 << 20
 KINDS = ("fsdp", "tp", "ddp", "both")
 SIZES = (2, 4)
+RUNS = [*((2, kind) for kind in KINDS), (4, "fsdp"), (4, "both")]
 BIG = GPTConfig(8001, 256, 512, BIG_HEADS, 8)  # 128 MiB of parameters; rows that divide by neither
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
@@ -86,11 +87,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_rank_has_the_bits_of_one_process(folder: Path, size: int, kind: str):
     for found in saw(folder, size):
         loads = {name: each for name, each in found["loads"].items() if f" {kind} " in name}
-        assert len(loads) == 7
+        assert len(loads) == (7 if size == 2 else 4)
         assert all(equal for equal, *_ in loads.values())
-        assert {name for name, (*_, is_tied) in loads.items() if is_tied} == {
-            f"{file} {kind} stream" for file in ("tied.pth", "sharded")
-        }
+        tied = {f"{file} {kind} stream" for file in ("tied.pth", "sharded")}
+        assert {name for name, (*_, is_tied) in loads.items() if is_tied} == tied & loads.keys()
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -139,8 +139,7 @@ def assert_close(got: list[Any], wanted: list[Any]) -> None:
         assert ours == pytest.approx(theirs, abs=1e-5)
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("size", "kind"), RUNS)
 def test_ranks_train_on_the_curve_of_one_process(folder: Path, size: int, kind: str):
     for found in saw(folder, size):
         assert_close(found["trains"][kind], curve(folder / "one"))
@@ -159,8 +158,7 @@ def test_what_two_ranks_saved_goes_on_with_one(folder: Path, kind: str):
     assert_close(curve(out), curve(folder / "one"))
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("size", "kind"), RUNS)
 def test_ranks_save_the_bytes_that_one_process_saves(folder: Path, tmp_path: Path, size: int, kind: str):
     out = folder / f"run-{kind}-{size}"
     model = GPTModel.from_checkpoint(out / "model.pth")

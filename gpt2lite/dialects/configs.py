@@ -400,15 +400,17 @@ def _is_same(said: object, value: object) -> bool:
     return isinstance(said, bool) == isinstance(value, bool) and said == value
 
 
-def check_masks(reading: Reading, *, is_opening: bool = False) -> None:
+def check_masks(reading: Reading, own: slice = slice(None), *, is_opening: bool = False) -> None:
     """Raise CheckpointError for a mask that is not causal: a window, or none at all, is another computation.
 
-    Reads all of them, once where blocks share their bytes; while opening, which is cheap, the first block's.
+    Reads all of them, or its `own` of a rank, once where blocks share their bytes; while opening, which is
+    cheap, the first block's.
     """
     ends, root, unsaved = DIALECTS[reading.dialect].masks, unwrapped(reading.root), reading.manifest.unsaved
     spans = [reading.manifest.tensors[name] for name in reading.masks]
     spans += [unsaved[n] for n in unsaved if unwrapped(n).startswith(root) and n.endswith(ends or "\0")]
-    for span in {span.address: span for span in spans if block_of(span.name) == 0 or not is_opening}.values():
+    each = {span.address: span for span in spans if block_of(span.name) == 0 or not is_opening}
+    for span in [*each.values()][own]:
         if span.name.endswith(".masked_bias"):
             _check_hidden(span)
             continue
