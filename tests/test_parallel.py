@@ -194,6 +194,7 @@ def test_a_distributed_checkpoint_opens_in_one_process_and_is_converted(
     assert torch.equal(torch.load(tmp_path / "model.pth")["tok_emb.weight"], wanted)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_torch_reads_the_distributed_checkpoint_that_convert_writes(folder: Path, tmp_path: Path):
     convert(folder / "model.safetensors", tmp_path / "dcp", format="dcp")
     wanted = GPTModel.from_checkpoint(folder / "model.safetensors").state_dict()
