@@ -619,7 +619,7 @@ NEVER_NONE = ("temperature", "repetition_penalty", "stop", "engine", "max_new_to
 OWN = {"temperature": [2**1100], "repetition_penalty": [2**1100, 0], "seed": [2**70, 1.5], "top_k": [1.5]}
 
 
-@pytest.mark.parametrize("name", [*GenerateOptions.__optional_keys__, "max_new_tokens"])
+@pytest.mark.parametrize("name", [*sorted(GenerateOptions.__optional_keys__), "max_new_tokens"])
 def test_an_option_of_another_type_or_range_is_refused_by_its_name(model: GPTModel, name: str):
     none = [None] if name in NEVER_NONE else []
     text = [] if name == "stop" else ["0.7"]
