@@ -159,7 +159,8 @@ def _require_task(model: GPTModel, task: Task, recipe: Recipe) -> None:
         raise UsageError("an int8 model does not train; load it without quantize")
     if any(p.is_inference() for p in model.parameters()):
         raise UsageError("a model made under torch.inference_mode does not train; load it outside")
-    _require_plain(model)
+    if parallel.mesh_of(model) is None:  # of ranks, heads are divided, and classes are FSDP's
+        _require_plain(model)
     require_divisible(model, recipe)
     recipe.row_length(model.config.context_length)
     first = task.train(0)
