@@ -185,7 +185,7 @@ def forecast_gathered(module: nn.Module, itemsize: int) -> int:
 
 
 def forecast_filled_up(module: nn.Module, itemsize: int) -> int:
-    """Bytes of the copies that FSDP makes, at the first forward, where a rank has fewer rows than the first."""
+    """Bytes of the copies that FSDP makes, at the first forward, of parts with fewer rows than the first."""
     if not hasattr(module, "reshard"):
         return 0
     uneven = (p for p in module.parameters() if is_divided(p) and p.shape[0] % mesh_of(p).size(0))  # type: ignore[union-attr]
