@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,7 @@ from gpt2lite.checkpoint.source import memory_of
 from gpt2lite.checkpoint.torch_zip import fill_tensor_folder, fill_torch_zip
 from gpt2lite.checkpoint.writing import Progress, TensorToWrite, Wrote
 from gpt2lite.config import GPTConfig
-from gpt2lite.dialects.configs import check_masks
+from gpt2lite.dialects.configs import OURS, check_masks
 from gpt2lite.dialects.reading import DIALECTS, Placement, expand_rows
 from gpt2lite.errors import CheckpointError, UsageError, listed
 from gpt2lite.loading.options import check_names
@@ -49,10 +50,9 @@ END_OF_TEXT = 50256  # GPT-2's own token
 # ---- what programs expect ----------------------------------------------------------------------------------
 
 
-def _sizes(config: GPTConfig) -> dict[str, Any]:
-    """In the words that transformers and nanoGPT share."""
-    sizes = {"n_layer": config.n_layers, "n_head": config.n_heads, "n_embd": config.emb_dim}
-    return sizes | {"vocab_size": config.vocab_size}
+def _in_their_words(config: GPTConfig, words: str) -> dict[str, Any]:
+    """The fields that these words stand for, read backwards from what configs are read by."""
+    return {word: getattr(config, OURS.get(word, word)) for word in words.split()}
 
 
 def _transformers_config(config: GPTConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -61,11 +61,10 @@ def _transformers_config(config: GPTConfig, dtype: torch.dtype) -> dict[str, Any
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        **_sizes(config),
-        **dict.fromkeys(("n_positions", "n_ctx"), config.context_length),
+        **_in_their_words(config, "n_layer n_head n_embd vocab_size n_positions tie_word_embeddings"),
+        "n_ctx": config.context_length,
         "activation_function": "gelu_new" if config.activation == "gelu_tanh" else "gelu",
         "layer_norm_epsilon": 1e-5,
-        "tie_word_embeddings": config.tied_head,
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.drop_rate),
         **dict.fromkeys(("bos_token_id", "eos_token_id"), end),
         **dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch.")),
@@ -85,9 +84,9 @@ def _nanogpt_checkpoint(config: GPTConfig, state: Mapping[str, Any]) -> dict[str
         for decay, count in counts.items()
     ]
     optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95)).state_dict()
-    args = {"block_size": config.context_length, "bias": config.bias, "dropout": config.drop_rate}
-    beside = {"model_args": _sizes(config) | args, "iter_num": 0, "best_val_loss": 1e9}
-    return {"model": state, "optimizer": optimizer, **beside}
+    args = _in_their_words(config, "n_layer n_head n_embd vocab_size block_size bias dropout")
+    rest = {"model_args": args, "iter_num": 0, "best_val_loss": 1e9}
+    return {"model": state, "optimizer": optimizer, **rest}
 
 
 def _nanogpt_fields(config: GPTConfig) -> GPTConfig:
@@ -102,10 +101,12 @@ class Target:
     `fields` gives the config that its model class has: biases that it has and the source lacks become zeros,
     which is exact. `tied_head_in` are the formats that hold a tied head; a `.pth` stores it once. `prefix`
     stands before every name but the head's, unless no file of the target holds a tied head and this one is
-    tied. `arrange` puts a state dict into what a `.pth` holds.
+    tied. `activation` is the only one that the program computes, None where its config says which. `arrange`
+    puts a state dict into what a `.pth` holds.
     """
 
     fields: Callable[[GPTConfig], GPTConfig]
+    activation: str | None = None
     prefix: str = ""
     mask: str = ""
     tied_head_in: Collection[str] = ("pth",)
@@ -116,6 +117,7 @@ class Target:
 TARGETS = {
     "book": Target(
         fields=lambda config: replace(config, bias=True),
+        activation="gelu_tanh",
         mask="trf_blocks.{i}.att.mask",
         tied_head_in=("pth", "safetensors"),  # which stores it twice
     ),
@@ -125,7 +127,9 @@ TARGETS = {
         tied_head_in=(),
         folder_config=_transformers_config,
     ),
-    "nanogpt": Target(fields=_nanogpt_fields, prefix="transformer.", arrange=_nanogpt_checkpoint),
+    "nanogpt": Target(
+        fields=_nanogpt_fields, activation="gelu", prefix="transformer.", arrange=_nanogpt_checkpoint
+    ),
 }
 SUFFIXES = {".pth": "pth", ".pt": "pth", ".bin": "pth", ".safetensors": "safetensors"}
 # No folder is named so by somebody who wants one, unlike `gpt2.v2`.
@@ -201,13 +205,19 @@ def _views(opened: Opened[GPTModel], dtype: torch.dtype | None) -> dict[str, Ten
 
 def _target_config(found: GPTConfig, to: str, views: Mapping[str, Tensor]) -> GPTConfig:
     """The config in which a target holds this model. Raises UsageError where it cannot."""
-    config = TARGETS[to].fields(found)
+    target = TARGETS[to]
     if found.n_classes and to != "book":
-        raise UsageError(f"{to} has no head for this model's {found.n_classes} classes")
-    if found.activation != "gelu_tanh" and to == "book":
-        raise UsageError("the book's model uses tanh GELU, this one exact GELU; choose another target")
+        raise UsageError(f"{to} is written as a language model only, and this one is a classifier; use book")
+    if found.head_bias and not found.n_classes:
+        raise UsageError(f"{to} has no bias in its output head, this model has one; keep it in its own file")
+    config = target.fields(found)
     if config.tied_head and not found.tied_head and not torch.equal(views[HEAD], views[EMBEDDING]):
         raise UsageError(f"{to} ties its output head to the token embedding; this model does not")
+    if target.activation not in (None, found.activation):
+        both = f"{to} computes {target.activation}, this model {found.activation}"
+        if to == "book":
+            raise UsageError(f"{both}; choose another target")
+        warnings.warn(f"{both}: its logits will differ there", stacklevel=2)
     return config
 
 
@@ -280,6 +290,7 @@ def plan_conversion(
     if isinstance(source, Opened) and options.get("config") is not None:
         raise UsageError(f"{source.path}: is open already; pass config to open_model")
     opened = source if isinstance(source, Opened) else open_model(source, config=options.get("config"))
+    opened.warn()
     manifest = opened.reading.manifest
     if opened.reading.adapters:
         merge = "GPTModel.from_checkpoint(…).save_checkpoint(…), with the book's lora_alpha=…"

@@ -131,6 +131,11 @@ class Opened(Generic[Model]):
         """
         return forecasts(self.plan(device, **options))
 
+    def warn(self) -> None:
+        """Warn of what is ignored in the file, as `load` does."""
+        for note in self.found.notes:
+            warnings.warn(note, UserWarning, stacklevel=3)
+
     @collector_paused()
     def load(
         self, device: str | torch.device = "cpu", strategy: str = "auto", **options: Unpack[LoadOptions]
@@ -143,8 +148,7 @@ class Opened(Generic[Model]):
         with_lora_alpha(self.reading, None)  # raises where one is missing
         with parallel.together(mesh := options.get("mesh")):
             check_masks(self.reading, parallel.turn_of(mesh))
-        for note in self.found.notes:
-            warnings.warn(note, UserWarning, stacklevel=2)
+        self.warn()
         model = load(partial(self.plan, **options), device, strategy, options)
         if mesh is not None:
             model.device_mesh = mesh  # type: ignore[assignment]

@@ -237,17 +237,12 @@ def _ids(vocab: Any) -> dict[str, int]:
 
 def _named(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The rows of the special tokens that settings name: {"eos_token": {"content": "<|endoftext|>"}, …}."""
-    lists = [settings.get(key) or () for key in ("additional_special_tokens", "extra_special_tokens")]
-    tokens = [(key, token) for key, token in settings.items() if key.endswith("_token")]
-    for found in lists:
-        tokens += found.items() if isinstance(found, dict) else ((str(token), token) for token in found)
-    rows = {key: {"content": token} if isinstance(token, str) else token for key, token in tokens}
-    known = ("content", "normalized", *FLAGS)
-    return {
-        key: {word: row[word] for word in known if word in row}
-        for key, row in rows.items()
-        if isinstance(row, dict)
-    }
+    found = {key: token for key, token in settings.items() if key.endswith("_token")}
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = settings.get(key) or ()
+        found |= more if isinstance(more, dict) else {str(token): token for token in more}
+    rows = {key: {"content": token} if isinstance(token, str) else token for key, token in found.items()}
+    return {key: row | {"special": True} for key, row in rows.items() if isinstance(row, dict)}
 
 
 def _tree(files: Files, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -296,8 +291,12 @@ def _prefixes(tree: Mapping[str, Any]) -> set[bool]:
     return {part["add_prefix_space"] for part in parts if "add_prefix_space" in part}
 
 
-def _other_rules(kind: str | None, tree: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
+def _other_rules(
+    kind: str | None, tree: Mapping[str, Any], settings: Mapping[str, Any], *, has_tree: bool
+) -> str | None:
     """What transformers would compute otherwise than the rules in `tree`, and what to do."""
+    if kind in GENERIC and not has_tree:
+        return f"tokenizer_class={kind} needs {TREE}, which is not there; copy it here"
     if asked := next((key for key in OTHER_SETTINGS if settings.get(key)), None):
         return f"{SETTINGS[1]} says {asked}={settings[asked]!r}, which is not supported; remove it"
     if kind not in (None, OWN, *GENERIC):
@@ -384,9 +383,7 @@ def _from_hub(files: Files) -> Tokenizer:
     settings, named = _settings(files)
     tree, kind = _tree(files, settings), _class_of(files, settings)
     vocab = _ids(tree["model"]["vocab"])
-    if kind in GENERIC and TREE not in files:
-        raise CheckpointError(name, f"tokenizer_class={kind} needs {TREE}, which is not there; copy it here")
-    if wrong := _other_rules(kind, tree, settings):
+    if wrong := _other_rules(kind, tree, settings, has_tree=TREE in files):
         raise CheckpointError(name, wrong)
     around = map(settings.get, ("add_bos_token", "add_eos_token"))
     if any(around) or PUTS_AROUND.search(json.dumps(tree.get("post_processor"))):

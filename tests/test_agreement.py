@@ -189,6 +189,7 @@ def test_transformers_weights_written_over_ours_are_read_by_their_own_config(tmp
     assert difference(GPTModel.from_checkpoint(saved(theirs, tmp_path)), theirs) < 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:nanogpt computes gelu, this model")
 @pytest.mark.parametrize("to", ["book", "huggingface", "nanogpt"])
 @pytest.mark.parametrize("name", ["out.pth", "out.safetensors", "out"])
 def test_every_written_file_carries_its_config(to: str, name: str, tmp_path: Path):
@@ -491,7 +492,7 @@ def test_heads_beside_the_language_model_are_left_out_with_a_warning(tmp_path: P
     state = dict(theirs.state_dict())
     state |= {"v_head.summary.weight": torch.zeros(1, 48), "v_head.summary.bias": torch.zeros(1)}
     path = save_pth(state, tmp_path)
-    with pytest.warns(UserWarning, match=r"without v_head.summary.weight, v_head.summary.bias"):
+    with pytest.warns(UserWarning, match=r"without v_head.summary.bias, v_head.summary.weight"):
         loaded = GPTModel.from_checkpoint(path, config=HEADS)
     with torch.no_grad():
         assert (loaded(ids) - theirs(ids).logits).abs().max() < 1e-4
@@ -1251,3 +1252,104 @@ def test_a_language_head_of_another_vocabulary_is_not_a_classifier(rows: int, to
         CheckpointError, match=f"lm_head.weight has {rows} rows, the token embedding {tokens}"
     ):
         GPTModel.from_checkpoint(save_pth(state, tmp_path), config=HEADS)
+
+
+# ---- what lies elsewhere -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_accelerates_other_models_in_a_folder_are_said_not_to_be_loaded(name: str, tmp_path: Path):
+    path = saved(hub_model(), tmp_path) / "model.safetensors"
+    if name == "pytorch_model.bin":
+        torch.save(hub_model().state_dict(), tmp_path / name)
+        path.unlink()
+    stem, _, suffix = name.partition(".")
+    (tmp_path / f"{stem}_1.{suffix}").write_bytes(b"another")
+    with pytest.warns(
+        UserWarning, match=rf"other weights lie beside it and are not loaded: {stem}_1.{suffix}"
+    ):
+        GPTModel.from_checkpoint(tmp_path)
+
+
+def test_a_shard_that_the_index_does_not_name_is_said_not_to_be_loaded(tmp_path: Path):
+    hub_model().save_pretrained(tmp_path, max_shard_size="40KB")
+    (tmp_path / "model-00009-of-00009.safetensors").write_bytes(b"another")
+    with pytest.warns(UserWarning, match="are not loaded: model-00009-of-00009.safetensors"):
+        GPTModel.from_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("log", ['[{"n_head": 6}]', '{"loss": 1}\n{"loss": 2}\n'])
+def test_a_side_file_that_is_no_config_says_how_to_go_on(log: str, tmp_path: Path):
+    path = of_an_official_size({}, tmp_path)
+    path.with_suffix(".json").write_text(log)
+    with pytest.raises(CheckpointError, match=r"model.json: .*If it is no config, pass config={'n_heads'"):
+        open_model(path)
+    assert open_model(path, config={"n_heads": 6}).config.n_heads == 6
+
+
+TEXTS: dict[str, Any] = {
+    "YAML": "n_layer: 12\nn_head: 6\n",
+    "a printed object": "GPTConfig(n_layer=12, n_head=6)",
+    "pairs": [("n_head", 6)],
+    "words of a command": ["train.py", "--num_heads", "6"],
+}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_heads_that_are_named_in_a_text_are_asked_for(kind: str, tmp_path: Path):
+    path = of_an_official_size({"hparams": TEXTS[kind]}, tmp_path)
+    with pytest.raises(CheckpointError, match=r"hparams.* names heads in text, .* would assume n_heads=12"):
+        open_model(path)
+    assert open_model(path, config={"n_heads": 6}).config.n_heads == 6
+
+
+@pytest.mark.parametrize("name", ["hparams.yaml", "config.yml", "args.json", "model_config.json", "run.toml"])
+def test_heads_that_a_file_beside_it_names_are_asked_for(name: str, tmp_path: Path):
+    path = of_an_official_size({}, tmp_path)
+    (tmp_path / name).write_text('{"n_head": 6}' if name.endswith("json") else "n_head: 6")
+    if name == "run.toml":
+        assert open_model(path).config.n_heads == 12
+        return
+    with pytest.raises(CheckpointError, match=rf"{name}: names heads in text, .* assume n_heads=12"):
+        open_model(path)
+    assert open_model(path, config={"n_heads": 6}).config.n_heads == 6
+
+
+@pytest.mark.parametrize("word", ["nhead", "num_head", "heads"])
+def test_other_words_for_heads_are_read(word: str, tmp_path: Path):
+    assert open_model(of_an_official_size({"config": {word: 6}}, tmp_path)).config.n_heads == 6
+
+
+@pytest.mark.parametrize(
+    ("word", "value", "right"),
+    [
+        ("head_dim", 128, 64),
+        ("d_head", 128, 64),
+        ("ln_eps", 1e-2, 1e-5),
+        ("layernorm_epsilon", 1e-6, 1e-5),
+        ("hidden_act", "relu", "gelu_new"),
+        ("activation_fn", "silu", "gelu_new"),
+        ("position_embedding_type", "rope", "absolute"),
+    ],
+)
+@pytest.mark.parametrize("place", ["config", "config.json"])
+def test_more_words_of_other_programs_are_computed_or_refused(
+    word: str, value: Any, right: Any, place: str, tmp_path: Path
+):
+    for said in (value, right):
+        words = {"n_head": 12, word: said}
+        path = of_an_official_size({} if place == "config.json" else {place: words}, tmp_path)
+        if place == "config.json":
+            (tmp_path / place).write_text(json.dumps(words))
+        if said == right:
+            assert open_model(path).config.n_heads == 12
+            continue
+        with pytest.raises(CheckpointError, match=rf"{place}: {word}={value!r}, wanted {right!r}"):
+            open_model(path)
+
+
+def test_an_average_in_a_list_is_said_not_to_be_loaded(model: GPTModel, tmp_path: Path):
+    shadow = [parameter.detach() + 1 for parameter in model.parameters()]
+    path = save_pth({"model": model.state_dict(), "ema": {"shadow_params": shadow}}, tmp_path)
+    with pytest.warns(UserWarning, match=r"without ema.shadow_params.* and \d+ more$"):
+        GPTModel.from_checkpoint(path, config=HEADS)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,8 @@ from gpt2lite.benchmarking import write_random_checkpoint
 from gpt2lite.checkpoint import writing
 from gpt2lite.cli import main
 from gpt2lite.dialects.reading import DIALECTS
+
+pytestmark = pytest.mark.filterwarnings("ignore:nanogpt computes gelu, this model")
 
 MIB = 1 << 20
 MEDIUM = GPTConfig(8000, 512, 512, 8, 6)
@@ -187,8 +190,12 @@ def test_nanogpts_file_comes_back_with_the_same_logits(activation: str, tmp_path
 @pytest.mark.parametrize(
     ("config", "to", "said"),
     [
-        ({"n_classes": 2}, "huggingface", "huggingface has no head for this model's 2 classes"),
-        ({"activation": "gelu"}, "book", "the book's model uses tanh GELU"),
+        ({"n_classes": 2}, "huggingface", "language model only, and this one is a classifier; use book"),
+        ({"n_classes": 2}, "nanogpt", "language model only, and this one is a classifier; use book"),
+        ({"activation": "gelu"}, "book", "book computes gelu_tanh, this model gelu; choose another target"),
+        ({"head_bias": True}, "huggingface", "no bias in its output head"),
+        ({"head_bias": True}, "book", "no bias in its output head"),
+        ({"head_bias": True, "tied_head": True}, "nanogpt", "no bias in its output head"),
     ],
 )
 def test_what_a_target_cannot_compute_is_refused(
@@ -200,6 +207,25 @@ def test_what_a_target_cannot_compute_is_refused(
     with pytest.raises(UsageError, match=said):
         convert(source, tmp_path / "out.pth", to=to)
     assert names_in(tmp_path) == {"model.pth"}
+
+
+@pytest.mark.parametrize(("activation", "warned"), [("gelu_tanh", 1), ("gelu", 0)])
+def test_an_activation_that_nanogpt_does_not_compute_is_a_warning_that_names_both(
+    activation: str, warned: int, tmp_path: Path
+):
+    model = GPTModel(GPTConfig.of(TINY.as_dict() | {"tied_head": True, "activation": activation}))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        convert(model.save_checkpoint(tmp_path / "model.pth"), tmp_path / "ckpt.pt", to="nanogpt")
+    said = [str(each.message) for each in found]
+    assert said == ["nanogpt computes gelu, this model gelu_tanh: its logits will differ there"] * warned
+
+
+def test_what_a_load_says_it_leaves_out_a_conversion_says_too(pth: Path, model: GPTModel):
+    state = {**model.state_dict(), "v_head.summary.weight": torch.zeros(1, 48)}
+    path = save_pth(state, pth.parent)
+    with pytest.warns(UserWarning, match=r"opens the language model without v_head.summary.weight"):
+        convert(path, pth.parent / "out.pth", config=HEADS)
 
 
 # ---- every kind to every target, and back ------------------------------------------------------------------

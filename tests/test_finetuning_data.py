@@ -539,8 +539,8 @@ NO_TASKS = {
     "a loader": ({"validation": DataLoader([GOOD], batch_size=None)}, "validation must be a list of Batch"),
     "a function": ({"validation": lambda n: GOOD}, "validation must be a list of Batch"),
     "one batch": ({"validation": GOOD}, "validation must be a list of Batch"),
-    "one label": ({"labels": "spam"}, "labels must be a tuple of str, got 'spam'"),
-    "numbers": ({"labels": (0, 1)}, "labels must be a tuple of str"),
+    "one label": ({"labels": "spam"}, "Task.labels: wanted 4 names of classes"),
+    "numbers": ({"labels": (0, 1)}, "Task.labels: wanted 2 names of classes"),
     "a text": ({"sample": "Once"}, "sample must be a function of the model, or None"),
     "a digest of bytes": ({"digest": b"1"}, "digest must be a str"),
 }

@@ -305,8 +305,14 @@ OTHER_METHODS: dict[str, Callable[[], Any]] = {
 def test_another_method_is_refused_by_name(said: str, folder: Path):
     saved(tuned(folder, OTHER_METHODS[said]()), folder)
     with pytest.raises(
-        CheckpointError, match=f"adapter_config.json: gpt2lite does not read a LoRA with .*{said}"
+        CheckpointError, match=f"adapter_config.json: gpt2lite does not read an? [aL].* with .*{said}"
     ):
+        GPTModel.from_checkpoint(folder)
+
+
+def test_prompts_are_not_told_to_be_merged(folder: Path):
+    saved(tuned(folder, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)), folder)
+    with pytest.raises(CheckpointError, match=r"an adapter with .*nothing can be merged; use it with peft"):
         GPTModel.from_checkpoint(folder)
 
 
@@ -326,7 +332,7 @@ REFUSED: dict[str, Any] = {
 
 @pytest.mark.parametrize("field", REFUSED)
 def test_a_field_that_asks_for_another_computation_is_refused_by_name(field: str, adapter: Path):
-    with pytest.raises(CheckpointError, match=f"gpt2lite does not read a LoRA with {field}="):
+    with pytest.raises(CheckpointError, match=f"gpt2lite does not read an? [aL].* with {field}="):
         GPTModel.from_checkpoint(edited(adapter, **{field: REFUSED[field]}))
 
 

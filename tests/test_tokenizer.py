@@ -23,6 +23,8 @@ from gpt2lite.cli import main
 from gpt2lite.cli.terminal import EMBEDDED
 from gpt2lite.tokenizer import GPT2_SIZES, Tokenizer, as_encoding, tokenizer_for, write_beside
 
+pytestmark = pytest.mark.filterwarnings("ignore:nanogpt computes gelu, this model")
+
 TRAINED_ON = "мама мыла раму, и папа читал газету вечером. The cat sat on the mat; it's 12 345!\n\n  eeee"
 AWKWARD = (
     TRAINED_ON,
@@ -317,10 +319,7 @@ BESIDE: dict[str, tuple[Peer | None, dict[str, Any], dict[str, Any], str]] = {
     "NFKC by GPT-2's class": (with_rules(normalizer=normalizers.NFKC()), OWN, {}, "rules are not GPT-2's"),
     "a space by GPT-2's class": (byte_level(add_prefix_space=True), OWN, {}, "add_prefix_space=False"),
     "no space in a sequence": (
-        with_rules(pre_tokenizer=PREFIXED),
-        GENERIC | {"add_prefix_space": False},
-        {},
-        "add_prefix_space=False",
+        with_rules(pre_tokenizer=PREFIXED), GENERIC | {"add_prefix_space": False}, {}, "prefix_space=False",
     ),
     "no special tokens": (byte_level(), GENERIC | {"split_special_tokens": True}, {}, "split_special"),
     "its own code": (byte_level(), GENERIC | {"auto_map": {"AutoTokenizer": ["x.Y"]}}, {}, "auto_map"),

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gpt2lite.checkpoint import FOLDER_FILES, Manifest, TensorSpan, side_file
+from gpt2lite.checkpoint.foreign import shortened
 from gpt2lite.checkpoint.inert_pickle import CHANGES
 from gpt2lite.checkpoint.manifest import BOUND_CONFIG, Unread, flatten
 from gpt2lite.checkpoint.reading import read_span
@@ -43,12 +44,13 @@ from gpt2lite.errors import CheckpointError, UsageError, listed
 
 # Their words for our fields: config.json, hparams.json, nanoGPT's model_args, Lightning's hyper_parameters.
 OURS = {
-    **dict.fromkeys(("n_head", "num_heads", "num_attention_heads"), "n_heads"),
+    **dict.fromkeys(("n_head", "num_heads", "num_attention_heads", "nhead", "num_head", "heads"), "n_heads"),
     **dict.fromkeys(("n_layer", "num_hidden_layers"), "n_layers"),
     **dict.fromkeys(("n_embd", "hidden_size"), "emb_dim"),
     **dict.fromkeys(("n_positions", "block_size", "max_position_embeddings"), "context_length"),
     **dict.fromkeys(("resid_pdrop", "dropout"), "drop_rate"),
-    **{"n_vocab": "vocab_size", "activation_function": "activation", "tie_word_embeddings": "tied_head"},
+    **dict.fromkeys(("activation_function", "hidden_act", "activation_fn"), "activation"),
+    **{"n_vocab": "vocab_size", "tie_word_embeddings": "tied_head"},
 }
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "drop_rate")  # all of them are one rate of ours
 # Their names of the same two functions, up to rounding, and the classes that compute them. gelu_10 clips,
@@ -96,24 +98,33 @@ ATTRIBUTES = {
     r"(tok_emb|pos_emb|wte|wpe)\.max_norm": "",
     rf"({DROPOUT})\.p": "drop_rate",
 }
+# Words for heads in what is no config's value (YAML, a printed object, pairs), and files that may hold them.
+IN_TEXT = re.compile(r"\b(n_heads?|num_(attention_)?heads?|nhead)\b")
+MAY_BE_CONFIG = re.compile(r"(.*[._-])?(config|args|h?(yper)?params)\.(json|ya?ml|toml)")
+FOLDER_CONFIGS, MAX_CONFIG_BYTES = ("config.json", "hparams.json"), 1 << 20
+_STEMS = ("layer_norm", "layernorm", "norm", "ln")
+EPSILONS = [f"{stem}_{word}" for stem in _STEMS for word in ("epsilon", "eps")]
+ACTIVATION_WORDS = ("activation", *(word for word, name in OURS.items() if name == "activation"))
+HEAD_SIZES = ("head_dim", "head_size", "d_head", "n_embd_per_head")  # emb_dim / n_heads
 # What changes the computation, with the values that ours has; a refusal names the last.
 COMPUTED: dict[str, tuple[object, ...]] = {
     "model_type": (None, "gpt2"),
-    **dict.fromkeys(("layer_norm_epsilon", "layer_norm_eps", "norm_eps"), (None, 1e-5)),
+    **dict.fromkeys(EPSILONS, (None, 1e-5)),
+    **dict.fromkeys(ACTIVATION_WORDS, (*OURS_ARE, *ACTIVATIONS)),
     **dict.fromkeys(("scale_attn_weights", "is_causal"), (None, True)),
     **dict.fromkeys(("scale_attn_by_inverse_layer_idx", "add_cross_attention"), (None, False)),
     **dict.fromkeys(
         ("is_encoder_decoder", "is_cross_attention", "use_bidirectional_attention"), (None, False)
     ),
-    **dict.fromkeys(("activation_function", "activation"), (*OURS_ARE, *ACTIVATIONS)),
     "is_decoder": (None, False, True),  # GPT-2 is causal either way
     "pruned_heads": (None, {}),
+    "position_embedding_type": (None, "learned", "absolute"),
     **dict.fromkeys(("quantization_config", "auto_map", "multi_query"), (None,)),  # auto_map: code of its own
-    **dict.fromkeys(("rope_scaling", "rope_parameters"), (None,)),
-    **dict.fromkeys(("sliding_window", "sliding_window_size", "max_norm"), (None,)),
+    **dict.fromkeys(("rope_scaling", "rope_parameters", "sliding_window", "sliding_window_size"), (None,)),
+    "max_norm": (None,),
     CLASS: ("GPT-2's own; if it computes the same, save model.state_dict() instead",),
 }
-OF_ANYTHING = {"model_type", "activation_function", "activation"}  # words that other parts of a file use, too
+OF_ANYTHING = {"model_type", *ACTIVATION_WORDS}  # words that other parts of a file use, too
 # What changes nothing between ids and logits in eval mode: names, training, generation, other heads, outputs.
 _DOES_NOT_MATTER = """
 _name_or_path transformers_version architectures dtype torch_dtype task_specific_params tokenizer_class
@@ -135,7 +146,7 @@ DOES_NOT_MATTER = frozenset(_DOES_NOT_MATTER.split())
 
 FIELDS = GPTConfig.__dataclass_fields__
 LABELS = "labels.json"  # beside a finetuned classifier: its labels as a list, for other programs
-KNOWN = {"n_inner", *FIELDS, *OURS, *COMPUTED, *DOES_NOT_MATTER}
+KNOWN = {"n_inner", *HEAD_SIZES, *FIELDS, *OURS, *COMPUTED, *DOES_NOT_MATTER}
 
 
 def in_our_words(words: Mapping[str, Any], where: str = "its config") -> dict[str, Any]:
@@ -275,10 +286,15 @@ def _beside_the_file(reading: Reading, has_heads: bool) -> Iterator[Source]:
     """
     path = reading.manifest.path
     if reading.manifest.values.keys().isdisjoint(BOUND) and (beside := _side_json(path)):
-        with suppress(*[CheckpointError] * has_heads):
+        try:
             words = read_json(beside)
-            if not {OURS.get(word, word) for word in words} & {*FIELDS, *COMPUTED} <= {"drop_rate"}:
-                yield Source(str(beside), words)
+        except CheckpointError as error:
+            if not has_heads:
+                do = "If it is no config, pass config={'n_heads': …} (--n-heads)"
+                raise CheckpointError(f"{error}. {do}") from None
+            words = {}
+        if not {OURS.get(word, word) for word in words} & {*FIELDS, *COMPUTED} <= {"drop_rate"}:
+            yield Source(str(beside), words)
     for name, words in folder_configs(path).items():
         yield Source(str(folder_of(path) / name), words, is_whole=name == "config.json")
 
@@ -304,8 +320,7 @@ def folder_configs(path: Path) -> dict[str, dict[str, Any]]:
     is_named = path.is_dir() or not {path.name, without_variant}.isdisjoint(FOLDER_FILES)
     if not is_named and any((folder / name).exists() for name in FOLDER_FILES):
         return {}
-    names = ("config.json", "hparams.json")
-    return {name: read_json(folder / name) for name in names if (folder / name).is_file()}
+    return {name: read_json(folder / name) for name in FOLDER_CONFIGS if (folder / name).is_file()}
 
 
 def labels_of(reading: Reading) -> tuple[str, ...]:
@@ -514,6 +529,25 @@ def _require_unsaid(reading: Reading, known: Mapping[str, Any], asked: Collectio
     _require_computed(reading, places, {word: COMPUTED[word] for word in COMPUTED.keys() - OF_ANYTHING})
 
 
+def _texts(reading: Reading) -> Iterator[tuple[str, str]]:
+    """Texts in a file, and files beside it that may be configs, by their places."""
+    path = reading.manifest.path
+    for place, said in _said_in(reading.manifest).items():
+        if isinstance(said, str):
+            yield f"{path}, {place}", said
+    for file in sorted(folder_of(path).iterdir()):
+        is_read = file.name in FOLDER_CONFIGS
+        if MAY_BE_CONFIG.fullmatch(file.name) and not is_read and file.stat().st_size < MAX_CONFIG_BYTES:
+            yield str(file), file.read_text(encoding="utf-8", errors="replace")
+
+
+def _require_no_text(reading: Reading, known: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if a text names heads where no place that is read says how many."""
+    if found := next((place for place, text in _texts(reading) if IN_TEXT.search(text)), None):
+        what = f"names heads in text, where gpt2lite would assume n_heads={known.get('n_heads')}"
+        raise CheckpointError(found, f"{what}. Pass the right one: config={{'n_heads': …}} (--n-heads)")
+
+
 # ---- what is known -----------------------------------------------------------------------------------------
 
 # Not in weights, and no memory depends on it: what to plan with where nobody says it.
@@ -554,7 +588,19 @@ def _notes(reading: Reading, sources: list[Source], agreed: Mapping[str, Any]) -
     if same := [name for name in others if name.removeprefix(reading.manifest.container_of(name)) in own]:
         yield f"{path}: also holds {same[0]} …, other weights; they are not loaded"
     if reading.left_out:
-        yield f"{path}: opens the language model without {', '.join(reading.left_out)}"
+        yield f"{path}: opens the language model without {shortened(reading.left_out)}"
+    if more := _others_beside(reading.manifest):
+        yield f"{path}: other weights lie beside it and are not loaded: {shortened(more)}"
+
+
+def _others_beside(manifest: Manifest) -> list[str]:
+    """Weights of accelerate's other models (model_1.safetensors), and shards that the index does not name."""
+    whole = Path(manifest.path.name.removesuffix(".index.json"))
+    if whole.name not in FOLDER_FILES:
+        return []
+    numbered = re.compile(rf"{whole.stem}(_\d+|-\d+-of-\d+)\{whole.suffix}")
+    names = {file.name for file in folder_of(manifest.path).iterdir()}
+    return [*filter(numbered.fullmatch, names - {source.path.name for source in manifest.files})]
 
 
 def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None = None) -> Found:
@@ -593,10 +639,14 @@ def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
         defaults["n_heads"] = official[0]
     known = defaults | agreed | dict(said)
     _require_unsaid(reading, known, said)
+    if "n_heads" in defaults.keys() - {*agreed, *said}:
+        _require_no_text(reading, known)
     if isinstance(heads := known.get("n_heads"), int) and heads > 0:
         width = known["emb_dim"] / heads
         factors = (None, True, width**0.5, width**-0.5)  # True: old transformers' flag
-        _require_computed(reading, sources, {SCALE: factors, "head_dim": (None, known["emb_dim"] // heads)})
+        by_heads: dict[str, tuple[object, ...]] = {SCALE: factors}
+        by_heads |= dict.fromkeys(HEAD_SIZES, (None, known["emb_dim"] // heads))
+        _require_computed(reading, sources, by_heads)
     return Found(known, tuple(_notes(reading, sources, agreed)), bool(said))
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from gpt2lite.checkpoint import FOLDER_FILES, Manifest, TensorSpan
 from gpt2lite.dialects.configs import read_json
-from gpt2lite.dialects.reading import TIED, Adapter, Placement, Reading, Transpose, block_of
+from gpt2lite.dialects.reading import TIED, Adapter, Placement, Reading, Transpose, block_of, is_number
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError, listed
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -29,13 +29,9 @@ WRAPPED = re.compile(r"\.(original_module|modules_to_save(\.default)?)\.")  # a 
 PATTERN = re.compile(r"(\.\*)?([\w.^$-]|\\[.d]\+?)*")
 
 
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
-
-
 def _are_patterns(value: object) -> bool:
     pairs = value.items() if isinstance(value, dict) else ((value, None),) if value else ()
-    return all(PATTERN.fullmatch(str(pattern)) and _is_number(number) for pattern, number in pairs)
+    return all(PATTERN.fullmatch(str(pattern)) and is_number(number) for pattern, number in pairs)
 
 
 # LoraConfig's fields that are read here, and what they may say. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change
@@ -44,7 +40,7 @@ READ: dict[str, Callable[[Any], bool]] = {
     "peft_type": lambda value: value == "LORA",
     "task_type": lambda value: value in (None, "CAUSAL_LM", "FEATURE_EXTRACTION"),
     "r": lambda value: type(value) is int and value > 0,
-    "lora_alpha": _is_number,
+    "lora_alpha": is_number,
     "use_rslora": lambda value: value in (None, False, True),
     "rank_pattern": _are_patterns,
     "alpha_pattern": _are_patterns,
@@ -61,6 +57,7 @@ INERT = {
     "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
     "runtime_config", "target_modules",
 }  # fmt: skip
+UNMERGED = re.compile("PROMPT|P_TUNING|PREFIX|CPT")  # methods that put vectors before or beside the text's
 # What a field says that is not used: one of another method, or one that a newer peft added.
 OFF: tuple[object, ...] = (None, False, {}, [], "")
 
@@ -139,8 +136,11 @@ def _config(path: Path) -> dict[str, Any]:
     said = dict.fromkeys(READ) | {"r": 8, "lora_alpha": 8} | read_json(path)
     if wrong := [key for key in said.keys() - INERT if not READ.get(key, OFF.__contains__)(said[key])]:
         fields = ", ".join(f"{key}={said[key]!r}"[:80] for key in sorted(wrong))
+        method = "a LoRA" if said["peft_type"] == "LORA" else "an adapter"
         do = "merge it with peft: model.merge_and_unload().save_pretrained(folder)"
-        raise CheckpointError(path, f"gpt2lite does not read a LoRA with {fields}; {do}")
+        if UNMERGED.search(str(said["peft_type"])):
+            do = "it changes no weights, so nothing can be merged; use it with peft"
+        raise CheckpointError(path, f"gpt2lite does not read {method} with {fields}; {do}")
     return said
 
 

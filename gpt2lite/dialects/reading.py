@@ -481,14 +481,15 @@ def _adapters(
         b = names.get(f"{layer}.lora.B")
         if layer != name and b is not None and f"{layer}.weight" in placements:
             alpha, rank = values.get(f"{a[:-1]}alpha"), values.get(f"{a[:-1]}rank", 1)
-            scale = alpha / rank if _is_number(alpha) and _is_number(rank) and rank else None
+            scale = alpha / rank if is_number(alpha) and is_number(rank) and rank else None
             yield Adapter(
                 f"{layer}.weight", Placement(a, (Transpose(),)), Placement(b, (Transpose(),)), scale
             )
 
 
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and value is not True and math.isfinite(value)
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether this is a finite number, and no flag."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def with_lora_alpha(reading: Reading, alpha: float | None) -> Reading:
@@ -497,7 +498,7 @@ def with_lora_alpha(reading: Reading, alpha: float | None) -> Reading:
     Raises CheckpointError if one lacks the other, or if a layer says another alpha.
     """
     own = {adapter.scale for adapter in reading.adapters}
-    if alpha is not None and not _is_number(alpha):
+    if alpha is not None and not is_number(alpha):
         raise UsageError(f"lora_alpha must be a number, got {alpha!r}")
     if alpha is None and None in own:
         do = "pass the one they trained with: lora_alpha=… (--lora-alpha)"

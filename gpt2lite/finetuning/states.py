@@ -47,7 +47,6 @@ OTHERS = {
 TASK_RULES: dict[str, tuple[Callable[[Any], object], str]] = {
     "train": (callable, "a function of a batch's number"),
     "validation": (lambda v: isinstance(v, Sequence) and not isinstance(v, Batch), "a list of Batch"),
-    "labels": (lambda v: not isinstance(v, str) and all(isinstance(n, str) for n in v), "a tuple of str"),
     "sample": (lambda v: v is None or callable(v), "a function of the model, or None"),
     "digest": (lambda v: isinstance(v, str), "a str"),
 }
@@ -69,7 +68,7 @@ class Task:
     digest: str = ""
 
     def __post_init__(self) -> None:
-        require_allowed(vars(self), TASK_RULES)
+        require_allowed({name: getattr(self, name) for name in TASK_RULES}, TASK_RULES)
         if wrong := wrong_labels(self.labels, len(self.labels)):
             raise UsageError(f"Task.labels: {wrong}")
         object.__setattr__(self, "labels", tuple(self.labels))  # a list is the same data
