@@ -171,17 +171,25 @@ def started(kind: str, device: torch.device, imagined: int = 0) -> Iterator[Devi
 
 def forecast_gathered(module: nn.Module, itemsize: int) -> int:
     """Bytes that FSDP takes beside a rank's part once the module computes: weights of one unit twice, as they
-    come and as they are used, beside the outermost unit's, which stay; and copies of parts of fewer rows.
+    come and as they are used, beside the outermost unit's, which stay; and `forecast_filled_up`.
     """
     from torch.distributed.fsdp import FSDPModule
 
-    seen, whole, shorter = set[Tensor](), [], 0
+    seen, whole = set[Tensor](), []
     for unit in reversed([part for part in module.modules() if isinstance(part, FSDPModule)]):
         own: Any = set(unit.parameters()) - seen
         whole.append(sum(local_of(p).numel() * p.device_mesh.size(0) for p in own) * itemsize)
-        shorter += sum(local_of(p).numel() for p in own if p.shape[0] % p.device_mesh.size(0)) * itemsize
         seen |= own
-    return shorter + max((2 * whole[-1], whole[-1] + 2 * max(whole[:-1], default=0))) if whole else 0
+    gathered = max(2 * whole[-1], whole[-1] + 2 * max(whole[:-1], default=0)) if whole else 0
+    return gathered + forecast_filled_up(module, itemsize)
+
+
+def forecast_filled_up(module: nn.Module, itemsize: int) -> int:
+    """Bytes of the copies that FSDP makes, at the first forward, of parts with fewer rows than the first."""
+    if not hasattr(module, "reshard"):
+        return 0
+    uneven = (p for p in module.parameters() if is_divided(p) and p.shape[0] % mesh_of(p).size(0))  # type: ignore[union-attr]
+    return sum(local_of(p).numel() for p in uneven) * itemsize
 
 
 # ---- what ranks know of each other -------------------------------------------------------------------------

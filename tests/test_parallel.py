@@ -292,6 +292,18 @@ def test_plan_needs_no_ranks(folder: Path, capsys: pytest.CaptureFixture[str], p
         assert rows["baseline"]["why"].startswith("a model over several ranks")
 
 
+def test_plan_of_training_divides_what_ranks_share(folder: Path, capsys: pytest.CaptureFixture[str]):
+    plan = ["plan", str(folder / "tied.pth"), "--train", "--json", "--batch-size", "2", "--seq-len", "8"]
+    found = {}
+    for ranks in ([], ["--ranks", "2"], ["--ranks", "2", "--parallel", "ddp"]):
+        assert main([*plan, *ranks]) == 0
+        found[" ".join(ranks)] = json.loads(capsys.readouterr().out)["forecast"]
+    one, fsdp, ddp = found.values()
+    for name in ("weights", "gradients", "optimizer"):
+        assert ddp[name] == one[name]
+        assert one[name] / 2 <= fsdp[name] <= 0.52 * one[name]  # the first has one row more
+
+
 def test_sigterm_finishes_the_step_on_all_ranks_and_saves(tmp_path: Path):
     out, text = tmp_path / "out", tmp_path / "text.txt"
     text.write_text("Once upon a time there was a test that nobody had to wait for. " * 40)

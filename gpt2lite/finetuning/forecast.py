@@ -24,7 +24,7 @@ from gpt2lite.finetuning.training import (
     require_divisible,
 )
 from gpt2lite.model import GPTModel
-from gpt2lite.parallel import divide, local_of, share_of
+from gpt2lite.parallel import DDP, divide, forecast_filled_up, local_of, share_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -145,9 +145,10 @@ def _resizing(counter: _Counter) -> Iterator[None]:
 
 
 def _run_step(
-    model: Any, batch_size: int, seq_len: int, recipe: Recipe, device: torch.device, teacher: Teacher | None
+    model: Any, seq_len: int, recipe: Recipe, device: torch.device, teacher: Teacher | None, is_kept: bool
 ) -> _Counter:
-    """One step after the first, from weights that are there already."""
+    """One step after the first, from weights that are there; gradients are counted where `is_kept`."""
+    batch_size = recipe.batch_size
     trained = [p for p in model.parameters() if p.requires_grad]
     ids = torch.zeros((batch_size, seq_len), dtype=torch.int64, device=device)
     places = torch.zeros(batch_size, dtype=torch.int64, device=device) if model.config.n_classes else None
@@ -155,7 +156,7 @@ def _run_step(
     models = (model, *([teacher.model] if teacher else []))
     counter = _Counter({id(local_of(p).untyped_storage()) for each in models for p in each.parameters()})
     blocks = model.trf_blocks if recipe.recompute else ()
-    with counter, _resizing(counter), recomputed(blocks, False), _freeing(trained, recipe.step_in_backward):
+    with counter, _resizing(counter), recomputed(blocks, False), _freeing(trained, not is_kept):
         for _ in range(min(recipe.accumulate, 2)):
             teaching = teacher.says(ids, places) if teacher else None
             loss = loss_sum(model, ids, places, targets, recipe, teaching)
@@ -200,11 +201,14 @@ def forecast_training(
         seq_len = recipe.seq_len or model.config.context_length
         own = [(local_of(p), p.requires_grad) for p in model.parameters()]
         weights, trained = sum(p.nbytes for p, _ in own), [p for p, learns in own if learns]
-        counter = _run_step(model, recipe.batch_size, seq_len, recipe, device, teacher)
+        in_buckets = mesh is not None and mesh.mesh_dim_names == (DDP,)  # DDP has them for all gradients
+        is_kept = not (recipe.step_in_backward or in_buckets)
+        counter = _run_step(model, seq_len, recipe, device, teacher, is_kept)
+        more = forecast_filled_up(model, 4)
     gradients = 0 if recipe.step_in_backward else sum(p.nbytes for p in trained)
     moments = 2 * sum(p.numel() if recipe.eight_bit else p.nbytes for p in trained)
     logits = _logits_bytes(model.config, recipe, seq_len)
-    most = counter.peak + (WORKSPACE if device.type == "cpu" else 0)
+    most = counter.peak + more + gradients * in_buckets + (WORKSPACE if device.type == "cpu" else 0)
     held = (taught.stays_host if device.type == "cpu" else taught.stays_device) if taught else 0
     return TrainingForecast(
         weights=weights,
