@@ -1572,7 +1572,7 @@ def test_only_levers_that_are_needed_are_named():
 
     def predict(recipe: Recipe) -> TrainingForecast:
         saved = sum(saved for name, saved in peaks.items() if getattr(recipe, name) != getattr(changed, name))
-        return TrainingForecast(0, 0, 0, 0, 0, 100 - saved)
+        return TrainingForecast(0, 0, 0, 0, 0, 0, 0, 100 - saved)
 
     def named(limit: int) -> list[str]:
         return [lever for lever, _ in find_levers(changed, limit, predict)[0]]

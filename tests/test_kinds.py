@@ -140,11 +140,13 @@ def test_a_checkpoint_in_parts_is_refused_with_the_way_to_join_it(
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_torchs_own_distributed_checkpoint_is_refused_by_name(tmp_path: Path):
+def test_torchs_own_distributed_checkpoint_is_opened(tmp_path: Path):
     from torch.distributed.checkpoint import save
 
     save(W, checkpoint_id=tmp_path / "dcp", no_dist=True)
-    assert "a distributed checkpoint of torch (FSDP, DCP)" in refusal(tmp_path / "dcp")
+    opened = open_checkpoint(tmp_path / "dcp")
+    assert opened.format == "dcp"
+    assert opened.tensors.keys() == W.keys()
 
 
 @pytest.mark.parametrize(

@@ -48,9 +48,9 @@ class TrainingForecast:
     optimizer: int
     activations: int
     logits: int
+    teacher: int
+    teacher_mapped: int
     peak: int
-    teacher: int = 0
-    teacher_mapped: int = 0
 
 
 class _Counter(TorchDispatchMode):
