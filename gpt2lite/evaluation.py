@@ -17,7 +17,7 @@ from gpt2lite.generation.decoding import NOT_FINITE, require_language_model
 from gpt2lite.generation.engines import in_eval_mode
 from gpt2lite.generation.prompts import INTEGERS, require_ids
 from gpt2lite.loading import Progress
-from gpt2lite.parallel import rest
+from gpt2lite.parallel import no_gradients, rest
 
 POSITIONS_AT_ONCE = 128  # whose logits are in memory together: 25 MiB of GPT-2's
 
@@ -62,7 +62,6 @@ def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, 
         yield begin, min(begin + context + 1, length), first
 
 
-@torch.no_grad()  # not inference mode, in which FSDP's memory could not train afterwards
 def evaluate(
     model: LanguageModel,
     ids: Tensor,
@@ -100,7 +99,7 @@ def evaluate(
     began, nats = time.perf_counter(), 0.0
     for begin, end, first in windows(len(ids), context, stride):
         read = ids[begin:end].to(like.device, torch.int64)
-        with in_eval_mode(model):
+        with no_gradients(model), in_eval_mode(model):
             hidden = model.hidden(read[None, :-1])[0, first - 1 - begin :]
             nats += float(loss_of(model, hidden, read[first - begin :]))
         if not math.isfinite(nats):

@@ -17,6 +17,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+import torch
+from torch import Tensor
+
 from gpt2lite.checkpoint import side_file
 from gpt2lite.checkpoint.inert_pickle import DescribingUnpickler, describe
 from gpt2lite.checkpoint.writing import replacing
@@ -90,6 +93,11 @@ def as_tokenizer(encoding: Encoding, end: str = END_OF_TEXT) -> Tokenizer:
     cuts = "\\n" not in encoding._pat_str and not any(map(HAS_BORDER, encoding.special_tokens_set))
     bytes_of = encoding.decode_single_token_bytes
     return Tokenizer(encoding.name, encoding.n_vocab, end_id, ids_of, bytes_of, cuts)
+
+
+def text_ids(encoding: Encoding, text: str) -> Tensor:
+    """The ids of a text, (T,) int64, with special tokens read as such."""
+    return torch.tensor(encoding.encode(text, allowed_special="all"), dtype=torch.int64, device="cpu")
 
 
 def end_of_text(encoding: Encoding) -> int:

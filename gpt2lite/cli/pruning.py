@@ -14,7 +14,7 @@ from gpt2lite.memory import human
 from gpt2lite.model import GPTModel, open_model
 from gpt2lite.opening import Opened
 from gpt2lite.pruning import Pruning, choose_blocks, keep_blocks, prune
-from gpt2lite.tokenizer import tokenizer_for
+from gpt2lite.tokenizer import text_ids, tokenizer_for
 
 
 def _choose(opened: Opened[GPTModel], args: argparse.Namespace) -> Pruning:
@@ -22,7 +22,7 @@ def _choose(opened: Opened[GPTModel], args: argparse.Namespace) -> Pruning:
     if args.text is None:
         raise UsageError("--keep-blocks needs --text, a text to choose by; or name the blocks with --blocks")
     encoding = tokenizer_for(opened.path, opened.config.vocab_size)
-    ids = torch.tensor(encoding.encode(read_text(args.text), allowed_special="all"), dtype=torch.int64)
+    ids = text_ids(encoding, read_text(args.text))
     with bytes_bar("loading") as progress:
         model = opened.load(args.device, dtype=torch.float32, progress=progress)
     with bytes_bar("choosing", "window") as progress:

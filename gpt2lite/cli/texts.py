@@ -23,7 +23,7 @@ from gpt2lite.generation.decoding import require_fit, require_language_model
 from gpt2lite.generation.prompts import stream_text
 from gpt2lite.model import GPTModel, open_model
 from gpt2lite.reading_text import filled_lines, typed_text
-from gpt2lite.tokenizer import Encoding, end_of_text, gpt2_encoding, tokenizer_for
+from gpt2lite.tokenizer import Encoding, end_of_text, gpt2_encoding, text_ids, tokenizer_for
 
 ROWS_AT_ONCE = 8
 RULE = "─" * 40 + "\n"
@@ -131,7 +131,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     model = load_to_read(path, args)
     require_language_model(model)
     encoding = tokenizer_for(path, model.config.vocab_size)
-    ids = torch.tensor(encoding.encode(text, allowed_special="all"), dtype=torch.int64)
+    ids = text_ids(encoding, text)
     with bytes_bar("reading", "token") as progress:
         found = evaluate(model, ids, context=args.context, stride=args.stride, progress=progress)
     context = args.context or model.config.context_length
