@@ -146,7 +146,8 @@ def test_levers_compose_with_a_teacher_and_a_cut_run_ends_with_the_same_bits(
     gpt2lite.finetune(again, task_of(tokens), tmp_path / "cut", recipe, resume=True)
     assert all(torch.equal(again.state_dict()[name], value) for name, value in whole.state_dict().items())
     plain = GPTModel.from_checkpoint(student)
-    gpt2lite.finetune(plain, task_of(tokens), tmp_path / "plain", replace(recipe, teacher=""))
+    alone = replace(recipe, teacher="", alpha=0.5, teacher_dtype="float32")
+    gpt2lite.finetune(plain, task_of(tokens), tmp_path / "plain", alone)
     assert any(not torch.equal(plain.state_dict()[name], value) for name, value in whole.state_dict().items())
 
 
@@ -192,6 +193,9 @@ def test_who_cannot_teach_is_refused_before_a_folder_is_made(
     [
         {"alpha": 1.1}, {"alpha": -0.1}, {"alpha": True}, {"temperature": 0}, {"temperature": float("nan")},
         {"teacher": None}, {"teacher": 3}, {"teacher": "x", "teacher_dtype": "fp4"},
+        {"alpha": 0.9},
+        {"temperature": 1.0},
+        {"teacher_dtype": "int8"},
         {"teacher": "x", "chunked_loss": False}, {"teacher": "x", "compile": True},
     ],
 )  # fmt: skip
@@ -270,3 +274,18 @@ def test_the_command_distils_what_it_pruned(tmp_path: Path, capsys: pytest.Captu
     assert main(["plan", str(small), "--train", "--json", *flags]) == 0
     assert json.loads(capsys.readouterr().out)["forecast"]["teacher"] > 0  # stored in fp16, cast to fp32
     assert GPTConfig.of(gpt2lite.open_model(small).config).n_layers == 2
+
+
+def test_a_teacher_of_another_language_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture):
+    from gpt2lite.cli import main
+
+    small = gpt2lite.prune(EMBEDDED, tmp_path / "small.pth", blocks=[0])
+    other = gpt2lite.prune(EMBEDDED, tmp_path / "other.pth", blocks=[0])
+    ranks = (tmp_path / "other.tiktoken").read_text().splitlines()
+    swapped = [(ranks[at ^ 1] if at < 2 else line).split()[0] + f" {at}" for at, line in enumerate(ranks)]
+    (tmp_path / "other.tiktoken").write_text("\n".join(swapped) + "\n")
+    (tmp_path / "text.txt").write_text("Once upon a time there was a fox. " * 200)
+    words = ["finetune", str(small), "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out")]
+    assert main([*words, "--steps", "1", "--teacher", str(other)]) == 1
+    assert "both must use the same tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -166,6 +166,9 @@ def test_the_command_says_what_was_kept_and_lost(stories: str, tmp_path: Path, c
     arguments = ["prune", str(EMBEDDED), str(tmp_path / "hub"), "--to", "hf", "--keep-blocks", "2"]
     assert main(arguments) == 1
     assert "--keep-blocks needs --text" in capsys.readouterr().err
+    named = [*arguments[:-2], "--blocks", "0", "--text", str(tmp_path / "held-out.txt")]
+    assert main(named) == 1
+    assert "leave it out" in capsys.readouterr().err
     assert main([*arguments, "--text", str(tmp_path / "held-out.txt")]) == 0
     said = capsys.readouterr().out
     assert "0, 1 of 4" in said

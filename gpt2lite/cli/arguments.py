@@ -120,7 +120,7 @@ COMMANDS = {
             "--fit": _size("with --train: find the cheapest settings that fit in SIZE"),
             "--classes": _int("with --train: a classifier of N classes"),
             "--ranks": _int("what the first of N processes would take, none of which need be there"),
-            "--parallel": _arg("how they share the model (default: fsdp)", choices=PARALLEL, default="fsdp"),
+            "--parallel": _arg("how they share the model (default: fsdp)", choices=PARALLEL),
         },
         ("path", "--json", *CONFIG, "--dtype", "--quantize", *CAPS),
         with_recipe=True,

@@ -24,7 +24,7 @@ from gpt2lite.memory import human
 from gpt2lite.model import GPTModel, open_model
 from gpt2lite.opening import Opened
 from gpt2lite.parallel import is_first
-from gpt2lite.tokenizer import tokenizer_files, tokenizer_for, write_beside
+from gpt2lite.tokenizer import Tokenizer, tokenizer_files, tokenizer_for, write_beside
 
 
 def _task(
@@ -37,6 +37,8 @@ def _task(
 ) -> Task:
     """What the flags name; a classifier's head is put on the model."""
     encoding, config = tokenizer_for(path, model.config.vocab_size), model.config
+    if recipe.teacher:
+        _require_same_tokens(recipe.teacher, encoding, config.vocab_size)
     if args.classify:
         task = classifier_task(args.classify, encoding, config, recipe)
         _put_head(opened, model, task.labels, recipe)
@@ -46,6 +48,24 @@ def _task(
     if args.instructions:
         return instruction_task(args.instructions, encoding, config, recipe)
     return text_task(open_text(args.text, tokens, encoding, config.vocab_size), encoding, config, recipe)
+
+
+def _require_same_tokens(teacher: str, encoding: Tokenizer, vocab_size: int) -> None:
+    """Raise UsageError where a teacher's ids stand for other texts, as far as a tokenizer beside it tells."""
+    path = local_path(teacher, None)
+    if open_model(path).sizes.vocab_size != vocab_size:
+        return  # which `finetune` refuses
+    try:
+        theirs = tokenizer_for(path, vocab_size)
+    except UsageError:  # there is none
+        return
+    for token in range(vocab_size):
+        said, wanted = (each.decode_single_token_bytes(token) for each in (theirs, encoding))
+        if said != wanted:
+            do = "both must use the same tokenizer"
+            raise UsageError(
+                f"--teacher {teacher}: its token {token} is {said!r}, the student's {wanted!r}; {do}"
+            )
 
 
 def _put_head(opened: Opened[GPTModel], model: GPTModel, labels: tuple[str, ...], recipe: Recipe) -> None:

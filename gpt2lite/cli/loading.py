@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from gpt2lite import parallel
+from gpt2lite.cli.arguments import PARALLEL
 from gpt2lite.cli.terminal import EMBEDDED, bytes_bar
 from gpt2lite.devices import name_device, resolve_device
+from gpt2lite.errors import UsageError
 from gpt2lite.loading import LoadOptions, Progress
 from gpt2lite.model import GPTModel
 from gpt2lite.opening import locate
@@ -51,7 +53,13 @@ def load_options(args: argparse.Namespace, progress: Progress) -> LoadOptions:
 @contextmanager
 def ranks(args: argparse.Namespace) -> Iterator[None]:
     """With --parallel, `args.mesh` and this process's own device; only the first of its ranks writes."""
-    if args.command == "plan" or not getattr(args, "parallel", None):
+    can_share = "parallel" in args and args.command != "plan"
+    if can_share and not args.parallel and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        choices = ", ".join(PARALLEL)
+        raise UsageError(
+            f"torchrun started several processes; say how they share the model: --parallel {choices}"
+        )
+    if not can_share or not args.parallel:
         yield
         return
     device = name_device(args.device)

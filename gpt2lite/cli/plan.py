@@ -19,7 +19,7 @@ from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.loading import STRATEGIES, LoadPlan, Verdict, choose, helps, judge
 from gpt2lite.memory import Budget, find_budget, human, parse_size
 from gpt2lite.model import GPTModel, open_model
-from gpt2lite.parallel import forecast_gathered, started
+from gpt2lite.parallel import FSDP, forecast_gathered, started
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -29,8 +29,9 @@ LEGEND = """\
 Bytes that loading adds. device, host anon, host file: at the peak; anon cannot be
 reclaimed, file is what is read through a mapping. stays: after loading. mapped: pages
 of the file that the model then uses and the system can reclaim. fits: in available
-memory, and under the caps. reads, gathers (with --ranks): bytes that stream reads; what
-FSDP takes once it computes."""
+memory, and under the caps."""
+OF_RANKS = """
+reads, gathers: bytes that stream reads for this rank; what FSDP takes once it computes."""
 
 
 def _judge_all(plan: LoadPlan, budget: Budget) -> dict[str, Verdict | str]:
@@ -70,7 +71,7 @@ def _as_dict(name: str, verdict: Verdict | str) -> dict[str, Any]:
 def _print(plan: LoadPlan, budget: Budget, verdicts: dict[str, Verdict | str], auto: str) -> None:
     print(f"{plan.manifest.path}: {human(plan.model_bytes)} of parameters to {plan.device}\n")
     print(table(HEADER, *(_row(name, verdict) for name, verdict in verdicts.items())))
-    print(f"\n{LEGEND}\n")
+    print(f"\n{LEGEND}{OF_RANKS * plan.is_divided}\n")
     on_device = [("device", budget.device.said)] if plan.device.type != "cpu" else []
     swap = [("swap", f"{human(budget.swap)}, not counted")] if budget.swap else []
     would_fit = [("would fit", change) for change in helps(plan, "auto", budget)] if not auto else []
@@ -118,8 +119,10 @@ def _plan_training(args: argparse.Namespace, mesh: DeviceMesh | None) -> int:
 def run_plan(args: argparse.Namespace) -> int:
     """Print forecasts, available memory, and what fits; 1 if nothing does."""
     if args.ranks is None:
+        if args.parallel:
+            raise UsageError("--parallel is about several processes: add --ranks N")
         return _plan(args, None)
-    with started(args.parallel, CPU, args.ranks) as mesh:
+    with started(args.parallel or FSDP, CPU, args.ranks) as mesh:
         return _plan(args, mesh)
 
 

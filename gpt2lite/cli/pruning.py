@@ -31,6 +31,8 @@ def _choose(opened: Opened[GPTModel], args: argparse.Namespace) -> Pruning:
 
 def run_prune(args: argparse.Namespace) -> int:
     """Choose, write, and print what was kept and what it costs in loss."""
+    if args.blocks and args.text is not None:
+        raise UsageError("--text chooses the blocks that stay; leave it out, or --blocks")
     opened = open_model(local_path(args.source, args.revision), config=config_of(args))
     chosen = Pruning(tuple(args.blocks), ()) if args.blocks else _choose(opened, args)
     with bytes_bar(f"writing {args.destination.name}") as progress:

@@ -13,6 +13,7 @@ LORA_TARGETS = ("W_query", "W_key", "W_value", "out_proj", "layers.0", "layers.2
 AT_LEAST_1 = ("steps", "batch_size", "seq_len", "accumulate", "last_blocks", "validate_every", "save_every")
 LEAST = dict.fromkeys((*AT_LEAST_1, "keep"), 1) | {"warmup_steps": 0, "seed": 0, "lora_rank": 0}
 NUMBERS = ("learning_rate", "weight_decay", "clip", "lora_alpha", "alpha", "temperature")
+TAUGHT = ("alpha", "temperature", "teacher_dtype")  # say how, if there is a teacher
 TEACHER_DTYPES = ("float32", "bfloat16", "int8")
 
 FLAGS = ("autocast", "recompute", "chunked_loss", "step_in_backward", "eight_bit", "compile")
@@ -106,6 +107,10 @@ class Recipe:
         if not isinstance(self.teacher, str) or self.teacher_dtype not in TEACHER_DTYPES:
             said = f"teacher={self.teacher!r}, teacher_dtype={self.teacher_dtype!r}"
             raise UsageError(f"{said}: wanted a path or a name, and one of {', '.join(TEACHER_DTYPES)}")
+        known = type(self).__dataclass_fields__
+        idle = [name for name in TAUGHT if getattr(self, name) != known[name].default]
+        if idle and not self.teacher:
+            raise UsageError(f"{', '.join(idle)} say how a teacher is heard, but teacher names none")
         if self.teacher and (self.compile or not self.chunked_loss):
             raise UsageError(
                 "a teacher needs chunked_loss=True and compile=False: its logits are never whole"
