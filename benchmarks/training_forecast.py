@@ -1,4 +1,4 @@
-"""`gpt2lite.forecast_training` beside what `finetune` takes, over random recipes.
+"""`gpt2lite.forecast_training` beside what `finetune` takes, over random recipes, some with a teacher.
 
     python benchmarks/training_forecast.py --json benchmarks/results/training-forecast-cpu.json
 
@@ -68,7 +68,20 @@ def random_case(seed: int) -> dict[str, Any]:
     if draw.randrange(3) == 0:
         recipe |= {"step_in_backward": True, "clip": 0.0, "accumulate": 1}
     dtype = draw.choice(("float32", "float32", "bfloat16", "float16"))
-    return {"config": config, "recipe": recipe, "dtype": dtype, "sample": bool(draw.randrange(2))}
+    case = {"config": config, "recipe": recipe, "dtype": dtype, "sample": bool(draw.randrange(2))}
+    if draw.randrange(3) == 0 and not n_classes:  # a teacher of twice the blocks
+        recipe |= {"chunked_loss": True, "teacher_dtype": draw.choice(("float32", "bfloat16", "int8"))}
+        case["teacher"] = {**config, "n_layers": 2 * config["n_layers"], "drop_rate": 0.0}
+    return case
+
+
+def with_its_teacher(case: dict[str, Any], folder: str) -> dict[str, Any]:
+    """The case with its teacher written into the folder, in fp32."""
+    if "teacher" not in case:
+        return case
+    path = Path(folder) / "teacher.pth"
+    GPTModel(GPTConfig(**case["teacher"])).save_checkpoint(path)
+    return case | {"recipe": case["recipe"] | {"teacher": str(path)}}
 
 
 # ---- in the fresh process ----------------------------------------------------------------------------------
@@ -105,7 +118,8 @@ def measure(case: dict[str, Any]) -> int:
     config, recipe = GPTConfig(**case["config"]), Recipe(**case["recipe"])
     dtype, is_plain = getattr(torch, case["dtype"]), not recipe.lora_rank
     like = {"n_classes": config.n_classes, "head_bias": config.head_bias, "tied_head": config.tied_head}
-    small = replace(recipe, batch_size=1, seq_len=16)
+    untaught = {"teacher": "", "teacher_dtype": "float32"}
+    small = replace(recipe, batch_size=1, seq_len=16, **untaught)
     _run(replace(TINY, **like), small, dtype, case["sample"], "numba" if is_plain else "torch")
     with track_memory() as memory:
         _run(config, recipe, dtype, case["sample"], "auto")
@@ -142,7 +156,9 @@ def main() -> int:
     found = []
     for seed in tqdm(range(args.seed, args.seed + args.cases), "training", leave=False, disable=None):
         case = random_case(seed)
-        told, measured = forecast_of(case), in_fresh_process(case)
+        with tempfile.TemporaryDirectory(prefix="gpt2lite-") as folder:
+            runs = with_its_teacher(case, folder)
+            told, measured = forecast_of(runs), in_fresh_process(runs)
         off = told["peak"] - measured
         within = abs(off) <= max(SHARE * measured, LEAST)
         found.append({"seed": seed, **case, "forecast": told, "measured": measured, "within": within})

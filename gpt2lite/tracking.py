@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -10,7 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -62,11 +63,15 @@ class MemoryUse:
 
 
 def clean_up(device: str | torch.device = "cpu") -> int:
-    """Collect garbage, give cached device memory back, restart the device's peak, as the article does.
+    """Collect garbage, give cached memory back, restart the device's peak, as the article does.
 
-    Returns the bytes that torch still has allocated on the device: 0 once every model is deleted.
+    That is the device's cache, and what glibc keeps of freed host memory: a later load that used it again
+    would seem to take nothing. Returns the bytes that torch still has allocated on the device: 0 once every
+    model is deleted.
     """
     gc.collect()
+    with suppress(AttributeError, OSError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
     device = resolve_device(device)
     restart_peak(device)
     return allocated(device)
@@ -148,9 +153,10 @@ def track_memory(device: str | torch.device = "cpu") -> Iterator[MemoryUse]:
     """Measure what a block of code takes on host and device: `with track_memory("cuda") as memory: …`.
 
     After the block, `memory` (a `MemoryUse`) holds peaks in bytes above the baseline at entry. Import what
-    the block needs first, otherwise the imports are counted, and measure in a fresh process: memory that was
-    freed before and is used again adds nothing. Blocks may be nested on the host; a device has one peak,
-    which an inner block restarts. Costs a helper process that sleeps most of the time.
+    the block needs first, otherwise the imports are counted. It begins with `clean_up`, so that memory that
+    was freed before counts again; glibc may keep some MiB, so be exact in a fresh process. Blocks may be
+    nested on the host; a device has one peak, which an inner block restarts. Costs a helper process that
+    sleeps most of the time.
     """
     use = MemoryUse(resolve_device(device))
     device_baseline = clean_up(use.device)
