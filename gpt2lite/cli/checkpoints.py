@@ -1,4 +1,4 @@
-"""`gpt2lite inspect`, `verify`, `convert`, `prune`: what a checkpoint is, whether it loads right, other forms."""
+"""`gpt2lite inspect`, `verify`, `convert`, `prune`: what a checkpoint is, if it loads right, its copies."""
 
 from __future__ import annotations
 

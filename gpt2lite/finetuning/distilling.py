@@ -43,16 +43,15 @@ def open_teacher(ours: GPTConfig, recipe: Recipe) -> Opened[GPTModel]:
     opened = open_model(recipe.teacher)
     theirs, seq_len = opened.sizes, recipe.row_length(ours.context_length)
     if ours.n_classes or theirs.n_classes:
-        raise UsageError(
-            f"teacher={recipe.teacher}: only language models teach and are taught, no classifiers"
-        )
-    if theirs.vocab_size != ours.vocab_size:
-        said = f"has a vocabulary of {theirs.vocab_size}, the student {ours.vocab_size}"
-        raise UsageError(f"teacher={recipe.teacher}: {said}; both must use the same tokenizer")
-    if theirs.context_length < seq_len:
-        said = f"has a context of {theirs.context_length}; use seq_len={theirs.context_length} or less"
-        raise UsageError(f"teacher={recipe.teacher}: {said}, now {seq_len}")
-    return opened
+        wrong = "only language models teach and are taught, no classifiers"
+    elif theirs.vocab_size != ours.vocab_size:
+        sizes = f"{theirs.vocab_size}, the student {ours.vocab_size}"
+        wrong = f"has a vocabulary of {sizes}; both must use the same tokenizer"
+    elif (most := theirs.context_length) < seq_len:
+        wrong = f"has a context of {most}; use seq_len={most} or less, now {seq_len}"
+    else:
+        return opened
+    raise UsageError(f"teacher={recipe.teacher}: {wrong}")
 
 
 def load_teacher(student: GPTModel, recipe: Recipe, device: torch.device) -> Teacher | None:

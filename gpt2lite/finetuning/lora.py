@@ -47,12 +47,6 @@ class LinearWithLoRA(nn.Module):
         return self.linear(x) + self.lora(x)
 
 
-def put_layer(model: nn.Module, path: str, layer: nn.Module) -> None:
-    """Replace the layer at a path."""
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, layer)
-
-
 def lora_layers(model: nn.Module) -> dict[str, LinearWithLoRA]:
     """The adapted layers by path."""
     return {path: layer for path, layer in model.named_modules() if isinstance(layer, LinearWithLoRA)}
@@ -88,7 +82,7 @@ def add_lora(model: nn.Module, recipe: Recipe) -> list[nn.Parameter]:
             drawn = torch.empty(layer.lora.A.shape, dtype=linear.weight.dtype, device="cpu")
             nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
             layer.lora.A.data.copy_(drawn)
-            put_layer(model, path, layer)
+            model.set_submodule(path, layer)
     adapters = [layer.lora.requires_grad_(True) for layer in lora_layers(model).values()]
     return [p for adapter in adapters for p in adapter.parameters()]
 
@@ -97,7 +91,7 @@ def drop_lora(model: nn.Module, kept: Collection[str]) -> None:
     """Take the adapters away, unmerged, except those at the paths in `kept`."""
     for path, layer in lora_layers(model).items():
         if path not in kept:
-            put_layer(model, path, layer.linear)
+            model.set_submodule(path, layer.linear)
 
 
 @held()
@@ -112,4 +106,4 @@ def merge_lora(model: nn.Module) -> None:
         with torch.autocast(layer.weight.device.type, enabled=False):
             added = layer.lora.alpha * (layer.lora.A.to(dtype) @ layer.lora.B.to(dtype)).t()
         layer.linear.weight.copy_(layer.weight.to(dtype) + added)
-        put_layer(model, path, layer.linear)
+        model.set_submodule(path, layer.linear)

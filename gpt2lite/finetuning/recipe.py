@@ -13,7 +13,7 @@ from gpt2lite.errors import UsageError, require_allowed
 T = TypeVar("T")
 LORA_TARGETS = ("W_query", "W_key", "W_value", "out_proj", "layers.0", "layers.2")
 TEACHER_DTYPES = ("float32", "bfloat16", "int8")
-LARGEST = sys.float_info.max
+MOST = sys.float_info.max
 TAUGHT = ("alpha", "temperature", "teacher_dtype")  # say how, if there is a teacher
 
 
@@ -30,10 +30,7 @@ def _int(least: int) -> tuple[Callable[[Any], object], str]:
 RULES: dict[object, tuple[Callable[[Any], object], str]] = {
     **dict.fromkeys(("warmup_steps", "seed", "lora_rank"), _int(0)),
     **dict.fromkeys(("int", "int | None"), _int(1)),
-    "float": (
-        lambda value: type(value) in (int, float) and 0 <= value <= LARGEST,
-        "a finite number, 0 or more",
-    ),
+    "float": (lambda value: type(value) in (int, float) and 0 <= value <= MOST, "a finite number, 0 or more"),
     "bool": (lambda value: type(value) is bool, "True or False"),
     "teacher_dtype": (lambda value: value in TEACHER_DTYPES, f"one of {', '.join(TEACHER_DTYPES)}"),
     "str": (lambda value: isinstance(value, str), "a path or a name"),
@@ -71,9 +68,7 @@ class Recipe:
     seq_len: int | None = _told(None, "tokens per row (default: context)")
     accumulate: int = _told(1, "batches a step")
     learning_rate: float = _told(3e-4, "peak value")
-    warmup_steps: int | None = _told(
-        None, "until the learning rate peaks (default: 10, or half of fewer steps)"
-    )
+    warmup_steps: int | None = _told(None, "until the peak (default: 10, or half of fewer steps)")
     weight_decay: float = _told(0.1, "of matrices")
     clip: float = _told(1.0, "largest norm of the gradient, 0 for no clipping")
     seed: int = _told(0, "for data order, adapters and dropout")
@@ -84,7 +79,7 @@ class Recipe:
     lora_rank: int = _told(0, "train only adapters of this rank, 0 for none")
     lora_alpha: float = _told(16.0, "scale of the adapters' output")
     lora_targets: tuple[str, ...] = _told(
-        ("W_query", "W_value"), f"layers that get an adapter: {', '.join(LORA_TARGETS)}"
+        ("W_query", "W_value"), f"adapted layers: {', '.join(LORA_TARGETS)}"
     )
     last_blocks: int | None = _told(None, "train only this many last blocks and the last norm")
     eight_bit: bool = _told(False, "Adam's moments in 8 bits, by torchao")
@@ -101,10 +96,8 @@ class Recipe:
         known = {field.name: field for field in fields(self)}
         given = {name: value for name in known if (value := getattr(self, name)) is not known[name].default}
         require_allowed(given, {name: RULES.get(name) or RULES[known[name].type] for name in given})
-        if self.warmup > self.steps:
-            raise UsageError(
-                f"warmup_steps={self.warmup} is more than steps={self.steps}: no step has the peak"
-            )
+        if (warmup := self.warmup) > self.steps:
+            raise UsageError(f"warmup_steps={warmup} is more than steps={self.steps}: no step has the peak")
         if not self.learning_rate:
             raise UsageError("learning_rate must be more than 0")
         if self.lora_rank and not self.lora_alpha:
@@ -125,9 +118,7 @@ class Recipe:
         if idle and not self.teacher:
             raise UsageError(f"{', '.join(idle)} say how a teacher is heard, but teacher names none")
         if self.teacher and (self.compile or not self.chunked_loss):
-            raise UsageError(
-                "a teacher needs chunked_loss=True and compile=False: its logits are never whole"
-            )
+            raise UsageError("a teacher needs chunked_loss=True, compile=False: its logits are never whole")
         if self.step_in_backward and (self.clip or self.accumulate > 1):
             raise UsageError("step_in_backward frees each gradient: it needs clip=0 and accumulate=1")
 
