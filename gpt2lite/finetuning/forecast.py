@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gpt2lite.finetuning.distilling import Teacher, forecast_teacher, open_teacher
+from gpt2lite.finetuning.distilling import forecast_teacher, open_teacher
 from gpt2lite.finetuning.losses import ROWS, ROWS_TAUGHT
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.finetuning.training import choose_trained, loss_sum, master_dtype, recomputed, require_divisible
@@ -129,18 +129,17 @@ def _free(parameter: Tensor) -> None:
 
 
 def _run_step(
-    model: Any, seq_len: int, recipe: Recipe, device: torch.device, teacher: Teacher | None
+    model: Any, seq_len: int, recipe: Recipe, device: torch.device, teacher: GPTModel | None
 ) -> _Counter:
     """One step after the first, from weights that are there."""
     zeros, batch_size = partial(torch.zeros, dtype=torch.int64, device=device), recipe.batch_size
     ids, places = zeros((batch_size, seq_len)), zeros(batch_size) if model.config.n_classes else None
     targets = zeros(ids.numel() if places is None else batch_size)
-    models = (model, *([teacher.model] if teacher else []))
-    counter = _Counter({id(local_of(p).untyped_storage()) for each in models for p in each.parameters()})
+    weights = (*model.parameters(), *(teacher.parameters() if teacher is not None else ()))
+    counter = _Counter({id(local_of(p).untyped_storage()) for p in weights})
     with counter, _resizing(counter), recomputed(model.trf_blocks if recipe.recompute else (), False):
         for _ in range(min(recipe.accumulate, 2)):
-            teaching = teacher.says(ids, places) if teacher else None
-            loss = loss_sum(model, ids, places, targets, recipe, teaching)
+            loss = loss_sum(model, ids, places, targets, recipe, teacher)
             loss.backward()
     return counter
 
@@ -168,7 +167,7 @@ def forecast_training(
         opened = open_teacher(build().config, recipe) if recipe.teacher else None
     taught = forecast_teacher(opened, recipe, device) if opened else None
     with FakeTensorMode(), torch.device(device):
-        teacher = Teacher(GPTModel(opened.sizes).eval(), recipe) if opened else None
+        teacher = GPTModel(opened.sizes).eval() if opened else None
         model = build()
         for parameter in model.parameters():
             parameter.data = parameter.data.to(master_dtype(dtype))

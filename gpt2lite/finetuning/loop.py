@@ -201,7 +201,7 @@ def finetune(
         if parallel.is_first(mesh):
             _require_folder(out, resume, recipe.save_every)
     teacher = load_teacher(model, recipe, model.pos_emb.weight.device)
-    identity = states.identity_of(model, task, recipe, teacher.model if teacher else None)
+    identity = states.identity_of(model, task, recipe, teacher)
     if bad := training.not_finite(model):
         raise UsageError(f"the model's {bad[0]} holds infinities or NaN; give one with finite weights")
     with held() as ctrl_c, ExitStack() as until_saved:

@@ -19,9 +19,9 @@ from gpt2lite.devices import has_bfloat16, seeded
 from gpt2lite.dialects.reading import Placement
 from gpt2lite.errors import TrainingDivergedError, UsageError
 from gpt2lite.finetuning.data import IGNORED, Batch, check_batch
-from gpt2lite.finetuning.distilling import Teacher
+from gpt2lite.finetuning.distilling import says
 from gpt2lite.finetuning.lora import add_lora, drop_lora, lora_layers
-from gpt2lite.finetuning.losses import Teaching, rows_of, summed_loss
+from gpt2lite.finetuning.losses import rows_of, summed_loss
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.model import GPTModel
 from gpt2lite.parallel import mesh_of
@@ -150,10 +150,10 @@ def loss_sum(
     places: Tensor | None,
     targets: Tensor,
     recipe: Recipe,
-    teaching: Teaching | None = None,
+    teacher: GPTModel | None = None,
 ) -> Tensor:
     """The loss of ids (B, T) at N places, in nats, summed: ()."""
-    device = ids.device
+    device, teaching = ids.device, says(teacher, ids, places, recipe) if teacher is not None else None
     # Without its cache of casts, which is emptied only where no autocast is left, such as a caller's: weights
     # of an earlier step would be used for ever.
     precision = precision_of(device)
@@ -210,7 +210,7 @@ class Trainer:
     AdamW's two moments cost twice the trained weights, from the first step on. Vectors do not decay.
     """
 
-    def __init__(self, model: GPTModel, recipe: Recipe, teacher: Teacher | None = None) -> None:
+    def __init__(self, model: GPTModel, recipe: Recipe, teacher: GPTModel | None = None) -> None:
         self.model, self.recipe, self.teacher = model, recipe, teacher
         self.device = model.pos_emb.weight.device
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -268,8 +268,7 @@ class Trainer:
         draws = seeded(self.device, drawn) if dropout else nullcontext()
         with recomputed(blocks, dropout), draws:
             for ids, places, targets in there:
-                teaching = self.teacher.says(ids, places) if self.teacher else None
-                loss = self.loss_sum(self.model, ids, places, targets, self.recipe, teaching) / count
+                loss = self.loss_sum(self.model, ids, places, targets, self.recipe, self.teacher) / count
                 summed += parallel.total(self.mesh, float(loss.detach()))
                 require_finite(summed, f"step {number}: the loss", self.recipe, NOTHING_CHANGED)
                 self.is_whole = not self.recipe.step_in_backward
