@@ -157,9 +157,7 @@ COMMANDS = {
     "verify": Command(
         "checkpoints",
         "load a checkpoint in two independent ways and compare what they compute",
-        {
-            "--against": _arg("reference (default: torch)", choices=REFERENCES, default="torch"),
-        },
+        {"--against": _arg("reference (default: torch)", choices=REFERENCES, default="torch")},
         ("path", "--json", "--folder", *LOADING),
     ),
     "evaluate": Command(

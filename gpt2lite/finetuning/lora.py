@@ -6,7 +6,6 @@ Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models"; th
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -85,13 +84,6 @@ def add_lora(model: nn.Module, recipe: Recipe) -> list[nn.Parameter]:
             model.set_submodule(path, layer)
     adapters = [layer.lora.requires_grad_(True) for layer in lora_layers(model).values()]
     return [p for adapter in adapters for p in adapter.parameters()]
-
-
-def drop_lora(model: nn.Module, kept: Collection[str]) -> None:
-    """Take the adapters away, unmerged, except those at the paths in `kept`."""
-    for path, layer in lora_layers(model).items():
-        if path not in kept:
-            model.set_submodule(path, layer.linear)
 
 
 @held()

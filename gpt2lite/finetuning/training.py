@@ -20,7 +20,7 @@ from gpt2lite.dialects.reading import Placement
 from gpt2lite.errors import TrainingDivergedError, UsageError
 from gpt2lite.finetuning.data import IGNORED, Batch, check_batch
 from gpt2lite.finetuning.distilling import says
-from gpt2lite.finetuning.lora import add_lora, drop_lora, lora_layers
+from gpt2lite.finetuning.lora import add_lora, lora_layers
 from gpt2lite.finetuning.losses import rows_of, summed_loss
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.model import GPTModel
@@ -108,7 +108,9 @@ def prepared(model: GPTModel) -> Iterator[None]:
         with torch.autocast(model.pos_emb.weight.device.type, enabled=False):
             yield
     finally:
-        drop_lora(model, own)
+        for path, layer in lora_layers(model).items():
+            if path not in own:
+                model.set_submodule(path, layer.linear)
         for parameter, dtype, learns in found:
             parameter.grad = None
             if parameter.dtype != dtype:
@@ -128,8 +130,7 @@ def recomputed(blocks: Sequence[nn.Module], dropout: bool) -> Iterator[None]:
     """Blocks keep their input alone and run again in backward."""
     own = [vars(block).get("forward") for block in blocks]  # what a caller put there
     for block in blocks:
-        again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=dropout)
-        block.forward = again
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=dropout)
     try:
         yield
     finally:
