@@ -30,7 +30,6 @@ MAX_NAMED = 3
 def _oddities(reading: Reading) -> list[str]:
     spans = list(reading.manifest.tensors.values())
     misaligned = sum(span.offset % span.dtype.itemsize != 0 for span in spans)
-    strided = sum(span.extent != span.nbytes for span in spans)
     counted = [
         (len(reading.masks), "stored attention masks, which loading skips"),
         (len(reading.passengers), "tensors beside the model (an optimizer?), which loading never reads"),
@@ -38,7 +37,7 @@ def _oddities(reading: Reading) -> list[str]:
         (len(reading.unexpected), f"unknown tensors: {', '.join(reading.unexpected[:MAX_NAMED])}"),
         (len(reading.manifest.unreadable), f"unreadable: {', '.join(reading.manifest.unreadable)[:200]}"),
         (misaligned, "tensors not aligned to their item size"),
-        (strided, "tensors whose bytes are not contiguous"),
+        (sum(span.extent != span.nbytes for span in spans), "tensors whose bytes are not contiguous"),
     ]
     return [f"{count} {what}" for count, what in counted if count]
 

@@ -102,11 +102,11 @@ def _plan(args: argparse.Namespace, mesh: DeviceMesh | None) -> int:
     opened = open_model(args.path, revision=args.revision, config=config_of(args))
     plan = opened.plan(device, dtype=dtype_of(args), quantize=args.quantize, mesh=mesh)
     verdicts = {name: row.refuses(plan) or judge(plan, name, budget) for name, row in STRATEGIES.items()}
-    auto, fits, ranks = "", (), dict[str, int]()
+    auto, fits, ranks = "", list[str](), dict[str, int]()
     try:
         auto = choose(plan, "auto", budget)[0]
     except InsufficientMemoryError as error:
-        fits = error.fits
+        fits += error.fits
     if plan.is_divided:  # what stream reads for this rank, and what FSDP then takes in order to compute
         ranks["reads"] = sum(chunk.nbytes for chunk in plan.schedule.chunks)
         ranks["gathers"] = forecast_gathered(plan.skeleton, plan.targets[0].dtype.itemsize)

@@ -79,8 +79,7 @@ def add_lora(model: nn.Module, recipe: Recipe) -> list[nn.Parameter]:
         if isinstance(linear, nn.Linear):
             layer = LinearWithLoRA(linear, rank, alpha)
             drawn = torch.empty(layer.lora.A.shape, dtype=linear.weight.dtype, device="cpu")
-            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
-            layer.lora.A.data.copy_(drawn)
+            layer.lora.A.data.copy_(nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator))
             model.set_submodule(path, layer)
     adapters = [layer.lora.requires_grad_(True) for layer in lora_layers(model).values()]
     return [p for adapter in adapters for p in adapter.parameters()]
