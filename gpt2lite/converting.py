@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -30,19 +29,18 @@ from gpt2lite.checkpoint.torch_zip import fill_tensor_folder, fill_torch_zip
 from gpt2lite.checkpoint.writing import Progress, TensorToWrite, Wrote
 from gpt2lite.config import GPTConfig
 from gpt2lite.dialects.configs import OURS, check_masks
-from gpt2lite.dialects.reading import DIALECTS, Placement, expand_rows
+from gpt2lite.dialects.reading import DIALECTS
 from gpt2lite.errors import CheckpointError, UsageError, listed
 from gpt2lite.loading.options import check_names
 from gpt2lite.loading.skeleton import sketch
 from gpt2lite.memory import parse_size
-from gpt2lite.model import GPTModel, open_model
+from gpt2lite.model import GPTModel, Source, open_model
 from gpt2lite.opening import Opened
 from gpt2lite.tokenizer import GENERATION, hub_files, tokenizer_files, write_beside
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-AnyPath = str | os.PathLike[str]
 HEAD, EMBEDDING = "out_head.weight", "tok_emb.weight"
 END_OF_TEXT = 50256  # GPT-2's own token
 
@@ -227,26 +225,22 @@ def _stored(
     """The tensors of the target's file: the inverse of its rows. Biases that the source lacks are zeros."""
     target, like = TARGETS[to], views[EMBEDDING].dtype
     wanted = sketch(lambda: GPTModel(config)).module.state_dict()
-    groups: dict[str, list[tuple[str, Placement]]] = {}  # their names, and of which parameters each is made
-    for theirs, ours, placement in expand_rows(DIALECTS[to].rows, config.n_layers):
-        if ours in wanted:
-            groups.setdefault(theirs, []).append((ours, placement))
     absent = wanted.keys() - views.keys()
     zeros = {name: torch.zeros(wanted[name].shape, dtype=like, device="cpu") for name in absent}
     views, stored = {**views, **zeros}, {}
     # Of names without a head, as gpt2's own are, some programs read no others; transformers reads both.
     prefix = "" if config.tied_head and not target.tied_head_in else target.prefix
-    for theirs, group in groups.items():
+    for theirs, group in DIALECTS[to].places(config.n_layers).items():
         (ours, placement), *_ = group
-        parts = [placement.unplace(views[part]) for part, placement in group]
-        name = theirs if ours == HEAD else prefix + theirs
-        axis = placement.rows_axis % parts[0].dim() if len(parts) > 1 else 0
-        stored[ours] = writing.join(name, parts, axis=axis, dtype=dtype)
-    if config.tied_head:
-        head = stored.pop(HEAD)
-        if format in target.tied_head_in:
-            shares = stored[EMBEDDING].name if format == "pth" else ""
-            stored[HEAD] = replace(head, shares=shares)
+        if ours in wanted:
+            parts = [placement.unplace(views[part]) for part, placement in group]
+            name = theirs if ours == HEAD else prefix + theirs
+            axis = placement.rows_axis % parts[0].dim() if len(parts) > 1 else 0
+            stored[ours] = writing.join(name, parts, axis=axis, dtype=dtype)
+    if config.tied_head and format not in target.tied_head_in:
+        del stored[HEAD]
+    elif config.tied_head and format == "pth":
+        stored[HEAD] = replace(stored[HEAD], shares=stored[EMBEDDING].name)
     yield from stored.values()
     if target.mask:  # the book's buffer: 1 where a token must not see
         size = config.context_length
@@ -271,7 +265,7 @@ def _beside(job: Conversion, source: Path) -> dict[str, bytes]:
 
 
 def plan_conversion(
-    source: AnyPath | Opened[GPTModel], destination: AnyPath, **options: Unpack[ConvertOptions]
+    source: Source | Opened[GPTModel], destination: Source, **options: Unpack[ConvertOptions]
 ) -> Conversion:
     """Decide all that `convert` will write, and refuse what it cannot, before a byte is written.
 
@@ -390,8 +384,8 @@ def run_conversion(job: Conversion, *, verified: bool = True, progress: Progress
 
 
 def convert(
-    source: AnyPath | Opened[GPTModel],
-    destination: AnyPath,
+    source: Source | Opened[GPTModel],
+    destination: Source,
     *,
     verify: bool = True,
     progress: Progress | None = None,
@@ -413,7 +407,7 @@ def convert(
     return run_conversion(plan_conversion(source, destination, **options), verified=verify, progress=progress)
 
 
-def save_per_tensor(model_or_path: nn.Module | AnyPath, folder: AnyPath) -> Path:
+def save_per_tensor(model_or_path: nn.Module | Source, folder: Source) -> Path:
     """Write `<name>.pt` for every tensor of a model or checkpoint, for strategy="per_tensor".
 
     Maps a checkpoint and holds two chunks in memory. The folder must not exist, and appears whole or not at

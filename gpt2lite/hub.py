@@ -81,18 +81,17 @@ def fetch(
         also = "" if is_path else f", and not the name of a Hub model ({', '.join(OFFICIAL)} or owner/name)"
         raise CheckpointNotFoundError(name, f"no such file or folder{also}")
     cache = None if cache_dir is None else Path(cache_dir).expanduser()
-    problem: Exception = errors.OfflineModeIsEnabled()
-    if not local_files_only:
-        try:
-            return _download(repo, revision, token, cache)
-        except GPT2LiteError:
-            raise
-        except CLIENT_ERRORS as error:
-            problem = error
-    names = () if isinstance(problem, errors.RevisionNotFoundError) else _names_of(repo)
-    if folder := _cached(names, revision, cache):
-        return folder
-    raise _explained(problem, repo, revision, cache) from problem
+    try:
+        if local_files_only:
+            raise errors.OfflineModeIsEnabled()
+        return _download(repo, revision, token, cache)
+    except GPT2LiteError:
+        raise
+    except CLIENT_ERRORS as error:
+        names = () if isinstance(error, errors.RevisionNotFoundError) else _names_of(repo)
+        if folder := _cached(names, revision, cache):
+            return folder
+        raise _explained(error, repo, revision, cache) from error
 
 
 def fetch_file(repo: str, filename: str) -> Path:

@@ -25,15 +25,7 @@ from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.checkpoint.tf_bundle import index_of
 from gpt2lite.config import OFFICIAL_SIZES, GPTConfig
 from gpt2lite.devices import name_device
-from gpt2lite.dialects.configs import (
-    UNSAYABLE,
-    Found,
-    check_masks,
-    check_model_type,
-    complete,
-    find_fields,
-    labels_of,
-)
+from gpt2lite.dialects import configs
 from gpt2lite.dialects.peft import find_adapter, with_adapter
 from gpt2lite.dialects.reading import Reading, read_dialect, read_names, with_lora_alpha
 from gpt2lite.errors import UsageError
@@ -80,7 +72,7 @@ class Opened(Generic[Model]):
     """
 
     reading: Reading
-    found: Found
+    found: configs.Found
     model: Callable[[GPTConfig], Model]
 
     @property
@@ -91,17 +83,18 @@ class Opened(Generic[Model]):
     @cached_property
     def config(self) -> GPTConfig:
         """The model's config. Raises CheckpointError where the file cannot tell it and the caller did not."""
-        return complete(self.reading, self.found)
+        return configs.complete(self.reading, self.found)
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
         """A classifier's labels, one per row of its head; () where no file says them."""
-        return labels_of(self.reading)
+        return configs.labels_of(self.reading)
 
     @cached_property
     def sizes(self) -> GPTConfig:
         """The config to plan with: unknown fields that no byte depends on get defaults."""
-        return complete(self.reading, replace(self.found, fields=UNSAYABLE | dict(self.found.fields)))
+        fields = configs.UNSAYABLE | dict(self.found.fields)
+        return configs.complete(self.reading, replace(self.found, fields=fields))
 
     def build(self) -> Model:
         """The model with initial values, or without memory under `torch.device("meta")`."""
@@ -144,10 +137,10 @@ class Opened(Generic[Model]):
 
         Warns of what it ignored in the file.
         """
-        complete(self.reading, self.found)  # raises where `plan` would take something for granted
+        configs.complete(self.reading, self.found)  # raises where `plan` would take something for granted
         with_lora_alpha(self.reading, None)  # raises where one is missing
         with parallel.together(mesh := options.get("mesh")):
-            check_masks(self.reading, parallel.turn_of(mesh))
+            configs.check_masks(self.reading, parallel.turn_of(mesh))
         self.warn()
         model = load(partial(self.plan, **options), device, strategy, options)
         if mesh is not None:
@@ -177,13 +170,13 @@ def open_as(
     path = Path(path)
     adapter = find_adapter(path, lambda name, revision: locate(name, {**options, "revision": revision}))
     manifest = open_checkpoint(adapter.base if adapter else path)
-    check_model_type(manifest.path)
+    configs.check_model_type(manifest.path)
     reading = read_dialect(manifest)
     if adapter:
         reading = with_adapter(reading, adapter.said, open_checkpoint(adapter.weights))
     if options.get("lora_alpha") is not None:
         reading = with_lora_alpha(reading, options["lora_alpha"])
-    return Opened(reading, find_fields(reading, options.get("config")), model)
+    return Opened(reading, configs.find_fields(reading, options.get("config")), model)
 
 
 @collector_paused()

@@ -61,14 +61,10 @@ def keep_blocks(opened: Opened[Model], blocks: Sequence[int]) -> Opened[Model]:
             return name.replace(f".{block}.", f".{kept.index(block)}.", 1)
         return name if block < 0 else None
 
-    names = {name: renamed(name) for name in opened.reading.placements}
-    placements = {new: opened.reading.placements[name] for name, new in names.items() if new}
-    adapters = tuple(
-        replace(adapter, weight=new)
-        for adapter in opened.reading.adapters
-        if (new := renamed(adapter.weight))
-    )
-    reading = replace(opened.reading, placements=placements, adapters=adapters)
+    read = opened.reading
+    placements = {new: placed for name, placed in read.placements.items() if (new := renamed(name))}
+    adapters = tuple(replace(each, weight=new) for each in read.adapters if (new := renamed(each.weight)))
+    reading = replace(read, placements=placements, adapters=adapters)
     fields = {**opened.found.fields, "n_layers": len(kept)}
     return replace(opened, reading=reading, found=replace(opened.found, fields=fields))
 

@@ -81,8 +81,7 @@ def quantize_skeleton(skeleton: nn.Module, is_wanted: Callable[[str], bool]) -> 
         pair = _on_meta(shape, torch.int8), _on_meta(shape[:1], torch.float32)
         int8 = made.setdefault(id(layer.weight), pair)
         new = Int8Linear(*int8, layer.bias) if isinstance(layer, nn.Linear) else Int8Embedding(*int8)
-        parent, _, leaf = path.rpartition(".")
-        setattr(skeleton.get_submodule(parent), leaf, new)
+        skeleton.set_submodule(path, new)
         found.add(f"{path}.weight")
     return found
 

@@ -10,8 +10,9 @@ import base64
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -35,6 +36,7 @@ HAS_BORDER = re.compile(r"\S[ \n]").search
 UNKNOWN = "\ufffd".encode()
 Allowed: TypeAlias = Literal["all"] | AbstractSet[str]
 Files: TypeAlias = Mapping[str, Path]
+Said: TypeAlias = dict[str, Any]  # a JSON object
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +69,9 @@ class Tokenizer:
 
         An id that the tokenizer does not have, such as a padding row of the model, is U+FFFD.
         """
-        try:
+        with suppress(KeyError):
             return self.bytes_of(token)
-        except KeyError:
-            return UNKNOWN
+        return UNKNOWN
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text; U+FFFD for ids without a token and for bytes that are not UTF-8."""
@@ -243,7 +244,7 @@ def _ids(vocab: Any) -> dict[str, int]:
     return vocab if isinstance(vocab, dict) else {token: id for id, (token, _) in enumerate(vocab)}
 
 
-def _named(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _named(settings: Said) -> dict[str, Said]:
     """The rows of the special tokens that settings name: {"eos_token": {"content": "<|endoftext|>"}, …}."""
     found = {key: token for key, token in settings.items() if key.endswith("_token")}
     for key in ("additional_special_tokens", "extra_special_tokens"):
@@ -253,7 +254,7 @@ def _named(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {key: row | {"special": True} for key, row in rows.items() if isinstance(row, dict)}
 
 
-def _tree(files: Files, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _tree(files: Files, settings: Said) -> Said:
     """What tokenizer.json says; where there is none, the same of vocab.json and merges.txt."""
     tree, vocab = _json(files, TREE), _json(files, VOCAB)
     if tree:
@@ -271,7 +272,7 @@ def _tree(files: Files, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"added_tokens": [], "pre_tokenizer": before, "decoder": BYTE_LEVEL, "model": model}
 
 
-def _class_of(files: Files, settings: Mapping[str, Any]) -> str | None:
+def _class_of(files: Files, settings: Said) -> str | None:
     """The class that transformers reads the files with, without "Fast"; None where nothing says it."""
     beside = next(iter(files.values())).with_name("config.json")
     is_folders = beside.is_file() and all(path.name == name for name, path in files.items())
@@ -281,7 +282,7 @@ def _class_of(files: Files, settings: Mapping[str, Any]) -> str | None:
     return said and str(said).removesuffix("Fast")
 
 
-def _has_gpt2_rules(tree: Mapping[str, Any]) -> bool:
+def _has_gpt2_rules(tree: Said) -> bool:
     """Whether its rules are GPT-2's, but perhaps for a space before the text and added tokens."""
     before = {"use_regex": True, **(tree["pre_tokenizer"] or {})}
     return (
@@ -292,16 +293,14 @@ def _has_gpt2_rules(tree: Mapping[str, Any]) -> bool:
     )
 
 
-def _prefixes(tree: Mapping[str, Any]) -> set[bool]:
+def _prefixes(tree: Said) -> set[bool]:
     """What a tokenizer's rules say of a space before the text."""
     before = tree["pre_tokenizer"] or {}
     parts = before.get("pretokenizers", [before])
     return {part["add_prefix_space"] for part in parts if "add_prefix_space" in part}
 
 
-def _other_rules(
-    kind: str | None, tree: Mapping[str, Any], settings: Mapping[str, Any], *, has_tree: bool
-) -> str | None:
+def _other_rules(kind: str | None, tree: Said, settings: Said, *, has_tree: bool) -> str | None:
     """What transformers would compute otherwise than the rules in `tree`, and what to do."""
     if kind in GENERIC and not has_tree:
         return f"tokenizer_class={kind} needs {TREE}, which is not there; copy it here"
@@ -317,7 +316,7 @@ def _other_rules(
     return None
 
 
-def _settings(files: Files) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def _settings(files: Files) -> tuple[Said, dict[str, Said]]:
     """The settings of both files as one, and the special tokens that they name."""
     told = [_json(files, file) for file in SETTINGS]
     first, second = map(_named, told)
@@ -328,13 +327,11 @@ def _settings(files: Files) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     return told[0] | told[1], second | first
 
 
-def _added(
-    name: str, tree: Mapping[str, Any], apart: Sequence[dict[str, Any]], named: Sequence[dict[str, Any]]
-) -> dict[str, dict[str, Any]]:
+def _added(name: str, tree: Said, apart: Iterable[Said], named: Collection[Said]) -> dict[str, Said]:
     """The rows of all tokens that are looked up before the merges: in the tree, apart from it, and named."""
     vocab, special = _ids(tree["model"]["vocab"]), {row["content"] for row in named}
     in_vocab = [row | {"id": vocab[row["content"]]} for row in named if row["content"] in vocab]
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, Said] = {}
     for row in (*tree["added_tokens"], *apart, *in_vocab):
         token, is_special = row["content"], row["content"] in special
         defaults = dict.fromkeys(FLAGS, False) | {"special": is_special, "normalized": not is_special}
@@ -351,7 +348,7 @@ def _added(
     return rows
 
 
-def _through_tokenizers(name: str, tree: Mapping[str, Any], end: str) -> Tokenizer:
+def _through_tokenizers(name: str, tree: Said, end: str) -> Tokenizer:
     """Any tokenizer.json, computed by the package tokenizers."""
     try:
         import tokenizers
@@ -561,9 +558,7 @@ def hub_files(checkpoint: Path, vocab_size: int) -> dict[str, bytes]:
     except CheckpointError as error:
         warnings.warn(f"no tokenizer is written: {error}", stacklevel=2)
         return {}
-    if (
-        TREE in files
-    ):  # whose rules transformers takes for those of config.json's model, where nothing says so
+    if TREE in files:  # else transformers takes the rules of config.json's model for its
         said = {"tokenizer_class": f"{GENERIC[0]}Fast"} | json.loads(files.get(SETTINGS[1], b"{}"))
         files |= {SETTINGS[1]: _as_json(said)}
     if META in files:

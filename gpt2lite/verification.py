@@ -16,6 +16,7 @@ from gpt2lite.checkpoint.reading import read_tensors
 from gpt2lite.config import GPTConfig
 from gpt2lite.converting import convert
 from gpt2lite.dialects.configs import folder_configs, folder_of
+from gpt2lite.dialects.peft import ADAPTER_CONFIG
 from gpt2lite.errors import UsageError
 from gpt2lite.model import GPTModel, Source
 from gpt2lite.opening import Opened
@@ -73,11 +74,7 @@ def plain_model(opened: Opened[GPTModel], dtype: torch.dtype | None) -> GPTModel
     return model.eval().to(dtype=dtype)
 
 
-# A classifier's class in config.json → the class of transformers that reads it.
-CLASSIFIERS = {
-    "GPT2ForSequenceClassification": "AutoModelForSequenceClassification",
-    "GPT2ForTokenClassification": "AutoModelForTokenClassification",
-}
+CLASSIFIERS = ("GPT2ForSequenceClassification", "GPT2ForTokenClassification")  # transformers' classes
 Forward = Callable[[Tensor], Tensor]  # ids (1, T) → logits (1, T, V), or (1, V) of the last token
 SAME_CONFIG = "the config and the forward pass: both loads take gpt2lite's (try --against transformers)"
 CONVERTED = "transformers cannot read this file, so gpt2lite converted it"
@@ -91,31 +88,27 @@ def _transformers(opened: Opened[GPTModel], dtype: torch.dtype, folder: Path) ->
     except ImportError as error:
         raise UsageError(f"transformers cannot be imported ({error}): pip install transformers") from None
     logging.disable_progress_bar()
-    path, shared = folder_of(opened.path), ""
-    said = folder_configs(opened.path).get("config.json", {})
-    has_config, kind = "model_type" in said, "AutoModelForCausalLM"
+    path, kind, shared = folder_of(opened.path), "AutoModelForCausalLM", ""
+    said, config = folder_configs(opened.path).get("config.json", {}), opened.config
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
-    if not has_config or opened.reading.dialect != "huggingface" or opened.path.name not in FOLDER_FILES:
+    is_theirs = opened.reading.dialect == "huggingface" and opened.path.name in FOLDER_FILES
+    if "model_type" not in said or not is_theirs:
+        if config.n_classes:
+            what = "a classifier that gpt2lite converts is compared with torch only"
+            raise UsageError(f"{opened.path}: {what}")
         shared = f"the config and the names: {CONVERTED}"
-        if has_config:
+        if "model_type" in said:
             options["config"] = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
             shared = f"the names: {CONVERTED}; the config is the folder's"
-        if opened.config.n_classes:
-            raise UsageError(
-                f"{opened.path}: a classifier that gpt2lite converts is compared with torch only"
-            )
-        config = opened.config.as_dict()
-        path = convert(opened.path, folder / "model", to="huggingface", config=config, verify=False)
-    elif opened.reading.adapters and not (path / "adapter_config.json").is_file():
+        path = convert(opened, folder / "model", to="huggingface", verify=False)
+    elif opened.reading.adapters and not (path / ADAPTER_CONFIG).is_file():
         advice = "copy its two files here, or compare with plain torch"
         raise UsageError(f"{path}: transformers would leave out the adapter; {advice}")
-    elif opened.config.n_classes:
-        named = said.get("architectures") or ["none"]
-        kind = CLASSIFIERS.get(named[0], "")
-        if not kind:
-            raise UsageError(
-                f"{path}/config.json names {named[0]}; the classifiers compared are {', '.join(CLASSIFIERS)}"
-            )
+    elif config.n_classes:
+        kind = (said.get("architectures") or ["none"])[0]
+        if kind not in CLASSIFIERS:
+            known = f"the classifiers compared are {', '.join(CLASSIFIERS)}"
+            raise UsageError(f"{path}/config.json names {kind}; {known}")
     model = getattr(transformers, kind).from_pretrained(path, **options).eval()
     model.config.pad_token_id = None  # what is classified is the last token, whatever its number
     return lambda ids: model(ids).logits, shared

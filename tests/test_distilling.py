@@ -229,7 +229,7 @@ def test_a_mapped_teacher_takes_no_memory_and_one_that_is_cast_does(tmp_path: Pa
     assert forecasts["int8"].teacher < nbytes / 2
     loaded = load_teacher(GPTModel(SIZES), Recipe(teacher=str(teacher)), CPU)
     assert loaded is not None
-    assert not loaded.model.training
+    assert not loaded.training
 
 
 def test_the_command_distils_what_it_pruned(tmp_path: Path, capsys: pytest.CaptureFixture):

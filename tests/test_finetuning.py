@@ -1054,8 +1054,8 @@ def test_ctrl_c_after_the_last_step_leaves_model_and_files_whole(
     recipe = replace(QUICK, lora_rank=2, learning_rate=1e-2)
     wanted_model, model, out = fresh(), fresh(), tmp_path / "out"
     wanted = finetune(wanted_model, task(recipe), tmp_path / "whole", recipe)
-    home = {"merge_lora": lora, "save_lora": states, "save_checkpoint": writing}[where]
-    name = {"merge_lora": "put_layer", "save_lora": "replacing", "save_checkpoint": "_flush"}[where]
+    home = {"merge_lora": torch.nn.Module, "save_lora": states, "save_checkpoint": writing}[where]
+    name = {"merge_lora": "set_submodule", "save_lora": "replacing", "save_checkpoint": "_flush"}[where]
     plain = getattr(home, name)
 
     def pressing(*args: Any) -> Any:
@@ -1085,13 +1085,13 @@ def test_ctrl_c_while_adapters_are_merged_waits_for_the_last(monkeypatch: pytest
         for layer in lora.lora_layers(each).values():
             layer.lora.B.data.fill_(0.1)
     merge_lora(wanted)
-    plain = lora.put_layer
+    plain = torch.nn.Module.set_submodule
 
     def pressing(*args: Any) -> None:
         press()
         plain(*args)
 
-    monkeypatch.setattr(lora, "put_layer", pressing)
+    monkeypatch.setattr(torch.nn.Module, "set_submodule", pressing)
     with pytest.raises(KeyboardInterrupt):
         merge_lora(model)
     assert_same(weights(model), weights(wanted), 0.0)

@@ -11,7 +11,7 @@ from typing import Any
 
 from gpt2lite.cli.terminal import EMBEDDED
 from gpt2lite.config import ACTIVATIONS, OFFICIAL_SIZES
-from gpt2lite.finetuning.recipe import LORA_TARGETS, TEACHER_DTYPES, Recipe
+from gpt2lite.finetuning.recipe import Recipe
 
 # Tables of the library, by their names: the tables themselves hold functions of torch.
 STRATEGIES = ("baseline", "sequential", "meta", "mmap", "per_tensor", "stream")
@@ -41,6 +41,10 @@ _file, _switch = partial(_path, metavar="FILE"), partial(_arg, action="store_tru
 
 SHARED: Rows = {
     "path": _arg(OR_EMBEDDED, nargs="?", default=EMBEDDED),
+    "source": _arg(CHECKPOINT),
+    "destination": _path("a .pth, a .safetensors, or a new folder"),
+    "--to": _arg("target (default: %(default)s)", choices=DIALECTS, default="book"),
+    "--folder": _path("for temporary files (default: the system's)", metavar="DIR"),
     "--json": _switch("print JSON"),
     "--device": _arg("cpu, cuda, cuda:1 … (default: cpu)", default="cpu"),
     "--strategy": _arg("default: the best that fits", choices=("auto", *STRATEGIES), default="auto"),
@@ -57,8 +61,6 @@ SHARED: Rows = {
 CONFIG = ("--revision", "--n-heads", "--activation")
 CAPS = ("--max-host-memory", "--max-device-memory")
 LOADING = ("--strategy", "--device", *CONFIG, "--lora-alpha", "--dtype", *CAPS)
-WRITTEN = _path("a .pth, a .safetensors, or a new folder")
-TO = _arg("target (default: %(default)s)", choices=DIALECTS, default="book")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +108,8 @@ COMMANDS = {
             "--strategies": _arg("default: all", nargs="+", choices=STRATEGIES, default=STRATEGIES),
             "--json": _arg("save everything as JSON; - prints it instead", metavar="FILE.json"),
             "--plot": _path("draw memory over time (needs matplotlib)", metavar="FILE.png"),
-            "--folder": _path("for temporary files (default: the system's)", metavar="DIR"),
         },
-        ("--device", *CONFIG, "--dtype"),
+        ("--folder", "--device", *CONFIG, "--dtype"),
         one_of=("path", "--size"),
     ),
     "plan": Command(
@@ -129,27 +130,21 @@ COMMANDS = {
         "checkpoints",
         "write a checkpoint with another program's names, layout and file format",
         {
-            "source": _arg(CHECKPOINT),
-            "destination": WRITTEN,
-            "--to": TO,
             "--format": _arg("default: by suffix; safetensors for a folder", choices=FORMATS),
             "--max-shard-size": _size("split a folder's safetensors: 2GiB, 5GB"),
             "--no-verify": _switch("do not read the result back"),
         },
-        (*CONFIG, "--dtype"),
+        ("source", "destination", "--to", *CONFIG, "--dtype"),
     ),
     "prune": Command(
-        "pruning",
+        "checkpoints",
         "write a checkpoint without some of its blocks, those that a text misses least",
         {
-            "source": _arg(CHECKPOINT),
-            "destination": WRITTEN,
             "--keep-blocks": _int("how many stay, chosen by --text"),
             "--blocks": _arg("the numbers of those that stay, from 0", type=int, nargs="+", metavar="N"),
             "--text": _arg("UTF-8 that it was not trained on; - reads standard input", metavar="FILE"),
-            "--to": TO,
         },
-        ("--device", *CONFIG, "--dtype"),
+        ("source", "destination", "--to", "--device", *CONFIG, "--dtype"),
         one_of=("--keep-blocks", "--blocks"),
         needs_one=True,
     ),
@@ -162,11 +157,8 @@ COMMANDS = {
     "verify": Command(
         "checkpoints",
         "load a checkpoint in two independent ways and compare what they compute",
-        {
-            "--against": _arg("reference (default: torch)", choices=REFERENCES, default="torch"),
-            "--folder": _path("for temporary files (default: the system's)", metavar="DIR"),
-        },
-        ("path", "--json", *LOADING),
+        {"--against": _arg("reference (default: torch)", choices=REFERENCES, default="torch")},
+        ("path", "--json", "--folder", *LOADING),
     ),
     "evaluate": Command(
         "texts",
@@ -207,34 +199,6 @@ COMMANDS = {
 }
 
 
-RECIPE = {
-    "steps": "optimisation steps",
-    "batch_size": "rows in memory at once",
-    "seq_len": "tokens per row (default: context)",
-    "accumulate": "batches a step",
-    "learning_rate": "peak value",
-    "warmup_steps": "steps until the learning rate peaks (default: 10, or half of fewer steps)",
-    "weight_decay": "of matrices",
-    "clip": "largest norm of the gradient, 0 for no clipping",
-    "seed": "for data order, adapters and dropout",
-    "autocast": "bf16 (or fp16) in matrix products",
-    "recompute": "keep only blocks' inputs, run blocks again in backward",
-    "chunked_loss": "logits for a few rows at a time",
-    "step_in_backward": "step each weight as soon as its gradient is there (with --clip 0)",
-    "lora_rank": "train only adapters of this rank, 0 for none",
-    "lora_alpha": "scale of the adapters' output",
-    "lora_targets": f"layers that get an adapter: {', '.join(LORA_TARGETS)}",
-    "last_blocks": "train only this many last blocks and the last norm",
-    "eight_bit": "Adam's moments in 8 bits, by torchao",
-    "compile": "torch.compile the step",
-    "teacher": "a checkpoint or Hub name, to learn its predictions beside the text",
-    "alpha": "the teacher's share of the loss",
-    "temperature": "softens what teacher and student predict",
-    "teacher_dtype": f"the teacher's weights: {', '.join(TEACHER_DTYPES)}",
-    "validate_every": "steps between validations",
-    "save_every": "steps between saved states",
-    "keep": "saved states to keep",
-}
 BY_TYPE: dict[type, dict[str, Any]] = {
     bool: {"action": argparse.BooleanOptionalAction},
     tuple: {"nargs": "+", "metavar": "LAYER"},
@@ -250,7 +214,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         number = {"type": int if default is None else type(default), "metavar": "N"}
         options = BY_TYPE.get(type(default), number)
         shown = f" (default: {default})" if options is number and default is not None else ""
-        group.add_argument(flag, default=argparse.SUPPRESS, help=RECIPE[field.name] + shown, **options)
+        group.add_argument(flag, default=argparse.SUPPRESS, help=field.metadata["help"] + shown, **options)
 
 
 def add_arguments(parser: argparse.ArgumentParser, command: Command) -> None:

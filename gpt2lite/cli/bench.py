@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,12 +18,13 @@ import torch
 
 from gpt2lite._version import __version__
 from gpt2lite.benchmarking import Failure, Measurement, compare_strategies, write_random_checkpoint
-from gpt2lite.cli.loading import config_of, local_path
+from gpt2lite.cli.loading import config_of
 from gpt2lite.cli.terminal import EMBEDDED, as_json, bytes_bar, facts, steps_bar, table
 from gpt2lite.config import GPTConfig
 from gpt2lite.devices import accelerators, free_memory, name_of, resolve_device, total_memory
 from gpt2lite.errors import UsageError
 from gpt2lite.memory import GIB, MIB, host_memory, human
+from gpt2lite.opening import locate
 
 PACKAGES = ("psutil", "tiktoken", "huggingface_hub", "transformers", "safetensors", "matplotlib")
 
@@ -35,12 +37,9 @@ def _version(package: str) -> str:
 
 
 def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
+    about = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: (.*)", about.read_text() if about.is_file() else "", re.MULTILINE)
+    return named[1] if named else platform.processor() or platform.machine()
 
 
 def environment() -> dict[str, Any]:
@@ -64,13 +63,10 @@ def environment() -> dict[str, Any]:
 def run_env(args: argparse.Namespace) -> int:
     """Print the environment."""
     found = environment()
-    if args.json:
-        print(as_json(found))
-        return 0
     memory = found["host_memory"]
     free, total = human(memory["available"]), human(memory["total"])
     gpus = [f"{gpu['name']}, {human(gpu['free'])} free of {human(gpu['total'])}" for gpu in found["gpus"]]
-    print(facts([
+    print(as_json(found) if args.json else facts([
         *((name, found[name]) for name in ("gpt2lite", "python", "torch")),
         *found["packages"].items(),
         ("system", found["system"]),
@@ -159,11 +155,10 @@ def _print_table(results: Sequence[Measurement | Failure], has_device: bool) -> 
 
 def _measure(path: Path, args: argparse.Namespace) -> list[Measurement | Failure]:
     results: list[Measurement | Failure] = []
+    options: dict[str, Any] = {"folder": args.folder, "dtype": args.dtype, "config": config_of(args)}
     with steps_bar(args.strategies, "measuring") as bar:
         bar.set_postfix_str("reference")
-        for result in compare_strategies(
-            path, args.device, args.strategies, folder=args.folder, dtype=args.dtype, config=config_of(args)
-        ):
+        for result in compare_strategies(path, args.device, args.strategies, **options):
             results.append(result)
             bar.update()
             bar.set_postfix_str(" ".join(args.strategies[len(results) : len(results) + 1]))
@@ -194,7 +189,7 @@ def run_bench(args: argparse.Namespace) -> int:
     """Measure and print; 1 if a strategy failed or was not exact."""
     _check(args)
     subject = f"random {args.size}" if args.size else str(args.path or "the embedded model")
-    path = local_path(args.path or EMBEDDED, args.revision)
+    path = locate(args.path or EMBEDDED, {"revision": args.revision})
     results = _measure_random(args) if args.size else _measure(path, args)
     measured = [result for result in results if isinstance(result, Measurement)]
     rows = [asdict(result) for result in results]

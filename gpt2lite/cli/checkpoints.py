@@ -1,4 +1,4 @@
-"""`gpt2lite inspect`, `verify`, `convert`: what a checkpoint is, if it loads right, in another's form."""
+"""`gpt2lite inspect`, `verify`, `convert`, `prune`: what a checkpoint is, if it loads right, its copies."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gpt2lite.cli.arguments import DIALECTS
-from gpt2lite.cli.loading import config_of, dtype_of, load_to_read, local_path, strategy_of
-from gpt2lite.cli.terminal import as_json, bytes_bar, facts
+from gpt2lite.cli.loading import config_of, dtype_of, load_to_read, strategy_of
+from gpt2lite.cli.terminal import as_json, bytes_bar, facts, read_text
 from gpt2lite.converting import plan_conversion, run_conversion
 from gpt2lite.dialects.configs import UNSAYABLE
 from gpt2lite.dialects.reading import Reading
 from gpt2lite.errors import CheckpointError, UsageError
 from gpt2lite.memory import human
 from gpt2lite.model import GPTModel, open_model
-from gpt2lite.opening import Opened
-from gpt2lite.tokenizer import tokenizer_for
+from gpt2lite.opening import Opened, locate
+from gpt2lite.pruning import Pruning, choose_blocks, keep_blocks, prune
+from gpt2lite.tokenizer import text_ids, tokenizer_for
 from gpt2lite.verification import Verification, verify
 
 MAX_NAMED = 3
@@ -27,7 +30,6 @@ MAX_NAMED = 3
 def _oddities(reading: Reading) -> list[str]:
     spans = list(reading.manifest.tensors.values())
     misaligned = sum(span.offset % span.dtype.itemsize != 0 for span in spans)
-    strided = sum(span.extent != span.nbytes for span in spans)
     counted = [
         (len(reading.masks), "stored attention masks, which loading skips"),
         (len(reading.passengers), "tensors beside the model (an optimizer?), which loading never reads"),
@@ -35,7 +37,7 @@ def _oddities(reading: Reading) -> list[str]:
         (len(reading.unexpected), f"unknown tensors: {', '.join(reading.unexpected[:MAX_NAMED])}"),
         (len(reading.manifest.unreadable), f"unreadable: {', '.join(reading.manifest.unreadable)[:200]}"),
         (misaligned, "tensors not aligned to their item size"),
-        (strided, "tensors whose bytes are not contiguous"),
+        (sum(span.extent != span.nbytes for span in spans), "tensors whose bytes are not contiguous"),
     ]
     return [f"{count} {what}" for count, what in counted if count]
 
@@ -77,13 +79,8 @@ def _describe(args: argparse.Namespace) -> dict[str, Any]:
 def run_inspect(args: argparse.Namespace) -> int:
     """Print what the checkpoint is."""
     found = _describe(args)
-    if args.json:
-        print(as_json(found))
-        return 0
-    print(facts([
-        ("path", found["path"]),
-        ("format", found["format"]),
-        ("dialect", found["dialect"]),
+    print(as_json(found) if args.json else facts([
+        *((name, found[name]) for name in ("path", "format", "dialect")),
         ("config", "  ".join(f"{key}={value}" for key, value in found["config"].items())),
         ("parameters", f"{found['parameters']:,}"),
         ("size", f"{human(found['model_bytes'])} of weights in {human(found['file_bytes'])} of files"),
@@ -104,7 +101,7 @@ def _text(path: Path, found: Verification) -> str:
 
 def run_verify(args: argparse.Namespace) -> int:
     """Print the largest difference, and pass or fail; 1 for fail."""
-    path = local_path(args.path, args.revision)
+    path = locate(args.path, {"revision": args.revision})
     opened = open_model(path, config=config_of(args), lora_alpha=args.lora_alpha)
     found = verify(lambda: load_to_read(path, args), opened, against=args.against, folder=args.folder)
     if args.json:
@@ -124,7 +121,7 @@ def run_verify(args: argparse.Namespace) -> int:
 def run_convert(args: argparse.Namespace) -> int:
     """Convert, and say what was made."""
     job = plan_conversion(
-        local_path(args.source, args.revision),
+        locate(args.source, {"revision": args.revision}),
         args.destination,
         to=DIALECTS[args.to],
         format=args.format,
@@ -141,5 +138,38 @@ def run_convert(args: argparse.Namespace) -> int:
         ("format", job.format),
         ("size", f"{human(job.nbytes)} in {len(job.tensors)} tensors"),
         ("verified", "no" if args.no_verify else "yes, every tensor read back"),
+    ]))  # fmt: skip
+    return 0
+
+
+def _choose(opened: Opened[GPTModel], args: argparse.Namespace) -> Pruning:
+    """The blocks that stay: those that are named, or as many as are asked for, chosen by a text."""
+    if args.blocks and args.text is not None:
+        raise UsageError("--text chooses the blocks that stay; leave it out, or --blocks")
+    if args.blocks:
+        return Pruning(tuple(args.blocks), ())
+    if args.text is None:
+        raise UsageError("--keep-blocks needs --text, a text to choose by; or name the blocks with --blocks")
+    ids = text_ids(tokenizer_for(opened.path, opened.config.vocab_size), read_text(args.text))
+    with bytes_bar("loading") as progress:
+        model = opened.load(args.device, dtype=torch.float32, progress=progress)
+    with bytes_bar("choosing", "window") as progress:
+        return choose_blocks(model, ids, args.keep_blocks, progress)
+
+
+def run_prune(args: argparse.Namespace) -> int:
+    """Choose, write, and print what was kept and what it costs in loss."""
+    opened = open_model(args.source, revision=args.revision, config=config_of(args))
+    chosen = _choose(opened, args)
+    with bytes_bar(f"writing {args.destination.name}") as progress:
+        to, dtype, blocks = DIALECTS[args.to], dtype_of(args), chosen.kept
+        path = prune(opened, args.destination, blocks=blocks, progress=progress, to=to, dtype=dtype)
+    sizes = (human(part.plan().model_bytes) for part in (opened, keep_blocks(opened, chosen.kept)))
+    losses = " → ".join(f"{loss:.4f}" for loss in chosen.losses)
+    print(facts([
+        ("destination", path),
+        ("blocks", f"{', '.join(map(str, chosen.kept))} of {opened.config.n_layers}"),
+        ("weights", " → ".join(sizes)),
+        ("loss", f"{losses} nats per token, with one block less each" if losses else "not measured"),
     ]))  # fmt: skip
     return 0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gpt2lite.cli.arguments import recipe_of
 from gpt2lite.cli.bench import plot_losses
-from gpt2lite.cli.loading import config_of, load_options, local_path
+from gpt2lite.cli.loading import config_of, load_options
 from gpt2lite.cli.terminal import bytes_bar, steps_bar
 from gpt2lite.devices import resolve_device
 from gpt2lite.errors import UsageError
@@ -22,37 +22,28 @@ from gpt2lite.finetuning.states import Task, saved_recipe
 from gpt2lite.finetuning.tasks import classifier_task, instruction_task, open_text, text_task
 from gpt2lite.memory import human
 from gpt2lite.model import GPTModel, open_model
-from gpt2lite.opening import Opened
+from gpt2lite.opening import Opened, locate
 from gpt2lite.parallel import is_first
 from gpt2lite.tokenizer import Tokenizer, tokenizer_files, tokenizer_for, write_beside
 
 
-def _task(
-    path: Path,
-    opened: Opened[GPTModel],
-    model: GPTModel,
-    args: argparse.Namespace,
-    recipe: Recipe,
-    tokens: Path,
-) -> Task:
-    """What the flags name; a classifier's head is put on the model."""
-    encoding, config = tokenizer_for(path, model.config.vocab_size), model.config
-    if recipe.teacher:
-        _require_same_tokens(recipe.teacher, encoding, config.vocab_size)
+def _task(model: GPTModel, encoding: Tokenizer, args: argparse.Namespace, recipe: Recipe) -> Task:
+    """What the flags name."""
+    config = model.config
     if args.classify:
-        task = classifier_task(args.classify, encoding, config, recipe)
-        _put_head(opened, model, task.labels, recipe)
-        return task
+        return classifier_task(args.classify, encoding, config, recipe)
     if config.n_classes:
-        raise UsageError(f"{path}: a classifier of {config.n_classes} classes writes no text; use --classify")
+        raise UsageError(f"a classifier of {config.n_classes} classes writes no text; use --classify")
     if args.instructions:
         return instruction_task(args.instructions, encoding, config, recipe)
-    return text_task(open_text(args.text, tokens, encoding, config.vocab_size), encoding, config, recipe)
+    with tempfile.TemporaryDirectory(prefix="gpt2lite-") as folder:  # what is mapped stays without its name
+        tokens = open_text(args.text, Path(folder) / "tokens.npy", encoding, config.vocab_size)
+    return text_task(tokens, encoding, config, recipe)
 
 
 def _require_same_tokens(teacher: str, encoding: Tokenizer, vocab_size: int) -> None:
     """Raise UsageError where a teacher's ids stand for other texts, as far as a tokenizer beside it tells."""
-    path = local_path(teacher, None)
+    path = locate(teacher, {})
     if open_model(path).sizes.vocab_size != vocab_size:
         return  # which `finetune` refuses
     try:
@@ -62,10 +53,8 @@ def _require_same_tokens(teacher: str, encoding: Tokenizer, vocab_size: int) -> 
     for token in range(vocab_size):
         said, wanted = (each.decode_single_token_bytes(token) for each in (theirs, encoding))
         if said != wanted:
-            do = "both must use the same tokenizer"
-            raise UsageError(
-                f"--teacher {teacher}: its token {token} is {said!r}, the student's {wanted!r}; {do}"
-            )
+            differs = f"its token {token} is {said!r}, the student's {wanted!r}"
+            raise UsageError(f"--teacher {teacher}: {differs}; both must use the same tokenizer")
 
 
 def _put_head(opened: Opened[GPTModel], model: GPTModel, labels: tuple[str, ...], recipe: Recipe) -> None:
@@ -107,15 +96,19 @@ def _reports(steps: int) -> Iterator[Callable[[Metrics], None]]:
 def run_finetune(args: argparse.Namespace) -> int:
     """Train, and print where the model is."""
     recipe = recipe_of(args, saved_recipe(args.out) if args.resume else {})
-    path = local_path(args.path, args.revision)
-    with tempfile.TemporaryDirectory(prefix="gpt2lite-") as folder:
-        with bytes_bar("loading") as progress:  # in the file's dtype, whatever it trains in: it is saved so
-            options, device = load_options(args, progress), resolve_device(args.device)
-            opened = open_model(path, config=config_of(args))
-            model = opened.load(device, args.strategy, **options)
-        task = _task(path, opened, model, args, recipe, Path(folder) / "tokens.npy")
-        with _reports(recipe.steps) as report:
-            model_path = finetune(model, task, args.out, recipe, resume=args.resume, report=report)
+    path = locate(args.path, {"revision": args.revision})
+    opened = open_model(path, config=config_of(args))
+    with bytes_bar("loading") as progress:  # in the file's dtype, whatever it trains in: it is saved so
+        options = load_options(args, progress)
+        model = opened.load(resolve_device(args.device), args.strategy, **options)
+    encoding = tokenizer_for(path, model.config.vocab_size)
+    if recipe.teacher:
+        _require_same_tokens(recipe.teacher, encoding, model.config.vocab_size)
+    task = _task(model, encoding, args, recipe)
+    if args.classify:
+        _put_head(opened, model, task.labels, recipe)
+    with _reports(recipe.steps) as report:
+        model_path = finetune(model, task, args.out, recipe, resume=args.resume, report=report)
     if not is_first(model.device_mesh):
         return 0
     write_beside(model_path, tokenizer_files(path))

@@ -19,12 +19,6 @@ from gpt2lite.devices import name_device, resolve_device
 from gpt2lite.errors import UsageError
 from gpt2lite.loading import LoadOptions, Progress
 from gpt2lite.model import GPTModel
-from gpt2lite.opening import locate
-
-
-def local_path(name: str | Path, revision: str | None) -> Path:
-    """An existing path unchanged, else the local path of the Hub model, fetched."""
-    return locate(name, {"revision": revision})
 
 
 def config_of(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -55,10 +49,8 @@ def ranks(args: argparse.Namespace) -> Iterator[None]:
     """With --parallel, `args.mesh` and this process's own device; only the first of its ranks writes."""
     can_share = "parallel" in args and args.command != "plan"
     if can_share and not args.parallel and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        choices = ", ".join(PARALLEL)
-        raise UsageError(
-            f"torchrun started several processes; say how they share the model: --parallel {choices}"
-        )
+        how = f"say how they share the model: --parallel {', '.join(PARALLEL)}"
+        raise UsageError(f"torchrun started several processes; {how}")
     if not can_share or not args.parallel:
         yield
         return

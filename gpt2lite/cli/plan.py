@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +15,8 @@ from gpt2lite.devices import CPU, name_device
 from gpt2lite.errors import InsufficientMemoryError, UsageError
 from gpt2lite.finetuning.forecast import TrainingForecast, find_levers, forecast_training
 from gpt2lite.finetuning.recipe import Recipe
-from gpt2lite.loading import STRATEGIES, LoadPlan, Verdict, choose, helps, judge
-from gpt2lite.memory import Budget, find_budget, human, parse_size
+from gpt2lite.loading import STRATEGIES, Verdict, choose, judge
+from gpt2lite.memory import find_budget, human, parse_size
 from gpt2lite.model import GPTModel, open_model
 from gpt2lite.parallel import FSDP, forecast_gathered, started
 
@@ -32,17 +31,6 @@ of the file that the model then uses and the system can reclaim. fits: in availa
 memory, and under the caps."""
 OF_RANKS = """
 reads, gathers: bytes that stream reads for this rank; what FSDP takes once it computes."""
-
-
-def _judge_all(plan: LoadPlan, budget: Budget) -> dict[str, Verdict | str]:
-    """A verdict for each strategy, or why it cannot read this checkpoint."""
-    found: dict[str, Verdict | str] = {}
-    for name in STRATEGIES:
-        try:
-            found[name] = judge(plan, name, budget)
-        except UsageError as error:
-            found[name] = str(error)
-    return found
 
 
 def _size(nbytes: int) -> str:
@@ -68,26 +56,6 @@ def _as_dict(name: str, verdict: Verdict | str) -> dict[str, Any]:
     return {"strategy": name, "forecast": forecast, "fits": not lacking, "lacking": lacking}
 
 
-def _print(plan: LoadPlan, budget: Budget, verdicts: dict[str, Verdict | str], auto: str) -> None:
-    print(f"{plan.manifest.path}: {human(plan.model_bytes)} of parameters to {plan.device}\n")
-    print(table(HEADER, *(_row(name, verdict) for name, verdict in verdicts.items())))
-    print(f"\n{LEGEND}{OF_RANKS * plan.is_divided}\n")
-    on_device = [("device", budget.device.said)] if plan.device.type != "cpu" else []
-    swap = [("swap", f"{human(budget.swap)}, not counted")] if budget.swap else []
-    would_fit = [("would fit", change) for change in helps(plan, "auto", budget)] if not auto else []
-    chosen = ("auto", auto or "nothing fits")
-    ranks = [(name, human(nbytes)) for name, nbytes in _of_ranks(plan).items()]
-    print(facts([("host", budget.host.said), *swap, *on_device, chosen, *would_fit, *ranks]))
-
-
-def _of_ranks(plan: LoadPlan) -> dict[str, int]:
-    """Bytes that `stream` reads for one of several ranks, and what FSDP then takes in order to compute."""
-    if not plan.is_divided:
-        return {}
-    read = sum(chunk.nbytes for chunk in plan.schedule.chunks)
-    return {"reads": read, "gathers": forecast_gathered(plan.skeleton, plan.targets[0].dtype.itemsize)}
-
-
 def _plan_training(args: argparse.Namespace, mesh: DeviceMesh | None) -> int:
     """Print what training takes; with --fit what brings it there: 1 if nothing does."""
     config = open_model(args.path, revision=args.revision, config=config_of(args)).sizes
@@ -99,49 +67,63 @@ def _plan_training(args: argparse.Namespace, mesh: DeviceMesh | None) -> int:
         return forecast_training(lambda: GPTModel(config), recipe, device, dtype, mesh)
 
     limit = parse_size(args.fit) if args.fit else None
-    levers, found = ([], predict(recipe)) if limit is None else find_levers(recipe, limit, predict)
-    fits = limit is None or found.peak <= limit
+    levers, found = find_levers(recipe, limit, predict) if limit else ([], predict(recipe))
+    fits = not limit or found.peak <= limit
     if args.json:
-        content = {"path": str(args.path), "device": str(device), "forecast": asdict(found)}
         said = [{"lever": lever, "costs": cost} for lever, cost in levers]
-        print(as_json({**content, "levers": said, "fits": fits}))
+        content = {"path": str(args.path), "device": str(device), "forecast": asdict(found)}
+        print(as_json(content | {"levers": said, "fits": fits}))
     else:
         print(f"training {args.path} on {device}\n")
         print(facts([(name, _size(nbytes)) for name, nbytes in asdict(found).items()]))
-        if limit is not None:
-            how = "fits as asked" if fits else "does not fit in any way; the least takes"
-            if levers:
-                how = "does not fit as asked; it would with" if fits else how
+        if limit:
+            met = "does not fit as asked; it would with" if levers else "fits as asked"
+            how = met if fits else "does not fit in any way; the least takes"
             print(f"\n{human(limit)}: {how}" + "".join(f"\n  {lever}: {cost}" for lever, cost in levers))
     return 0 if fits else 1
 
 
 def run_plan(args: argparse.Namespace) -> int:
     """Print forecasts, available memory, and what fits; 1 if nothing does."""
+    if args.parallel and args.ranks is None:
+        raise UsageError("--parallel is about several processes: add --ranks N")
+    if (args.fit or args.classes) and not args.train:
+        raise UsageError("--fit and --classes are about training: add --train")
+    run = _plan_training if args.train else _plan
     if args.ranks is None:
-        if args.parallel:
-            raise UsageError("--parallel is about several processes: add --ranks N")
-        return _plan(args, None)
+        return run(args, None)
     with started(args.parallel or FSDP, CPU, args.ranks) as mesh:
-        return _plan(args, mesh)
+        return run(args, mesh)
 
 
 def _plan(args: argparse.Namespace, mesh: DeviceMesh | None) -> int:
-    if (args.fit or args.classes) and not args.train:
-        raise UsageError("--fit and --classes are about training: add --train")
-    if args.train:
-        return _plan_training(args, mesh)
     device = name_device(args.device)
     budget = find_budget(device, args.max_host_memory, args.max_device_memory)
     opened = open_model(args.path, revision=args.revision, config=config_of(args))
     plan = opened.plan(device, dtype=dtype_of(args), quantize=args.quantize, mesh=mesh)
-    verdicts, auto = _judge_all(plan, budget), ""
-    with suppress(InsufficientMemoryError):
+    verdicts = {name: row.refuses(plan) or judge(plan, name, budget) for name, row in STRATEGIES.items()}
+    auto, fits, ranks = "", list[str](), dict[str, int]()
+    try:
         auto = choose(plan, "auto", budget)[0]
+    except InsufficientMemoryError as error:
+        fits += error.fits
+    if plan.is_divided:  # what stream reads for this rank, and what FSDP then takes in order to compute
+        ranks["reads"] = sum(chunk.nbytes for chunk in plan.schedule.chunks)
+        ranks["gathers"] = forecast_gathered(plan.skeleton, plan.targets[0].dtype.itemsize)
     if args.json:
         rows = [_as_dict(name, verdict) for name, verdict in verdicts.items()]
         content = {"path": str(plan.manifest.path), "device": str(device), "budget": asdict(budget)}
-        print(as_json(content | _of_ranks(plan) | {"strategies": rows, "auto": auto or None}))
-    else:
-        _print(plan, budget, verdicts, auto)
+        print(as_json(content | ranks | {"strategies": rows, "auto": auto or None}))
+        return 0 if auto else 1
+    print(f"{plan.manifest.path}: {human(plan.model_bytes)} of parameters to {device}\n")
+    print(table(HEADER, *(_row(name, verdict) for name, verdict in verdicts.items())))
+    print(f"\n{LEGEND}{OF_RANKS * plan.is_divided}\n")
+    print(facts([
+        ("host", budget.host.said),
+        *([("swap", f"{human(budget.swap)}, not counted")] if budget.swap else []),
+        *([("device", budget.device.said)] if device.type != "cpu" else []),
+        ("auto", auto or "nothing fits"),
+        *(("would fit", change) for change in fits),
+        *((name, human(nbytes)) for name, nbytes in ranks.items()),
+    ]))  # fmt: skip
     return 0 if auto else 1

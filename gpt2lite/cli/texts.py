@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gpt2lite.cli.arguments import DEFAULT_NEW_TOKENS, DEFAULT_PROMPT, EMBEDDED_PROMPT
-from gpt2lite.cli.loading import load_to_read, local_path
+from gpt2lite.cli.loading import load_to_read
 from gpt2lite.cli.terminal import EMBEDDED, as_json, bytes_bar, facts, read_text, steps_bar
 from gpt2lite.config import GPTConfig
 from gpt2lite.errors import UsageError
@@ -22,6 +22,7 @@ from gpt2lite.finetuning.data import tokenize_file
 from gpt2lite.generation.decoding import require_fit, require_language_model
 from gpt2lite.generation.prompts import stream_text
 from gpt2lite.model import GPTModel, open_model
+from gpt2lite.opening import locate
 from gpt2lite.reading_text import filled_lines, typed_text
 from gpt2lite.tokenizer import Encoding, end_of_text, gpt2_encoding, text_ids, tokenizer_for
 
@@ -92,7 +93,7 @@ def _batches(
 
 def run_generate(args: argparse.Namespace) -> int:
     """Print prompts and continuations: one as it comes, more of them in batches."""
-    path = local_path(args.model, args.revision)
+    path = locate(args.model, {"revision": args.revision})
     model = load_to_read(path, args)
     require_language_model(model)
     encoding = tokenizer_for(path, model.config.vocab_size)
@@ -127,7 +128,7 @@ from the tokens before it in its window. bits per byte: comparable across vocabu
 
 def run_evaluate(args: argparse.Namespace) -> int:
     """Print the perplexity."""
-    path, text = local_path(args.path, args.revision), read_text(args.text)
+    path, text = locate(args.path, {"revision": args.revision}), read_text(args.text)
     model = load_to_read(path, args)
     require_language_model(model)
     encoding = tokenizer_for(path, model.config.vocab_size)
@@ -153,7 +154,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
 def run_tokenize(args: argparse.Namespace) -> int:
     """Tokenize, and say how much it was."""
-    model = local_path(args.model, args.revision) if args.model else None
+    model = locate(args.model, {"revision": args.revision}) if args.model else None
     encoding = tokenizer_for(model, open_model(model).sizes.vocab_size) if model else gpt2_encoding()
     with bytes_bar(f"tokenizing {args.text.name}") as progress:
         count = tokenize_file(args.text, args.tokens, encoding, progress)

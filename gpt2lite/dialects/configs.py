@@ -24,18 +24,8 @@ from gpt2lite.checkpoint.inert_pickle import CHANGES
 from gpt2lite.checkpoint.manifest import BOUND_CONFIG, Unread, flatten
 from gpt2lite.checkpoint.reading import read_span
 from gpt2lite.checkpoint.safetensors import json_object
-from gpt2lite.config import ACTIVATIONS as OURS_ARE
-from gpt2lite.config import OFFICIAL_SIZES, GPTConfig, misfit, wrong_labels
-from gpt2lite.dialects.reading import (
-    AUXILIARY,
-    CLASSIFIERS,
-    DIALECTS,
-    TIED,
-    Reading,
-    above_of,
-    block_of,
-    unwrapped,
-)
+from gpt2lite.config import ACTIVATIONS, OFFICIAL_SIZES, GPTConfig, misfit, wrong_labels
+from gpt2lite.dialects.reading import AUXILIARY, CLASSIFIERS, TIED, Reading, above_of, block_of, unwrapped
 from gpt2lite.errors import CheckpointError, UsageError, listed
 
 # ---- their words -------------------------------------------------------------------------------------------
@@ -59,8 +49,8 @@ _TANH = """
 NewGELUActivation NewGELU PytorchGELUTanh GELUTanh FastGELUActivation AccurateGELUActivation
 gelu_pytorch_tanh gelu_python_tanh gelu_fast gelu_accurate gelu_new
 """
-ACTIVATIONS = {"gelu_python": "gelu", "GELUActivation": "gelu"} | dict.fromkeys(_TANH.split(), "gelu_tanh")
-APPROXIMATE = {approximate: ours for ours, approximate in OURS_ARE.items()}
+GELUS = {"gelu_python": "gelu", "GELUActivation": "gelu"} | dict.fromkeys(_TANH.split(), "gelu_tanh")
+APPROXIMATE = {approximate: ours for ours, approximate in ACTIVATIONS.items()}
 # Only pickled modules have these: attention's scale (must be 1/sqrt(head_dim)), and any part's class.
 SCALE, CLASS = "its scale", "its class"
 # Places in a pickled module and the full names of the classes that compute as we do there; what has no row is
@@ -110,13 +100,12 @@ HEAD_SIZES = ("head_dim", "head_size", "d_head", "n_embd_per_head")  # emb_dim /
 COMPUTED: dict[str, tuple[object, ...]] = {
     "model_type": (None, "gpt2"),
     **dict.fromkeys(EPSILONS, (None, 1e-5)),
-    **dict.fromkeys(ACTIVATION_WORDS, (*OURS_ARE, *ACTIVATIONS)),
+    **dict.fromkeys(ACTIVATION_WORDS, (*ACTIVATIONS, *GELUS)),
     **dict.fromkeys(("scale_attn_weights", "is_causal"), (None, True)),
     **dict.fromkeys(("scale_attn_by_inverse_layer_idx", "add_cross_attention"), (None, False)),
     **dict.fromkeys(
         ("is_encoder_decoder", "is_cross_attention", "use_bidirectional_attention"), (None, False)
     ),
-    "is_decoder": (None, False, True),  # GPT-2 is causal either way
     "pruned_heads": (None, {}),
     "position_embedding_type": (None, "learned", "absolute"),
     **dict.fromkeys(("quantization_config", "auto_map", "multi_query"), (None,)),  # auto_map: code of its own
@@ -129,13 +118,13 @@ OF_ANYTHING = {"model_type", *ACTIVATION_WORDS}  # words that other parts of a f
 _DOES_NOT_MATTER = """
 _name_or_path transformers_version architectures dtype torch_dtype task_specific_params tokenizer_class
 initializer_range embd_pdrop attn_pdrop gradient_checkpointing chunk_size_feed_forward reorder_and_upcast_attn
-use_cache torchscript use_bfloat16 tf_legacy_loss tie_encoder_decoder n_ctx summary_type summary_use_proj
-summary_activation summary_proj_to_labels summary_first_dropout output_hidden_states output_attentions
-output_past return_dict return_dict_in_generate output_scores id2label label2id num_labels problem_type
-finetuning_task prefix decoder_start_token_id cross_attention_hidden_size bos_token_id eos_token_id
-pad_token_id sep_token_id forced_bos_token_id forced_eos_token_id begin_suppress_tokens suppress_tokens
-bad_words_ids max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
-temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+use_cache torchscript use_bfloat16 tf_legacy_loss is_decoder tie_encoder_decoder n_ctx summary_use_proj
+summary_type summary_activation summary_proj_to_labels summary_first_dropout output_hidden_states
+output_attentions output_past output_scores return_dict return_dict_in_generate id2label label2id num_labels
+problem_type finetuning_task prefix decoder_start_token_id cross_attention_hidden_size bos_token_id
+eos_token_id pad_token_id sep_token_id forced_bos_token_id forced_eos_token_id begin_suppress_tokens
+suppress_tokens bad_words_ids max_length min_length do_sample early_stopping num_beams num_beam_groups
+diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
 encoder_no_repeat_ngram_size num_return_sequences remove_invalid_values exponential_decay_length_penalty
 learning_rate lr min_lr max_lr weight_decay beta1 beta2 betas eps optimizer scheduler decay_lr grad_clip
 batch_size gradient_accumulation_steps max_iters max_steps max_epochs num_epochs epochs warmup_iters
@@ -154,15 +143,14 @@ def in_our_words(words: Mapping[str, Any], where: str = "its config") -> dict[st
 
     Raises CheckpointError for two words that say different things of one field.
     """
-    said, by = dict[str, Any](), dict[str, str]()
+    said: dict[str, Any] = {}
     for word, value in words.items():
         if (name := OURS.get(word, word)) not in FIELDS or value is None:
             continue
-        value = ACTIVATIONS.get(value, value) if name == "activation" and isinstance(value, str) else value
+        value = GELUS.get(value, value) if name == "activation" and isinstance(value, str) else value
         if said.setdefault(name, value) != value and name != "drop_rate":
-            both = f"{by[name]}={words[by[name]]!r} and {word}={words[word]!r}"
-            raise CheckpointError(where, f"{both} disagree: both are {name}")
-        by.setdefault(name, word)
+            both = [f"{w}={v!r}" for w, v in words.items() if OURS.get(w, w) == name and v is not None]
+            raise CheckpointError(where, f"{' and '.join(both)} disagree: all are {name}")
     return said
 
 
@@ -213,8 +201,7 @@ def _said_in(manifest: Manifest) -> dict[str, Any]:
     for name, text in manifest.values.items():
         if isinstance(text, str) and text.lstrip().startswith("{") and name not in BOUND:
             with suppress(ValueError, RecursionError, CheckpointError):
-                within = flatten(json.loads(text), (str, int, float))
-                values |= {f"{name}.{word}": value for word, value in within.items()}
+                values |= flatten({name: json.loads(text)}, (str, int, float))
     return values
 
 
@@ -223,7 +210,7 @@ def _in_the_file(reading: Reading) -> Iterator[Source]:
     path, values = reading.manifest.path, dict[str, Any](reading.manifest.values)
     for key in BOUND:
         if isinstance(bound := values.get(key), str):
-            yield Source(f"{path}, the config in it", read_json(path, bound), is_whole=True)
+            yield Source(f"{path}, the config in it", json_object(path, bound), is_whole=True)
     values = _said_in(reading.manifest)
     values = {unwrapped(name): value for name, value in values.items()} | values
     above = above_of(reading.container)
@@ -232,9 +219,8 @@ def _in_the_file(reading: Reading) -> Iterator[Source]:
     values = {name: Unread(kind) for name, kind in reading.manifest.modules.items()} | values
     keys = (MODEL_ARGS,) if _config_at(values, above + MODEL_ARGS) else OTHER_KEYS
     roots = (reading.root.removesuffix("transformer."), reading.root, unwrapped(reading.root))
-    for place in dict.fromkeys(
-        (*(above + key for key in keys), *(f"{root}config." for root in roots if root))
-    ):
+    places = [above + key for key in keys] + [f"{root}config." for root in roots if root]
+    for place in dict.fromkeys(places):
         in_module = place[:-1].rpartition(".")[0] in reading.manifest.modules  # whose parts say the rest
         words = _below(values, place) if in_module else _config_at(values, place)
         yield Source(f"{path}, {place.rstrip('.')}", words, not place.endswith("metadata."))
@@ -330,29 +316,26 @@ def labels_of(reading: Reading) -> tuple[str, ...]:
     """
     path, n_classes = reading.manifest.path, _said_by_shapes(reading)["n_classes"]
     sources = (*_in_the_file(reading), *_beside_the_file(reading, has_heads=True)) if n_classes else ()
-    named = {where: words["id2label"] for where, words, _ in sources if words.get("id2label")}
-    said = {where: _in_order(labels) for where, labels in named.items() if not _are_placeholders(labels)}
+    said = {where: _in_order(words["id2label"]) for where, words, _ in sources if words.get("id2label")}
     if n_classes and (beside := folder_of(path) / LABELS).is_file():
         said[str(beside)] = read_json(beside, kind=list)
+    said = {where: labels for where, labels in said.items() if labels is not None}
+    first, agreed = next(iter(said.items()), ("", ()))
     for where, labels in said.items():
         if wrong := wrong_labels(labels, n_classes):
             raise CheckpointError(where, wrong)
-        first, agreed = next(iter(said.items()))
         if labels != agreed:
             both = f"{first} says {', '.join(agreed)}, but {where} says {', '.join(labels)}"
             raise CheckpointError(f"{both}. Is one of them another run's?")
-    return tuple(next(iter(said.values()), ()))
+    return tuple(agreed)
 
 
 def _in_order(labels: Any) -> Any:
-    """id2label's names by their numbers; what is no such table stays as it is."""
-    is_table = isinstance(labels, dict) and labels.keys() == {str(row) for row in range(len(labels))}
-    return [labels[str(row)] for row in range(len(labels))] if is_table else labels
-
-
-def _are_placeholders(labels: object) -> bool:
-    """Whether these are transformers' own words for classes that nobody named."""
-    return isinstance(labels, dict) and all(labels[row] == f"LABEL_{row}" for row in labels)
+    """id2label's names by their numbers, None for transformers' own; what is no such table stays as it is."""
+    if not isinstance(labels, dict) or labels.keys() != {str(row) for row in range(len(labels))}:
+        return labels
+    names = [labels[str(row)] for row in range(len(labels))]
+    return None if names == [f"LABEL_{row}" for row in range(len(labels))] else names
 
 
 def check_model_type(path: Path) -> None:
@@ -362,10 +345,9 @@ def check_model_type(path: Path) -> None:
         raise CheckpointError(path, f"its config.json says model_type={kind!r}; gpt2lite opens gpt2 only")
 
 
-def read_json(path: Path, text: str | None = None, kind: type = dict) -> Any:
-    """The object, or list, that a JSON file, or a text in it, holds. Raises CheckpointError."""
-    found = path.read_text(encoding="utf-8", errors="replace") if text is None else text
-    return json_object(path, found, kind=kind)
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The object, or list, that a JSON file holds. Raises CheckpointError."""
+    return json_object(path, path.read_text(encoding="utf-8", errors="replace"), kind=kind)
 
 
 # ---- whether they agree ------------------------------------------------------------------------------------
@@ -406,37 +388,33 @@ def check_masks(reading: Reading, own: slice = slice(None), *, is_opening: bool 
     Reads all of them, or its `own` of a rank, once where blocks share their bytes; while opening, which is
     cheap, the first block's.
     """
-    ends, root, unsaved = DIALECTS[reading.dialect].masks, unwrapped(reading.root), reading.manifest.unsaved
-    spans = [reading.manifest.tensors[name] for name in reading.masks]
-    spans += [unsaved[n] for n in unsaved if unwrapped(n).startswith(root) and n.endswith(ends or "\0")]
-    each = {span.address: span for span in spans if block_of(span.name) == 0 or not is_opening}
+    each = {span.address: span for span in reading.mask_spans if not (is_opening and block_of(span.name))}
     for span in [*each.values()][own]:
-        if span.name.endswith(".masked_bias"):
-            _check_hidden(span)
-            continue
-        size = span.shape[-1] if span.shape else 0
-        is_square = span.shape[-2:] == (size, size) and span.numel == size * size > 0 and span.is_contiguous
-        rows = (range(row, min(row + MASK_ROWS, size)) for row in range(0, size, MASK_ROWS))
-        if not is_square or not all(_is_causal(span, each) for each in rows):
-            said = "is not GPT-2's causal mask, the only one supported. Use the program that wrote it"
-            raise CheckpointError(span.source, f"{span.name} {said}", name=span.name)
+        wrong = _wrong_score(span) if span.name.endswith(".masked_bias") else _wrong_mask(span)
+        if wrong:
+            raise CheckpointError(span.source, f"{span.name} {wrong}", name=span.name)
 
 
-def _is_causal(span: TensorSpan, rows: range) -> bool:
-    """Whether rows of a square mask hide what follows each token: 1 for hidden (book) or seen (Hub)."""
-    *outer, _, size = span.shape
-    box = [*map(range, outer), rows, range(size)]
-    stored = read_span(span.part(box)).view(len(rows), size).float()
-    follows = torch.ones_like(stored).triu(rows.start + 1)
-    return torch.equal(stored, follows if span.name.endswith(".mask") else 1 - follows)
+def _wrong_mask(span: TensorSpan) -> str | None:
+    """What is wrong with a mask that shows what follows a token: 1 is for hidden (book) or seen (Hub)."""
+    *outer, size = span.shape or (0,)
+    is_causal = span.shape[-2:] == (size, size) and span.numel == size * size > 0 and span.is_contiguous
+    for start in range(0, size if is_causal else 0, MASK_ROWS):
+        rows = range(start, min(start + MASK_ROWS, size))
+        box = [*map(range, outer[:-1]), rows, range(size)]
+        stored = read_span(span.part(box)).view(len(rows), size).float()
+        follows = torch.ones_like(stored).triu(start + 1)
+        is_causal &= torch.equal(stored, follows if span.name.endswith(".mask") else 1 - follows)
+    said = "is not GPT-2's causal mask, the only one supported. Use the program that wrote it"
+    return None if is_causal else said
 
 
-def _check_hidden(span: TensorSpan) -> None:
-    """Raise CheckpointError for a `masked_bias`, hidden tokens' score, that hides nothing."""
-    found = read_span(span).float().item() if span.numel == 1 else None
-    if found is None or not found <= HIDDEN:
-        said = f"{span.name} is {span.shape if found is None else found}, which hides no token"
-        raise CheckpointError(span.source, f"{said}; wanted one number of at most {HIDDEN:g}", name=span.name)
+def _wrong_score(span: TensorSpan) -> str | None:
+    """What is wrong with a `masked_bias`, hidden tokens' score, that hides nothing."""
+    found = read_span(span).float().item() if span.numel == 1 else span.shape
+    if isinstance(found, float) and found <= HIDDEN:
+        return None
+    return f"is {found}, which hides no token; wanted one number of at most {HIDDEN:g}"
 
 
 def _agreed(reading: Reading, sources: list[Source]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -463,7 +441,7 @@ def _agreed(reading: Reading, sources: list[Source]) -> tuple[dict[str, Any], di
     return agreed, places
 
 
-def _known_activation(reading: Reading) -> dict[str, str]:
+def _known_activation(reading: Reading) -> dict[str, Any]:
     """What a dialect's own program computes with; several programs write nanoGPT's names.
 
     nanoGPT's files hold model_args and, of late, no masks; minGPT's hold masks and no model_args.
@@ -487,7 +465,8 @@ def _said_by_shapes(reading: Reading) -> dict[str, Any]:
             raise CheckpointError(path, f"{name} is {shape}, wanted {axes}", name=name)
     token, position, head = (spans[name] for name in (*wanted, "out_head.weight"))
     is_classifier = head.name.removesuffix("weight").endswith(CLASSIFIERS)
-    if not is_classifier and head.shape[:1] != token.shape[:1] and 2 * head.shape[0] > token.shape[0]:
+    has_other_rows = head.shape[:1] != token.shape[:1]
+    if not is_classifier and has_other_rows and 2 * head.shape[0] > token.shape[0]:
         what = f"{head.name} has {head.shape[0]} rows, the token embedding {token.shape[0]}"
         do = "Give both as many rows (the tokenizer's)"
         raise CheckpointError(path, f"{what}; gpt2lite has one vocabulary for both. {do}", name=head.name)
@@ -500,7 +479,7 @@ def _said_by_shapes(reading: Reading) -> dict[str, Any]:
         "qkv_bias": any(name.endswith(".W_query.bias") for name in placements),
         "bias": "final_norm.shift" in placements,
         "tied_head": reading.is_tied and not changed_alone,
-        "n_classes": head.shape[0] if is_classifier or head.shape[:1] != token.shape[:1] else 0,
+        "n_classes": head.shape[0] if is_classifier or has_other_rows else 0,
         "head_bias": "out_head.bias" in placements,
     }
 
@@ -518,34 +497,27 @@ def _require_unsaid(reading: Reading, known: Mapping[str, Any], asked: Collectio
     for where, words, _ in places:
         is_ours = re.search(rf", {re.escape(above)}{NESTED}\w+$", where)
         for name, said in in_our_words(words).items():
-            assumed = known.get(name) if is_ours or name not in asked else None
-            if name not in UNSAYABLE or assumed is None or said == assumed:
-                continue
-            if name == "n_heads" or isinstance(said, (str, Unread)):
+            assumed = known.get(name) if name in UNSAYABLE and (is_ours or name not in asked) else None
+            is_said = name == "n_heads" or isinstance(said, (str, Unread))
+            if is_said and assumed not in (None, said):
                 do = f"Pass the right one: config={{{name!r}: …}}"
-                raise CheckpointError(
-                    f"{where} says {said!r}, but gpt2lite would assume {name}={assumed!r}. {do}"
-                )
+                what = f"says {said!r}, but gpt2lite would assume {name}={assumed!r}"
+                raise CheckpointError(f"{where} {what}. {do}")
     _require_computed(reading, places, {word: COMPUTED[word] for word in COMPUTED.keys() - OF_ANYTHING})
 
 
-def _texts(reading: Reading) -> Iterator[tuple[str, str]]:
-    """Texts in a file, and files beside it that may be configs, by their places."""
+def _require_no_text(reading: Reading, n_heads: int) -> None:
+    """Raise CheckpointError if a text in or beside a file names heads that no place that is read says."""
     path = reading.manifest.path
-    for place, said in _said_in(reading.manifest).items():
-        if isinstance(said, str):
-            yield f"{path}, {place}", said
+    texts = {f"{path}, {place}": said for place, said in _said_in(reading.manifest).items()}
     for file in sorted(folder_of(path).iterdir()):
         is_read = file.name in FOLDER_CONFIGS
         if MAY_BE_CONFIG.fullmatch(file.name) and not is_read and file.stat().st_size < MAX_CONFIG_BYTES:
-            yield str(file), file.read_text(encoding="utf-8", errors="replace")
-
-
-def _require_no_text(reading: Reading, known: Mapping[str, Any]) -> None:
-    """Raise CheckpointError if a text names heads where no place that is read says how many."""
-    if found := next((place for place, text in _texts(reading) if IN_TEXT.search(text)), None):
-        what = f"names heads in text, where gpt2lite would assume n_heads={known.get('n_heads')}"
-        raise CheckpointError(found, f"{what}. Pass the right one: config={{'n_heads': …}} (--n-heads)")
+            texts[str(file)] = file.read_text(encoding="utf-8", errors="replace")
+    for place, text in texts.items():
+        if isinstance(text, str) and IN_TEXT.search(text):
+            what = f"names heads in text, where gpt2lite would assume {n_heads=}"
+            raise CheckpointError(place, f"{what}. Pass the right one: config={{'n_heads': …}} (--n-heads)")
 
 
 # ---- what is known -----------------------------------------------------------------------------------------
@@ -622,14 +594,14 @@ def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
     for where, words, is_whole in (*inside, *_beside_the_file(reading, has_heads)):
         kept = {w: v for w, v in words.items() if not isinstance(v, Unread) or OURS.get(w, w) not in told}
         sources.append(Source(where, kept, is_whole))
-    _require_computed(reading, sources, COMPUTED | {"n_inner": (None, 4 * reading.size[1])})
     scales = {(a.scale, reading.manifest.tensors[a.a.source].shape[-1]) for a in reading.adapters if a.scale}
     # of the book's layers, or of those that divide it by their rank
     alphas = (None, *(alpha for scale, rank in scales for alpha in (scale * rank, scale)))
-    _require_computed(reading, sources, dict.fromkeys(("alpha", "lora_alpha"), alphas) if scales else {})
+    of_adapters = dict.fromkeys(("alpha", "lora_alpha") if scales else (), alphas)
+    _require_computed(reading, sources, COMPUTED | of_adapters | {"n_inner": (None, 4 * reading.size[1])})
     check_masks(reading, is_opening=True)
     agreed, places = _agreed(reading, sources)
-    defaults: dict[str, Any] = dict(_known_activation(reading))
+    defaults = _known_activation(reading)
     binding = defaults | agreed if isinstance(config, GPTConfig) else agreed
     for name in UNSAYABLE.keys() & said.keys() & binding.keys():
         if said[name] != binding[name]:
@@ -640,13 +612,12 @@ def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
     known = defaults | agreed | dict(said)
     _require_unsaid(reading, known, said)
     if "n_heads" in defaults.keys() - {*agreed, *said}:
-        _require_no_text(reading, known)
+        _require_no_text(reading, known["n_heads"])
     if isinstance(heads := known.get("n_heads"), int) and heads > 0:
         width = known["emb_dim"] / heads
         factors = (None, True, width**0.5, width**-0.5)  # True: old transformers' flag
-        by_heads: dict[str, tuple[object, ...]] = {SCALE: factors}
-        by_heads |= dict.fromkeys(HEAD_SIZES, (None, known["emb_dim"] // heads))
-        _require_computed(reading, sources, by_heads)
+        sizes = dict.fromkeys(HEAD_SIZES, (None, known["emb_dim"] // heads))
+        _require_computed(reading, sources, {SCALE: factors, **sizes})
     return Found(known, tuple(_notes(reading, sources, agreed)), bool(said))
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import filterfalse
@@ -147,6 +146,7 @@ def _turned(tensor: Tensor, views: Iterable[View], drop: Callable[[Tensor, int],
 # ---- tables ------------------------------------------------------------------------------------------------
 
 Row: TypeAlias = tuple[str, str, Placement]
+Ends: TypeAlias = tuple[str, ...]  # of a module's weight and bias
 BLOCK = "trf_blocks.{i}"
 EMBEDDINGS = ("tok_emb", "pos_emb")
 QKV = (f"{BLOCK}.att.W_query", f"{BLOCK}.att.W_key", f"{BLOCK}.att.W_value")
@@ -171,10 +171,8 @@ BOOKS = ((".scale", ".shift"), (".weight", ".bias"), (".weight",))
 TORCH = ((".weight", ".bias"), (".weight", ".bias"), (".weight",))
 
 
-def _rows(
-    modules: Mapping[str, str], ends: Sequence[Sequence[str]], turned: Sequence[Transpose | Drop] = ()
-) -> list[Row]:
-    """Rows from our module names to theirs; a module of theirs that several of ours share is split evenly.
+def _rows(modules: Mapping[str, str], ends: Sequence[Ends], turned: Sequence[View] = ()) -> list[Row]:
+    """Rows from our module names to theirs; one of theirs that is query, key and value is split evenly.
 
     `turned` makes weights of a block (out, in).
     """
@@ -183,9 +181,8 @@ def _rows(
     for ours, theirs in modules.items():
         own = (".scale", ".shift") if ours in NORMS else (".weight", ".bias")
         theirs_end = norm if ours in NORMS else embedding if ours in EMBEDDINGS else layer
-        sharing = [other for other, name in modules.items() if name == theirs]
-        part = sharing.index(ours)
-        third = (Narrow(0, part, part + 1, len(sharing)),) if len(sharing) > 1 else ()
+        is_fused = [*modules.values()].count(theirs) > 1
+        third = (Narrow(0, QKV.index(ours), QKV.index(ours) + 1, len(QKV)),) if is_fused else ()
         for end, leaf in zip(theirs_end, own, strict=False):  # an embedding has no bias
             views = turned if ours in (*QKV, *LAYERS) and leaf == ".weight" else ()
             rows.append((theirs + end, ours + leaf, Placement(theirs + end, (*views, *third))))
@@ -199,10 +196,13 @@ class Dialect:
     rows: list[Row]
     masks: tuple[str, ...] = ()
 
-    @property
-    def query(self) -> Row:
-        """The row of the query weight: in the first block, its name tells the dialect."""
-        return next(row for row in self.rows if row[1] == f"{QKV[0]}.weight")
+    def places(self, n_layers: int) -> dict[str, list[tuple[str, Placement]]]:
+        """Their name → our parameters that are stored there, of every block."""
+        places: dict[str, list[tuple[str, Placement]]] = {}
+        for theirs, ours, placement in self.rows:
+            for i in range(n_layers) if "{i}" in theirs else (0,):
+                places.setdefault(theirs.format(i=i), []).append((ours.format(i=i), placement))
+        return places
 
 
 HUB_MASKS = (".attn.bias", ".attn.masked_bias")
@@ -214,17 +214,18 @@ DIALECTS = {
     "nanogpt": Dialect(_rows(HUB, TORCH), HUB_MASKS),
     "openai": Dialect(_rows(OPENAI, OPENAIS, (Drop(0), Transpose()))),
 }
-# The name of the first query weight → the dialects that have it.
-MARKERS: dict[str, list[str]] = {}
+# The name of the first query weight → the dialects that have it, each with its placement.
+MARKERS: dict[str, dict[str, Placement]] = {}
 for _key, _dialect in DIALECTS.items():
-    MARKERS.setdefault(_dialect.query[0].format(i=0), []).append(_key)
+    _theirs, _, _query = next(row for row in _dialect.rows if row[1] == f"{QKV[0]}.weight")
+    MARKERS.setdefault(_theirs.format(i=0), {})[_key] = _query
 
 
 # ---- readings ----------------------------------------------------------------------------------------------
 
 # What wrappers put into every name (DataParallel, torch.compile, DeepSpeed, FSDP), and LoRA before a leaf.
 NOISE = ("module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-BEFORE_LEAF = ("linear", "base_layer")
+BEFORE_LEAF = re.compile(r"\.(linear|base_layer)(?=\.[^.]*$)")
 # Heads other than the language model's: the first that is there is a classifier's, the rest are left out.
 CLASSIFIERS = ("score.", "classifier.")
 DIALOGPT = "lm_head.decoder."
@@ -279,11 +280,15 @@ class Reading:
 
     def places(self) -> dict[str, list[tuple[str, Placement]]]:
         """Their name → our parameters stored there, with the rows' views."""
-        places: dict[str, list[tuple[str, Placement]]] = {}
-        for theirs, ours, placement in expand_rows(DIALECTS[self.dialect].rows, self.size[0]):
-            if ours in self.placements:
-                places.setdefault(theirs, []).append((ours, placement))
-        return places
+        places = DIALECTS[self.dialect].places(self.size[0])
+        return {theirs: rows for theirs, rows in places.items() if rows[0][0] in self.placements}
+
+    @property
+    def mask_spans(self) -> list[TensorSpan]:
+        """Its attention masks, those of pickled modules too that a state dict leaves out."""
+        ends, root, unsaved = DIALECTS[self.dialect].masks, unwrapped(self.root), self.manifest.unsaved
+        hidden = [name for name in unsaved if unwrapped(name).startswith(root) and name.endswith(ends)]
+        return [*map(self.manifest.tensors.__getitem__, self.masks), *map(unsaved.__getitem__, hidden)]
 
     @property
     def is_tied(self) -> bool:
@@ -304,16 +309,20 @@ def unwrapped(name: str) -> str:
 
 def _plain(name: str) -> str:
     """The same, without what LoRA puts before its leaf."""
-    *path, leaf = unwrapped(name).split(".")
-    return ".".join([*(path[:-1] if len(path) > 1 and path[-1] in BEFORE_LEAF else path), leaf])
+    return BEFORE_LEAF.sub("", unwrapped(name))
 
 
 class _Model(NamedTuple):
-    """Where the weights of one model lie: in `container`, behind `prefix`, with the marker of a dialect."""
+    """Where the weights of one model lie: in `container`, behind `prefix`, by the names of a dialect."""
 
     container: str
     prefix: str
-    marker: str
+    dialect: str
+
+    @property
+    def root(self) -> str:
+        """The dotted name of the model."""
+        return f"{self.container}{self.prefix}".rstrip(".")
 
     def behind(self, prefix: str, name: str) -> str | None:
         """A stored name of the container without prefix and wrappers; None for one that lies elsewhere."""
@@ -324,49 +333,45 @@ class _Model(NamedTuple):
     def own(self, name: str) -> str | None:
         """`behind` with the model's own prefix, or for a head beside the model or beside its container."""
         is_inside = name.startswith(self.container)
-        beside = self if is_inside else _Model(above_of(self.container), "", self.marker)
+        beside = self if is_inside else _Model(above_of(self.container), "", self.dialect)
         head = beside.behind(above_of(beside.prefix), name) or ""
         return self.behind(self.prefix, name) or (head if head.startswith(HEADS) else None)
 
 
-def _models(manifest: Manifest) -> dict[_Model, str]:
-    """Every model in a file, with the stored name of its marker; one that is stored twice counts once."""
-    found: dict[_Model, str] = {}
-    for name in filterfalse(MOMENTS.search, manifest.tensors):
-        container = manifest.container_of(name)
-        plain = _plain(name.removeprefix(container))
-        for marker in MARKERS:
-            if f".{plain}".endswith(f".{marker}"):
-                found[_Model(container, plain.removesuffix(marker), marker)] = name
+def _models(manifest: Manifest) -> list[_Model]:
+    """Every model in a file; one that is stored twice counts once."""
     distinct: dict[object, _Model] = {}
-    for model in found:
-        places = ((model.behind(model.prefix, name), span.address) for name, span in manifest.tensors.items())
-        distinct.setdefault(frozenset(place for place in places if place[0] is not None), model)
-    return {model: found[model] for model in distinct.values()}
+    for name in filterfalse(MOMENTS.search, manifest.tensors):
+        container, shape = manifest.container_of(name), manifest.tensors[name].shape
+        plain = _plain(name.removeprefix(container))
+        for marker, queries in MARKERS.items():
+            if f".{plain}".endswith(f".{marker}"):
+                model = _Model(container, plain.removesuffix(marker), _oriented(queries, shape))
+                own = ((model.behind(model.prefix, n), span.address) for n, span in manifest.tensors.items())
+                distinct.setdefault(frozenset(place for place in own if place[0] is not None), model)
+    return [*distinct.values()]
 
 
-def _one_model(manifest: Manifest) -> tuple[_Model, str]:
-    """The model that a file holds, and the dialect of its names. Raises CheckpointError unless it is one."""
+def _oriented(queries: Mapping[str, Placement], stored: tuple[int, ...]) -> str:
+    """The first dialect in which a stored weight gives a square query, as only the right orientation does."""
+    shapes = {dialect: query.shape_of(stored) for dialect, query in queries.items()}
+    return next((dialect for dialect, shape in shapes.items() if shape == shape[:1] * 2), next(iter(queries)))
+
+
+def _one_model(manifest: Manifest) -> _Model:
+    """The model that a file holds. Raises CheckpointError unless it is one."""
     found = _models(manifest)
     if not found:
         nearest = {name for marker in MARKERS for name in get_close_matches(marker, manifest.tensors, 3, 0.5)}
-        what = (
-            f"{'its nearest names are' if nearest else 'it holds'} {shortened(nearest or manifest.tensors)}"
-        )
+        what = "its nearest names are" if nearest else "it holds"
+        said = f"not a GPT-2 with known names; {what} {shortened(nearest or manifest.tensors)}"
         wanted = f"Expected one of {', '.join(sorted(MARKERS))}, behind any prefix"
         do = "For a module of your own, use gpt2lite.load_module"
-        raise CheckpointError(manifest.path, f"not a GPT-2 with known names; {what}. {wanted}. {do}")
+        raise CheckpointError(manifest.path, f"{said}. {wanted}. {do}")
     if len(found) > 1:
-        places = [f"{f'{m.container}{m.prefix}'.rstrip('.')!r} ({MARKERS[m.marker][0]})" for m in found]
-        raise CheckpointError(
-            manifest.path, f"holds {len(found)} models, under {' and '.join(places)}. {SAVE_ONE}"
-        )
-    ((model, name),) = found.items()
-    for key in MARKERS[model.marker]:  # only the right orientation gives a square query
-        shape = DIALECTS[key].query[2].shape_of(manifest.tensors[name].shape)
-        if len(shape) == 2 and shape[0] == shape[1]:
-            return model, key
-    return model, MARKERS[model.marker][0]
+        places = " and ".join(f"{model.root!r} ({model.dialect})" for model in found)
+        raise CheckpointError(manifest.path, f"holds {len(found)} models, under {places}. {SAVE_ONE}")
+    return found[0]
 
 
 def _names_of(manifest: Manifest, model: _Model) -> tuple[dict[str, str], list[str]]:
@@ -407,55 +412,41 @@ def block_of(name: str) -> int:
     return int(found.group(1)) if found else -1
 
 
-def expand_rows(rows: Iterable[Row], n_layers: int) -> Iterable[Row]:
-    """Rows with every `{i}` replaced by every block's number."""
-    for theirs, ours, placement in rows:
-        for i in range(n_layers) if "{i}" in theirs else (0,):
-            yield theirs.format(i=i), ours.format(i=i), placement
-
-
 def read_dialect(manifest: Manifest) -> Reading:
     """Find the dialect of a GPT-2 checkpoint by its names and place every parameter that it holds.
 
     Prefixes before the names are stripped. A checkpoint without a head is tied: its head is its token
     embedding. Raises CheckpointError, also for a file that holds two models.
     """
-    model, key = _one_model(manifest)
+    model = _one_model(manifest)
     inside, beside = _names_of(manifest, model)
-    names, left_out = _with_heads(inside, key)
+    names, left_out = _with_heads(inside, model.dialect)
     n_layers = 1 + max(map(block_of, names))
     if n_layers > len(names):
         raise CheckpointError(manifest.path, f"names block {n_layers - 1}, but has only {len(names)} tensors")
-    all_rows = list(expand_rows(DIALECTS[key].rows, n_layers))
-    _require_readable(manifest, model, {theirs for theirs, _, _ in all_rows} | {*TIED, "lm_head.weight"})
-    rows = [row for row in all_rows if row[0] in names]
-    placements = {ours: replace(placement, source=names[theirs]) for theirs, ours, placement in rows}
+    dialect = DIALECTS[model.dialect]
+    places = dialect.places(n_layers)
+    _require_readable(manifest, model, {*places, *TIED, "lm_head.weight"})
+    rows = ((names[theirs], *row) for theirs in places if theirs in names for row in places[theirs])
+    placements = {ours: replace(placement, source=stored) for stored, ours, placement in rows}
     passengers = tuple(manifest.tensors.keys() - {*inside.values(), *beside})
     strays = tuple(_strays(manifest, placements, passengers))
     if strays and not placements.keys() >= set(TIED):
-        place = f"the model under {(model.container + model.prefix).rstrip('.')!r}"
-        said = f"{place} has no output head of its own, but {shortened(strays)} beside it may be one"
-        raise CheckpointError(manifest.path, f"{said}. Save them in one dict, or the model alone")
+        head = f"has no output head of its own, but {shortened(strays)} beside it may be one"
+        said = f"the model under {model.root!r} {head}. Save them in one dict, or the model alone"
+        raise CheckpointError(manifest.path, said)
     for absent, present in (TIED, TIED[::-1]):
         if present in placements:
             placements.setdefault(absent, placements[present])
-    adapters = tuple(_adapters(names, placements, manifest.values))
+    adapters = tuple(_adapters(manifest, names, placements))
     factors = (factor for adapter in adapters for factor in (adapter.a, adapter.b))
     used = {placement.source for placement in (*placements.values(), *factors)}
     rest = {name: stored for name, stored in names.items() if stored not in used}
-    masks = tuple(stored for name, stored in rest.items() if name.endswith(DIALECTS[key].masks or "\0"))
-    return Reading(
-        manifest,
-        key,
-        placements,
-        masks=masks,
-        unexpected=(*(stored for stored in rest.values() if stored not in masks), *beside),
-        passengers=passengers,
-        adapters=adapters,
-        left_out=(*left_out, *strays),
-        container=model.container,
-        root=model.container + model.prefix,
-    )
+    masks = tuple(stored for name, stored in rest.items() if name.endswith(dialect.masks))
+    unexpected = (*(stored for stored in rest.values() if stored not in masks), *beside)
+    found = Reading(manifest, model.dialect, placements, masks, unexpected, passengers, adapters)
+    root = model.container + model.prefix
+    return replace(found, left_out=(*left_out, *strays), container=model.container, root=root)
 
 
 def _strays(manifest: Manifest, placed: Mapping[str, Placement], others: Iterable[str]) -> Iterator[str]:
@@ -469,22 +460,18 @@ def _strays(manifest: Manifest, placed: Mapping[str, Placement], others: Iterabl
             yield name
 
 
-def _adapters(
-    names: Mapping[str, str], placements: Mapping[str, Placement], values: Mapping[str, object]
-) -> Iterator[Adapter]:
+def _adapters(manifest: Manifest, names: Mapping[str, str], placed: Container[str]) -> Iterator[Adapter]:
     """The book's LoRA layers: `X.lora.A` and `X.lora.B` beside `X.linear.weight`.
 
     A pickled layer says its alpha; one that keeps its rank too, as the book's do of late, divides by it.
     """
     for name, a in names.items():
         layer = name.removesuffix(".lora.A")
-        b = names.get(f"{layer}.lora.B")
-        if layer != name and b is not None and f"{layer}.weight" in placements:
-            alpha, rank = values.get(f"{a[:-1]}alpha"), values.get(f"{a[:-1]}rank", 1)
+        weight, b = f"{layer}.weight", names.get(f"{layer}.lora.B")
+        if layer != name and b is not None and weight in placed:
+            alpha, rank = manifest.values.get(f"{a[:-1]}alpha"), manifest.values.get(f"{a[:-1]}rank", 1)
             scale = alpha / rank if is_number(alpha) and is_number(rank) and rank else None
-            yield Adapter(
-                f"{layer}.weight", Placement(a, (Transpose(),)), Placement(b, (Transpose(),)), scale
-            )
+            yield Adapter(weight, Placement(a, (Transpose(),)), Placement(b, (Transpose(),)), scale)
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -516,17 +503,15 @@ def read_names(manifest: Manifest, wanted: Collection[str]) -> Reading:
 
     Raises CheckpointError where two sets of tensors fit equally well.
     """
-    fits = defaultdict[frozenset[object], list[Mapping[str, str]]](list)
+    fits: dict[frozenset[object], Mapping[str, str]] = {}
     for found in _namings(manifest, wanted):
         addresses = ((name, manifest.tensors[found[name]].address) for name in found.keys() & set(wanted))
-        fits[frozenset(addresses)].append(found)
-    best = [place for place in fits if len(place) == max(map(len, fits))]
-    (names, *_), *others = (fits[place] for place in best)
-    if others:
+        fits.setdefault(frozenset(addresses), found)
+    best = [found for place, found in fits.items() if len(place) == max(map(len, fits))]
+    names = best[0]
+    if len(best) > 1:
         leaf = min(names.keys() & set(wanted))
-        places = " and ".join(
-            found[leaf] for found in (names, *(other[0] for other in others)) if leaf in found
-        )
+        places = " and ".join(found[leaf] for found in best if leaf in found)
         raise CheckpointError(manifest.path, f"holds {len(best)} modules that fit, with {places}. {SAVE_ONE}")
     placements = {name: Placement(stored) for name, stored in names.items()}
     passengers = tuple(set(manifest.tensors) - set(names.values()))

@@ -195,9 +195,8 @@ def _layout_of(path: Path, head: bytes, nbytes: int) -> tuple[str, torch.dtype, 
         return ".npy", NPY_DTYPES[found[1]], found.end(), int(found[2])
     if head.startswith(b"\x93NUMPY"):
         found_header = f"{head[10:70].decode('latin-1')!r}, format {head[6]}.{head[7]}"
-        kinds = "uint16, uint32, int32 or int64, format 1.0"
-        wanted = f"wanted one row of little-endian integers in a .npy ({kinds})"
-        raise CheckpointError(path, f"{wanted}, found {found_header}")
+        wanted = "one row of little-endian integers in a .npy (uint16, uint32, int32 or int64, format 1.0)"
+        raise CheckpointError(path, f"wanted {wanted}, found {found_header}")
     magic, version, count = struct.unpack_from("<iii", head.ljust(12, b"\0"))
     if int.from_bytes(head[:4], "big") in LLMC:
         raise CheckpointError(path, "llm.c's tokens in big-endian order, wanted little-endian")
@@ -277,9 +276,8 @@ def shuffled(count: int, seed: int, number: int) -> list[int]:
 def _starts(tokens: Tensor, seq_len: int) -> int:
     """At how many places a window and its last target can start. Raises UsageError for a shorter text."""
     if len(tokens) <= seq_len:
-        raise UsageError(
-            f"the text has {len(tokens)} tokens, a window needs {seq_len + 1}; use a smaller seq_len"
-        )
+        lacks = f"the text has {len(tokens)} tokens, a window needs {seq_len + 1}"
+        raise UsageError(f"{lacks}; use a smaller seq_len")
     return len(tokens) - seq_len
 
 
@@ -317,10 +315,9 @@ def text_windows(tokens: Tensor, seq_len: int, batch_size: int, most: int) -> li
 
 
 def _padded(examples: Sequence[Example]) -> Batch:
-    rows, targets = (
-        [torch.tensor(row, device="cpu") for row in rows] for rows in zip(*examples, strict=True)
-    )
-    return Batch(pad_sequence(rows, True), pad_sequence(targets, True, IGNORED))
+    parts = zip(*examples, strict=True)
+    ids, targets = ([torch.tensor(row, device="cpu") for row in part] for part in parts)
+    return Batch(pad_sequence(ids, True), pad_sequence(targets, True, IGNORED))
 
 
 def example_batches(examples: Sequence[Example], batch_size: int, seed: int) -> Batches:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,18 +16,10 @@ from gpt2lite.model import GPTModel, open_model
 from gpt2lite.opening import Opened
 
 
-@dataclass(frozen=True, slots=True)
-class Teacher:
-    """A model that does not learn, and how much it counts."""
-
-    model: GPTModel
-    recipe: Recipe
-
-    @torch.no_grad()
-    def says(self, ids: Tensor, places: Tensor | None) -> Teaching:
-        """Of ids (B, T) at N places. Keeps (N, C) numbers; the loss makes logits of some at a time."""
-        hidden = rows_of(self.model, ids, places)
-        return Teaching(self.model.out_head, hidden, self.recipe.alpha, self.recipe.temperature)
+@torch.no_grad()
+def says(teacher: GPTModel, ids: Tensor, places: Tensor | None, recipe: Recipe) -> Teaching:
+    """Of ids (B, T) at N places. Keeps (N, C) numbers; the loss makes logits of some at a time."""
+    return Teaching(teacher.out_head, rows_of(teacher, ids, places), recipe.alpha, recipe.temperature)
 
 
 def _how(recipe: Recipe, device: torch.device) -> tuple[str, dict[str, Any]]:
@@ -43,24 +34,23 @@ def open_teacher(ours: GPTConfig, recipe: Recipe) -> Opened[GPTModel]:
     opened = open_model(recipe.teacher)
     theirs, seq_len = opened.sizes, recipe.row_length(ours.context_length)
     if ours.n_classes or theirs.n_classes:
-        raise UsageError(
-            f"teacher={recipe.teacher}: only language models teach and are taught, no classifiers"
-        )
-    if theirs.vocab_size != ours.vocab_size:
-        said = f"has a vocabulary of {theirs.vocab_size}, the student {ours.vocab_size}"
-        raise UsageError(f"teacher={recipe.teacher}: {said}; both must use the same tokenizer")
-    if theirs.context_length < seq_len:
-        said = f"has a context of {theirs.context_length}; use seq_len={theirs.context_length} or less"
-        raise UsageError(f"teacher={recipe.teacher}: {said}, now {seq_len}")
-    return opened
+        wrong = "only language models teach and are taught, no classifiers"
+    elif theirs.vocab_size != ours.vocab_size:
+        sizes = f"{theirs.vocab_size}, the student {ours.vocab_size}"
+        wrong = f"has a vocabulary of {sizes}; both must use the same tokenizer"
+    elif (most := theirs.context_length) < seq_len:
+        wrong = f"has a context of {most}; use seq_len={most} or less, now {seq_len}"
+    else:
+        return opened
+    raise UsageError(f"teacher={recipe.teacher}: {wrong}")
 
 
-def load_teacher(student: GPTModel, recipe: Recipe, device: torch.device) -> Teacher | None:
+def load_teacher(student: GPTModel, recipe: Recipe, device: torch.device) -> GPTModel | None:
     """The recipe's teacher on a device; None where it names none."""
     if not recipe.teacher:
         return None
     strategy, options = _how(recipe, device)
-    return Teacher(open_teacher(student.config, recipe).load(device, strategy, **options), recipe)
+    return open_teacher(student.config, recipe).load(device, strategy, **options)
 
 
 def forecast_teacher(opened: Opened[GPTModel], recipe: Recipe, device: torch.device) -> Forecast:

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gpt2lite.finetuning.distilling import Teacher, forecast_teacher, open_teacher
+from gpt2lite.finetuning.distilling import forecast_teacher, open_teacher
+from gpt2lite.finetuning.losses import ROWS, ROWS_TAUGHT
 from gpt2lite.finetuning.recipe import Recipe
-from gpt2lite.finetuning.training import (
-    choose_trained,
-    loss_sum,
-    master_dtype,
-    recomputed,
-    require_divisible,
-)
+from gpt2lite.finetuning.training import choose_trained, loss_sum, master_dtype, recomputed, require_divisible
 from gpt2lite.model import GPTModel
 from gpt2lite.parallel import DDP, divide, forecast_filled_up, local_of, share_of
 
@@ -107,23 +102,8 @@ def _hidden_casts(func: Any, args: Any, made: list[Tensor]) -> int:
     read = [tensor for tensor in tree_leaves(args) if isinstance(tensor, Tensor) and tensor.dim()]
     if torch.Tag.pointwise not in func.tags or len(read) < 2 or read[0].device.type != "cpu":
         return 0
-    common = functools.reduce(torch.promote_types, (tensor.dtype for tensor in read))
+    common = reduce(torch.promote_types, (tensor.dtype for tensor in read))
     return sum(t.numel() * common.itemsize for t in (*read, *made) if t.dtype not in (common, torch.bool))
-
-
-@contextmanager
-def _freeing(parameters: list[nn.Parameter], wanted: bool) -> Iterator[None]:
-    """Free each gradient once it is computed, as the optimizer's hook does."""
-
-    def free(parameter: Tensor) -> None:
-        parameter.grad = None
-
-    handles = [p.register_post_accumulate_grad_hook(free) for p in parameters if wanted]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -144,22 +124,22 @@ def _resizing(counter: _Counter) -> Iterator[None]:
         torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
 
 
+def _free(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
 def _run_step(
-    model: Any, seq_len: int, recipe: Recipe, device: torch.device, teacher: Teacher | None, is_kept: bool
+    model: Any, seq_len: int, recipe: Recipe, device: torch.device, teacher: GPTModel | None
 ) -> _Counter:
-    """One step after the first, from weights that are there; gradients are counted where `is_kept`."""
-    batch_size = recipe.batch_size
-    trained = [p for p in model.parameters() if p.requires_grad]
-    ids = torch.zeros((batch_size, seq_len), dtype=torch.int64, device=device)
-    places = torch.zeros(batch_size, dtype=torch.int64, device=device) if model.config.n_classes else None
-    targets = torch.zeros(batch_size if places is not None else ids.numel(), dtype=torch.int64, device=device)
-    models = (model, *([teacher.model] if teacher else []))
-    counter = _Counter({id(local_of(p).untyped_storage()) for each in models for p in each.parameters()})
-    blocks = model.trf_blocks if recipe.recompute else ()
-    with counter, _resizing(counter), recomputed(blocks, False), _freeing(trained, not is_kept):
+    """One step after the first, from weights that are there."""
+    zeros, batch_size = partial(torch.zeros, dtype=torch.int64, device=device), recipe.batch_size
+    ids, places = zeros((batch_size, seq_len)), zeros(batch_size) if model.config.n_classes else None
+    targets = zeros(ids.numel() if places is None else batch_size)
+    weights = (*model.parameters(), *(teacher.parameters() if teacher is not None else ()))
+    counter = _Counter({id(local_of(p).untyped_storage()) for p in weights})
+    with counter, _resizing(counter), recomputed(model.trf_blocks if recipe.recompute else (), False):
         for _ in range(min(recipe.accumulate, 2)):
-            teaching = teacher.says(ids, places) if teacher else None
-            loss = loss_sum(model, ids, places, targets, recipe, teaching)
+            loss = loss_sum(model, ids, places, targets, recipe, teacher)
             loss.backward()
     return counter
 
@@ -187,7 +167,7 @@ def forecast_training(
         opened = open_teacher(build().config, recipe) if recipe.teacher else None
     taught = forecast_teacher(opened, recipe, device) if opened else None
     with FakeTensorMode(), torch.device(device):
-        teacher = Teacher(GPTModel(opened.sizes).eval(), recipe) if opened else None
+        teacher = GPTModel(opened.sizes).eval() if opened else None
         model = build()
         for parameter in model.parameters():
             parameter.data = parameter.data.to(master_dtype(dtype))
@@ -199,11 +179,13 @@ def forecast_training(
             require_divisible(model, recipe)
             recipe = replace(recipe, batch_size=-(-recipe.batch_size // share_of(mesh)[1]))
         seq_len = recipe.seq_len or model.config.context_length
-        own = [(local_of(p), p.requires_grad) for p in model.parameters()]
-        weights, trained = sum(p.nbytes for p, _ in own), [p for p, learns in own if learns]
+        weights = sum(local_of(p).nbytes for p in model.parameters())
+        learning = [p for p in model.parameters() if p.requires_grad]
+        trained = [local_of(p) for p in learning]
         in_buckets = mesh is not None and mesh.mesh_dim_names == (DDP,)  # DDP has them for all gradients
-        is_kept = not (recipe.step_in_backward or in_buckets)
-        counter = _run_step(model, seq_len, recipe, device, teacher, is_kept)
+        for parameter in learning if recipe.step_in_backward or in_buckets else ():
+            parameter.register_post_accumulate_grad_hook(_free)
+        counter = _run_step(model, seq_len, recipe, device, teacher)
         more = forecast_filled_up(model, 4)
     gradients = 0 if recipe.step_in_backward else sum(p.nbytes for p in trained)
     moments = 2 * sum(p.numel() if recipe.eight_bit else p.nbytes for p in trained)
@@ -223,8 +205,6 @@ def forecast_training(
 
 
 def _logits_bytes(config: Any, recipe: Recipe, seq_len: int) -> int:
-    from gpt2lite.finetuning.losses import ROWS, ROWS_TAUGHT
-
     width = config.n_classes or config.vocab_size
     rows = recipe.batch_size * (1 if config.n_classes else seq_len)
     taught = 6 * min(rows, ROWS_TAUGHT) if recipe.teacher else 2 * min(rows, ROWS)
@@ -240,13 +220,6 @@ LEVERS: tuple[tuple[dict[str, Any], str], ...] = (
     ({"batch_size": 1}, "a step learns from fewer rows, so it is noisier"),
     ({"lora_rank": 8}, "adapters are trained in place of weights, which learn less"),
 )
-Levers = list[tuple[dict[str, Any], str]]
-
-
-def _subsets(levers: Levers) -> Iterator[Levers]:
-    """All subsets, cheapest first; a dearer lever costs more than all cheaper ones together."""
-    for mask in range(1 << len(levers)):
-        yield [lever for place, lever in enumerate(levers) if mask >> place & 1]
 
 
 def find_levers(
@@ -261,20 +234,19 @@ def find_levers(
     chosen_already = recipe.lora_rank or recipe.last_blocks  # what is trained was asked for
     levers = [each for each in LEVERS if not (chosen_already and "lora_rank" in each[0])]
     left = [each for each in levers if replace(recipe, **each[0]) != recipe]
-    best: tuple[Levers, TrainingForecast] | None = None
-    for subset in _subsets(left):
-        changes = {key: value for lever, _ in subset for key, value in lever.items()}
-        found = predict(replace(recipe, **changes))
-        if best is None or found.peak < best[1].peak:
-            best = subset, found
+    tried = []
+    for mask in range(1 << len(left)):  # cheapest first: a dearer lever costs more than all cheaper ones
+        taken = [lever for place, lever in enumerate(left) if mask >> place & 1]
+        found = predict(replace(recipe, **{key: new for lever, _ in taken for key, new in lever.items()}))
+        tried.append((found, taken))
         if found.peak <= limit:
             break
-    assert best is not None  # the empty subset is one
-    return [(_change(recipe, lever), cost) for lever, cost in best[0]], best[1]
+    found, taken = min(tried, key=lambda each: each[0].peak)
+    return [(_change(recipe, lever), cost) for lever, cost in taken], found
 
 
 def _change(recipe: Recipe, lever: dict[str, Any]) -> str:
     """What a lever changes of a recipe, and what a number was."""
-    changed = {key: (value, getattr(recipe, key)) for key, value in lever.items()}
-    was = {key: "" if type(new) is bool else f" (was {old})" for key, (new, old) in changed.items()}
-    return ", ".join(f"{key}={new}{was[key]}" for key, (new, old) in changed.items() if new != old)
+    old = {key: getattr(recipe, key) for key, new in lever.items() if getattr(recipe, key) != new}
+    was = {key: "" if type(lever[key]) is bool else f" (was {value})" for key, value in old.items()}
+    return ", ".join(f"{key}={lever[key]}{was[key]}" for key in old)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from gpt2lite.checkpoint.writing import replacing
 from gpt2lite.devices import peak_allocated
 from gpt2lite.dialects.configs import LABELS
 from gpt2lite.errors import CheckpointError, TrainingDivergedError, UsageError, listed
-from gpt2lite.finetuning import states
+from gpt2lite.finetuning import states, training
 from gpt2lite.finetuning.data import IGNORED, Batch, digest_of, own_copy, tensor_parts
 from gpt2lite.finetuning.distilling import load_teacher
 from gpt2lite.finetuning.interrupts import held
@@ -31,16 +30,6 @@ from gpt2lite.finetuning.lora import LinearWithLoRA, merge_lora
 from gpt2lite.finetuning.losses import rows_of
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.finetuning.states import METRICS, Run, Task
-from gpt2lite.finetuning.training import (
-    Trainer,
-    choose_trained,
-    diverged,
-    loss_sum,
-    not_finite,
-    placed,
-    prepared,
-    require_divisible,
-)
 from gpt2lite.model import GPTModel
 
 COMPUTES, SAID = ("forward", "hidden"), ("approximate", "n_heads")  # methods; what an instance says of itself
@@ -69,8 +58,8 @@ def validate(model: GPTModel, batches: Sequence[Batch], recipe: Recipe) -> tuple
     """(loss in nats a target, share of right classes or None) over all batches."""
     summed, right, count, mesh = 0.0, 0.0, 0.0, parallel.mesh_of(model)
     for batch in batches:
-        ids, places, targets = placed(batch, model)
-        summed += float(loss_sum(model, ids, places, targets, recipe))
+        ids, places, targets = training.placed(batch, model)
+        summed += float(training.loss_sum(model, ids, places, targets, recipe))
         count += len(targets)
         if model.config.n_classes:
             right += int((model.out_head(rows_of(model, ids, places)).argmax(-1) == targets).sum())
@@ -161,15 +150,14 @@ def _require_task(model: GPTModel, task: Task, recipe: Recipe) -> None:
         raise UsageError("a model made under torch.inference_mode does not train; load it outside")
     if parallel.mesh_of(model) is None:  # of ranks, heads are divided, and classes are FSDP's
         _require_plain(model)
-    require_divisible(model, recipe)
+    training.require_divisible(model, recipe)
     recipe.row_length(model.config.context_length)
     first = task.train(0)
-    placed(first, model)
+    training.placed(first, model)
     if digest_of(tensor_parts(*first)) != digest_of(tensor_parts(*task.train(0))):
-        raise UsageError(
-            "train(0) gave another batch the second time; number n must always be the same batch"
-        )
-    counts = [len(placed(batch, model)[2]) for batch in task.validation]
+        wanted = "number n must always be the same batch"
+        raise UsageError(f"train(0) gave another batch the second time; {wanted}")
+    counts = [len(training.placed(batch, model)[2]) for batch in task.validation]
     if counts and not parallel.total(parallel.mesh_of(model), sum(counts)):
         raise UsageError(f"every target of the validation is {IGNORED}, so none counts")
 
@@ -205,22 +193,21 @@ def finetune(
     damaged, TrainingDivergedError where a loss is not finite; the last saved state stays.
     """
     if not isinstance(recipe, Recipe | None):
-        raise UsageError(
-            f"recipe must be a Recipe, got a {type(recipe).__name__}; Recipe(**fields) makes one"
-        )
+        found = type(recipe).__name__
+        raise UsageError(f"recipe must be a Recipe, got a {found}; Recipe(**fields) makes one")
     out, recipe = Path(out), recipe or Recipe()
     _require_task(model, task, recipe)
     with parallel.together(mesh := parallel.mesh_of(model)):
         if parallel.is_first(mesh):
             _require_folder(out, resume, recipe.save_every)
     teacher = load_teacher(model, recipe, model.pos_emb.weight.device)
-    identity = states.identity_of(model, task, recipe, teacher.model if teacher else None)
-    if bad := not_finite(model):
+    identity = states.identity_of(model, task, recipe, teacher)
+    if bad := training.not_finite(model):
         raise UsageError(f"the model's {bad[0]} holds infinities or NaN; give one with finite weights")
     with held() as ctrl_c, ExitStack() as until_saved:
-        with prepared(model):
-            choose_trained(model, recipe)
-            with closing(Trainer(model, recipe, teacher)) as trainer:
+        with training.prepared(model):
+            training.choose_trained(model, recipe)
+            with closing(training.Trainer(model, recipe, teacher)) as trainer:
                 locked = partial(_locked, out, resume, recipe.save_every)
                 until_saved.enter_context(parallel.shared(mesh, locked))
                 run = Run(trainer, task, out, identity, ctrl_c)
@@ -228,8 +215,8 @@ def finetune(
             if recipe.lora_rank:
                 states.save_lora(run, out / "adapters.pth")
                 merge_lora(model)
-        if bad := not_finite(model):
-            raise diverged(f"{bad[0]} is too large for {model.pos_emb.weight.dtype}", recipe)
+        if bad := training.not_finite(model):
+            raise training.diverged(f"{bad[0]} is too large for {model.pos_emb.weight.dtype}", recipe)
         if task.labels and parallel.is_first(mesh):
             with replacing(out / LABELS) as temporary:
                 temporary.write_text(json.dumps(task.labels) + "\n", encoding="utf-8")
@@ -239,6 +226,7 @@ def finetune(
 def _go_on(run: Run, report: Callable[[Metrics], None] | None) -> None:
     """All steps from the newest state on. Whatever ends them, those that were done are saved before."""
     states.restore(run)
+    states.write_log(run)
     try:
         while run.step < run.trainer.recipe.steps:
             _check(run)
@@ -289,19 +277,14 @@ def _one(run: Run) -> Metrics:
 def _save(run: Run) -> None:
     """A state from which training can go on: with finite weights, and a finite loss on its last batch."""
     model, recipe, run.saved = run.trainer.model, run.trainer.recipe, run.step
-    if bad := not_finite(model):
-        raise diverged(f"step {run.step - 1}: after it {bad[0]} is not finite", recipe)
+    if bad := training.not_finite(model):
+        raise training.diverged(f"step {run.step - 1}: after it {bad[0]} is not finite", recipe)
     model.eval()  # which a step that was cut left in training
-    ids, places, targets = placed(run.last, model)
+    ids, places, targets = training.placed(run.last, model)
     with torch.no_grad():
-        loss = parallel.total(run.trainer.mesh, float(loss_sum(model, ids, places, targets, recipe)))
-    _require_finite(loss, run.step - 1, recipe)
+        loss = parallel.total(run.trainer.mesh, float(training.loss_sum(model, ids, places, targets, recipe)))
+    training.require_finite(loss, f"step {run.step - 1}: after it the loss", recipe)
     states.save_state(run)
-
-
-def _require_finite(loss: float, step: int, recipe: Recipe) -> None:
-    if not math.isfinite(loss):
-        raise diverged(f"step {step}: after it the loss is {loss}", recipe)
 
 
 def _validated(run: Run, metrics: Metrics) -> Metrics:
@@ -310,7 +293,7 @@ def _validated(run: Run, metrics: Metrics) -> Metrics:
     if not task.validation or (run.step % recipe.validate_every and run.step != recipe.steps):
         return metrics
     loss, accuracy = validate(model, task.validation, recipe)
-    _require_finite(loss, metrics.step, recipe)
+    training.require_finite(loss, f"step {metrics.step}: after it the loss", recipe)
     metrics = replace(metrics, validation_loss=loss, accuracy=accuracy)
     sample = task.sample(model) if task.sample else None
     if not isinstance(sample, str | None):

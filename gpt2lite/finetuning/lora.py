@@ -6,7 +6,6 @@ Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models"; th
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -47,12 +46,6 @@ class LinearWithLoRA(nn.Module):
         return self.linear(x) + self.lora(x)
 
 
-def put_layer(model: nn.Module, path: str, layer: nn.Module) -> None:
-    """Replace the layer at a path."""
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, layer)
-
-
 def lora_layers(model: nn.Module) -> dict[str, LinearWithLoRA]:
     """The adapted layers by path."""
     return {path: layer for path, layer in model.named_modules() if isinstance(layer, LinearWithLoRA)}
@@ -86,18 +79,10 @@ def add_lora(model: nn.Module, recipe: Recipe) -> list[nn.Parameter]:
         if isinstance(linear, nn.Linear):
             layer = LinearWithLoRA(linear, rank, alpha)
             drawn = torch.empty(layer.lora.A.shape, dtype=linear.weight.dtype, device="cpu")
-            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
-            layer.lora.A.data.copy_(drawn)
-            put_layer(model, path, layer)
+            layer.lora.A.data.copy_(nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator))
+            model.set_submodule(path, layer)
     adapters = [layer.lora.requires_grad_(True) for layer in lora_layers(model).values()]
     return [p for adapter in adapters for p in adapter.parameters()]
-
-
-def drop_lora(model: nn.Module, kept: Collection[str]) -> None:
-    """Take the adapters away, unmerged, except those at the paths in `kept`."""
-    for path, layer in lora_layers(model).items():
-        if path not in kept:
-            put_layer(model, path, layer.linear)
 
 
 @held()
@@ -112,4 +97,4 @@ def merge_lora(model: nn.Module) -> None:
         with torch.autocast(layer.weight.device.type, enabled=False):
             added = layer.lora.alpha * (layer.lora.A.to(dtype) @ layer.lora.B.to(dtype)).t()
         layer.linear.weight.copy_(layer.weight.to(dtype) + added)
-        put_layer(model, path, layer.linear)
+        model.set_submodule(path, layer.linear)

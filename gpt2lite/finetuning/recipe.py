@@ -4,19 +4,38 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
-from gpt2lite.errors import UsageError
+from gpt2lite.errors import UsageError, require_allowed
 
+T = TypeVar("T")
 LORA_TARGETS = ("W_query", "W_key", "W_value", "out_proj", "layers.0", "layers.2")
-AT_LEAST_1 = ("steps", "batch_size", "seq_len", "accumulate", "last_blocks", "validate_every", "save_every")
-LEAST = dict.fromkeys((*AT_LEAST_1, "keep"), 1) | {"warmup_steps": 0, "seed": 0, "lora_rank": 0}
-NUMBERS = ("learning_rate", "weight_decay", "clip", "lora_alpha", "alpha", "temperature")
-TAUGHT = ("alpha", "temperature", "teacher_dtype")  # say how, if there is a teacher
 TEACHER_DTYPES = ("float32", "bfloat16", "int8")
+MOST = sys.float_info.max
+TAUGHT = ("alpha", "temperature", "teacher_dtype")  # say how, if there is a teacher
 
-FLAGS = ("autocast", "recompute", "chunked_loss", "step_in_backward", "eight_bit", "compile")
+
+def _told(default: T, help: str) -> T:
+    """A field's default, and what the command line says of it."""
+    return field(default=default, metadata={"help": help})
+
+
+def _int(least: int) -> tuple[Callable[[Any], object], str]:
+    return (lambda value: type(value) is int and value >= least), f"an int of at least {least}"
+
+
+# What a field may be, by its name or else by its type; its default it may be in any case.
+RULES: dict[object, tuple[Callable[[Any], object], str]] = {
+    **dict.fromkeys(("warmup_steps", "seed", "lora_rank"), _int(0)),
+    **dict.fromkeys(("int", "int | None"), _int(1)),
+    "float": (lambda value: type(value) in (int, float) and 0 <= value <= MOST, "a finite number, 0 or more"),
+    "bool": (lambda value: type(value) is bool, "True or False"),
+    "teacher_dtype": (lambda value: value in TEACHER_DTYPES, f"one of {', '.join(TEACHER_DTYPES)}"),
+    "str": (lambda value: isinstance(value, str), "a path or a name"),
+    "tuple[str, ...]": (lambda value: True, "what is checked below"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,77 +63,62 @@ class Recipe:
     Raises UsageError for values that cannot work.
     """
 
-    steps: int = 200
-    batch_size: int = 4
-    seq_len: int | None = None
-    accumulate: int = 1
-    learning_rate: float = 3e-4
-    warmup_steps: int | None = None
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    seed: int = 0
-    autocast: bool = False
-    recompute: bool = False
-    chunked_loss: bool = True
-    step_in_backward: bool = False
-    lora_rank: int = 0
-    lora_alpha: float = 16.0
-    lora_targets: tuple[str, ...] = ("W_query", "W_value")
-    last_blocks: int | None = None
-    eight_bit: bool = False
-    compile: bool = False
-    teacher: str = ""
-    alpha: float = 0.5
-    temperature: float = 2.0
-    teacher_dtype: str = "float32"
-    validate_every: int = 50
-    save_every: int = 100
-    keep: int = 2
+    steps: int = _told(200, "optimisation steps")
+    batch_size: int = _told(4, "rows in memory at once")
+    seq_len: int | None = _told(None, "tokens per row (default: context)")
+    accumulate: int = _told(1, "batches a step")
+    learning_rate: float = _told(3e-4, "peak value")
+    warmup_steps: int | None = _told(None, "until the peak (default: 10, or half of fewer steps)")
+    weight_decay: float = _told(0.1, "of matrices")
+    clip: float = _told(1.0, "largest norm of the gradient, 0 for no clipping")
+    seed: int = _told(0, "for data order, adapters and dropout")
+    autocast: bool = _told(False, "bf16 (or fp16) in matrix products")
+    recompute: bool = _told(False, "keep only blocks' inputs, run blocks again in backward")
+    chunked_loss: bool = _told(True, "logits for a few rows at a time")
+    step_in_backward: bool = _told(False, "step each weight as soon as its gradient is there (with clip 0)")
+    lora_rank: int = _told(0, "train only adapters of this rank, 0 for none")
+    lora_alpha: float = _told(16.0, "scale of the adapters' output")
+    lora_targets: tuple[str, ...] = _told(
+        ("W_query", "W_value"), f"adapted layers: {', '.join(LORA_TARGETS)}"
+    )
+    last_blocks: int | None = _told(None, "train only this many last blocks and the last norm")
+    eight_bit: bool = _told(False, "Adam's moments in 8 bits, by torchao")
+    compile: bool = _told(False, "torch.compile the step")
+    teacher: str = _told("", "a checkpoint or Hub name, to learn its predictions beside the text")
+    alpha: float = _told(0.5, "the teacher's share of the loss")
+    temperature: float = _told(2.0, "softens what teacher and student predict")
+    teacher_dtype: str = _told("float32", f"the teacher's weights: {', '.join(TEACHER_DTYPES)}")
+    validate_every: int = _told(50, "steps between validations")
+    save_every: int = _told(100, "steps between saved states")
+    keep: int = _told(2, "saved states to keep")
 
     def __post_init__(self) -> None:
-        for name, least in LEAST.items():
-            value = getattr(self, name)
-            is_unset = value is None and name in ("seq_len", "last_blocks", "warmup_steps")
-            if not is_unset and (type(value) is not int or value < least):
-                raise UsageError(f"{name} must be an int of at least {least}, got {value!r}")
-        for name in NUMBERS:
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 <= value <= sys.float_info.max:
-                raise UsageError(f"{name} must be a finite number, 0 or more, got {value!r}")
-        for name in FLAGS:
-            if type(value := getattr(self, name)) is not bool:
-                raise UsageError(f"{name} must be True or False, got {value!r}")
-        if self.warmup > self.steps:
-            raise UsageError(
-                f"warmup_steps={self.warmup} is more than steps={self.steps}: no step has the peak"
-            )
+        known = {field.name: field for field in fields(self)}
+        given = {name: value for name in known if (value := getattr(self, name)) is not known[name].default}
+        require_allowed(given, {name: RULES.get(name) or RULES[known[name].type] for name in given})
+        if (warmup := self.warmup) > self.steps:
+            raise UsageError(f"warmup_steps={warmup} is more than steps={self.steps}: no step has the peak")
         if not self.learning_rate:
             raise UsageError("learning_rate must be more than 0")
         if self.lora_rank and not self.lora_alpha:
             raise UsageError("lora_alpha must be more than 0: it multiplies what LoRA learns")
         if self.seed >= 2**32:
             raise UsageError(f"seed must be below 2**32, got {self.seed}")
-        given: object = self.lora_targets
-        targets = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else ()
+        asked: object = self.lora_targets
+        targets = (asked,) if isinstance(asked, str) else tuple(asked) if isinstance(asked, Iterable) else ()
         if not targets or any(target not in LORA_TARGETS for target in targets):
-            raise UsageError(f"unknown lora_targets {given!r}; choose from {', '.join(LORA_TARGETS)}")
+            raise UsageError(f"unknown lora_targets {asked!r}; choose from {', '.join(LORA_TARGETS)}")
         object.__setattr__(self, "lora_targets", targets)  # a saved recipe's list is the same recipe
         if self.lora_rank and self.last_blocks:
             raise UsageError("lora_rank and last_blocks exclude each other: both say what is trained")
         if self.alpha > 1 or not self.temperature:
             said = f"alpha={self.alpha} and temperature={self.temperature}"
             raise UsageError(f"{said}: alpha is a share, 0 … 1, and the temperature is more than 0")
-        if not isinstance(self.teacher, str) or self.teacher_dtype not in TEACHER_DTYPES:
-            said = f"teacher={self.teacher!r}, teacher_dtype={self.teacher_dtype!r}"
-            raise UsageError(f"{said}: wanted a path or a name, and one of {', '.join(TEACHER_DTYPES)}")
-        known = type(self).__dataclass_fields__
         idle = [name for name in TAUGHT if getattr(self, name) != known[name].default]
         if idle and not self.teacher:
             raise UsageError(f"{', '.join(idle)} say how a teacher is heard, but teacher names none")
         if self.teacher and (self.compile or not self.chunked_loss):
-            raise UsageError(
-                "a teacher needs chunked_loss=True and compile=False: its logits are never whole"
-            )
+            raise UsageError("a teacher needs chunked_loss=True, compile=False: its logits are never whole")
         if self.step_in_backward and (self.clip or self.accumulate > 1):
             raise UsageError("step_in_backward frees each gradient: it needs clip=0 and accumulate=1")
 

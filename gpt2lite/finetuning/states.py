@@ -7,7 +7,7 @@ import re
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -23,7 +23,7 @@ from gpt2lite.config import wrong_labels
 from gpt2lite.errors import CheckpointError, UsageError, first_line, require_allowed
 from gpt2lite.finetuning.data import Batch, Batches, digest_of, tensor_parts
 from gpt2lite.finetuning.interrupts import CtrlC
-from gpt2lite.finetuning.lora import LinearWithLoRA, put_layer
+from gpt2lite.finetuning.lora import LinearWithLoRA
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.finetuning.training import Trainer, own_part
 from gpt2lite.loading.skeleton import state_of
@@ -151,7 +151,7 @@ def log(run: Run, said: dict[str, Any]) -> None:
             file.write(run.lines[-1])
 
 
-def _write_log(run: Run) -> None:
+def write_log(run: Run) -> None:
     """Where metrics.jsonl is not what was written down, write it anew."""
     path, content = run.out / METRICS, "".join(run.lines).encode()
     is_first = parallel.is_first(run.trainer.mesh)
@@ -164,33 +164,28 @@ def save_state(run: Run) -> None:
 
     The log takes about 200 bytes a step.
     """
-    trainer, mesh = run.trainer, run.trainer.mesh
+    trainer, mesh, state = run.trainer, run.trainer.mesh, run.trainer.state()
     parallel.rest(trainer.model)
-    moments = {(name, key): value for name, own in trainer.state().items() for key, value in own.items()}
     keyed: dict[str, Tensor] = {f"model {name}": p for name, p in trainer.trained.items()}
-    keyed |= {f"{key} {name}": value for (name, key), value in moments.items()}
+    keyed |= {f"{key} {name}": value for name, own in state.items() for key, value in own.items()}
     with parallel.whole(keyed, mesh, run.out) as found, parallel.together(mesh):
-        if parallel.is_first(mesh):
-            _write_state(run, found)
-
-
-def _write_state(run: Run, found: Mapping[str, Tensor]) -> None:
-    state = run.trainer.state()
-    content = {
-        "model": {name: found[f"model {name}"].detach() for name in state},
-        "optimizer": {name: {key: found[f"{key} {name}"] for key in own} for name, own in state.items()},
-        "step": run.step,
-        "config": run.trainer.model.config.as_dict(run.task.labels),
-        "made_from": run.identity,
-        "last_batch": digest_of(tensor_parts(*run.last)),
-        "metrics": "".join(run.lines),
-    }
-    with replacing(run.out / f"step-{run.step:06}.pth") as temporary:
-        torch.save(content, temporary)
-    _write_log(run)
-    older = [path for number, path in state_files(run.out).items() if number <= run.step]
-    for path in older[: -run.trainer.recipe.keep]:
-        path.unlink()
+        if not parallel.is_first(mesh):
+            return
+        content = {
+            "model": {name: found[f"model {name}"].detach() for name in state},
+            "optimizer": {name: {key: found[f"{key} {name}"] for key in own} for name, own in state.items()},
+            "step": run.step,
+            "config": trainer.model.config.as_dict(run.task.labels),
+            "made_from": run.identity,
+            "last_batch": digest_of(tensor_parts(*run.last)),
+            "metrics": "".join(run.lines),
+        }
+        with replacing(run.out / f"step-{run.step:06}.pth") as temporary:
+            torch.save(content, temporary)
+        write_log(run)
+        older = [path for number, path in state_files(run.out).items() if number <= run.step]
+        for path in older[: -trainer.recipe.keep]:
+            path.unlink()
 
 
 def newest_state(out: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -236,13 +231,10 @@ def _require_same(path: Path, saved: dict[str, Any], run: Run) -> None:
 
 
 def restore(run: Run) -> None:
-    """Go back to the newest state, or to the beginning, and metrics.jsonl with it."""
-    if found := newest_state(run.out):
-        _restore(run, *found)
-    _write_log(run)
-
-
-def _restore(run: Run, path: Path, saved: dict[str, Any]) -> None:
+    """Go back to the newest state, if there is one."""
+    if not (found := newest_state(run.out)):
+        return
+    path, saved = found
     _require_same(path, saved, run)
     shapes = {name: tensor.shape for name, tensor in saved["model"].items()}
     if shapes != {name: p.shape for name, p in run.trainer.trained.items()}:
@@ -299,4 +291,4 @@ def load_lora(model: nn.Module, path: Path) -> None:
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
     for name, added in adapted.items():
-        put_layer(model, name, added)
+        model.set_submodule(name, added)

@@ -19,14 +19,15 @@ from gpt2lite.devices import has_bfloat16, seeded
 from gpt2lite.dialects.reading import Placement
 from gpt2lite.errors import TrainingDivergedError, UsageError
 from gpt2lite.finetuning.data import IGNORED, Batch, check_batch
-from gpt2lite.finetuning.distilling import Teacher
-from gpt2lite.finetuning.lora import add_lora, drop_lora, lora_layers
-from gpt2lite.finetuning.losses import Teaching, rows_of, summed_loss
+from gpt2lite.finetuning.distilling import says
+from gpt2lite.finetuning.lora import add_lora, lora_layers
+from gpt2lite.finetuning.losses import rows_of, summed_loss
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.model import GPTModel
 from gpt2lite.parallel import mesh_of
 
 BETAS = (0.9, 0.95)
+NOTHING_CHANGED = "; that step changed nothing"
 M_MMAP_THRESHOLD, OWN_MAPPING, GLIBCS_MOST = -3, 128 << 10, 32 << 20
 
 
@@ -107,7 +108,9 @@ def prepared(model: GPTModel) -> Iterator[None]:
         with torch.autocast(model.pos_emb.weight.device.type, enabled=False):
             yield
     finally:
-        drop_lora(model, own)
+        for path, layer in lora_layers(model).items():
+            if path not in own:
+                model.set_submodule(path, layer.linear)
         for parameter, dtype, learns in found:
             parameter.grad = None
             if parameter.dtype != dtype:
@@ -127,8 +130,7 @@ def recomputed(blocks: Sequence[nn.Module], dropout: bool) -> Iterator[None]:
     """Blocks keep their input alone and run again in backward."""
     own = [vars(block).get("forward") for block in blocks]  # what a caller put there
     for block in blocks:
-        again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=dropout)
-        block.forward = again
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=dropout)
     try:
         yield
     finally:
@@ -149,10 +151,10 @@ def loss_sum(
     places: Tensor | None,
     targets: Tensor,
     recipe: Recipe,
-    teaching: Teaching | None = None,
+    teacher: GPTModel | None = None,
 ) -> Tensor:
     """The loss of ids (B, T) at N places, in nats, summed: ()."""
-    device = ids.device
+    device, teaching = ids.device, says(teacher, ids, places, recipe) if teacher is not None else None
     # Without its cache of casts, which is emptied only where no autocast is left, such as a caller's: weights
     # of an earlier step would be used for ever.
     precision = precision_of(device)
@@ -209,7 +211,7 @@ class Trainer:
     AdamW's two moments cost twice the trained weights, from the first step on. Vectors do not decay.
     """
 
-    def __init__(self, model: GPTModel, recipe: Recipe, teacher: Teacher | None = None) -> None:
+    def __init__(self, model: GPTModel, recipe: Recipe, teacher: GPTModel | None = None) -> None:
         self.model, self.recipe, self.teacher = model, recipe, teacher
         self.device = model.pos_emb.weight.device
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -231,17 +233,14 @@ class Trainer:
 
     def _make_optimizers(self) -> dict[Tensor, torch.optim.Optimizer]:
         make: Any = _adamw8bit if self.recipe.eight_bit else partial(torch.optim.AdamW, fused=True)
-        options, own = {"lr": self.recipe.learning_rate, "betas": BETAS}, self.trained.values()
+        options, decay = {"lr": self.recipe.learning_rate, "betas": BETAS}, self.recipe.weight_decay
+        kinds = {p: (0.0 if p.dim() < 2 else decay, mesh_of(p)) for p in self.trained.values()}
         groups: list[dict[str, Any]] = [
-            {
-                "params": [p for p in own if (p.dim() < 2, mesh_of(p)) == (is_flat, mesh)],
-                "weight_decay": decay,
-            }
-            for is_flat, decay in ((False, self.recipe.weight_decay), (True, 0.0))
-            for mesh in dict.fromkeys(map(mesh_of, own))  # a fused step takes one
+            {"params": [p for p in kinds if kinds[p] == kind], "weight_decay": kind[0]}
+            for kind in dict.fromkeys(kinds.values())  # a fused step takes one mesh
         ]
         if not self.recipe.step_in_backward:
-            return dict.fromkeys(self.trained.values(), make(groups, **options))
+            return dict.fromkeys(kinds, make(groups, **options))
         return {p: make([group | {"params": [p]}], **options) for group in groups for p in group["params"]}
 
     def _step_one(self, parameter: Tensor) -> None:
@@ -270,10 +269,9 @@ class Trainer:
         draws = seeded(self.device, drawn) if dropout else nullcontext()
         with recomputed(blocks, dropout), draws:
             for ids, places, targets in there:
-                teaching = self.teacher.says(ids, places) if self.teacher else None
-                loss = self.loss_sum(self.model, ids, places, targets, self.recipe, teaching) / count
+                loss = self.loss_sum(self.model, ids, places, targets, self.recipe, self.teacher) / count
                 summed += parallel.total(self.mesh, float(loss.detach()))
-                _require_finite(number, summed, self.recipe)
+                require_finite(summed, f"step {number}: the loss", self.recipe, NOTHING_CHANGED)
                 self.is_whole = not self.recipe.step_in_backward
                 self.scaler.scale(loss * self.ranks).backward()  # of which torch takes the ranks' mean
         self.model.eval()
@@ -286,7 +284,7 @@ class Trainer:
             self.scaler.unscale_(optimizer)
         norm = parallel.clip_gradients(self.trained.values(), self.recipe.clip or math.inf)
         if not self.scaler.is_enabled():
-            _require_finite(number, norm, self.recipe)
+            require_finite(norm, f"step {number}: the gradient's norm", self.recipe, NOTHING_CHANGED)
         self.is_whole = False
         for optimizer in optimizers:
             self.scaler.step(optimizer)
@@ -323,9 +321,10 @@ def _set_rate(group: dict[str, Any], rate: float) -> None:
         group["lr"] = rate
 
 
-def _require_finite(step: int, value: float, recipe: Recipe) -> None:
+def require_finite(value: float, what: str, recipe: Recipe, then: str = "") -> None:
+    """Raise TrainingDivergedError where something is infinite or NaN; `then` is what follows from it."""
     if not math.isfinite(value):
-        raise diverged(f"step {step}: the loss or its gradient is {value}; that step changed nothing", recipe)
+        raise diverged(f"{what} is {value}{then}", recipe)
 
 
 def diverged(what: str, recipe: Recipe) -> TrainingDivergedError:

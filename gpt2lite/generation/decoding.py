@@ -192,13 +192,11 @@ def require_fit(T: int, max_new_tokens: int, window: int | None, config: GPTConf
     """Raise UsageError if T tokens and the new ones do not fit the context and no window slides."""
     context = config.context_length
     require_allowed({"max_new_tokens": max_new_tokens, "window": window}, rules(config))
-    if window is not None or T + max_new_tokens <= context:
-        return
-    fewer = f", ask for {context - T} at most" if context > T else ""
-    raise UsageError(
-        f"a prompt of {T} tokens and {max_new_tokens} new ones exceed the context of {context}; shorten the "
-        f"prompt{fewer}, or let a window slide: window={max(context // 2, 1)} keeps that many when it is full"
-    )
+    if window is None and T + max_new_tokens > context:
+        fewer = f", ask for {context - T} at most" if context > T else ""
+        slide = f"let a window slide: window={max(context // 2, 1)} keeps that many when it is full"
+        found = f"a prompt of {T} tokens and {max_new_tokens} new ones exceed the context of {context}"
+        raise UsageError(f"{found}; shorten the prompt{fewer}, or {slide}")
 
 
 def _decode(

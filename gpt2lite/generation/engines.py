@@ -313,10 +313,7 @@ def _lacks_for_graph(model: LanguageModel, batch: int) -> str:
 # Per engine: why it cannot run this model and batch ("" if it can), and what makes a step.
 ENGINES: dict[str, tuple[Callable[[LanguageModel, int], str], Callable[[LanguageModel, KVCache], Step]]] = {
     "numba": (_lacks_for_numba, _numba_step),
-    "cuda_graph": (
-        _lacks_for_graph,
-        _graph_step,
-    ),
+    "cuda_graph": (_lacks_for_graph, _graph_step),
     "torch": (lambda model, batch: "", lambda model, cache: partial(last_logits, model, cache=cache)),
 }
 
