@@ -34,8 +34,8 @@ from gpt2lite.errors import CheckpointError, UsageError, listed
 from gpt2lite.loading.options import check_names
 from gpt2lite.loading.skeleton import sketch
 from gpt2lite.memory import parse_size
-from gpt2lite.model import GPTModel, Source, open_model
-from gpt2lite.opening import Opened
+from gpt2lite.model import GPTModel, open_model
+from gpt2lite.opening import Opened, Source
 from gpt2lite.tokenizer import GENERATION, hub_files, tokenizer_files, write_beside
 
 if TYPE_CHECKING:
