@@ -297,9 +297,8 @@ def plan_conversion(
     views = _views(opened, dtype)
     config = _target_config(opened.config, to, views)
     tensors = tuple(_stored(to, format, config, views, dtype))
-    dialect = opened.reading.dialect
-    rest = (config, tensors, max_shard_bytes, opened.labels)
-    job = Conversion(manifest, destination, dialect, to, format, in_folder, *rest)
+    rest = (to, format, in_folder, config, tensors, max_shard_bytes, opened.labels)
+    job = Conversion(manifest, destination, opened.reading.dialect, *rest)
     beside = opened.path if isinstance(source, Opened) or not Path(source).exists() else Path(source)
     return replace(job, beside=_beside(job, beside))
 
