@@ -34,8 +34,8 @@ from gpt2lite.errors import CheckpointError, UsageError, listed
 from gpt2lite.loading.options import check_names
 from gpt2lite.loading.skeleton import sketch
 from gpt2lite.memory import parse_size
-from gpt2lite.model import GPTModel, Source, open_model
-from gpt2lite.opening import Opened
+from gpt2lite.model import GPTModel, open_model
+from gpt2lite.opening import Opened, Source
 from gpt2lite.tokenizer import GENERATION, hub_files, tokenizer_files, write_beside
 
 if TYPE_CHECKING:
@@ -297,9 +297,8 @@ def plan_conversion(
     views = _views(opened, dtype)
     config = _target_config(opened.config, to, views)
     tensors = tuple(_stored(to, format, config, views, dtype))
-    dialect = opened.reading.dialect
-    rest = (config, tensors, max_shard_bytes, opened.labels)
-    job = Conversion(manifest, destination, dialect, to, format, in_folder, *rest)
+    rest = (to, format, in_folder, config, tensors, max_shard_bytes, opened.labels)
+    job = Conversion(manifest, destination, opened.reading.dialect, *rest)
     beside = opened.path if isinstance(source, Opened) or not Path(source).exists() else Path(source)
     return replace(job, beside=_beside(job, beside))
 

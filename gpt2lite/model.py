@@ -7,7 +7,6 @@ Architecture: Radford et al. 2019, "Language Models are Unsupervised Multitask L
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,15 +24,13 @@ from gpt2lite.generation import KVCache, generate, generate_tokens
 from gpt2lite.loading import Forecast, OpenOptions, Options, Progress
 from gpt2lite.loading.options import check_names, split
 from gpt2lite.loading.skeleton import state_of
-from gpt2lite.opening import Opened, locate, open_as
+from gpt2lite.opening import Device, Opened, Source, locate, open_as
 from gpt2lite.parallel import is_divided, is_first, save_divided, together, whole
 from gpt2lite.quantization import Int8Linear
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-Source = str | os.PathLike[str]
-Device = str | torch.device
 SAVERS = {".pth": (fill_torch_zip, True), ".safetensors": (fill_safetensors, False)}  # whether it can tie
 
 

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Model = TypeVar("Model", bound=nn.Module)
-
+Source = str | os.PathLike[str]
+Device = str | torch.device
 
 _lock = Lock()
 _pauses: list[bool] = []  # one per running load: whether the first one found the collector on
@@ -100,7 +101,7 @@ class Opened(Generic[Model]):
         """The model with initial values, or without memory under `torch.device("meta")`."""
         return self.model(self.config)
 
-    def plan(self, device: str | torch.device = "cpu", **options: Unpack[LoadOptions]) -> LoadPlan:
+    def plan(self, device: Device = "cpu", **options: Unpack[LoadOptions]) -> LoadPlan:
         """What `load` would do; the device may be absent. Raises as `load`, except for memory."""
         check_names(options, LoadOptions)
         quantize, config = options.get("quantize"), self.sizes
@@ -112,9 +113,7 @@ class Opened(Generic[Model]):
         place = name_device(device)
         return make_plan(self.reading, build, place, options, hint=hint, quantizable=quantizable)
 
-    def forecast(
-        self, device: str | torch.device = "cpu", **options: Unpack[LoadOptions]
-    ) -> dict[str, Forecast]:
+    def forecast(self, device: Device = "cpu", **options: Unpack[LoadOptions]) -> dict[str, Forecast]:
         """What each strategy would add to host and device memory, from headers alone, in milliseconds.
 
         The same bytes that `track_memory` measures around the load, imports warmed: on the host within 3 % or
@@ -130,9 +129,7 @@ class Opened(Generic[Model]):
             warnings.warn(note, UserWarning, stacklevel=3)
 
     @collector_paused()
-    def load(
-        self, device: str | torch.device = "cpu", strategy: str = "auto", **options: Unpack[LoadOptions]
-    ) -> Model:
+    def load(self, device: Device = "cpu", strategy: str = "auto", **options: Unpack[LoadOptions]) -> Model:
         """The model, in eval mode; `GPTModel.from_checkpoint` says what strategies and options mean.
 
         Warns of what it ignored in the file.
@@ -148,7 +145,7 @@ class Opened(Generic[Model]):
         return model  # type: ignore[return-value]
 
 
-def locate(name: str | os.PathLike[str], options: Mapping[str, Any]) -> Path:
+def locate(name: Source, options: Mapping[str, Any]) -> Path:
     """An existing path unchanged, else the local path of the Hub model, fetched."""
     path = Path(name)
     if options.get("revision") is None and (path.exists() or index_of(path).is_file()):
@@ -158,9 +155,7 @@ def locate(name: str | os.PathLike[str], options: Mapping[str, Any]) -> Path:
     return fetch(name, **{key: options[key] for key in HUB_OPTIONS if key in options})
 
 
-def open_as(
-    model: Callable[[GPTConfig], Model], path: str | os.PathLike[str], options: OpenOptions
-) -> Opened[Model]:
+def open_as(model: Callable[[GPTConfig], Model], path: Source, options: OpenOptions) -> Opened[Model]:
     """Open what lies at a path. Reads headers, and of stored attention masks the first block's.
 
     Raises CheckpointNotFoundError; CheckpointError for a file that is damaged, of an unknown kind, wants to
@@ -182,8 +177,8 @@ def open_as(
 @collector_paused()
 def load_module(
     build: Callable[[], nn.Module],
-    path: str | os.PathLike[str],
-    device: str | torch.device = "cpu",
+    path: Source,
+    device: Device = "cpu",
     strategy: str = "auto",
     **options: Unpack[LoadOptions],
 ) -> nn.Module:

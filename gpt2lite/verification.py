@@ -18,8 +18,8 @@ from gpt2lite.converting import convert
 from gpt2lite.dialects.configs import folder_configs, folder_of
 from gpt2lite.dialects.peft import ADAPTER_CONFIG
 from gpt2lite.errors import UsageError
-from gpt2lite.model import GPTModel, Source
-from gpt2lite.opening import Opened
+from gpt2lite.model import GPTModel
+from gpt2lite.opening import Opened, Source
 
 PROMPT = (15496, 11, 314, 716, 257, 3303, 2746)  # "Hello, I am a language model" in GPT-2's encoding
 NEW_TOKENS = 32

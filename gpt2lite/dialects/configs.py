@@ -92,8 +92,7 @@ ATTRIBUTES = {
 IN_TEXT = re.compile(r"\b(n_heads?|num_(attention_)?heads?|nhead)\b")
 MAY_BE_CONFIG = re.compile(r"(.*[._-])?(config|args|h?(yper)?params)\.(json|ya?ml|toml)")
 FOLDER_CONFIGS, MAX_CONFIG_BYTES = ("config.json", "hparams.json"), 1 << 20
-_STEMS = ("layer_norm", "layernorm", "norm", "ln")
-EPSILONS = [f"{stem}_{word}" for stem in _STEMS for word in ("epsilon", "eps")]
+EPSILONS = [f"{of}_{word}" for of in ("layer_norm", "layernorm", "norm", "ln") for word in ("epsilon", "eps")]
 ACTIVATION_WORDS = ("activation", *(word for word, name in OURS.items() if name == "activation"))
 HEAD_SIZES = ("head_dim", "head_size", "d_head", "n_embd_per_head")  # emb_dim / n_heads
 # What changes the computation, with the values that ours has; a refusal names the last.

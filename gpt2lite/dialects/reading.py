@@ -233,7 +233,6 @@ AUXILIARY = ("v_head.", "value_head.", "multiple_choice_head.", "qa_outputs.", "
 OTHERS = (DIALOGPT, *CLASSIFIERS, *AUXILIARY)
 HEADS = ("lm_head.", "out_head.", *OTHERS)
 SAVE_ONE = "Save the one that you want in a file of its own"
-LEAVES = ("weight", "bias")
 TIED = ("tok_emb.weight", "out_head.weight")
 # What an optimizer keeps: as large as the weights, and under their names or numbers.
 MOMENTS = re.compile(r"(?:^|[._])(?:opt(?:im(?:izers?)?)?|exp_avg|momentum)(?:[._]|$)|(?:^|\.)state\.\d+\.")
@@ -321,8 +320,8 @@ class _Model(NamedTuple):
 
     @property
     def root(self) -> str:
-        """The dotted name of the model."""
-        return f"{self.container}{self.prefix}".rstrip(".")
+        """The dotted name of the model, with a dot at its end."""
+        return self.container + self.prefix
 
     def behind(self, prefix: str, name: str) -> str | None:
         """A stored name of the container without prefix and wrappers; None for one that lies elsewhere."""
@@ -369,7 +368,7 @@ def _one_model(manifest: Manifest) -> _Model:
         do = "For a module of your own, use gpt2lite.load_module"
         raise CheckpointError(manifest.path, f"{said}. {wanted}. {do}")
     if len(found) > 1:
-        places = " and ".join(f"{model.root!r} ({model.dialect})" for model in found)
+        places = " and ".join(f"{model.root.rstrip('.')!r} ({model.dialect})" for model in found)
         raise CheckpointError(manifest.path, f"holds {len(found)} models, under {places}. {SAVE_ONE}")
     return found[0]
 
@@ -401,7 +400,8 @@ def _with_heads(names: Mapping[str, str], dialect: str) -> tuple[dict[str, str],
     own = "out_head" if dialect.startswith("book") else "lm_head"
     for head in (DIALOGPT, *CLASSIFIERS):
         if f"{own}.weight" not in found and f"{head}weight" in found:
-            found |= {f"{own}.{leaf}": found.pop(head + leaf) for leaf in LEAVES if head + leaf in found}
+            leaves = [leaf for leaf in ("weight", "bias") if head + leaf in found]
+            found |= {f"{own}.{leaf}": found.pop(head + leaf) for leaf in leaves}
     left_out = tuple(found.pop(name) for name in names if name in found and name.startswith(OTHERS))
     return found, left_out
 
@@ -433,7 +433,7 @@ def read_dialect(manifest: Manifest) -> Reading:
     strays = tuple(_strays(manifest, placements, passengers))
     if strays and not placements.keys() >= set(TIED):
         head = f"has no output head of its own, but {shortened(strays)} beside it may be one"
-        said = f"the model under {model.root!r} {head}. Save them in one dict, or the model alone"
+        said = f"the model under {model.root.rstrip('.')!r} {head}. Save them in one dict, or the model alone"
         raise CheckpointError(manifest.path, said)
     for absent, present in (TIED, TIED[::-1]):
         if present in placements:
@@ -445,8 +445,7 @@ def read_dialect(manifest: Manifest) -> Reading:
     masks = tuple(stored for name, stored in rest.items() if name.endswith(dialect.masks))
     unexpected = (*(stored for stored in rest.values() if stored not in masks), *beside)
     found = Reading(manifest, model.dialect, placements, masks, unexpected, passengers, adapters)
-    root = model.container + model.prefix
-    return replace(found, left_out=(*left_out, *strays), container=model.container, root=root)
+    return replace(found, left_out=(*left_out, *strays), container=model.container, root=model.root)
 
 
 def _strays(manifest: Manifest, placed: Mapping[str, Placement], others: Iterable[str]) -> Iterator[str]:
