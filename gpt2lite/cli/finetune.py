@@ -33,7 +33,8 @@ def _task(model: GPTModel, encoding: Tokenizer, args: argparse.Namespace, recipe
     if args.classify:
         return classifier_task(args.classify, encoding, config, recipe)
     if config.n_classes:
-        raise UsageError(f"a classifier of {config.n_classes} classes writes no text; use --classify")
+        found = f"a classifier of {config.n_classes} classes"
+        raise UsageError(f"{args.path}: {found} writes no text; use --classify")
     if args.instructions:
         return instruction_task(args.instructions, encoding, config, recipe)
     with tempfile.TemporaryDirectory(prefix="gpt2lite-") as folder:  # what is mapped stays without its name

@@ -228,18 +228,6 @@ def _other_width(ids: Tensor) -> str:
     return next((sign for sign, is_seen in signs.items() if is_seen), "")
 
 
-def _require_ids(path: Path, tokens: Tensor, vocab_size: int, *, has_header: bool) -> None:
-    """Raise CheckpointError where ids are not the vocabulary's, or may be of another width than they look."""
-    low, high = ends_of(tokens)
-    if low < 0 or high >= vocab_size:
-        found = f"holds the id {min(low, 0) or high}, the model's are below {vocab_size}"
-        raise CheckpointError(path, f"{found}; tokenize the text for it: gpt2lite tokenize --model")
-    is_large = vocab_size > MOST_IDS
-    why = f"{vocab_size} ids need more" if is_large else _other_width(tokens[:CHECKED].long())
-    if why and not has_header:
-        raise CheckpointError(path, f"has no header, which means 16 bits per id, but {why}; save it as .npy")
-
-
 def open_tokens(path: Path, vocab_size: int) -> Tensor:
     """A token file, mapped: (N,) of the file's own integers. Reads it once to check it.
 
@@ -256,7 +244,14 @@ def open_tokens(path: Path, vocab_size: int) -> Tensor:
             raise CheckpointError(path, f"{found} bytes of tokens ({kind}), wanted {wanted}; truncated?")
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     tokens = torch.frombuffer(content, dtype=dtype, count=count, offset=offset)
-    _require_ids(path, tokens, vocab_size, has_header=kind != NO_HEADER)
+    low, high = ends_of(tokens)
+    if low < 0 or high >= vocab_size:
+        said = f"holds the id {min(low, 0) or high}, the model's are below {vocab_size}"
+        raise CheckpointError(path, f"{said}; tokenize the text for it: gpt2lite tokenize --model")
+    is_large = vocab_size > MOST_IDS
+    why = f"{vocab_size} ids need more" if is_large else _other_width(tokens[:CHECKED].long())
+    if kind == NO_HEADER and why:
+        raise CheckpointError(path, f"has no header, which means 16 bits per id, but {why}; save it as .npy")
     return tokens
 
 
