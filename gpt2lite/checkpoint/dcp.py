@@ -64,7 +64,8 @@ class _JoinedReader(ExitStack):
         super().__init__()
         readers = {file: self.enter_context(file.reader()) for file in {file for file, *_ in ranges}}
         begins = accumulate((nbytes for *_, nbytes in ranges), initial=0)
-        self.ranges = [(readers[file], *own, at) for (file, *own), at in zip(ranges, begins, strict=False)]
+        placed = zip(ranges, begins, strict=False)
+        self.ranges = [(readers[file], begin, nbytes, at) for (file, begin, nbytes), at in placed]
 
     def read_into(self, memories: Iterable[memoryview], offset: int) -> None:
         """Fill one memory after the other from byte `offset` of all ranges together."""
