@@ -34,7 +34,7 @@ from gpt2lite.checkpoint.source import ByteSource
 from gpt2lite.cli.bench import environment
 from gpt2lite.cli.terminal import bytes_bar, steps_bar, table
 from gpt2lite.config import OFFICIAL_SIZES
-from gpt2lite.loading import STRATEGIES
+from gpt2lite.loading.strategies import STRATEGIES
 from gpt2lite.verification import PROMPT
 
 MIB = 1 << 20

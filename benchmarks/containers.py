@@ -34,7 +34,7 @@ from gpt2lite.benchmarking import write_random_checkpoint
 from gpt2lite.checkpoint.source import ByteSource
 from gpt2lite.cli.bench import environment
 from gpt2lite.cli.terminal import steps_bar
-from gpt2lite.loading import STRATEGIES
+from gpt2lite.loading.strategies import STRATEGIES
 from gpt2lite.memory import human, parse_size
 
 LIMIT, USAGE, PEAK = "memory.limit_in_bytes", "memory.usage_in_bytes", "memory.max_usage_in_bytes"

@@ -29,7 +29,7 @@ from gpt2lite.cli.bench import environment
 from gpt2lite.cli.terminal import steps_bar, table
 from gpt2lite.config import OFFICIAL_SIZES
 from gpt2lite.dialects.reading import DIALECTS
-from gpt2lite.loading import STRATEGIES
+from gpt2lite.loading.strategies import STRATEGIES
 
 MIB = 1 << 20
 SIZES = {"tiny": GPTConfig(64, 16, 16, 2, 2), "small": GPTConfig(8000, 512, 512, 8, 4)} | {

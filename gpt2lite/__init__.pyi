@@ -25,11 +25,11 @@ from gpt2lite.finetuning.states import load_lora as load_lora
 from gpt2lite.generation import GenerateOptions as GenerateOptions
 from gpt2lite.generation import generate as generate
 from gpt2lite.generation import generate_tokens as generate_tokens
-from gpt2lite.loading import STRATEGIES as STRATEGIES
-from gpt2lite.loading import Forecast as Forecast
-from gpt2lite.loading import LoadOptions as LoadOptions
-from gpt2lite.loading import OpenOptions as OpenOptions
-from gpt2lite.loading import Tuning as Tuning
+from gpt2lite.loading.forecast import Forecast as Forecast
+from gpt2lite.loading.options import LoadOptions as LoadOptions
+from gpt2lite.loading.options import OpenOptions as OpenOptions
+from gpt2lite.loading.schedule import Tuning as Tuning
+from gpt2lite.loading.strategies import STRATEGIES as STRATEGIES
 from gpt2lite.model import GPTModel as GPTModel
 from gpt2lite.model import forecast as forecast
 from gpt2lite.model import open_model as open_model

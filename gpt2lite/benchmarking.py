@@ -5,7 +5,6 @@ The parent starts `python -m gpt2lite.benchmarking` for plain torch and for each
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -27,7 +26,8 @@ from gpt2lite.config import GPTConfig
 from gpt2lite.converting import save_per_tensor
 from gpt2lite.devices import synchronize
 from gpt2lite.errors import GPT2LiteError
-from gpt2lite.loading import Progress
+from gpt2lite.loading.options import Progress
+from gpt2lite.loading.skeleton import digest
 from gpt2lite.model import GPTModel, forecast, open_model
 from gpt2lite.tracking import track_memory
 from gpt2lite.verification import PROMPT, plain_model
@@ -121,9 +121,7 @@ def _last_logits(model: GPTModel) -> Tensor:
 
 def _answers(model: GPTModel) -> dict[str, Any]:
     """What all loads of one checkpoint must agree on: the bytes of every parameter, as hashes, and logits."""
-    digests = {}
-    for name, tensor in model.state_dict().items():
-        digests[name] = hashlib.sha256(memory_of(tensor.cpu().contiguous())).hexdigest()
+    digests = {name: digest(tensor) for name, tensor in model.state_dict().items()}
     return {"digests": digests, "logits": _last_logits(model).tolist()}
 
 
@@ -206,10 +204,8 @@ def compare_strategies(
     """
     opened = open_model(path, config=config)
     opened.forecast(device, dtype=_dtype(dtype))
-    manifest, given = (
-        opened.reading.manifest,
-        {"device": device, "dtype": dtype, "config": opened.config.as_dict()},
-    )
+    manifest = opened.reading.manifest
+    given = {"device": device, "dtype": dtype, "config": opened.config.as_dict()}
     right = _in_fresh_process(path=str(path), **given)
     for strategy in strategies:
         with tempfile.TemporaryDirectory(prefix="gpt2lite-", dir=folder) as temporary:

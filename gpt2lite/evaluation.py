@@ -16,7 +16,7 @@ from gpt2lite.generation import LanguageModel
 from gpt2lite.generation.decoding import NOT_FINITE, require_language_model
 from gpt2lite.generation.engines import in_eval_mode
 from gpt2lite.generation.prompts import INTEGERS, require_ids
-from gpt2lite.loading import Progress
+from gpt2lite.loading.options import Progress
 from gpt2lite.parallel import no_gradients, rest
 
 POSITIONS_AT_ONCE = 128  # whose logits are in memory together: 25 MiB of GPT-2's

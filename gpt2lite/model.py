@@ -21,8 +21,8 @@ from gpt2lite.checkpoint.writing import counting, require_space, tensors_of, wri
 from gpt2lite.config import ACTIVATIONS, GPTConfig
 from gpt2lite.errors import UsageError
 from gpt2lite.generation import KVCache, generate, generate_tokens
-from gpt2lite.loading import Forecast, OpenOptions, Options, Progress
-from gpt2lite.loading.options import check_names, split
+from gpt2lite.loading.forecast import Forecast
+from gpt2lite.loading.options import OpenOptions, Options, Progress, check_names, split
 from gpt2lite.loading.skeleton import state_of
 from gpt2lite.opening import Device, Opened, Source, locate, open_as
 from gpt2lite.parallel import is_divided, is_first, save_divided, together, whole

@@ -29,9 +29,10 @@ from gpt2lite.dialects import configs
 from gpt2lite.dialects.peft import find_adapter, with_adapter
 from gpt2lite.dialects.reading import Reading, read_dialect, read_names, with_lora_alpha
 from gpt2lite.errors import UsageError
-from gpt2lite.loading import Forecast, LoadOptions, LoadPlan, forecasts, load, make_plan
-from gpt2lite.loading.options import HUB_OPTIONS, OpenOptions, check_names
-from gpt2lite.loading.plan import require_one_dtype
+from gpt2lite.loading.choice import forecasts, load
+from gpt2lite.loading.forecast import Forecast
+from gpt2lite.loading.options import HUB_OPTIONS, LoadOptions, OpenOptions, check_names
+from gpt2lite.loading.plan import LoadPlan, make_plan, require_one_dtype
 from gpt2lite.loading.skeleton import sketch
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -60,9 +60,8 @@ def box_of(tensor: Any) -> list[range]:
 
 def views_of(tensor: Tensor) -> tuple[Narrow, ...]:
     """What leads from a whole tensor to this rank's part of it."""
-    ranges = zip(box_of(tensor), tensor.shape, strict=True)
-    parts = ((axis, rows) for axis, (rows, size) in enumerate(ranges) if len(rows) != size)
-    return tuple(Narrow(axis, rows.start, rows.stop) for axis, rows in parts)
+    axes = enumerate(zip(box_of(tensor), tensor.shape, strict=True))
+    return tuple(Narrow(axis, rows.start, rows.stop) for axis, (rows, size) in axes if len(rows) != size)
 
 
 def part_like(whole: Any, local: Tensor) -> Tensor:
@@ -82,8 +81,7 @@ def names_of(mesh: DeviceMesh) -> tuple[str, ...]:
     """What each dimension of a mesh is for. Raises UsageError for a mesh that no model is divided over."""
     names = tuple(mesh.mesh_dim_names or (FSDP,) * mesh.ndim)
     if names not in MESHES:
-        wanted = ", ".join(map(str, MESHES))
-        raise UsageError(f"a mesh with the dimensions {names}; known mesh_dim_names: {wanted}")
+        raise UsageError(f"a mesh with the dimensions {names}; known mesh_dim_names: {MESHES}")
     return names
 
 
@@ -213,8 +211,7 @@ def turn_of(mesh: DeviceMesh | None) -> slice:
 
 def share_of(mesh: DeviceMesh | None) -> tuple[int, int]:
     """Which part of a batch is this rank's, and of how many. Ranks that share layers have the same one."""
-    names = names_of(mesh) if mesh is not None else (TP,)
-    if mesh is None or names == (TP,):
+    if mesh is None or names_of(mesh) == (TP,):
         return 0, 1
     return mesh.get_local_rank(0), mesh.size(0)
 
@@ -311,7 +308,7 @@ def _is_writer(tensor: Any, mesh: DeviceMesh) -> bool:
     return all(place == 0 for place, placement in places if placement.is_replicate())
 
 
-def _write_part(file: int, tensor: Tensor, at: int, wrote: Wrote) -> None:
+def _write_part(file: BinaryIO, tensor: Tensor, at: int, wrote: Wrote) -> None:
     """Write this rank's rows, or its part of each row, of a tensor that begins at a byte of a file."""
     local, box = local_of(tensor).detach(), box_of(tensor)
     local, box = (local, box) if box else (local.reshape(1), [range(1)])
@@ -323,15 +320,10 @@ def _write_part(file: int, tensor: Tensor, at: int, wrote: Wrote) -> None:
     for chunk in chunks_of([local], 0, tensor.dtype):
         run = len(chunk) if width == step else width
         for place in range(0, len(chunk), run):
-            _pwrite(file, chunk[place : place + run], begin)
+            file.seek(begin)
+            file.write(chunk[place : place + run])
             begin += run if width == step else step
         wrote(len(chunk))
-
-
-def _pwrite(file: int, data: memoryview, at: int) -> None:
-    while data:
-        count = os.pwrite(file, data, at)
-        data, at = data[count:], at + count
 
 
 def _fill(
@@ -343,12 +335,13 @@ def _fill(
     with together(mesh):
         if is_first(mesh):
             path.write_bytes(header)
-    with together(mesh), open(path, "r+b", buffering=0) as file:
+    with together(mesh), open(path, "r+b") as file:
         at = len(header)
         for tensor in tensors.values():
             if _is_writer(tensor, mesh):
-                _write_part(file.fileno(), tensor, at, wrote)
+                _write_part(file, tensor, at, wrote)
             at += tensor.nbytes
+        file.flush()
         os.fsync(file.fileno())
 
 
@@ -377,8 +370,7 @@ def whole(
     if mesh is None or not any(map(is_divided, tensors.values())):
         yield tensors
         return
-    options = {"prefix": ".", "suffix": ".part", "dir": folder}
-    with shared(mesh, lambda: TemporaryDirectory(**options)) as made:  # type: ignore[call-overload]
+    with shared(mesh, partial(TemporaryDirectory, ".part", ".", folder)) as made:
         path, own = Path(made) / "whole.safetensors", distinct(tensors)
         _fill(path, own, mesh, lambda nbytes: None, None)
         mapped = map_tensors(open_safetensors(ByteSource(path)).tensors.values())

@@ -21,7 +21,7 @@ from gpt2lite.dialects.reading import block_of
 from gpt2lite.errors import UsageError
 from gpt2lite.evaluation import evaluate, loss_of, windows
 from gpt2lite.generation.engines import in_eval_mode
-from gpt2lite.loading import Progress
+from gpt2lite.loading.options import Progress
 from gpt2lite.model import GPTModel, open_model
 from gpt2lite.opening import Opened
 from gpt2lite.tokenizer import text_ids, tokenizer_for

@@ -53,13 +53,10 @@ class MemoryUse:
 
     def report(self) -> str:
         """The article's lines, in the article's GB, which are 1024³ bytes: GiB."""
-        device = (
-            f"Maximum GPU memory allocated: {self.peak_device / GIB:.2f} GB\n" if self.device != CPU else ""
-        )
-        return (
-            f"{device}Maximum CPU memory allocated: {self.peak_host_anonymous / GIB:.2f} GB"
-            f" (+ {self.peak_host_reclaimable / GIB:.2f} GB of mapped files, which the system can take back)"
-        )
+        device = f"Maximum GPU memory allocated: {self.peak_device / GIB:.2f} GB\n"
+        host = f"Maximum CPU memory allocated: {self.peak_host_anonymous / GIB:.2f} GB"
+        mapped = f"{self.peak_host_reclaimable / GIB:.2f} GB of mapped files, which the system can take back"
+        return f"{device if self.device != CPU else ''}{host} (+ {mapped})"
 
 
 def clean_up(device: str | torch.device = "cpu") -> int:

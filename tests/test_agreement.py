@@ -22,7 +22,7 @@ from torch import nn
 
 from gpt2lite import CheckpointError, GPTConfig, GPTModel, UsageError, convert, load_module, open_model
 from gpt2lite.dialects.configs import COMPUTED, DOES_NOT_MATTER, OURS
-from gpt2lite.loading import STRATEGIES
+from gpt2lite.loading.strategies import STRATEGIES
 from gpt2lite.verification import verify
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

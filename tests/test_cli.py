@@ -272,12 +272,12 @@ def test_the_package_imports_no_more_than_is_used(use: str, at_most: set[str]):
 
 
 def test_the_names_in_help_are_the_librarys():
-    from gpt2lite import loading
     from gpt2lite.converting import DIALECTS, WRITERS
     from gpt2lite.generation import ENGINES
+    from gpt2lite.loading.strategies import STRATEGIES
     from gpt2lite.verification import REFERENCES
 
-    tables = (loading.STRATEGIES, ENGINES, WRITERS, REFERENCES)
+    tables = (STRATEGIES, ENGINES, WRITERS, REFERENCES)
     said = (arguments.STRATEGIES, arguments.ENGINES, arguments.FORMATS, arguments.REFERENCES)
     assert [tuple(table) for table in tables] == list(said)
     assert set(arguments.DIALECTS.values()) <= set(DIALECTS)

@@ -36,8 +36,10 @@ from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, contiguous_stride
 from gpt2lite.checkpoint.source import FileState
 from gpt2lite.cli import main
 from gpt2lite.dialects.reading import read_dialect, read_names
-from gpt2lite.loading import LoadPlan, choice, choose, forecasts, make_plan
+from gpt2lite.loading import choice
+from gpt2lite.loading.choice import choose, forecasts
 from gpt2lite.loading.forecast import CachingPool
+from gpt2lite.loading.plan import LoadPlan, make_plan
 from gpt2lite.memory import Budget, Limit, host_memory
 
 MIB = 1 << 20
@@ -172,7 +174,8 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from gpt2lite import load_module, track_memory
 from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.dialects.reading import read_names
-from gpt2lite.loading import forecasts, make_plan
+from gpt2lite.loading.choice import forecasts
+from gpt2lite.loading.plan import make_plan
 from test_forecast import WithBuffers
 path = {str(tmp_path / "model.pth")!r}
 torch.save({{"weight": torch.ones(2, 2)}}, path + ".tiny")

@@ -21,8 +21,8 @@ from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel
 
 from gpt2lite import CheckpointError, InsufficientMemoryError, UsageError, load_module
-from gpt2lite.loading import STRATEGIES
 from gpt2lite.loading.skeleton import sketch
+from gpt2lite.loading.strategies import STRATEGIES
 
 ONE_FILE = [name for name in STRATEGIES if name != "per_tensor"]
 BUILT = ("sequential", "baseline")

@@ -23,8 +23,10 @@ from gpt2lite import STRATEGIES, GPTConfig, GPTModel
 from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.checkpoint import reading as checkpoint_reading
 from gpt2lite.dialects.reading import read_dialect
-from gpt2lite.loading import LoadPlan, forecasts, make_plan, strategies
+from gpt2lite.loading import strategies
+from gpt2lite.loading.choice import forecasts
 from gpt2lite.loading.forecast import Ledger
+from gpt2lite.loading.plan import LoadPlan, make_plan
 
 write = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "forecast_accuracy.py"))["write"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -26,8 +26,10 @@ from gpt2lite.benchmarking import write_random_checkpoint
 from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.checkpoint.source import FileReader
 from gpt2lite.dialects.reading import Drop, Narrow, Placement, Transpose, read_names
-from gpt2lite.loading import LoadPlan, forecasts, make_plan, schedule
+from gpt2lite.loading import schedule
 from gpt2lite.loading import stream as stream_engine
+from gpt2lite.loading.choice import forecasts
+from gpt2lite.loading.plan import LoadPlan, make_plan
 from gpt2lite.loading.schedule import Schedule
 from gpt2lite.opening import collector_paused
 

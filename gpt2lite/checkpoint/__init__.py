@@ -23,12 +23,9 @@ from gpt2lite.errors import CheckpointError, CheckpointNotFoundError, listed
 
 # A folder from the Hub holds its weights under one of these names. The first that is there counts, as in
 # transformers: a single file before an index of shards, safetensors before pickles.
-FOLDER_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+INDEX_SUFFIX = ".index.json"
+WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
+FOLDER_FILES = tuple(name + end for name in WHOLE_FILES for end in ("", INDEX_SUFFIX))
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 NOT_READ = (".h5", ".msgpack", ".ot", ".gguf", ".onnx", ".npz", ".pb")  # opened to say what they are
 # What training and other programs leave beside the weights.
@@ -44,7 +41,6 @@ DIVIDED = {
     ("*.distcp", 1): f"a distributed checkpoint of torch (FSDP, DCP); join it: {dcp.DCP_TO_TORCH}",
 }
 OPTIMIZER = re.compile(r"(.*\.)?(state\.\d+|param_groups|optim\w*)\..*")  # names of an optimizer's tensors
-INDEX_SUFFIX = ".index.json"
 MAX_INDEX_BYTES = 64 << 20
 
 __all__ = ["FOLDER_FILES", "Manifest", "TensorSpan", "open_checkpoint", "side_file"]
@@ -60,22 +56,22 @@ def _open_file(source: ByteSource, is_shard: bool = False) -> Manifest:
         head = file.read(512)
         file.seek(max(size - len(tf_bundle.MAGIC), 0))
         tail = file.read(len(tf_bundle.MAGIC))
-    rows = {
-        "zip": head.startswith(b"PK\x03\x04"),
-        "llmc": head.startswith(llmc_bin.MAGIC) and head[4:8] != bytes(4),
+    rows: dict[Callable[[ByteSource], Manifest], bool] = {
+        torch_zip.open_torch_zip: head.startswith(b"PK\x03\x04"),
+        llmc_bin.open_llmc: head.startswith(llmc_bin.MAGIC) and head[4:8] != bytes(4),
         # a brace that is not within the length of a safetensors header
-        "sharded": head.lstrip()[:1] == b"{" and b"\0" not in head[:8],
-        "tf bundle": tail == tf_bundle.MAGIC,
-        "safetensors": head[8:9] == b"{" and not (any(head[4:8]) and what_is(head)),
-        "legacy": torch_zip.MAGIC in head[:32] or head.startswith(torch_zip.MAGIC_TEXT),
+        open_sharded: head.lstrip()[:1] == b"{" and b"\0" not in head[:8],
+        tf_bundle.open_tf_bundle: tail == tf_bundle.MAGIC,
+        open_safetensors: head[8:9] == b"{" and not (any(head[4:8]) and what_is(head)),
+        torch_zip.open_torch_legacy: torch_zip.MAGIC in head[:32] or head.startswith(torch_zip.MAGIC_TEXT),
     }
-    kind = next((kind for kind, is_it in rows.items() if is_it), None)
-    if kind is None:
+    opener = next((opener for opener, is_it in rows.items() if is_it), None)
+    if opener is None:
         said = what_is(head)
         raise CheckpointError(source, f"is {said}" if said else f"begins with {head[:8]!r}, {READABLE}")
-    if is_shard and kind == "sharded":
+    if is_shard and opener is open_sharded:
         raise CheckpointError(source, "expected a shard, found an index")
-    return OPENERS[kind](source)
+    return opener(source)
 
 
 # ---- shards with an index ----------------------------------------------------------------------------------
@@ -150,24 +146,7 @@ def open_sharded(source: ByteSource) -> Manifest:
     return joined([own, *opened.values()])
 
 
-OPENERS: dict[str, Callable[[ByteSource], Manifest]] = {
-    "zip": torch_zip.open_torch_zip,
-    "legacy": torch_zip.open_torch_legacy,
-    "safetensors": open_safetensors,
-    "sharded": open_sharded,
-    "llmc": llmc_bin.open_llmc,
-    "tf bundle": tf_bundle.open_tf_bundle,
-}
-
-
 # ---- a folder ----------------------------------------------------------------------------------------------
-
-
-def _refuse_divided(folder: Path) -> None:
-    """Raise CheckpointError for a checkpoint in parts that only the program that wrote it can join."""
-    for (pattern, least), said in DIVIDED.items():
-        if len(list(folder.glob(pattern))) >= least:
-            raise CheckpointError(folder, said)
 
 
 def _candidates(folder: Path, tensors: Container[Path]) -> list[Path]:
@@ -200,10 +179,8 @@ def _open_tensors(folder: Path) -> dict[Path, Manifest]:
         with suppress(CheckpointError):  # a damaged file is not one of them
             manifest = torch_zip.open_torch_zip(ByteSource(file))
             if list(manifest.tensors) == [""]:
-                span = replace(manifest.tensors[""], name=file.stem)
-                found[file] = replace(
-                    manifest, path=folder, format="tensor_folder", tensors={file.stem: span}
-                )
+                tensors = {file.stem: replace(manifest.tensors[""], name=file.stem)}
+                found[file] = replace(manifest, path=folder, format="tensor_folder", tensors=tensors)
     return found
 
 
@@ -213,7 +190,9 @@ def _open_folder(path: Path) -> Manifest:
         return _open_file(ByteSource(named))
     if (path / dcp.METADATA).is_file():
         return dcp.open_dcp(path)
-    _refuse_divided(path)
+    for (pattern, least), said in DIVIDED.items():
+        if len(list(path.glob(pattern))) >= least:
+            raise CheckpointError(path, said)
     tensors = _open_tensors(path)
     files = _candidates(path, tensors)
     if len(files) == 1 and len(tensors) < 2:

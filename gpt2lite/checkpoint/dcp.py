@@ -6,10 +6,10 @@ zips, one behind the other in one file. A source joins chunks of rows, going on 
 
 from __future__ import annotations
 
-import io
+import mmap
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -22,7 +22,7 @@ from gpt2lite.checkpoint.inert_pickle import DescribingUnpickler, Inert, describ
 from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, are_sizes, contiguous_span
 from gpt2lite.checkpoint.reading import map_tensors
 from gpt2lite.checkpoint.safetensors import fill_safetensors, open_safetensors
-from gpt2lite.checkpoint.source import ByteSource, FileReader, FileState, memory_of
+from gpt2lite.checkpoint.source import ByteSource, FileState, memory_of
 from gpt2lite.checkpoint.torch_zip import open_torch_zip
 from gpt2lite.checkpoint.writing import TensorToWrite, Wrote
 from gpt2lite.errors import CheckpointError
@@ -41,26 +41,9 @@ class _Unpickler(DescribingUnpickler):
             self.stack[-1].update((key, value) for key, value in pairs if isinstance(key, Inert))
 
 
-class _UpTo(io.FileIO):
-    """A file that ends at a byte, as a zip must that others follow."""
-
-    def __init__(self, path: Path, end: int) -> None:
-        super().__init__(path)
-        self.end = end
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        """From the end that it is said to have."""
-        return super().seek(self.end + offset if whence == 2 else offset, 0 if whence == 2 else whence)
-
-    def read(self, size: int | None = -1) -> bytes:
-        """No further than that end."""
-        left = max(self.end - self.tell(), 0)
-        return super().read(left if size is None or size < 0 else min(size, left)) or b""
-
-
 @dataclass(frozen=True, slots=True)
 class _Item(ByteSource):
-    """A file up to the end of one of the zips in it."""
+    """A file up to the end of one of the zips in it, as a zip must end that others follow."""
 
     end: int = 0
 
@@ -70,28 +53,27 @@ class _Item(ByteSource):
 
     def open(self) -> BinaryIO:
         """For its headers."""
-        return _UpTo(self.path, self.end)
+        with ByteSource.open(self) as file:
+            return mmap.mmap(file.fileno(), max(self.end, 1), access=mmap.ACCESS_READ)  # type: ignore[return-value]
 
 
-class _JoinedReader:
-    """Reads ranges one behind the other; `stack` closes their files."""
+class _JoinedReader(ExitStack):
+    """Reads ranges one behind the other."""
 
-    def __init__(self, ranges: Sequence[tuple[ByteSource, int, int]], stack: ExitStack) -> None:
-        ends = accumulate(nbytes for *_, nbytes in ranges)
-        self.ranges, self.stack, self.opened = list(zip(ranges, ends, strict=True)), stack, {}
-
-    opened: dict[ByteSource, FileReader]
+    def __init__(self, ranges: Sequence[tuple[ByteSource, int, int]]) -> None:
+        super().__init__()
+        readers = {file: self.enter_context(file.reader()) for file in {file for file, *_ in ranges}}
+        begins = accumulate((nbytes for *_, nbytes in ranges), initial=0)
+        placed = zip(ranges, begins, strict=False)
+        self.ranges = [(readers[file], begin, nbytes, at) for (file, begin, nbytes), at in placed]
 
     def read_into(self, memories: Iterable[memoryview], offset: int) -> None:
         """Fill one memory after the other from byte `offset` of all ranges together."""
         for memory in memories:
-            for (file, begin, nbytes), end in self.ranges:
-                low, high = max(offset, end - nbytes), min(offset + len(memory), end)
+            for reader, begin, nbytes, at in self.ranges:
+                low, high = max(offset, at), min(offset + len(memory), at + nbytes)
                 if low < high:
-                    if file not in self.opened:
-                        self.opened[file] = self.stack.enter_context(file.reader())
-                    part = memory[low - offset : high - offset]
-                    self.opened[file].read_into([part], begin + low - (end - nbytes))
+                    reader.read_into([memory[low - offset : high - offset]], begin + low - at)
             offset += len(memory)
 
     def forget(self, offset: int, nbytes: int) -> None:
@@ -108,11 +90,9 @@ class Joined(ByteSource):
         """Its size; the files' own states are in the manifest beside it."""
         return FileState(sum(nbytes for *_, nbytes in self.ranges), 0, 0)
 
-    @contextmanager
-    def reader(self, *, past_cache: bool = False) -> Iterator[_JoinedReader]:  # type: ignore[override]
+    def reader(self, *, past_cache: bool = False) -> _JoinedReader:  # type: ignore[override]
         """Through the page cache."""
-        with ExitStack() as stack:
-            yield _JoinedReader(self.ranges, stack)
+        return _JoinedReader(self.ranges)
 
     def is_best_past_cache(self) -> bool:
         """No."""
@@ -168,17 +148,13 @@ def open_dcp(folder: Path) -> Manifest:
     """
     own = ByteSource(folder / METADATA)
     with own.open() as file:
-        found: Any = describe(own, _Unpickler(file))
-    named, where, paths = (
-        found.attribute(key) if isinstance(found, Inert) else None
-        for key in ("state_dict_metadata", "storage_data", "planner_data")
-    )
+        found = describe(own, _Unpickler(file))
+    facts = found if isinstance(found, Inert) else Inert("nothing")
+    named, where, paths = map(facts.attribute, ("state_dict_metadata", "storage_data", "planner_data"))
     if not isinstance(named, dict) or not isinstance(where, dict):
         raise CheckpointError(own, f"not the {METADATA} of a distributed checkpoint")
     shapes = {name: said.attribute("size") for name, said in named.items() if isinstance(said, Inert)}
-    chunks: dict[str, dict[Any, TensorSpan]] = {
-        name: {} for name, shape in shapes.items() if are_sizes(shape)
-    }
+    chunks = {name: dict[Any, TensorSpan]() for name, shape in shapes.items() if are_sizes(shape)}
     for index, stored in where.items():
         if isinstance(index, Inert) and (name := index.attribute("fqn")) in chunks:
             chunks[name][index.attribute("offset")] = _chunk(folder, stored)

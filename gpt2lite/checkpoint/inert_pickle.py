@@ -45,15 +45,11 @@ REGISTRIES = ("_parameters", "_buffers", "_modules")  # what makes an object a m
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A storage as the pickle names it: `nbytes` from byte `start` of what is kept under `key`.
-
-    In a zip that is the whole entry `data/<key>`.
-    """
+    """A storage as the pickle names it: `nbytes` kept under `key`, in a zip the entry `data/<key>`."""
 
     key: str
     dtype: torch.dtype
     nbytes: int
-    start: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,9 +344,11 @@ class DescribingUnpickler(pickle._Unpickler):
         return known or SETS.get((module, name)) or Inert(f"{module}.{name}")
 
     def persistent_load(self, pid: object) -> object:
-        """The storage that a persistent id names."""
+        """The storage that a persistent id names; empty ones may change their dtype."""
         storage = stored(pid)
-        self.storages.setdefault(storage.key, storage)
+        known = self.storages.setdefault(storage.key, storage)
+        if known != storage and (known.nbytes or storage.nbytes):
+            raise CheckpointError(f"its pickle describes storage {storage.key} in two ways")
         return storage
 
 

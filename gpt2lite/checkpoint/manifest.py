@@ -22,16 +22,12 @@ MAX_RANK = 64
 MAX_BYTES = 2**63 - 1  # what torch's own sizes can count
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpan:
-    """One tensor on disk: its first element is at byte `offset` of `source`; strides count elements."""
+class Shaped:
+    """What has a shape and a dtype, and so a size."""
 
-    name: str
-    dtype: torch.dtype
+    __slots__ = ()
     shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    source: ByteSource
-    offset: int
+    dtype: torch.dtype
 
     @property
     def numel(self) -> int:
@@ -40,8 +36,20 @@ class TensorSpan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the tensor takes once it is contiguous."""
+        """Bytes of its elements, each once, without what lies between them."""
         return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpan(Shaped):
+    """One tensor on disk: its first element is at byte `offset` of `source`; strides count elements."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    source: ByteSource
+    offset: int
 
     @property
     def is_contiguous(self) -> bool:

@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +124,6 @@ def make_header(tensors: Iterable[TensorToWrite], config: Config | None) -> byte
     return len(raw).to_bytes(8, "little") + raw
 
 
-def _write_all(file: int, data: bytes | memoryview) -> None:
-    left = memoryview(data)
-    while left:
-        left = left[os.write(file, left) :]
-
-
 def fill_safetensors(
     path: Path, tensors: Sequence[TensorToWrite], wrote: Wrote, config: Config | None = None
 ) -> None:
@@ -139,12 +133,12 @@ def fill_safetensors(
     another's bytes are written again. Raises UsageError for a dtype that the format lacks.
     """
     header = make_header(tensors, config)
-    with open(path, "xb", buffering=0) as file, ThreadPoolExecutor(1) as flusher:
-        flush, waiting = flusher.submit(_write_all, file.fileno(), header), 0
+    with open(path, "xb") as file, ThreadPoolExecutor(1) as flusher:
+        flush: Future[Any] = flusher.submit(file.write, header)
         flush.result()
+        waiting = 0
         for chunk in made_ahead(itertools.chain.from_iterable(tensor.chunks() for tensor in tensors)):
-            _write_all(file.fileno(), chunk)
-            waiting += len(chunk)
+            waiting += file.write(chunk)
             if waiting >= FLUSH_BYTES and flush.done():
                 flush.result()
                 flush, waiting = flusher.submit(os.fsync, file.fileno()), 0

@@ -29,9 +29,8 @@ from gpt2lite.checkpoint.inert_pickle import (
     describe,
     described,
     shown,
-    stored,
 )
-from gpt2lite.checkpoint.manifest import BOUND_CONFIG, Manifest, TensorSpan, are_sizes, contiguous_stride
+from gpt2lite.checkpoint.manifest import BOUND_CONFIG, Manifest, TensorSpan, contiguous_stride
 from gpt2lite.checkpoint.source import ByteSource, FileState, read_each
 from gpt2lite.checkpoint.writing import Config, TensorToWrite, Wrote, made_ahead, state_of
 from gpt2lite.errors import CheckpointError, UsageError
@@ -53,7 +52,7 @@ Entries = dict[str, tuple[int, zipfile.ZipInfo]]  # where the data begin, by nam
 # ---- reading -----------------------------------------------------------------------------------------------
 
 
-def _entries(source: ByteSource, file: BinaryIO, archive: zipfile.ZipFile) -> Entries:
+def _entries(source: ByteSource, archive: zipfile.ZipFile) -> Entries:
     """The archive's entries, without its own leading folder; their own headers say where their data begin."""
     infos = archive.infolist()
     names = {info.filename for info in infos}
@@ -70,7 +69,8 @@ def _entries(source: ByteSource, file: BinaryIO, archive: zipfile.ZipFile) -> En
     begins = [min(max(info.header_offset, 0), last) for info in infos]
     ranges = [(at, LOCAL_HEADER.size + len(name)) for at, name in zip(begins, encoded, strict=True)]
     found = {}
-    heads = read_each(file.fileno(), ranges)
+    with source.reader() as reader:
+        heads = read_each(reader.fileno(), ranges)
     for info, name, begin, head in zip(infos, encoded, begins, heads, strict=True):
         signature, name_length, extra_length = LOCAL_HEADER.unpack(head[: LOCAL_HEADER.size])
         is_its_own = (signature, head[LOCAL_HEADER.size :], name_length) == (b"PK\x03\x04", name, len(name))
@@ -111,13 +111,11 @@ def manifest_of(
     for name, record in (found.unsaved | found.tensors).items():
         storage, start = record.storage, record.offset * record.dtype.itemsize
         begin, nbytes = kept.get(storage.key, (0, -1))
-        offset, whole = begin + storage.start + start, storages[storage.key]
-        span = TensorSpan(name, record.dtype, record.shape, record.stride, source, offset)
+        span = TensorSpan(name, record.dtype, record.shape, record.stride, source, begin + start)
         if start + span.extent > storage.nbytes:
             what = f"{name} reaches past the end of its storage {storage.key}"
             raise CheckpointError(source, what, name=name)
-        is_whole = 0 <= nbytes - whole.nbytes < whole.dtype.itemsize
-        if is_whole and storage.start + storage.nbytes <= nbytes:
+        if 0 <= nbytes - storage.nbytes < storage.dtype.itemsize:
             spans[name] = span
         else:
             said = f"has {nbytes} bytes" if storage.key in kept else "is missing"
@@ -136,7 +134,7 @@ def open_torch_zip(source: ByteSource) -> Manifest:
     state = source.state()
     try:
         with source.open() as file, zipfile.ZipFile(file) as archive:
-            entries = _entries(source, file, archive)
+            entries = _entries(source, archive)
             names = ("data.pkl", "byteorder", CONFIG_ENTRY)
             pickled, order, config = (_read_small(source, file, entries, name) for name in names)
     except DAMAGED_ZIP as error:
@@ -187,37 +185,21 @@ class _Pickles:
 
 
 class LegacyUnpickler(DescribingUnpickler):
-    """Reads the object of a legacy file; a view, too, is a storage, by a key of its own."""
+    """Reads the object of a legacy file."""
 
     def persistent_load(self, pid: object) -> object:
         """('storage', class, key, location, number of elements, view or None) → Storage.
 
         ('module', class, path of its source, source) → the class, of which no more is known.
 
-        A view is (key of its own, first element, number of elements); torch has not written one since 0.4.
+        Torch has not written a storage that is a view of another one since 0.4, before GPT-2.
         """
         match pid:
             case ("module", Inert() as kind, _, _):
                 return kind
-        if not isinstance(pid, tuple) or len(pid) != 6:
-            raise CheckpointError(f"its pickle refers to {shown(pid)}, which is not a storage. {RESAVE}")
-        root, view = stored(pid[:5]), pid[5]
-        root = self._known(root.key, root)
-        match view:
-            case None:
-                return root
-            case (str(key), int(first), int(numel)) if are_sizes((first, numel)):
-                size = root.dtype.itemsize
-                if (first + numel) * size <= root.nbytes:
-                    return self._known(key, Storage(root.key, root.dtype, numel * size, first * size))
-        raise CheckpointError(f"its pickle has a view {shown(view)} that does not fit storage {root.key}")
-
-    def _known(self, name: str, storage: Storage) -> Storage:
-        """The storage, unless the name already stands for another one; empty ones may change their dtype."""
-        known = self.storages.setdefault(name, storage)
-        if known != storage and (known.nbytes or storage.nbytes):
-            raise CheckpointError(f"its pickle describes storage {name} in two ways")
-        return storage
+            case (*whole, None):
+                return super().persistent_load(tuple(whole))
+        raise CheckpointError(f"its pickle refers to {shown(pid)}, which is not a whole storage. {RESAVE}")
 
 
 def _check_head(source: ByteSource, pickles: _Pickles) -> None:
@@ -269,9 +251,8 @@ def open_torch_legacy(source: ByteSource) -> Manifest:
         unpickler = LegacyUnpickler(pickles)
         found = described(source, unpickler)
         keys = describe(source, DescribingUnpickler(pickles))
-        whole = {key: storage for key, storage in unpickler.storages.items() if key == storage.key}
-        kept = _find_storages(source, file, keys, whole)
-    return manifest_of(found, source, state, kept, whole)
+        kept = _find_storages(source, file, keys, unpickler.storages)
+    return manifest_of(found, source, state, kept, unpickler.storages)
 
 
 # ---- writing -----------------------------------------------------------------------------------------------

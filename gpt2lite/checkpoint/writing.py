@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpt2lite.checkpoint.manifest import Shaped
 from gpt2lite.checkpoint.source import memory_of
 from gpt2lite.devices import caller_stream, on_stream
 from gpt2lite.errors import UsageError
@@ -39,7 +40,7 @@ TILE = (256, 112)  # of a transpose: fits the cache, and one thread does it (tor
 
 
 @dataclass(frozen=True, slots=True)
-class TensorToWrite:
+class TensorToWrite(Shaped):
     """A tensor that will be written: `chunks()` yields its bytes in order, row-major.
 
     `shares` names a tensor of the same bytes that comes before it: a format that can tie stores them once.
@@ -50,11 +51,6 @@ class TensorToWrite:
     shape: tuple[int, ...]
     chunks: Callable[[], Iterable[memoryview]]
     shares: str = ""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of data."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 def _is_turned(tensor: Tensor) -> bool:

@@ -17,7 +17,7 @@ from gpt2lite.cli.arguments import PARALLEL
 from gpt2lite.cli.terminal import EMBEDDED, bytes_bar
 from gpt2lite.devices import name_device, resolve_device
 from gpt2lite.errors import UsageError
-from gpt2lite.loading import LoadOptions, Progress
+from gpt2lite.loading.options import LoadOptions, Progress
 from gpt2lite.model import GPTModel
 
 

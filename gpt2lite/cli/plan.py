@@ -15,7 +15,8 @@ from gpt2lite.devices import CPU, name_device
 from gpt2lite.errors import InsufficientMemoryError, UsageError
 from gpt2lite.finetuning.forecast import TrainingForecast, find_levers, forecast_training
 from gpt2lite.finetuning.recipe import Recipe
-from gpt2lite.loading import STRATEGIES, Verdict, choose, judge
+from gpt2lite.loading.choice import Verdict, choose, judge
+from gpt2lite.loading.strategies import STRATEGIES
 from gpt2lite.memory import find_budget, human, parse_size
 from gpt2lite.model import GPTModel, open_model
 from gpt2lite.parallel import FSDP, forecast_gathered, started

@@ -11,7 +11,7 @@ from gpt2lite.config import GPTConfig
 from gpt2lite.errors import UsageError
 from gpt2lite.finetuning.losses import Teaching, rows_of
 from gpt2lite.finetuning.recipe import Recipe
-from gpt2lite.loading import Forecast
+from gpt2lite.loading.forecast import Forecast
 from gpt2lite.model import GPTModel, open_model
 from gpt2lite.opening import Opened
 

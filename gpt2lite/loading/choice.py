@@ -54,17 +54,13 @@ def judge(plan: LoadPlan, name: str, budget: Budget) -> Verdict:
     if why := STRATEGIES[name].refuses(plan):
         raise UsageError(why)
 
-    def judge_with(ring_bytes: int) -> Verdict:
-        fitted = replace(plan, tuning=replace(plan.tuning, ring_bytes=ring_bytes))
-        forecast = _forecast(fitted, name)
-        return Verdict(fitted, forecast, _lacking(fitted, forecast, budget))
-
-    sizes = [plan.tuning.ring_bytes]
-    while sizes[-1] >= 2 * SMALLEST_RING:
-        sizes.append(sizes[-1] // 2)
-    if not (verdict := judge_with(sizes[0])).lacking or (verdict := judge_with(sizes[-1])).lacking:
-        return verdict
-    return next(verdict for verdict in map(judge_with, sizes[1:]) if not verdict.lacking)
+    while True:
+        forecast = _forecast(plan, name)
+        verdict = Verdict(plan, forecast, _lacking(plan, forecast, budget))
+        ring_bytes = plan.tuning.ring_bytes // 2
+        if not verdict.lacking or ring_bytes < SMALLEST_RING:
+            return verdict
+        plan = replace(plan, tuning=replace(plan.tuning, ring_bytes=ring_bytes))
 
 
 def _lacking(plan: LoadPlan, forecast: Forecast, budget: Budget) -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2lite.checkpoint import Manifest, TensorSpan
-from gpt2lite.checkpoint.manifest import contiguous_stride
+from gpt2lite.checkpoint.manifest import Shaped, contiguous_stride
 from gpt2lite.checkpoint.source import ByteSource
 from gpt2lite.dialects.reading import Placement, Reading
 from gpt2lite.errors import CheckpointError, UsageError, listed
@@ -27,10 +26,11 @@ COMPUTABLE = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class Target(Shaped):
     """One tensor of the module: all names that share it, where its values lie, what it will be.
 
-    `built` is the dtype that the module's own constructor gives it.
+    `built` is the dtype that the module's own constructor gives it. `nbytes` are those on the device once it
+    is loaded, without the scale.
     """
 
     names: tuple[str, ...]
@@ -39,16 +39,6 @@ class Target:
     shape: tuple[int, ...]
     dtype: torch.dtype
     built: torch.dtype
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on the device once loaded, without the scale."""
-        return self.numel * self.dtype.itemsize
 
     @property
     def scale_bytes(self) -> int:
@@ -196,15 +186,13 @@ def make_plan(
         raise UsageError(f"{said} takes no quantize, LoRA layers or unknown names")
     if odd := [name for name, value in skeleton.state_dict().items() if not isinstance(value, Tensor)]:
         do = "use torch.load and load_state_dict, or make it a tensor"
-        raise UsageError(
-            f"{path}: {', '.join(odd)} of the module is no tensor, and only those are read; {do}"
-        )
+        said = f"{path}: {', '.join(odd)} of the module is no tensor"
+        raise UsageError(f"{said}, and only those are read; {do}")
     targets = tuple(_targets(reading, groups, options.get("dtype"), bool(own)))
     if quantizable is not None and options.get("quantize"):
         if reading.adapters:
-            raise UsageError(
-                f"{path}: LoRA layers do not merge into int8 weights; save the merged model first"
-            )
+            said = f"{path}: LoRA layers do not merge into int8 weights"
+            raise UsageError(f"{said}; save the merged model first")
         int8 = quantize_skeleton(skeleton, quantizable)
         targets = tuple(replace(t, dtype=torch.int8) if int8.issuperset(t.names) else t for t in targets)
     if (mesh := options.get("mesh")) is not None:

@@ -211,20 +211,21 @@ def _sketched(build: Callable[[], nn.Module]) -> Skeleton:
 
 def _sketched_once(
     build: Callable[[], nn.Module], *, shift: bool
-) -> tuple[nn.Module, set[str], set[tuple[str, bytes]]]:
+) -> tuple[nn.Module, set[str], set[tuple[str, str]]]:
     """The module on meta, what is lost of it there, and digests of what no checkpoint holds."""
     mode = _Sketching(shift)
     module = mode.build(build)
     saved, unsaved = _named_tensors(module)
     kept = [*unsaved.items(), *_in_attributes(module, saved | unsaved)]
-    values = {(name, _digest(tensor)) for name, tensor in kept if tensor.numel() and not tensor.is_meta}
+    values = {(name, digest(tensor)) for name, tensor in kept if tensor.numel() and not tensor.is_meta}
     lost = _lost(saved, kept) | mode.kept(saved)
     mode.clear(module)
     return module, lost, values
 
 
-def _digest(tensor: Tensor) -> bytes:
-    return sha256(memory_of(tensor.detach().cpu().contiguous())).digest()
+def digest(tensor: Tensor) -> str:
+    """A tensor's bytes, hashed. Costs a copy on the host where it is not contiguous there."""
+    return sha256(memory_of(tensor.detach().cpu().contiguous())).hexdigest()
 
 
 def _users(tensor: Tensor) -> int:

@@ -92,6 +92,19 @@ def _copy_all(plan: LoadPlan, module: nn.Module, read: Callable[[str], Tensor]) 
     return module
 
 
+def _copy_file(plan: LoadPlan, module: nn.Module, device: torch.device) -> nn.Module:
+    """The whole file on a device, at once, and from there into the parameters."""
+    return _copy_all(plan, module, read_tensors(plan.manifest, plan.spans, device).__getitem__)
+
+
+def _forecast_file(plan: LoadPlan, ledger: Ledger, pool: Pool) -> None:
+    blocks = _forecast_read(plan, ledger, plan.spans, pool)
+    for target in plan.targets if pool is not ledger.device else ():
+        ledger.device.touch(target.span.nbytes)
+    for block in blocks:
+        pool.give(block)
+
+
 def _forecast_read(plan: LoadPlan, ledger: Ledger, names: Iterable[str], pool: Pool) -> list[int]:
     """What `read_tensors` allocates: on the host, and from there to the device, one after the other."""
     blocks = []
@@ -112,9 +125,7 @@ def baseline(plan: LoadPlan) -> nn.Module:
     """
     if plan.own_loading:
         return _loaded_by_itself(plan)
-    module = _built_for_real(plan)
-    state = read_tensors(plan.manifest, plan.spans, plan.device)
-    return _copy_all(plan, module, state.__getitem__)
+    return _copy_file(plan, _built_for_real(plan), plan.device)
 
 
 def _loaded_by_itself(plan: LoadPlan) -> nn.Module:
@@ -139,8 +150,7 @@ def _loaded_by_itself(plan: LoadPlan) -> nn.Module:
 
 def _forecast_baseline(plan: LoadPlan, ledger: Ledger) -> None:
     _forecast_built(plan, ledger)
-    for block in _forecast_read(plan, ledger, plan.spans, ledger.device):
-        ledger.device.give(block)
+    _forecast_file(plan, ledger, ledger.device)
 
 
 def sequential(plan: LoadPlan) -> nn.Module:
@@ -148,18 +158,12 @@ def sequential(plan: LoadPlan) -> nn.Module:
 
     Device: the model and its largest tensor. Host: the model, then the whole file.
     """
-    module = _built_for_real(plan)
-    state = read_tensors(plan.manifest, plan.spans, CPU)
-    return _copy_all(plan, module, state.__getitem__)
+    return _copy_file(plan, _built_for_real(plan), CPU)
 
 
 def _forecast_sequential(plan: LoadPlan, ledger: Ledger) -> None:
     _forecast_built(plan, ledger)
-    state = _forecast_read(plan, ledger, plan.spans, ledger.host)
-    for target in plan.targets if not ledger.on_cpu else ():
-        ledger.device.touch(target.span.nbytes)
-    for block in state:
-        ledger.host.give(block)
+    _forecast_file(plan, ledger, ledger.host)
 
 
 def meta(plan: LoadPlan) -> nn.Module:
@@ -168,15 +172,12 @@ def meta(plan: LoadPlan) -> nn.Module:
     Device: the model and the whole file, at once, as in the article; `stream` needs the model once. Host: one
     tensor at a time, unless the host is the device.
     """
-    module = _allocated(plan)
-    state = read_tensors(plan.manifest, plan.spans, plan.device)
-    return _copy_all(plan, module, state.__getitem__)
+    return _copy_file(plan, _allocated(plan), plan.device)
 
 
 def _forecast_meta(plan: LoadPlan, ledger: Ledger) -> None:
     forecast_allocated(plan, ledger)
-    for block in _forecast_read(plan, ledger, plan.spans, ledger.device):
-        ledger.device.give(block)
+    _forecast_file(plan, ledger, ledger.device)
     forecast_unsaved_buffers(plan, ledger)
 
 
