@@ -21,6 +21,8 @@ from gpt2lite.finetuning.data import Batch, text_batches, text_windows
 from gpt2lite.finetuning.distilling import load_teacher
 from gpt2lite.finetuning.losses import ROWS_TAUGHT, Teaching, summed_loss
 from gpt2lite.finetuning.states import Task
+from gpt2lite.finetuning.tasks import held_out
+from gpt2lite.tokenizer import tokenizer_for
 
 SIZES = {"vocab_size": 61, "context_length": 16, "emb_dim": 32, "n_heads": 4, "n_layers": 2}
 CPU = torch.device("cpu")
@@ -274,6 +276,33 @@ def test_the_command_distils_what_it_pruned(tmp_path: Path, capsys: pytest.Captu
     assert main(["plan", str(small), "--train", "--json", *flags]) == 0
     assert json.loads(capsys.readouterr().out)["forecast"]["teacher"] > 0  # stored in fp16, cast to fp32
     assert GPTConfig.of(gpt2lite.open_model(small).config).n_layers == 2
+
+
+def test_the_command_prunes_and_distils_in_one_go(tmp_path: Path, capsys: pytest.CaptureFixture):
+    from gpt2lite.cli import main
+
+    words = ("Once upon a time there was a fox. ", "Ella had a lantern. ", "Tom lived by the river. ")
+    text = "".join(words[at * at % 3] + words[at % 3] for at in range(300))
+    (tmp_path / "text.txt").write_text(text)
+    command = ["finetune", str(EMBEDDED), "--text", str(tmp_path / "text.txt"), "--seq-len", "32"]
+    command += ["--batch-size", "2", "--teacher", str(EMBEDDED), "--keep-blocks", "2"]
+    assert main([*command, "--steps", "2", "--out", str(tmp_path / "whole")]) == 0
+    encoding = tokenizer_for(EMBEDDED, 1024)
+    ids = torch.tensor(encoding.encode(text))
+    chosen = gpt2lite.choose_blocks(GPTModel.from_checkpoint(EMBEDDED, dtype=torch.float32), held_out(ids), 2)
+    assert f"blocks {chosen.kept[0]}, {chosen.kept[1]} of 4" in capsys.readouterr().out
+    ours = GPTModel.from_checkpoint(tmp_path / "whole" / "model.pth")
+    assert ours.config.n_layers == 2
+
+    assert main([*command, "--steps", "1", "--out", str(tmp_path / "cut")]) == 0
+    with pytest.warns(UserWarning, match="was made with steps=1"):
+        assert main([*command, "--steps", "2", "--out", str(tmp_path / "cut"), "--resume"]) == 0
+    assert GPTModel.from_checkpoint(tmp_path / "cut" / "model.pth").config.n_layers == 2
+
+    records = ["finetune", str(EMBEDDED), "--classify", str(tmp_path / "text.txt"), "--keep-blocks", "2"]
+    assert main([*records, "--out", str(tmp_path / "no")]) == 1
+    assert "--keep-blocks chooses by --text" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_teacher_of_another_language_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -178,6 +178,7 @@ COMMANDS = {
             "--instructions": _file("records with instruction, output, perhaps input: .json, .jsonl, .csv"),
             "--classify": _file("records with text and label: .json, .jsonl, .csv; trains a classifier"),
             "--out": _path("a new or empty folder", required=True, metavar="DIR"),
+            "--keep-blocks": _int("first leave out all but N blocks, chosen by the end of --text"),
             "--resume": _switch("continue the run in --out with its recipe; flags given here win"),
         },
         ("path", "--strategy", "--device", "--parallel", *CONFIG, "--dtype", *CAPS),

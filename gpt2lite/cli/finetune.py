@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from gpt2lite.cli.arguments import recipe_of
 from gpt2lite.cli.bench import plot_losses
 from gpt2lite.cli.loading import config_of, load_options
@@ -19,11 +22,12 @@ from gpt2lite.finetuning.heads import as_classifier, relabel
 from gpt2lite.finetuning.loop import Metrics, finetune, read_metrics
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.finetuning.states import Task, saved_recipe
-from gpt2lite.finetuning.tasks import classifier_task, instruction_task, open_text, text_task
+from gpt2lite.finetuning.tasks import classifier_task, held_out, instruction_task, open_text, text_task
 from gpt2lite.memory import human
 from gpt2lite.model import GPTModel, open_model
 from gpt2lite.opening import Opened, locate
 from gpt2lite.parallel import is_first
+from gpt2lite.pruning import choose_blocks, keep_blocks
 from gpt2lite.tokenizer import Tokenizer, tokenizer_files, tokenizer_for, write_beside
 
 
@@ -37,9 +41,30 @@ def _task(model: GPTModel, encoding: Tokenizer, args: argparse.Namespace, recipe
         raise UsageError(f"{args.path}: {found} writes no text; use --classify")
     if args.instructions:
         return instruction_task(args.instructions, encoding, config, recipe)
+    return text_task(_tokens(encoding, config.vocab_size, args), encoding, config, recipe)
+
+
+def _tokens(encoding: Tokenizer, vocab_size: int, args: argparse.Namespace) -> Tensor:
+    """The text's ids."""
     with tempfile.TemporaryDirectory(prefix="gpt2lite-") as folder:  # what is mapped stays without its name
-        tokens = open_text(args.text, Path(folder) / "tokens.npy", encoding, config.vocab_size)
-    return text_task(tokens, encoding, config, recipe)
+        return open_text(args.text, Path(folder) / "tokens.npy", encoding, vocab_size)
+
+
+def _pruned(opened: Opened[GPTModel], args: argparse.Namespace) -> Opened[GPTModel]:
+    """The checkpoint without the blocks that the text's held-out tenth misses least.
+
+    What is trained on has no say in it, and a resumed run chooses the same ones.
+    """
+    if args.text is None or args.parallel:
+        raise UsageError("--keep-blocks chooses by --text, in one process; else run `gpt2lite prune` first")
+    vocab_size = opened.config.vocab_size
+    ids = held_out(_tokens(tokenizer_for(opened.path, vocab_size), vocab_size, args))
+    model = opened.load(args.device, dtype=torch.float32)
+    with bytes_bar("choosing", "window") as progress:
+        chosen = choose_blocks(model, ids, args.keep_blocks, progress)
+    losses = " → ".join(f"{loss:.4f}" for loss in chosen.losses)
+    print(f"blocks {', '.join(map(str, chosen.kept))} of {opened.config.n_layers}, loss {losses}")
+    return keep_blocks(opened, chosen.kept)
 
 
 def _require_same_tokens(teacher: str, encoding: Tokenizer, vocab_size: int) -> None:
@@ -99,6 +124,8 @@ def run_finetune(args: argparse.Namespace) -> int:
     recipe = recipe_of(args, saved_recipe(args.out) if args.resume else {})
     path = locate(args.path, {"revision": args.revision})
     opened = open_model(path, config=config_of(args))
+    if args.keep_blocks:
+        opened = _pruned(opened, args)
     with bytes_bar("loading") as progress:  # in the file's dtype, whatever it trains in: it is saved so
         options = load_options(args, progress)
         model = opened.load(resolve_device(args.device), args.strategy, **options)

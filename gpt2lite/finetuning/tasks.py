@@ -31,22 +31,27 @@ def _written(model: GPTModel, prompt: list[int], encoding: Encoding, **options: 
     return encoding.decode([id for id in ids[len(prompt) :].tolist() if id not in stop])
 
 
+def held_out(tokens: Tensor, least: int = 2) -> Tensor:
+    """The end of a text that is not trained on: a tenth, and at least so many tokens."""
+    return tokens[-max(int(len(tokens) * HELD_OUT), least) :]
+
+
 def text_task(tokens: Tensor, encoding: Encoding, config: GPTConfig, recipe: Recipe) -> Task:
     """Continue a text, ids (N,), which may be a mapped file's; its last tenth is for validation.
 
     Raises UsageError for one that is too short for a window in each part.
     """
     seq_len = recipe.row_length(config.context_length)
-    held = max(int(len(tokens) * HELD_OUT), seq_len + 1)
-    if len(tokens) - held <= seq_len:
+    held = held_out(tokens, seq_len + 1)
+    if len(tokens) - len(held) <= seq_len:
         parts = f"training and validation need a window of {seq_len + 1} tokens each"
         raise UsageError(f"the text has {len(tokens)} tokens; {parts}; use a smaller --seq-len")
-    training = tokens[:-held]
+    training = tokens[: -len(held)]
     first = int(tokens[0]) if encoding.eot_token is None else encoding.eot_token
     return Task(
         digest=data.digest_of(data.tensor_parts(tokens)),
         train=data.text_batches(training, seq_len, recipe.batch_size, recipe.seed),
-        validation=data.text_windows(tokens[len(training) :], seq_len, recipe.batch_size, MOST_WINDOWS),
+        validation=data.text_windows(held, seq_len, recipe.batch_size, MOST_WINDOWS),
         sample=lambda model: _written(model, [first], encoding, temperature=0.8, seed=0),
     )
 
