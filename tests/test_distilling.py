@@ -77,6 +77,21 @@ def test_loss_and_gradients_are_those_of_the_paper(alpha: float, temperature: fl
         assert torch.allclose(ours, theirs_, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("rows", [1, 3 * ROWS_TAUGHT + 5])
+def test_hidden_states_are_drawn_together_as_mean_squares_say(rows: int):
+    torch.manual_seed(0)
+    head, teacher = nn.Linear(24, 97).double(), nn.Linear(24, 97).double()
+    hidden, theirs = torch.randn(rows, 24).double().requires_grad_(), torch.randn(rows, 24).double()
+    targets, parts = torch.randint(97, (rows,)), (hidden, head.weight, head.bias)
+    with torch.no_grad():
+        teaching, logits = Teaching(teacher, theirs, 0.3, 2.0, hidden_weight=5.0), teacher(theirs)
+    found = summed_loss(head, hidden, targets, chunked=True, teaching=teaching)
+    wanted = hinton(head(hidden), logits, targets, 0.3, 2.0) + 5.0 * F.mse_loss(hidden, theirs) * rows
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-12)
+    pairs = zip(torch.autograd.grad(found, parts), torch.autograd.grad(wanted, parts), strict=True)
+    assert all(torch.allclose(*pair, rtol=1e-9, atol=1e-12) for pair in pairs)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_run_is_the_plain_loop_in_fp64(accumulate: int, tokens: Tensor, tmp_path: Path):
     teacher, student = (
@@ -158,9 +173,12 @@ def test_a_run_is_resumed_with_its_own_teacher(tokens: Tensor, tmp_path: Path):
     recipe = Recipe(steps=2, save_every=1, teacher=str(teacher))
     gpt2lite.finetune(GPTModel.from_checkpoint(student), task_of(tokens), tmp_path / "out", recipe)
     more, model = replace(recipe, steps=3), GPTModel.from_checkpoint(student)
-    for changed in ({"teacher": ""}, {"alpha": 0.1}, {"temperature": 1.0}, {"teacher_dtype": "bfloat16"}):
+    others = {"teacher": "", "alpha": 0.1, "temperature": 1.0, "hidden_weight": 1.0, "teacher_dtype": "int8"}
+    for name, value in others.items():
         with pytest.raises(UsageError, match="resume with the same"):
-            gpt2lite.finetune(model, task_of(tokens), tmp_path / "out", replace(more, **changed), resume=True)
+            gpt2lite.finetune(
+                model, task_of(tokens), tmp_path / "out", replace(more, **{name: value}), resume=True
+            )
     made(teacher, 2)
     with pytest.raises(UsageError, match="another teacher"):
         gpt2lite.finetune(model, task_of(tokens), tmp_path / "out", more, resume=True)
@@ -175,6 +193,7 @@ def test_a_run_is_resumed_with_its_own_teacher(tokens: Tensor, tmp_path: Path):
         ({"vocab_size": 62}, {}, "vocabulary of 62"),
         ({"context_length": 8}, {}, "context of 8"),
         ({"n_classes": 3, "head_bias": True}, {}, "no classifiers"),
+        ({"emb_dim": 48}, {"hidden_weight": 1.0}, "widths of 48 and 32; they must be equal"),
     ],
 )
 def test_who_cannot_teach_is_refused_before_a_folder_is_made(
@@ -183,11 +202,14 @@ def test_who_cannot_teach_is_refused_before_a_folder_is_made(
     teacher, student = made(tmp_path / "teacher.pth", **fields), made(tmp_path / "student.pth")
     with pytest.raises(UsageError, match=said):
         gpt2lite.finetune(
-            GPTModel.from_checkpoint(student), task_of(tokens), tmp_path / "out", Recipe(teacher=str(teacher))
+            GPTModel.from_checkpoint(student),
+            task_of(tokens),
+            tmp_path / "out",
+            Recipe(teacher=str(teacher), **recipe),
         )
     assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match=said):
-        gpt2lite.forecast_training(lambda: GPTModel(SIZES), Recipe(teacher=str(teacher)))
+        gpt2lite.forecast_training(lambda: GPTModel(SIZES), Recipe(teacher=str(teacher), **recipe))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from gpt2lite.opening import Opened
 @torch.no_grad()
 def says(teacher: GPTModel, ids: Tensor, places: Tensor | None, recipe: Recipe) -> Teaching:
     """Of ids (B, T) at N places. Keeps (N, C) numbers; the loss makes logits of some at a time."""
-    return Teaching(teacher.out_head, rows_of(teacher, ids, places), recipe.alpha, recipe.temperature)
+    hidden, weights = rows_of(teacher, ids, places), (recipe.alpha, recipe.temperature, recipe.hidden_weight)
+    return Teaching(teacher.out_head, hidden, *weights)
 
 
 def _how(recipe: Recipe, device: torch.device) -> tuple[str, dict[str, Any]]:
@@ -40,6 +41,8 @@ def open_teacher(ours: GPTConfig, recipe: Recipe) -> Opened[GPTModel]:
         wrong = f"has a vocabulary of {sizes}; both must use the same tokenizer"
     elif (most := theirs.context_length) < seq_len:
         wrong = f"has a context of {most}; use seq_len={most} or less, now {seq_len}"
+    elif recipe.hidden_weight and theirs.emb_dim != ours.emb_dim:
+        wrong = f"hidden_weight compares widths of {theirs.emb_dim} and {ours.emb_dim}; they must be equal"
     else:
         return opened
     raise UsageError(f"teacher={recipe.teacher}: {wrong}")

@@ -21,12 +21,14 @@ class Teaching:
 
     The loss is (1 - alpha) × cross-entropy + alpha × temperature² × KL(teacher ‖ student), both softened by
     the temperature. Source: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network".
+    To it comes hidden_weight × the mean squared distance of what both heads read, which needs C' = C.
     """
 
     head: Callable[[Tensor], Tensor]
     hidden: Tensor
     alpha: float
     temperature: float
+    hidden_weight: float = 0.0
 
     def soft(self, logits: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """(alpha × temperature² × KL, summed over rows from `start`; its gradient by the logits)."""
@@ -35,6 +37,12 @@ class Teaching:
         loss = F.kl_div(found, wanted, reduction="sum", log_target=True)
         errors = found.exp_().sub_(wanted.exp_())
         return self.alpha * self.temperature**2 * loss, errors.mul_(self.alpha * self.temperature)
+
+    def near(self, rows: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """(hidden_weight × the distance, summed over rows from `start`; its gradient by the rows)."""
+        away = rows - self.hidden[start : start + len(rows)].to(rows.dtype)
+        weight = self.hidden_weight / rows.shape[1]
+        return weight * away.square().sum(), away.mul_(2 * weight)
 
 
 def rows_of(model: Any, ids: Tensor, places: Tensor | None) -> Tensor:
@@ -82,12 +90,13 @@ class _ChunkedLoss(torch.autograd.Function):
             if teaching and soft:
                 loss = loss * (1 - teaching.alpha) + soft[0]
                 errors = errors.mul_(1 - teaching.alpha).add_(soft[1])
-            total += loss
+            near = teaching.near(rows, start) if teaching and teaching.hidden_weight else None
+            total += loss + near[0] if near else loss
             if not any(ctx.needs_input_grad):
                 continue
             errors = errors.to(dtype)
             if grad_hidden is not None:
-                grad_hidden[start : start + size] = errors @ used
+                grad_hidden[start : start + size] = errors @ used + near[1] if near else errors @ used
             if grad_weight is not None and grad_weight.dtype == dtype:
                 grad_weight.addmm_(errors.t(), rows)
             elif grad_weight is not None:

@@ -14,7 +14,7 @@ T = TypeVar("T")
 LORA_TARGETS = ("W_query", "W_key", "W_value", "out_proj", "layers.0", "layers.2")
 TEACHER_DTYPES = ("float32", "bfloat16", "int8")
 MOST = sys.float_info.max
-TAUGHT = ("alpha", "temperature", "teacher_dtype")  # say how, if there is a teacher
+TAUGHT = ("alpha", "temperature", "hidden_weight", "teacher_dtype")  # say how, if there is a teacher
 
 
 def _told(default: T, help: str) -> T:
@@ -56,8 +56,9 @@ class Recipe:
     multiplies their product, as in the book. last_blocks: trains only that many blocks and the last norm. A
     classifier's head is always trained. eight_bit: Adam's moments in 8 bits (the extra [quant]).
     teacher: a checkpoint or a name on the Hub, of any size and the same vocabulary, whose predictions are
-    learned beside the text: alpha × temperature² × KL(teacher ‖ student) + (1 - alpha) × the loss. It is held
-    in teacher_dtype (float32, bfloat16, int8); on the CPU, where that is the file's own, its file is mapped.
+    learned beside the text: alpha × temperature² × KL(teacher ‖ student) + (1 - alpha) × the loss. A teacher
+    of equal width may add hidden_weight × the mean squared distance of the last hidden states. It is held in
+    teacher_dtype (float32, bfloat16, int8); on the CPU, where that is the file's own, its file is mapped.
     validate_every, save_every: in steps; `keep` saved states are kept. These three may change on resuming.
 
     Raises UsageError for values that cannot work.
@@ -87,6 +88,7 @@ class Recipe:
     teacher: str = _told("", "a checkpoint or Hub name, to learn its predictions beside the text")
     alpha: float = _told(0.5, "the teacher's share of the loss")
     temperature: float = _told(2.0, "softens what teacher and student predict")
+    hidden_weight: float = _told(0.0, "of the distance between both models' last hidden states")
     teacher_dtype: str = _told("float32", f"the teacher's weights: {', '.join(TEACHER_DTYPES)}")
     validate_every: int = _told(50, "steps between validations")
     save_every: int = _told(100, "steps between saved states")
