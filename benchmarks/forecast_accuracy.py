@@ -58,7 +58,8 @@ def layout(dialect: str, config: GPTConfig) -> dict[str, tuple[int, ...]]:
                 stored[placement.rows_axis] *= 3 if placement.narrows else 1
                 shapes[theirs.format(i=i)] = tuple(stored)
     for suffix in DIALECTS[dialect].masks[:1]:
-        block = DIALECTS[dialect].query[0].rsplit(".", 3)[0]
+        query = next(theirs for theirs, mine, _ in DIALECTS[dialect].rows if mine.endswith("W_query.weight"))
+        block = query.rsplit(".", 3)[0]
         for i in range(config.n_layers):
             shapes[f"{block.format(i=i)}{suffix}"] = (config.context_length, config.context_length)
     return shapes

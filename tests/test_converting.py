@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import gpt2lite.converting as converting
 from gpt2lite import CheckpointError, GPTConfig, GPTModel, UsageError, convert
 from gpt2lite.benchmarking import write_random_checkpoint
 from gpt2lite.checkpoint import writing
+from gpt2lite.checkpoint.writing import made_ahead
 from gpt2lite.cli import main
 from gpt2lite.dialects.reading import DIALECTS
 
@@ -385,17 +387,18 @@ def test_too_little_disk_is_an_error_before_writing(pth: Path, monkeypatch: pyte
 # ---- faults and cuts ---------------------------------------------------------------------------------------
 
 
-def flip_once(after: int) -> Callable[[int, memoryview], int]:
-    """os.write that flips a bit of the first large write."""
-    write, left = os.write, [after]
+def flip_once(after: int) -> Callable[[Iterable[memoryview]], Iterator[memoryview]]:
+    """`made_ahead` that flips a bit of the first large chunk on its way to the file."""
 
-    def flipped(file: int, data: memoryview) -> int:
-        left[0] -= len(data)
-        if left[0] < 0:
-            left[0] = 1 << 60
-            data = bytearray(data)
-            data[len(data) // 2] ^= 4
-        return write(file, data)
+    def flipped(chunks: Iterable[memoryview]) -> Iterator[memoryview]:
+        left = after
+        for chunk in made_ahead(chunks):
+            left -= len(chunk)
+            if left < 0:
+                left, data = 1 << 60, bytearray(chunk)
+                data[len(data) // 2] ^= 4
+                chunk = memoryview(data)
+            yield chunk
 
     return flipped
 
@@ -405,7 +408,7 @@ def test_verify_finds_a_flipped_bit_and_keeps_the_old(
     destination: str, pth: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (pth.parent / "out.safetensors").write_text("old")
-    monkeypatch.setattr(os, "write", flip_once(50_000))
+    monkeypatch.setattr("gpt2lite.checkpoint.safetensors.made_ahead", flip_once(50_000))
     with pytest.raises(CheckpointError, match=r"read back, .* differ from what was written"):
         convert(pth, pth.parent / destination, to="huggingface", config=HEADS)
     assert names_in(pth.parent) == {"model.pth", "out.safetensors"}
@@ -486,11 +489,12 @@ def test_ctrl_c_in_the_middle_leaves_nothing(destination: str, begun, pth: Path)
 
 
 def test_a_disk_that_fills_half_way_leaves_the_old_file(pth: Path, monkeypatch: pytest.MonkeyPatch):
-    def full(file: int, data: memoryview) -> int:
+    def full(chunks: Iterable[memoryview]) -> Iterator[memoryview]:
+        yield from itertools.islice(made_ahead(chunks), 3)
         raise OSError(28, "No space left on device")
 
     (pth.parent / "out.safetensors").write_text("old")
-    monkeypatch.setattr(os, "write", full)
+    monkeypatch.setattr("gpt2lite.checkpoint.safetensors.made_ahead", full)
     with pytest.raises(OSError, match="No space left"):
         convert(pth, pth.parent / "out.safetensors", config=HEADS)
     monkeypatch.undo()
