@@ -22,7 +22,7 @@ from gpt2lite.checkpoint.inert_pickle import DescribingUnpickler, Inert, describ
 from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, are_sizes, contiguous_span
 from gpt2lite.checkpoint.reading import map_tensors
 from gpt2lite.checkpoint.safetensors import fill_safetensors, open_safetensors
-from gpt2lite.checkpoint.source import ByteSource, FileState, memory_of
+from gpt2lite.checkpoint.source import ByteSource, FileReader, FileState, memory_of
 from gpt2lite.checkpoint.torch_zip import open_torch_zip
 from gpt2lite.checkpoint.writing import TensorToWrite, Wrote
 from gpt2lite.errors import CheckpointError
@@ -62,18 +62,21 @@ class _JoinedReader(ExitStack):
 
     def __init__(self, ranges: Sequence[tuple[ByteSource, int, int]]) -> None:
         super().__init__()
-        readers = {file: self.enter_context(file.reader()) for file in {file for file, *_ in ranges}}
         begins = accumulate((nbytes for *_, nbytes in ranges), initial=0)
-        placed = zip(ranges, begins, strict=False)
-        self.ranges = [(readers[file], begin, nbytes, at) for (file, begin, nbytes), at in placed]
+        self.ranges, self.readers = list(zip(ranges, begins, strict=False)), dict[ByteSource, FileReader]()
 
     def read_into(self, memories: Iterable[memoryview], offset: int) -> None:
         """Fill one memory after the other from byte `offset` of all ranges together."""
         for memory in memories:
-            for reader, begin, nbytes, at in self.ranges:
+            for (file, begin, nbytes), at in self.ranges:
                 low, high = max(offset, at), min(offset + len(memory), at + nbytes)
                 if low < high:
-                    reader.read_into([memory[low - offset : high - offset]], begin + low - at)
+                    if (
+                        file not in self.readers
+                    ):  # a thousand ranks wrote as many files, of which few are wanted
+                        self.readers[file] = self.enter_context(file.reader())
+                    part = memory[low - offset : high - offset]
+                    self.readers[file].read_into([part], begin + low - at)
             offset += len(memory)
 
     def forget(self, offset: int, nbytes: int) -> None:

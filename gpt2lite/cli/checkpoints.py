@@ -8,10 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gpt2lite.cli.arguments import DIALECTS
-from gpt2lite.cli.loading import config_of, dtype_of, load_to_read, strategy_of
+from gpt2lite.cli.loading import choose_by, config_of, dtype_of, load_to_read, strategy_of
 from gpt2lite.cli.terminal import as_json, bytes_bar, facts, read_text
 from gpt2lite.converting import plan_conversion, run_conversion
 from gpt2lite.dialects.configs import UNSAYABLE
@@ -20,7 +18,7 @@ from gpt2lite.errors import CheckpointError, UsageError
 from gpt2lite.memory import human
 from gpt2lite.model import GPTModel, open_model
 from gpt2lite.opening import Opened, locate
-from gpt2lite.pruning import Pruning, choose_blocks, keep_blocks, prune
+from gpt2lite.pruning import Pruning, keep_blocks, prune
 from gpt2lite.tokenizer import text_ids, tokenizer_for
 from gpt2lite.verification import Verification, verify
 
@@ -151,10 +149,7 @@ def _choose(opened: Opened[GPTModel], args: argparse.Namespace) -> Pruning:
     if args.text is None:
         raise UsageError("--keep-blocks needs --text, a text to choose by; or name the blocks with --blocks")
     ids = text_ids(tokenizer_for(opened.path, opened.config.vocab_size), read_text(args.text))
-    with bytes_bar("loading") as progress:
-        model = opened.load(args.device, dtype=torch.float32, progress=progress)
-    with bytes_bar("choosing", "window") as progress:
-        return choose_blocks(model, ids, args.keep_blocks, progress)
+    return choose_by(ids, opened, args)
 
 
 def run_prune(args: argparse.Namespace) -> int:

@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from gpt2lite.cli.arguments import recipe_of
 from gpt2lite.cli.bench import plot_losses
-from gpt2lite.cli.loading import config_of, load_options
+from gpt2lite.cli.loading import choose_by, config_of, load_options
 from gpt2lite.cli.terminal import bytes_bar, steps_bar
 from gpt2lite.devices import resolve_device
 from gpt2lite.errors import UsageError
@@ -27,7 +26,7 @@ from gpt2lite.memory import human
 from gpt2lite.model import GPTModel, open_model
 from gpt2lite.opening import Opened, locate
 from gpt2lite.parallel import is_first
-from gpt2lite.pruning import choose_blocks, keep_blocks
+from gpt2lite.pruning import keep_blocks
 from gpt2lite.tokenizer import Tokenizer, tokenizer_files, tokenizer_for, write_beside
 
 
@@ -59,9 +58,7 @@ def _pruned(opened: Opened[GPTModel], args: argparse.Namespace) -> Opened[GPTMod
         raise UsageError("--keep-blocks chooses by --text, in one process; else run `gpt2lite prune` first")
     vocab_size = opened.config.vocab_size
     ids = held_out(_tokens(tokenizer_for(opened.path, vocab_size), vocab_size, args))
-    model = opened.load(args.device, dtype=torch.float32)
-    with bytes_bar("choosing", "window") as progress:
-        chosen = choose_blocks(model, ids, args.keep_blocks, progress)
+    chosen = choose_by(ids, opened, args)
     losses = " → ".join(f"{loss:.4f}" for loss in chosen.losses)
     print(f"blocks {', '.join(map(str, chosen.kept))} of {opened.config.n_layers}, loss {losses}")
     return keep_blocks(opened, chosen.kept)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gpt2lite import parallel
 from gpt2lite.cli.arguments import PARALLEL
@@ -19,6 +20,8 @@ from gpt2lite.devices import name_device, resolve_device
 from gpt2lite.errors import UsageError
 from gpt2lite.loading.options import LoadOptions, Progress
 from gpt2lite.model import GPTModel
+from gpt2lite.opening import Opened
+from gpt2lite.pruning import Pruning, choose_blocks
 
 
 def config_of(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -30,6 +33,14 @@ def config_of(args: argparse.Namespace) -> dict[str, Any] | None:
 def dtype_of(args: argparse.Namespace) -> torch.dtype | None:
     """--dtype as torch's own."""
     return getattr(torch, args.dtype) if args.dtype else None
+
+
+def choose_by(ids: Tensor, opened: Opened[GPTModel], args: argparse.Namespace) -> Pruning:
+    """The --keep-blocks that these ids miss most, found with the model in fp32."""
+    with bytes_bar("loading") as progress:
+        model = opened.load(args.device, dtype=torch.float32, progress=progress)
+    with bytes_bar("choosing", "window") as progress:
+        return choose_blocks(model, ids, args.keep_blocks, progress)
 
 
 def load_options(args: argparse.Namespace, progress: Progress) -> LoadOptions:

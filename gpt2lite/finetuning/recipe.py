@@ -118,7 +118,7 @@ class Recipe:
             raise UsageError(f"{said}: alpha is a share, 0 … 1, and the temperature is more than 0")
         idle = [name for name in TAUGHT if getattr(self, name) != known[name].default]
         if idle and not self.teacher:
-            raise UsageError(f"{', '.join(idle)} say how a teacher is heard, but teacher names none")
+            raise UsageError(f"{', '.join(idle)}: without effect, since teacher names none; name one")
         if self.teacher and (self.compile or not self.chunked_loss):
             raise UsageError("a teacher needs chunked_loss=True, compile=False: its logits are never whole")
         if self.step_in_backward and (self.clip or self.accumulate > 1):
