@@ -363,24 +363,59 @@ def verdicts(outcomes: list[Outcome]) -> Iterator[tuple[str, bool]]:
             yield f"{label}: {ratio:.2f}, wanted at most {at_most:.2f}", ratio <= at_most
 
 
-def draw(outcomes: list[Outcome], nbytes: int, path: Path, title: str) -> None:
-    """Bars of GB/s, warm and cold, loaders above the machine's limits."""
-    import matplotlib.pyplot as plt
+def maps(outcome: Outcome, nbytes: int) -> bool:
+    """Whether it returns before the weights were read: they come with their first use."""
+    return bool(outcome.peaks) and max(outcome.peaks["host"], outcome.peaks["device"]) < nbytes / 2
 
-    shown = [outcome for outcome in outcomes if outcome.times and not outcome.reason][::-1]
-    figure, axes = plt.subplots(
-        1, 2, figsize=(11, 0.32 * len(shown) + 1.5), sharey=True, layout="constrained"
-    )
-    for axis, key in zip(axes, ("load", "cold load"), strict=True):
-        speeds = [nbytes / seconds / 1e9 if (seconds := o.seconds(key)) else 0.0 for o in shown]
-        kinds = [
-            "tab:gray" if o.name in LIMITS else "tab:blue" if is_ours(o.name) else "tab:orange" for o in shown
-        ]
-        bars = axis.barh([outcome.name for outcome in shown], speeds, color=kinds)
-        axis.bar_label(bars, [f"{speed:.1f}" for speed in speeds], padding=3)
-        axis.set(xlabel="GB/s until it returns", title="file cached" if key == "load" else "file on disk")
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title)
+
+def heading(outcomes: list[Outcome], size: str, nbytes: int, device: str) -> str:
+    """What the picture shows, in one line."""
+    by_name = {outcome.name: outcome.seconds("load") for outcome in outcomes}
+    ours, theirs = by_name.get("stream"), by_name.get("torch.load")
+    finding = f": stream takes {ours / theirs:.2f} of torch.load's time" if ours and theirs else ""
+    return f"{size}, {nbytes / 2**30:.2f} GiB, to {device}{finding}"
+
+
+def draw(outcomes: list[Outcome], nbytes: int, path: Path, title: str) -> None:
+    """Seconds until each returns and until its first logits, cached and not; what maps stands apart."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = [outcome for outcome in outcomes if outcome.times and not outcome.reason]
+    groups = {
+        "the weights are in memory": [o for o in shown if o.name not in LIMITS and not maps(o, nbytes)],
+        "mapped: read at first use": [o for o in shown if o.name not in LIMITS and maps(o, nbytes)],
+        "what the machine can do": [o for o in shown if o.name in LIMITS],
+    }
+    groups = {name: members for name, members in groups.items() if members}
+    heights = [len(members) + 0.5 for members in groups.values()]
+    figure = Figure(figsize=(10, 0.27 * sum(heights) + 2), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(groups), 2, sharex=True, sharey="row", squeeze=False, height_ratios=heights)
+    for row, (group, members) in zip(panels, groups.items(), strict=True):
+        for axes, prefix in zip(row, ("", "cold "), strict=True):
+            for at, outcome in enumerate(members):
+                ready, logits = outcome.seconds(prefix + "load"), outcome.seconds(prefix + "logits")
+                color = "black" if is_ours(outcome.name) else "#999999"
+                axes.plot(
+                    [t for t in (ready, logits) if t], [at] * bool(ready) + [at] * bool(logits), color=color
+                )
+                axes.plot(ready or [], [at] * bool(ready), "o", color=color, label="the call returns")
+                axes.plot(
+                    logits or [], [at] * bool(logits), "D", color=color, mfc="white", label="first logits"
+                )
+            axes.set(xscale="log", ylim=(len(members) - 0.5, -0.5))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.grid(axis="x", alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+        row[0].set_yticks(range(len(members)), [outcome.name for outcome in members])
+        row[0].set_title(f"{group}; file cached", loc="left", fontsize="medium")
+        row[1].set_title("file on disk", loc="left", fontsize="medium")
+    for axes in panels[-1]:
+        axes.set_xlabel("seconds; black: gpt2lite")
+    found = dict(zip(*panels[0, 0].get_legend_handles_labels()[::-1], strict=True))
+    figure.legend(found.values(), found, loc="outside lower center", ncols=2, frameon=False)
+    figure.suptitle(title, fontweight="bold")
     figure.savefig(path, dpi=120)
 
 
@@ -437,7 +472,7 @@ def main() -> int:
         }
         args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if args.plot:
-        draw(outcomes, nbytes, args.plot, f"{args.size}, {nbytes / 1e9:.2f} GB, to {args.device}")
+        draw(outcomes, nbytes, args.plot, heading(outcomes, args.size, nbytes, args.device))
     return 0 if all(good for _, good in said) else 1
 
 

@@ -1,4 +1,4 @@
-"""`gpt2lite bench` and `env`: what this machine is, and what loading costs on it; plots of both runs."""
+"""`gpt2lite bench` and `env`: what this machine is, and what loading costs on it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import os
 import platform
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from gpt2lite._version import __version__
 from gpt2lite.benchmarking import Failure, Measurement, compare_strategies, write_random_checkpoint
 from gpt2lite.cli.loading import config_of
+from gpt2lite.cli.plots import plot_strategies, require_matplotlib
 from gpt2lite.cli.terminal import EMBEDDED, as_json, bytes_bar, facts, steps_bar, table
 from gpt2lite.config import GPTConfig
 from gpt2lite.devices import accelerators, free_memory, name_of, resolve_device, total_memory
@@ -76,50 +76,6 @@ def run_env(args: argparse.Namespace) -> int:
         ("gpu", "; ".join(gpus) or "none that torch can use"),
     ]))  # fmt: skip
     return 0
-
-
-def require_matplotlib() -> None:
-    """Raise UsageError, which names the extra, before anything long begins."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UsageError("plots need matplotlib: pip install 'gpt2lite[plot]'") from None
-
-
-@contextmanager
-def _axes(path: Path, **labels: str) -> Iterator[Any]:
-    """Axes to draw on, written to `path` at the end."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    yield axes
-    axes.set(**labels)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-
-
-def plot_timelines(measured: Sequence[Measurement], path: Path, title: str) -> None:
-    """Draw anonymous host memory (solid) and mapped files (dotted) until the first logits."""
-    labels = {"xlabel": "seconds from the start of the load", "ylabel": "GiB above the imports"}
-    with _axes(path, title=title, **labels) as axes:
-        for result in measured:
-            seconds, anonymous, mapped = zip(*result.timeline, strict=True)
-            (line,) = axes.plot(seconds, [n / GIB for n in anonymous], label=result.strategy)
-            axes.plot(seconds, [n / GIB for n in mapped], ":", color=line.get_color())
-        axes.legend(title="solid: anonymous\ndotted: mapped file")
-
-
-def plot_losses(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw the loss of every step and of every validation. Raises UsageError without matplotlib."""
-    require_matplotlib()
-    with _axes(path, xlabel="step", ylabel="loss (nats per target)") as axes:
-        for key, label, style in (("loss", "step", "-"), ("validation_loss", "validation", "o-")):
-            found = [each for each in metrics if key in each]
-            axes.plot([each["step"] + 1 for each in found], [each[key] for each in found], style, label=label)
-        axes.legend()
 
 
 HEADER = ("strategy", "load s", "logits s", "device", "plan", "host anon", "plan", "host file", "exact")
@@ -202,7 +158,7 @@ def run_bench(args: argparse.Namespace) -> int:
         _print_table(results, has_device=resolve_device(args.device).type != "cpu")
     if args.json not in (None, "-"):
         Path(args.json).write_text(as_json(record) + "\n", encoding="utf-8")
-    if args.plot:
-        plot_timelines(measured, args.plot, subject)
+    if args.plot and measured:
+        plot_strategies(measured, args.plot, f"{subject} to {args.device}")
     exact = [result.bitwise_equal and result.logits_equal for result in measured]
     return 0 if len(exact) == len(results) and all(exact) else 1

@@ -12,8 +12,8 @@ from pathlib import Path
 from torch import Tensor
 
 from gpt2lite.cli.arguments import recipe_of
-from gpt2lite.cli.bench import plot_losses
 from gpt2lite.cli.loading import choose_by, config_of, load_options
+from gpt2lite.cli.plots import plot_losses
 from gpt2lite.cli.terminal import bytes_bar, steps_bar
 from gpt2lite.devices import resolve_device
 from gpt2lite.errors import UsageError
