@@ -29,6 +29,24 @@ def human(nbytes: float) -> str:
     return f"{nbytes:.0f} B"
 
 
+class ShownAsTable:
+    """A dataclass whose bytes are printed as people read them, and are a table in a notebook."""
+
+    __slots__ = ()
+
+    def _rows(self) -> dict[str, str]:
+        found = {name: getattr(self, name) for name in self.__dataclass_fields__}  # type: ignore[attr-defined]
+        return {name.replace("_", " "): human(n) for name, n in found.items() if isinstance(n, int) and n}
+
+    def __repr__(self) -> str:
+        rows = ", ".join(f"{name} {size}" for name, size in self._rows().items())
+        return f"{type(self).__name__}({rows or 'nothing'})"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><td>{name}</td><td>{size}</td></tr>" for name, size in self._rows().items())
+        return f"<table><caption>{type(self).__name__}</caption>{rows}</table>"
+
+
 def parse_size(size: int | str) -> int:
     """Bytes, from a number of them or from text, in any case: "8GiB", "8GB", "8G", "512m", "0.65 GB".
 

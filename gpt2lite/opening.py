@@ -77,6 +77,9 @@ class Opened(Generic[Model]):
     found: configs.Found
     model: Callable[[GPTConfig], Model]
 
+    def __repr__(self) -> str:
+        return f"Opened({str(self.path)!r}, {', '.join(f'{k}={v!r}' for k, v in self.found.fields.items())})"
+
     @property
     def path(self) -> Path:
         """The file or folder that was opened."""

@@ -22,7 +22,7 @@ import torch
 
 from gpt2lite import sampler
 from gpt2lite.devices import CPU, allocated, peak_allocated, resolve_device, restart_peak, synchronize
-from gpt2lite.memory import GIB
+from gpt2lite.memory import GIB, ShownAsTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +34,8 @@ class Sample:
     host_reclaimable: int
 
 
-@dataclass
-class MemoryUse:
+@dataclass(repr=False)
+class MemoryUse(ShownAsTable):
     """What `track_memory` found, in bytes above what was in use when it began.
 
     `peak_host_anonymous` cannot be reclaimed (anonymous and shared pages); `peak_host_reclaimable` is pages

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2lite import GPTConfig, GPTModel, UsageError, clean_up, track_memory
+import gpt2lite
+from gpt2lite import Forecast, GPTConfig, GPTModel, MemoryUse, UsageError, clean_up, track_memory
 from gpt2lite.memory import cgroup_grants, find_budget, host_memory, human, parse_size, process_grants
 from gpt2lite.opening import collector_paused
 
@@ -504,3 +505,16 @@ def test_a_cap_lowers_a_budget_and_never_raises_it():
     assert abs((above.nbytes or 0) - (free.host.nbytes or 0)) < 1 << 30
     assert not capped.host.admits(MIB + 1)
     assert free.device.admits(1 << 60)  # not known: a card that is not here
+
+
+def test_figures_are_short_in_print_and_a_table_in_a_notebook():
+    one = Forecast(0, 3 << 20, 0, 0, 2 << 20, 0)
+    assert repr(one) == "Forecast(peak host anonymous 3.0 MiB, stays host 2.0 MiB)"
+    assert "<td>stays host</td><td>2.0 MiB</td>" in one._repr_html_()
+    assert repr(MemoryUse(torch.device("cpu"))) == "MemoryUse(nothing)"
+
+
+def test_what_was_opened_says_which_file_and_what_is_known(pth: Path):
+    shown = repr(gpt2lite.open_model(pth, config={"n_heads": 4}))
+    assert shown.startswith(f"Opened({str(pth)!r}, ")
+    assert "n_heads=4" in shown

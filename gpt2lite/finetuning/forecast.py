@@ -18,6 +18,7 @@ from gpt2lite.finetuning.distilling import forecast_teacher, open_teacher
 from gpt2lite.finetuning.losses import ROWS, ROWS_TAUGHT
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.finetuning.training import choose_trained, loss_sum, master_dtype, recomputed, require_divisible
+from gpt2lite.memory import ShownAsTable
 from gpt2lite.model import GPTModel
 from gpt2lite.parallel import DDP, divide, forecast_filled_up, local_of, share_of
 
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 WORKSPACE = 9 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class TrainingForecast:
+@dataclass(frozen=True, slots=True, repr=False)
+class TrainingForecast(ShownAsTable):
     """Bytes on the device while a model trains.
 
     weights, gradients (at their most) and optimizer live through steps; logits are what the loss holds of

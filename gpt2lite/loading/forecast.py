@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from gpt2lite.devices import caches_in_blocks
+from gpt2lite.memory import MIB, ShownAsTable
 
-MIB = 1 << 20
 
-
-@dataclass(frozen=True, slots=True)
-class Forecast:
+@dataclass(frozen=True, slots=True, repr=False)
+class Forecast(ShownAsTable):
     """Bytes that a load will add: at its peak, as `MemoryUse` means them, and once it is done.
 
     `peak_host_reclaimable` is what the load itself reads through a mapping; `stays_mapped` is how much of the

@@ -16,8 +16,9 @@ from gpt2lite.checkpoint.source import ByteSource
 from gpt2lite.dialects.reading import Placement, Reading
 from gpt2lite.errors import CheckpointError, UsageError, listed
 from gpt2lite.loading.options import LoadOptions, Progress, check_values
-from gpt2lite.loading.schedule import MIB, Schedule, Tuning, make_schedule
+from gpt2lite.loading.schedule import Schedule, Tuning, make_schedule
 from gpt2lite.loading.skeleton import own_loading, saved_tensors, sketch, tied_names
+from gpt2lite.memory import MIB
 from gpt2lite.parallel import DDP, divide, is_divided, local_of, views_of
 from gpt2lite.quantization import quantize_skeleton
 

@@ -25,6 +25,7 @@ from gpt2lite.checkpoint.source import ByteSource, memory_of
 from gpt2lite.devices import copies_async
 from gpt2lite.dialects.reading import inside
 from gpt2lite.errors import UsageError
+from gpt2lite.memory import MIB
 from gpt2lite.quantization import scale_of
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ MAX_GAP = 4096  # between two pieces that one read takes together: a zip header,
 FEWEST_SLOTS = 8
 LANE_BUFFERS = 2  # on a device with streams, each as large as a slot
 MAX_ITEM_BYTES = 16  # complex128; slots begin at multiples of it, so that bytes can be viewed as any dtype
-MIB = 1 << 20
 
 
 def _readers() -> int:

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from gpt2lite.checkpoint.manifest import contiguous_stride
 from gpt2lite.checkpoint.source import BUFFER_BYTES, ByteSource, memory_of
 from gpt2lite.devices import caches_in_blocks, copies_async, synchronize
-from gpt2lite.loading.forecast import MIB, Ledger, round_up
+from gpt2lite.loading.forecast import Ledger, round_up
 from gpt2lite.loading.plan import LoadPlan, Target
 from gpt2lite.loading.schedule import MAX_GAP, Chunk, Schedule, landings, places, shares
 from gpt2lite.loading.skeleton import replace_tensor, storage_bytes, unsaved_buffers
+from gpt2lite.memory import MIB
 from gpt2lite.quantization import WORKING_BYTES, quantize_into, scale_of
 
 ALIGNMENT = 64
