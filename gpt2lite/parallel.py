@@ -39,7 +39,7 @@ MESHES = ((FSDP,), (TP,), (DDP,), (FSDP, TP))  # the names of a mesh's dimension
 
 def is_divided(tensor: object) -> bool:
     """Whether a tensor is a DTensor; asked without importing what one is."""
-    return hasattr(tensor, "device_mesh")
+    return hasattr(type(tensor), "device_mesh")
 
 
 def local_of(tensor: Any) -> Tensor:

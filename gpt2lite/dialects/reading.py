@@ -103,7 +103,7 @@ class Placement:
 
     def of(self, stored: Tensor) -> Tensor:
         """The parameter as a view of the stored tensor: no bytes move."""
-        box = self.box(stored.shape)
+        box = self.box(stored.shape) if self.narrows else ()
         return self.turn(stored[tuple(slice(rows.start, rows.stop) for rows in box)])
 
     def read(self, span: TensorSpan) -> Tensor:

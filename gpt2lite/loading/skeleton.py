@@ -6,7 +6,7 @@ import gc
 import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from hashlib import sha256
 from threading import Lock, get_ident
 from types import FunctionType, ModuleType
@@ -25,6 +25,9 @@ from gpt2lite.parallel import is_divided, part_like, rest
 # imports half of torch (0.6 to 1.9 s and 33 to 69 MiB).
 DRAWS = "normal uniform fill zero erfinv bernoulli exponential geometric log_normal cauchy random"
 INITIALISERS = frozenset(getattr(Tensor, f"{name}_") for name in DRAWS.split())
+
+# Whose layers write what they allocate, or leave it to a checkpoint: torch's and GPTModel.
+LAYERS = ("torch.nn.modules.", "gpt2lite.model")
 
 # What gives memory that nobody wrote to.
 UNWRITTEN = {torch.empty, torch.empty_like, torch.empty_strided, Tensor.new_empty, Tensor.new_empty_strided}
@@ -61,7 +64,9 @@ class _Sketching(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
+        if func is torch.empty and sys._getframe(1).f_globals["__name__"].startswith(LAYERS):
+            return func(*args, **(kwargs or {}) | {"device": "meta"})
+        kwargs = kwargs or {}
         if self.moved:
             args = tuple(map(self.current, args))
             kwargs = {name: self.current(value) for name, value in kwargs.items()}
@@ -70,8 +75,6 @@ class _Sketching(TorchFunctionMode):
             if tensor.is_meta:
                 torch.rand(self.shift, device="cpu")
                 return tensor
-        if func is torch.empty and sys._getframe(1).f_globals["__name__"].startswith("torch.nn.modules."):
-            return func(*args, **kwargs | {"device": "meta"})
         made = func(*args, **kwargs)
         if func in UNWRITTEN and made.numel():
             made.detach().as_strided((2,), (made.numel() - 1,)).fill_(self.shift)
@@ -190,7 +193,8 @@ def sketch(build: Callable[[], nn.Module]) -> Skeleton:
 
 def initialised(build: Callable[[], nn.Module]) -> nn.Module:
     """The module with initial values, on the host, which are not drawn from the caller's generator."""
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+    is_there = torch.get_default_device().type == "cpu"  # then a mode would cost a third of the time
+    with nullcontext() if is_there else torch.device("cpu"), torch.random.fork_rng(devices=[]):
         module = build()
     if not isinstance(module, nn.Module):
         raise UsageError(f"build() must return an nn.Module, got {type(module).__name__}")
@@ -315,8 +319,10 @@ def replace_tensor(module: nn.Module, names: Iterable[str], tensor: Tensor) -> N
     ranks, the tensor is this rank's part.
     """
     for name in names:
-        path, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(path)
+        *path, leaf = name.split(".")
+        owner = module
+        for part in path:  # a tenth of what `get_submodule` takes, once a tensor
+            owner = owner._modules[part]  # type: ignore[assignment]
         old = owner._parameters.get(leaf)
         tensor = part_like(old, tensor)
         if old is not None and not isinstance(tensor, nn.Parameter):

@@ -244,6 +244,8 @@ def _forecast_mmap(plan: LoadPlan, ledger: Ledger) -> None:
 
 def _used(span: TensorSpan, targets: Sequence[Target]) -> TensorSpan:
     """What its targets view of a stored tensor, from the first row to the last."""
+    if any(not target.placement.narrows for target in targets):
+        return span
     boxes = [target.placement.box(span.shape) for target in targets if target.numel]
     hull = [range(min(r.start for r in rows), max(r.stop for r in rows)) for rows in zip(*boxes, strict=True)]
     return span.part(hull if boxes else [range(0) for _ in span.shape])
