@@ -196,7 +196,7 @@ def _format_of(destination: Path, format: str | None) -> tuple[str, bool]:
 def _views(opened: Opened[GPTModel], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Every parameter by our name, mapped. Raises CheckpointError where one is missing or does not fit."""
     plan = opened.plan(dtype=dtype)
-    check_masks(opened.reading)
+    check_masks(opened.found.masks)
     mapped = map_tensors(plan.spans.values())
     return {name: t.placement.of(mapped[t.span.name]) for t in plan.targets for name in t.names}
 

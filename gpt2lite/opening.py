@@ -141,7 +141,7 @@ class Opened(Generic[Model]):
         configs.complete(self.reading, self.found)  # raises where `plan` would take something for granted
         with_lora_alpha(self.reading, None)  # raises where one is missing
         with parallel.together(mesh := options.get("mesh")):
-            configs.check_masks(self.reading, parallel.turn_of(mesh))
+            configs.check_masks(self.found.masks[parallel.turn_of(mesh)])
         self.warn()
         model = load(partial(self.plan, **options), device, strategy, options)
         if mesh is not None:
@@ -160,7 +160,7 @@ def locate(name: Source, options: Mapping[str, Any]) -> Path:
 
 
 def open_as(model: Callable[[GPTConfig], Model], path: Source, options: OpenOptions) -> Opened[Model]:
-    """Open what lies at a path. Reads headers, and of stored attention masks the first block's.
+    """Open what lies at a path. Reads headers, the first block's attention mask, and two rows of equal ones.
 
     Raises CheckpointNotFoundError; CheckpointError for a file that is damaged, of an unknown kind, wants to
     run code, contradicts itself or computes something else; UsageError for a wrong argument.

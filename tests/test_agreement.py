@@ -21,6 +21,7 @@ from test_loading import HEADS, huggingface, save_pth
 from torch import nn
 
 from gpt2lite import CheckpointError, GPTConfig, GPTModel, UsageError, convert, load_module, open_model
+from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.dialects.configs import COMPUTED, DOES_NOT_MATTER, OURS
 from gpt2lite.loading.strategies import STRATEGIES
 from gpt2lite.verification import verify
@@ -401,6 +402,18 @@ def test_opening_reads_the_first_blocks_mask_and_loading_and_converting_all(tmp_
             use()
     with pytest.raises(CheckpointError, match=r"trf_blocks.0.att.mask is not GPT-2's causal mask"):
         open_model(save_pth(with_masks(masks | {0: masks[2]}), tmp_path), config=HEADS)
+
+
+@pytest.mark.parametrize("kind", ["none", "a window", "a prefix", "turned", "also itself", "halved"])
+@pytest.mark.parametrize("block", [1, 2])
+def test_a_mask_that_was_overwritten_under_its_old_checksum_is_refused(kind: str, block: int, tmp_path: Path):
+    path = save_pth(with_masks({i: CAUSAL.clone() for i in range(3)}), tmp_path)
+    span = open_checkpoint(path).tensors[f"trf_blocks.{block}.att.mask"]
+    with path.open("r+b") as file:
+        file.seek(span.offset)
+        file.write(WRONG_MASKS[kind].contiguous().numpy().tobytes())
+    with pytest.raises(CheckpointError, match=rf"trf_blocks.{block}.att.mask is not GPT-2's causal mask"):
+        GPTModel.from_checkpoint(path, config=HEADS)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, 1e4, -8e3, float("nan"), (-1e4, -1e4)])

@@ -42,7 +42,10 @@ class Shaped:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpan(Shaped):
-    """One tensor on disk: its first element is at byte `offset` of `source`; strides count elements."""
+    """One tensor on disk: its first element is at byte `offset` of `source`; strides count elements.
+
+    `checksum` is what the file says of exactly its bytes, a CRC-32; None where it says none.
+    """
 
     name: str
     dtype: torch.dtype
@@ -50,6 +53,7 @@ class TensorSpan(Shaped):
     stride: tuple[int, ...]
     source: ByteSource
     offset: int
+    checksum: int | None = None
 
     @property
     def is_contiguous(self) -> bool:
@@ -74,7 +78,7 @@ class TensorSpan(Shaped):
         """The part that a range of each axis leaves; its extent reaches no further than its own elements."""
         skipped = sum(rows.start * step for rows, step in zip(box, self.stride, strict=True))
         offset = self.offset + skipped * self.dtype.itemsize
-        return replace(self, shape=tuple(map(len, box)), offset=offset)
+        return replace(self, shape=tuple(map(len, box)), offset=offset, checksum=None)
 
 
 def contiguous_stride(shape: Iterable[int]) -> tuple[int, ...]:

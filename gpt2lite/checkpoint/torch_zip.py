@@ -15,6 +15,7 @@ import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -98,25 +99,26 @@ def manifest_of(
     found: Described,
     source: ByteSource,
     state: FileState,
-    kept: Mapping[str, tuple[int, int]],
+    kept: Mapping[str, tuple[int, int, int]],
     storages: Mapping[str, Storage],
 ) -> Manifest:
     """The manifest of a file of torch.save, which allocates these `storages` to load it.
 
-    `kept` says where in the file a storage lies, by its key: its first byte, and how many there are. A tensor
-    whose storage is not there, or is of another size than its pickle says (of its dtype, say), is unreadable.
-    Raises CheckpointError for one that reaches past it.
+    `kept` says of a storage, by its key, its first byte in the file, how many there are, and their CRC-32 or
+    NO_CRC. A tensor whose storage is not there, or is of another size than its pickle says (of its dtype,
+    say), is unreadable. Raises CheckpointError for one that reaches past it.
     """
     spans, unreadable = {}, dict(found.unreadable)
     for name, record in (found.unsaved | found.tensors).items():
         storage, start = record.storage, record.offset * record.dtype.itemsize
-        begin, nbytes = kept.get(storage.key, (0, -1))
+        begin, nbytes, checksum = kept.get(storage.key, (0, -1, NO_CRC))
         span = TensorSpan(name, record.dtype, record.shape, record.stride, source, begin + start)
         if start + span.extent > storage.nbytes:
             what = f"{name} reaches past the end of its storage {storage.key}"
             raise CheckpointError(source, what, name=name)
         if 0 <= nbytes - storage.nbytes < storage.dtype.itemsize:
-            spans[name] = span
+            is_all = span.is_contiguous and (start, span.nbytes) == (0, nbytes) and checksum != NO_CRC
+            spans[name] = replace(span, checksum=checksum) if is_all else span
         else:
             said = f"has {nbytes} bytes" if storage.key in kept else "is missing"
             unreadable[name] = f"needs data/{storage.key} of {storage.nbytes} bytes, which {said}"
@@ -146,7 +148,7 @@ def open_torch_zip(source: ByteSource) -> Manifest:
     found = described(source, unpickler)
     if config:
         found.values[BOUND_CONFIG] = config.decode("utf-8", "replace")
-    lies = {name: (offset, info.file_size) for name, (offset, info) in entries.items()}
+    lies = {name: (offset, info.file_size, info.CRC) for name, (offset, info) in entries.items()}
     kept = {key: lies[f"data/{key}"] for key in unpickler.storages if f"data/{key}" in lies}
     return manifest_of(found, source, state, kept, unpickler.storages)
 
@@ -214,7 +216,7 @@ def _check_head(source: ByteSource, pickles: _Pickles) -> None:
 
 def _find_storages(
     source: ByteSource, file: BinaryIO, keys: object, storages: dict[str, Storage]
-) -> dict[str, tuple[int, int]]:
+) -> dict[str, tuple[int, int, int]]:
     """Where each storage lies, by its key: one after the other, all of them, a count before each."""
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise CheckpointError(source, f"its list of storages is {shown(keys)}, wanted their keys")
@@ -233,7 +235,7 @@ def _find_storages(
         if numel * storage.dtype.itemsize != storage.nbytes:
             what = f"its storage {key} has {numel} elements of {storage.dtype}"
             raise CheckpointError(source, f"{what}, {storage.nbytes} bytes are described: {DAMAGED}")
-        found[key] = begin, storage.nbytes
+        found[key] = begin, storage.nbytes, NO_CRC
         file.seek(end)
     return found
 

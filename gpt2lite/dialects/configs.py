@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+import zlib
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from gpt2lite.checkpoint.inert_pickle import CHANGES
 from gpt2lite.checkpoint.manifest import BOUND_CONFIG, Unread, flatten
 from gpt2lite.checkpoint.reading import read_span
 from gpt2lite.checkpoint.safetensors import json_object
+from gpt2lite.checkpoint.source import memory_of
 from gpt2lite.config import ACTIVATIONS, OFFICIAL_SIZES, GPTConfig, misfit, wrong_labels
 from gpt2lite.dialects.reading import AUXILIARY, CLASSIFIERS, TIED, Reading, above_of, block_of, unwrapped
 from gpt2lite.errors import CheckpointError, UsageError, listed
@@ -351,6 +353,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
 # ---- whether they agree ------------------------------------------------------------------------------------
 
+MASK = ".mask"  # the book's
 MASK_ROWS = 256  # read at a time: 1 MiB of GPT-2's
 HIDDEN = -9e3  # GPT-2 has -1e4, also where fp16 or bf16 rounds it
 
@@ -381,31 +384,50 @@ def _is_same(said: object, value: object) -> bool:
     return isinstance(said, bool) == isinstance(value, bool) and said == value
 
 
-def check_masks(reading: Reading, own: slice = slice(None), *, is_opening: bool = False) -> None:
+def check_masks(masks: Iterable[TensorSpan], *, is_opening: bool = False) -> tuple[TensorSpan, ...]:
     """Raise CheckpointError for a mask that is not causal: a window, or none at all, is another computation.
 
-    Reads all of them, or its `own` of a rank, once where blocks share their bytes; while opening, which is
-    cheap, the first block's.
+    A mask whose checksum is that of one that was read whole is read in its first and last row alone, where
+    these show even if a program wrote over it and left the checksum. Returns what was left for later: while
+    opening, which is cheap, all masks but the first block's and those with the same checksum.
     """
-    each = {span.address: span for span in reading.mask_spans if not (is_opening and block_of(span.name))}
-    for span in [*each.values()][own]:
-        wrong = _wrong_score(span) if span.name.endswith(".masked_bias") else _wrong_mask(span)
+    known, left = set[tuple[object, ...]](), list[TensorSpan]()
+    for span in masks:
+        kind = (span.checksum, span.dtype, span.shape, span.name.endswith(MASK))
+        if is_opening and block_of(span.name) and known.isdisjoint((kind, span.address)):
+            left.append(span)
+            continue
+        if span.address in known:  # blocks may share their bytes
+            continue
+        if span.name.endswith(".masked_bias"):
+            wrong = _wrong_score(span)
+        else:
+            wrong, checksum = _wrong_mask(span, only_ends=kind in known)
+            known.add((checksum, *kind[1:]))
         if wrong:
             raise CheckpointError(span.source, f"{span.name} {wrong}", name=span.name)
+        known.add(span.address)
+    return tuple(left)
 
 
-def _wrong_mask(span: TensorSpan) -> str | None:
-    """What is wrong with a mask that shows what follows a token: 1 is for hidden (book) or seen (Hub)."""
+def _wrong_mask(span: TensorSpan, *, only_ends: bool) -> tuple[str | None, int | None]:
+    """What is wrong with a mask that shows what follows a token, and its CRC-32, computed or as it is said.
+
+    1 is for hidden (book) or seen (Hub).
+    """
     *outer, size = span.shape or (0,)
     is_causal = span.shape[-2:] == (size, size) and span.numel == size * size > 0 and span.is_contiguous
-    for start in range(0, size if is_causal else 0, MASK_ROWS):
-        rows = range(start, min(start + MASK_ROWS, size))
-        box = [*map(range, outer[:-1]), rows, range(size)]
-        stored = read_span(span.part(box)).view(len(rows), size).float()
+    step, rows_of = (max(size - 1, 1), 1) if only_ends else (MASK_ROWS, MASK_ROWS)
+    checksum = 0
+    for start in range(0, size if is_causal else 0, step):
+        rows = range(start, min(start + rows_of, size))
+        part = read_span(span.part([*map(range, outer[:-1]), rows, range(size)]))
+        checksum = zlib.crc32(memory_of(part), checksum)
+        stored = part.view(len(rows), size).float()
         follows = torch.ones_like(stored).triu(start + 1)
-        is_causal &= torch.equal(stored, follows if span.name.endswith(".mask") else 1 - follows)
+        is_causal &= torch.equal(stored, follows if span.name.endswith(MASK) else 1 - follows)
     said = "is not GPT-2's causal mask, the only one supported. Use the program that wrote it"
-    return None if is_causal else said
+    return None if is_causal else said, span.checksum if only_ends else checksum
 
 
 def _wrong_score(span: TensorSpan) -> str | None:
@@ -529,12 +551,13 @@ UNSAYABLE: dict[str, Any] = {"n_heads": 1, "activation": "gelu_tanh"}
 class Found:
     """The fields of a config as far as they are known, and what a user should hear of how they were found.
 
-    `is_asked`: whether the caller said some of them.
+    `is_asked`: whether the caller said some of them; `masks`: those that nobody has read yet.
     """
 
     fields: Mapping[str, Any]
     notes: tuple[str, ...] = ()
     is_asked: bool = False
+    masks: tuple[TensorSpan, ...] = ()
 
 
 def _notes(reading: Reading, sources: list[Source], agreed: Mapping[str, Any]) -> Iterator[str]:
@@ -598,7 +621,7 @@ def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
     alphas = (None, *(alpha for scale, rank in scales for alpha in (scale * rank, scale)))
     of_adapters = dict.fromkeys(("alpha", "lora_alpha") if scales else (), alphas)
     _require_computed(reading, sources, COMPUTED | of_adapters | {"n_inner": (None, 4 * reading.size[1])})
-    check_masks(reading, is_opening=True)
+    masks = check_masks(reading.mask_spans, is_opening=True)
     agreed, places = _agreed(reading, sources)
     defaults = _known_activation(reading)
     binding = defaults | agreed if isinstance(config, GPTConfig) else agreed
@@ -617,7 +640,7 @@ def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
         factors = (None, True, width**0.5, width**-0.5)  # True: old transformers' flag
         sizes = dict.fromkeys(HEAD_SIZES, (None, known["emb_dim"] // heads))
         _require_computed(reading, sources, {SCALE: factors, **sizes})
-    return Found(known, tuple(_notes(reading, sources, agreed)), bool(said))
+    return Found(known, tuple(_notes(reading, sources, agreed)), bool(said), masks)
 
 
 def complete(reading: Reading, found: Found) -> GPTConfig:
