@@ -17,7 +17,8 @@ from gpt2lite.generation.decoding import NOT_FINITE, require_language_model
 from gpt2lite.generation.engines import in_eval_mode
 from gpt2lite.generation.prompts import INTEGERS, require_ids
 from gpt2lite.loading.options import Progress
-from gpt2lite.parallel import no_gradients, rest
+from gpt2lite.loading.skeleton import digest
+from gpt2lite.parallel import computing_over, no_gradients, require_same, rest, together
 
 POSITIONS_AT_ONCE = 128  # whose logits are in memory together: 25 MiB of GPT-2's
 
@@ -82,20 +83,22 @@ def evaluate(
     Raises UsageError for a classifier, a text of fewer than two tokens, invalid windows, or a loss that is
     NaN or infinite.
     """
-    require_language_model(model)
-    most = model.config.context_length
+    most, like = model.config.context_length, model.pos_emb.weight
     context = most if context is None else context
-    stride = max(context // 2, 1) if stride is None else stride
-    for name, value, highest in (("context", context, most), ("stride", stride, context)):
-        if type(value) is not int or not 1 <= value <= highest:
-            raise UsageError(f"{name} must be in 1 … {highest}, got {value}")
-    if not isinstance(ids, Tensor) or ids.dim() != 1 or ids.dtype not in INTEGERS:
-        found = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise UsageError(f"ids must be a tensor of integers of shape (tokens,), one text, got {found}")
-    if len(ids) < 2:
-        raise UsageError(f"a text of {len(ids)} tokens has nothing to predict; at least 2 are needed")
-    require_ids(ids, model.config.vocab_size)
-    like = model.pos_emb.weight
+    with together(mesh := computing_over(model)):
+        require_language_model(model)
+        stride = max(context // 2, 1) if stride is None else stride
+        for name, value, highest in (("context", context, most), ("stride", stride, context)):
+            if type(value) is not int or not 1 <= value <= highest:
+                raise UsageError(f"{name} must be in 1 … {highest}, got {value}")
+        if not isinstance(ids, Tensor) or ids.dim() != 1 or ids.dtype not in INTEGERS:
+            found = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+            raise UsageError(f"ids must be a tensor of integers of shape (tokens,), one text, got {found}")
+        if len(ids) < 2:
+            raise UsageError(f"a text of {len(ids)} tokens has nothing to predict; at least 2 are needed")
+        require_ids(ids, model.config.vocab_size)
+        if mesh is not None:
+            require_same(mesh, "ids, context or stride", (digest(ids), context, stride))
     began, nats = time.perf_counter(), 0.0
     for begin, end, first in windows(len(ids), context, stride):
         read = ids[begin:end].to(like.device, torch.int64)

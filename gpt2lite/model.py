@@ -25,7 +25,7 @@ from gpt2lite.loading.forecast import Forecast
 from gpt2lite.loading.options import OpenOptions, Options, Progress, check_names, split
 from gpt2lite.loading.skeleton import state_of
 from gpt2lite.opening import Device, Opened, Source, locate, open_as
-from gpt2lite.parallel import is_divided, is_first, save_divided, together, whole
+from gpt2lite.parallel import is_divided, is_first, require_same, save_divided, together, whole
 from gpt2lite.quantization import Int8Linear
 
 if TYPE_CHECKING:
@@ -166,7 +166,9 @@ class GPTModel(nn.Module):
         """
         check_names(options, Options)
         opening, loading = split(options)
-        return open_as(cls, path, opening).load(device, strategy, **loading)
+        with together(loading.get("mesh")):
+            opened = open_as(cls, path, opening)
+        return opened.load(device, strategy, **loading)
 
     @classmethod
     def from_pretrained(
@@ -196,16 +198,19 @@ class GPTModel(nn.Module):
         for a moment. Raises UsageError for another suffix, a folder that is not there, weights on meta, or
         labels that do not name each row of the head once, OSError for a full disk.
         """
-        path, config = Path(path), self.config.as_dict(labels)
-        if any(isinstance(part, Int8Linear) for part in self.modules()):
-            raise UsageError(f"{path}: cannot save an int8 model; quantize the checkpoint when loading it")
-        if path.suffix not in SAVERS:
-            raise UsageError(f"{path}: the name must end in {' or '.join(SAVERS)}")
-        fill, ties = SAVERS[path.suffix]
-        state, mesh, progress = state_of(self), self.device_mesh, progress or (lambda done, total: None)
-        tensors = [tensor for tensor in tensors_of(state) if ties or not tensor.shares]
+        path, mesh, progress = Path(path), self.device_mesh, progress or (lambda done, total: None)
         with together(mesh):
+            config, state = self.config.as_dict(labels), state_of(self)
+            if any(isinstance(part, Int8Linear) for part in self.modules()):
+                raise UsageError(
+                    f"{path}: cannot save an int8 model; quantize the checkpoint when loading it"
+                )
+            if path.suffix not in SAVERS:
+                raise UsageError(f"{path}: the name must end in {' or '.join(SAVERS)}")
+            fill, ties = SAVERS[path.suffix]
+            tensors = [tensor for tensor in tensors_of(state) if ties or not tensor.shares]
             require_space(path, sum(tensor.nbytes for tensor in tensors if not tensor.shares))
+            require_same(mesh, "paths", f"{path}")
         if not ties and any(map(is_divided, state.values())):
             save_divided(path, state, mesh, counting(progress, tensors), config)
             return path

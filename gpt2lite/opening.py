@@ -138,10 +138,11 @@ class Opened(Generic[Model]):
 
         Warns of what it ignored in the file.
         """
-        configs.complete(self.reading, self.found)  # raises where `plan` would take something for granted
-        with_lora_alpha(self.reading, None)  # raises where one is missing
         with parallel.together(mesh := options.get("mesh")):
+            with_lora_alpha(self.reading, None)  # raises where one is missing
             configs.check_masks(self.found.masks[parallel.turn_of(mesh)])
+            # `config` raises where `plan` would take something for granted
+            parallel.require_same(mesh, "configs", self.config)
         self.warn()
         model = load(partial(self.plan, **options), device, strategy, options)
         if mesh is not None:
@@ -196,7 +197,8 @@ def load_module(
     check_names(options, LoadOptions)
     if options.get("quantize") is not None:
         raise UsageError("quantize is for GPTModel; load_module keeps every layer as it is built")
-    reading = read_names(open_checkpoint(path), sketch(build).module.state_dict().keys())
+    with parallel.together(options.get("mesh")):
+        reading = read_names(open_checkpoint(path), sketch(build).module.state_dict().keys())
     return load(partial(make_plan, reading, build, options=options), device, strategy, options)
 
 

@@ -10,8 +10,9 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
@@ -224,30 +225,73 @@ def total(mesh: DeviceMesh | None, value: float) -> float:
     return sum(gathered(mesh, value)) / ranks_per_part
 
 
+class _Failed(str):
+    """What a rank gathers instead of a value: the error that it ends with."""
+
+
 def gathered(mesh: DeviceMesh | None, value: Made) -> list[Made]:
-    """What each rank has, on every rank."""
+    """What each rank has, on every rank. Raises GPT2LiteError where another failed on its way here."""
     if mesh is None:
         return [value]
     import torch.distributed as dist
 
     found: list[Any] = [None] * mesh.size()
     dist.all_gather_object(found, value)
+    for rank, each in enumerate(found):
+        if isinstance(each, _Failed):
+            raise _marked(GPT2LiteError(f"rank {rank}: {each}"))
     return found
+
+
+def _marked(error: Exception) -> Exception:
+    """An error of which all ranks know."""
+    vars(error)["is_known"] = True
+    return error
+
+
+@contextmanager
+def telling(mesh: DeviceMesh | None) -> Iterator[None]:
+    """An error in here is raised on the others where they gather next, before which they must not compute."""
+    try:
+        yield
+    except Exception as error:
+        if mesh is not None and not hasattr(error, "is_known"):
+            with suppress(GPT2LiteError):  # this one, and what others failed with meanwhile
+                gathered(mesh, _Failed(f"{type(_marked(error)).__name__}: {error}"))
+        raise
 
 
 @contextmanager
 def together(mesh: DeviceMesh | None) -> Iterator[None]:
     """All ranks leave this together, or with an error: that of one is raised on all, and nobody waits."""
-    failed: Exception | None = None
-    try:
+    with telling(mesh):
         yield
-    except Exception as error:
-        failed = error
-    said = gathered(mesh, failed and f"{type(failed).__name__}: {failed}")
-    if failed is not None:
-        raise failed
-    if wrong := next((f"rank {rank}: {text}" for rank, text in enumerate(said) if text), None):
-        raise GPT2LiteError(wrong)
+        gathered(mesh, None)
+
+
+def require_same(mesh: DeviceMesh | None, what: str, value: object) -> None:
+    """Raise UsageError, on all ranks, where they were not given the same, as `repr` shows it.
+
+    They would compute a mixture, or one would wait for another that has less to do.
+    """
+    values = gathered(mesh, sha256(repr(value).encode()).digest())
+    if odd := [rank for rank, each in enumerate(values) if each != values[0]]:
+        said = f"rank {odd[0]} was given other {what} than rank 0"
+        raise _marked(UsageError(f"{said}; ranks that share a model must be given the same"))
+
+
+def computing_over(model: Any) -> DeviceMesh | None:
+    """The mesh whose ranks compute a model together; None where each has all of it."""
+    return mesh_of(model) if any(map(is_divided, model.parameters())) else None
+
+
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Fill tensors with what the first rank has in its own."""
+    import torch.distributed as dist
+
+    for tensor in tensors:
+        if tensor.numel():
+            dist.broadcast(tensor.detach().view(-1).view(torch.uint8), 0)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from conftest import TINY
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
 
 from gpt2lite import (
     GPT2LiteError,
     GPTModel,
     Recipe,
     Task,
+    Tuning,
     as_classifier,
     evaluate,
     finetune,
@@ -30,16 +33,17 @@ from gpt2lite import (
     load_module,
     track_memory,
 )
+from gpt2lite.cli.terminal import EMBEDDED
 from gpt2lite.finetuning.data import text_batches, text_windows
 from gpt2lite.finetuning.loop import read_metrics
-from gpt2lite.parallel import local_of, together
+from gpt2lite.parallel import divide, forecast_filled_up, is_first, local_of, rest, started, together
 
 FILES = ("model.pth", "tied.pth", "model.safetensors", "sharded", "hub.safetensors")
 RECIPE = {"steps": 10, "batch_size": 4, "seq_len": 16, "accumulate": 2, "warmup_steps": 2, "save_every": 5}
 TOKENS = torch.randint(TINY.vocab_size, (4000,), generator=torch.Generator().manual_seed(3))
 IDS = torch.randint(TINY.vocab_size, (2, 17), generator=torch.Generator().manual_seed(1))
 BIG_HEADS = 8
-STRATEGIES = ("stream", "mmap", "meta")
+STRATEGIES = {2: ("stream", "mmap", "meta", "sequential"), 4: ("stream", "mmap", "meta")}
 
 
 def task() -> Task:
@@ -84,7 +88,7 @@ class Ranks:
             wanted, logits = one.state_dict(), one(IDS).detach()
             tokens, nats = one.generate(IDS, 8), evaluate(one, TOKENS[:100]).nats
             for kind in self.meshes:
-                for strategy in STRATEGIES if file == "model.pth" else ("stream",):
+                for strategy in STRATEGIES[self.size] if file == "model.pth" else ("stream",):
                     model = self.load(file, kind, strategy)
                     equal = all(torch.equal(t, wanted[name]) for name, t in whole(model).items())
                     with torch.no_grad():
@@ -101,16 +105,35 @@ class Ranks:
         for kind in ("fsdp", "tp"):
             self.load("model.pth", kind)  # imports
             for file in ("big.pth", "big.safetensors"):
-                options = {"config": {"n_heads": BIG_HEADS}, "mesh": self.meshes[kind]}
-                before = bytes_read()
-                with track_memory() as memory:
-                    model = GPTModel.from_checkpoint(self.folder / file, "cpu", "stream", **options)
-                read = bytes_read() - before
-                shard = sum(local_of(p).nbytes for p in model.parameters())
-                foreseen = forecast(self.folder / file, "cpu", **options)["stream"].peak_host_anonymous
-                found[f"{file} {kind}"] = [shard, memory.peak_host_anonymous, read, foreseen]
-                del model
+                found[f"{file} {kind}"] = self.measured(file, kind)[1:]
         return found
+
+    def measured(self, file: str, kind: str, strategy: str = "stream", **more: Any) -> tuple[Any, ...]:
+        """The model, bytes of its part, anonymous peak, bytes read, forecast."""
+        options = {"config": {"n_heads": BIG_HEADS}, "mesh": self.meshes[kind], **more}
+        before = bytes_read()
+        with track_memory() as memory:
+            model = GPTModel.from_checkpoint(self.folder / file, "cpu", strategy, **options)
+        read = bytes_read() - before
+        shard = sum(local_of(p).nbytes for p in model.parameters())
+        foreseen = forecast(self.folder / file, "cpu", **options)[strategy].peak_host_anonymous
+        return model, shard, memory.peak_host_anonymous, read, foreseen
+
+    def whole_files(self) -> list[int]:
+        """Of `sequential`, which reads the whole file: bytes of the shard, anonymous peak, forecast."""
+        _, shard, peak, _, foreseen = self.measured("big.pth", "fsdp", "sequential")
+        return [shard, peak, foreseen]
+
+    def broadcasts(self) -> dict[str, Any]:
+        """Of a file that the first rank reads for all."""
+        sent = {"tuning": Tuning(broadcast=True)}
+        model, *sizes = self.measured("big.safetensors", "ddp", **sent)
+        wanted = GPTModel.from_checkpoint(self.folder / "big.safetensors", config={"n_heads": BIG_HEADS})
+        equal = [same(model, wanted)]
+        for options in ({"quantize": "int8"}, {"dtype": torch.bfloat16}):
+            one = GPTModel.from_checkpoint(self.folder / "tied.pth", **options)
+            equal.append(same(self.load("tied.pth", "ddp", "auto", **options, **sent), one))
+        return {"equal": equal, "sizes": sizes}
 
     def trains(self) -> dict[str, Any]:
         found = {}
@@ -122,6 +145,11 @@ class Ranks:
             model.save_checkpoint(out / "again.safetensors")
             dist.barrier()
             found[kind] = curve(out)
+        if self.size == 2:
+            out = self.folder / "run-lora-2"
+            finetune(self.load("tied.pth", "ddp"), task(), out, Recipe(**RECIPE, lora_rank=2))
+            dist.barrier()
+            found["lora"] = curve(out)
         return found
 
     def resumes(self) -> dict[str, Any]:
@@ -165,6 +193,9 @@ class Ranks:
             "module": lambda: load_module(
                 lambda: nn.Linear(2, 2), self.folder / "linear.pth", mesh=self.meshes["tp"]
             ),
+            "lora in the file": by_file("lora.pth", "fsdp", lora_alpha=2.0),
+            "broadcast": by_file("model.pth", "fsdp", tuning=Tuning(broadcast=True)),
+            "broadcast mapped": by_file("model.pth", "ddp", strategy="mmap", tuning=Tuning(broadcast=True)),
             "one rank": self.fails_on_the_last,
             "memory": by_file("model.pth", "fsdp", max_host_memory="4KiB" if self.rank == 1 else "1GiB"),
         }
@@ -174,6 +205,58 @@ class Ranks:
         with together(self.meshes["fsdp"]):
             if self.rank == self.size - 1:
                 raise OSError("its disk is full")
+
+    def differ(self) -> dict[str, str]:
+        """What each rank says where the second was given something else, or fails alone."""
+        odd, model, fine = self.rank == 1, self.load("tied.pth", "fsdp"), task()
+
+        def train(task: Task = fine, out: str = "no", model: GPTModel = model, **recipe: Any) -> object:
+            report = fails if out == "report" and is_first(model.device_mesh) else None
+            return finetune(model, task, self.folder / out, Recipe(**RECIPE | recipe), report=report)
+
+        def later(number: int) -> Any:
+            return text_batches(TOKENS, 16, 4, int(odd and number > 3))(number)
+
+        def fails(number: object) -> Any:
+            raise OSError("its disk is full")
+
+        tries: dict[str, Callable[[], object]] = {
+            "prompts": lambda: model.generate(IDS[:, : 17 - odd], 4),
+            "number of tokens": lambda: model.generate(IDS, 4 + odd),
+            "text": lambda: evaluate(model, TOKENS[: 100 + 64 * odd]),
+            "file": lambda: self.load("model.pth" if odd else "tied.pth", "fsdp"),
+            "weights": lambda: self.load("other/tied.pth" if odd else "tied.pth", "tp"),
+            "dtype": lambda: self.load("tied.pth", "fsdp", dtype=torch.bfloat16 if odd else None),
+            "heads": lambda: GPTModel.from_checkpoint(
+                self.folder / "model.pth", config={"n_heads": 2 + 2 * odd}, mesh=self.meshes["fsdp"]
+            ),
+            "recipe": lambda: train(steps=10 + odd),
+            "data": lambda: train(Task(text_batches(TOKENS, 16, 4, odd), fine.validation)),
+            "later data": lambda: train(Task(later, fine.validation), "later"),
+            "path": lambda: model.save_checkpoint(self.folder / f"{odd}.pth"),
+            "a wrong prompt": lambda: model.generate(IDS if not odd else IDS.float(), 4),
+            "no file": lambda: self.load("none.pth" if odd else "tied.pth", "ddp"),
+            "no batch": lambda: train(
+                Task(lambda n: fails(n) if odd and n > 3 else fine.train(n), fine.validation), "batch"
+            ),
+            "report": lambda: train(out="report"),
+        }
+        return {name: said(attempt) for name, attempt in tries.items()}
+
+    def traps(self) -> dict[str, Any]:
+        """What dividing on meta sends; bytes that the first forward copies, and how many were foreseen."""
+        with torch.device("meta"):
+            skeleton = GPTModel(TINY)
+        with CommDebugMode() as sent:
+            divide(skeleton, self.meshes["tp"])
+        model = self.load("tied.pth", "fsdp")
+        foreseen = forecast_filled_up(model, 4)
+        places = {p: local_of(p).data_ptr() for p in model.parameters()}
+        with torch.no_grad():
+            model(IDS)
+        rest(model)
+        copied = sum(local_of(p).nbytes for p, place in places.items() if local_of(p).data_ptr() != place)
+        return {"sent": sent.get_total_counts(), "copied": copied, "foreseen": foreseen}
 
     def dcp(self) -> dict[str, Any]:
         """Of torch's own checkpoint of these ranks, read back: equal?, bytes of a part and what is read."""
@@ -188,6 +271,8 @@ class Ranks:
         before = bytes_read()
         big = GPTModel.from_checkpoint(self.folder / f"dcp-big-{self.size}", strategy="stream", **options)
         read = bytes_read() - before
+        written = GPTModel.from_checkpoint(EMBEDDED, dtype=torch.float32, mesh=self.meshes["fsdp"])
+        checkpoint.save(written.state_dict(), checkpoint_id=self.folder / f"embedded-{self.size}")
         equal = all(torch.equal(again[name], t) for name, t in wanted.items())
         return {"equal": equal, "shard": sum(local_of(p).nbytes for p in big.parameters()), "read": read}
 
@@ -207,6 +292,10 @@ class Ranks:
         return found
 
 
+def same(model: nn.Module, wanted: nn.Module) -> bool:
+    return all(torch.equal(t, wanted.state_dict()[name]) for name, t in model.state_dict().items())
+
+
 def said(attempt: Callable[[], object]) -> str:
     try:
         attempt()
@@ -223,27 +312,49 @@ def main() -> None:
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     folder = Path(sys.argv[1])
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     ranks = Ranks(folder)
     tried = (
-        "memory",
+        "memory",  # in a fresh process
+        *(("whole_files", "broadcasts", "differ") if ranks.size == 2 else ()),
         "loads",
         "trains",
         "resumes",
         "refusals",
+        "traps",
         "modules",
         "dcp",
-    )  # memory in a fresh process
+    )
     found = {name: getattr(ranks, name)() for name in tried}
     (folder / f"saw-{ranks.size}-{ranks.rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 
 
+def dies(mesh: Any) -> None:
+    """A rank that is killed in the middle of it all."""
+    if dist.get_rank() == 1:
+        os._exit(3)
+    dist.barrier()
+
+
+def raises(mesh: Any) -> None:
+    """A rank that fails within a step, when the others wait for its part of a layer."""
+    model = GPTModel.from_checkpoint(Path(sys.argv[1]) / "tied.pth", mesh=mesh)
+    seen = []
+
+    def hook(*_: object) -> None:
+        seen.append(0)
+        if len(seen) == 9 and dist.get_rank() == 1:
+            raise OSError("its disk is full")
+
+    model.trf_blocks[1].register_forward_hook(hook)
+    finetune(model, task(), Path(sys.argv[1]) / "raises", Recipe(**RECIPE))
+
+
 if __name__ == "__main__":
-    if len(sys.argv) > 2:  # a rank that dies in the middle of it all
-        dist.init_process_group("gloo")
-        if dist.get_rank() == 1:
-            os._exit(3)
-        print(said(lambda: dist.barrier()), flush=True)
-    main()
+    if how := sys.argv[2:]:
+        with started("fsdp", torch.device("cpu")) as mesh:  # as a command does
+            {"dies": dies, "raises": raises}[how[0]](mesh)
+    else:
+        main()

@@ -24,12 +24,14 @@ from gpt2lite.benchmarking import write_random_checkpoint
 from gpt2lite.cli import main
 from gpt2lite.cli.terminal import EMBEDDED
 from gpt2lite.finetuning.loop import read_metrics
+from gpt2lite.finetuning.lora import add_lora
+from gpt2lite.tokenizer import tokenizer_files
 
 MIB = 1 << 20
 KINDS = ("fsdp", "tp", "ddp", "both")
 SIZES = (2, 4)
 RUNS = [*((2, kind) for kind in KINDS), (4, "fsdp"), (4, "both")]
-BIG = GPTConfig(8001, 256, 512, BIG_HEADS, 8)  # 128 MiB of parameters; rows that divide by neither
+BIG = GPTConfig(8001, 1024, 512, BIG_HEADS, 8)  # 130 MiB; rows that divide by neither; 32 MiB of masks
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="no /proc on this system")
@@ -51,6 +53,11 @@ def write_files(folder: Path) -> None:
     torch.save(model.state_dict(), folder / "model.pth")
     tied = randomise(GPTModel(GPTConfig.of(TINY.as_dict() | {"tied_head": True})))
     tied.save_checkpoint(folder / "tied.pth")
+    (folder / "other").mkdir()
+    randomise(GPTModel(tied.config), seed=1).save_checkpoint(folder / "other" / "tied.pth")
+    adapted = GPTModel(TINY)
+    add_lora(adapted, Recipe(lora_rank=2))
+    torch.save(adapted.state_dict(), folder / "lora.pth")
     model.save_checkpoint(folder / "model.safetensors")
     convert(folder / "tied.pth", folder / "sharded", to="huggingface", max_shard_size="20KiB")
     convert(folder / "model.safetensors", folder / "hub.safetensors", to="huggingface")
@@ -69,6 +76,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_files(folder)
     one = GPTModel.from_checkpoint(folder / "tied.pth")
     finetune(one, task(), folder / "one", Recipe(**RECIPE))
+    one = GPTModel.from_checkpoint(folder / "tied.pth")
+    finetune(one, task(), folder / "lora", Recipe(**RECIPE, lora_rank=2))
     for size in SIZES:
         result = torchrun(size, Path(__file__).with_name("ranks.py"), folder)
         assert result.returncode == 0, result.stderr[-4000:]
@@ -87,7 +96,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_rank_has_the_bits_of_one_process(folder: Path, size: int, kind: str):
     for found in saw(folder, size):
         loads = {name: each for name, each in found["loads"].items() if f" {kind} " in name}
-        assert len(loads) == (7 if size == 2 else 4)
+        assert len(loads) == (8 if size == 2 else 4)
         assert all(equal for equal, *_ in loads.values())
         tied = {f"{file} {kind} stream" for file in ("tied.pth", "sharded")}
         assert {name for name, (*_, is_tied) in loads.items() if is_tied} == tied & loads.keys()
@@ -111,6 +120,29 @@ def test_a_rank_holds_and_reads_its_own_part(folder: Path, size: int):
             assert shard <= read <= shard + 8 * MIB, name
             assert peak <= shard + 64 * MIB + 24 * MIB, name
             assert peak <= foreseen + max(24 * MIB, 0.03 * foreseen), name
+
+
+def test_a_strategy_that_reads_the_whole_file_fills_a_part_as_forecast(folder: Path):
+    nbytes = (folder / "big.pth").stat().st_size
+    for shard, peak, foreseen in (found["whole_files"] for found in saw(folder, 2)):
+        assert nbytes < foreseen < shard + 1.01 * nbytes
+        assert peak <= foreseen + 24 * MIB
+
+
+def test_the_first_rank_reads_for_all_where_it_is_told_to(folder: Path):
+    for rank, found in enumerate(each["broadcasts"] for each in saw(folder, 2)):
+        whole, peak, read, foreseen = found["sizes"]
+        assert found["equal"] == [True] * 3
+        assert read < 4 * MIB if rank else whole <= read  # what measures reads, too
+        assert whole <= foreseen
+        assert peak <= foreseen + 24 * MIB
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_dividing_sends_nothing_and_short_parts_are_copied_once_as_forecast(folder: Path, size: int):
+    first, *others = (found["traps"] for found in saw(folder, size))
+    assert all(found["sent"] == 0 for found in (first, *others))
+    assert first["copied"] == 0 < others[-1]["copied"] == others[-1]["foreseen"]
 
 
 def test_fsdp_ranks_hold_the_model_once_together(folder: Path):
@@ -143,6 +175,11 @@ def assert_close(got: list[Any], wanted: list[Any]) -> None:
 def test_ranks_train_on_the_curve_of_one_process(folder: Path, size: int, kind: str):
     for found in saw(folder, size):
         assert_close(found["trains"][kind], curve(folder / "one"))
+
+
+def test_adapters_train_with_ddp_on_the_curve_of_one_process(folder: Path):
+    for found in saw(folder, 2):
+        assert_close(found["trains"]["lora"], curve(folder / "lora"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -204,6 +241,17 @@ def test_torch_reads_the_distributed_checkpoint_that_convert_writes(folder: Path
     assert GPTModel.from_checkpoint(tmp_path / "dcp", strategy="mmap").config == TINY
 
 
+def test_commands_that_read_open_what_ranks_wrote(folder: Path, capsys: pytest.CaptureFixture[str]):
+    source, short = folder / "embedded-2", ["--max-new-tokens", "8", "--prompt", "Once upon a time"]
+    for name, content in tokenizer_files(EMBEDDED, in_folder=True).items():
+        (source / name).write_bytes(content)
+    heads = str(GPTModel.from_checkpoint(EMBEDDED).config.n_heads)
+    assert main(["generate", *short]) == 0
+    wanted = capsys.readouterr().out
+    assert main(["generate", "--model", str(source), "--n-heads", heads, *short]) == 0
+    assert capsys.readouterr().out == wanted
+
+
 class Shout:
     def __reduce__(self) -> Any:
         return print, ("executed",)
@@ -237,8 +285,11 @@ def test_a_metadata_that_names_a_file_elsewhere_is_refused(folder: Path, tmp_pat
 # ---- what is refused, and errors ---------------------------------------------------------------------------
 
 REFUSED = {
-    "baseline": "a model over several ranks needs strategy=",
-    "int8": "int8 weights and modules that load themselves are not divided",
+    "baseline": "a model over several ranks is never built whole; use strategy=",
+    "int8": "LoRA layers, int8 weights and modules that load themselves or cannot be built on meta",
+    "lora in the file": "are not divided over ranks; load it without mesh",
+    "broadcast": 'Tuning(broadcast=True) needs a mesh with mesh_dim_names=("ddp",)',
+    "broadcast mapped": 'broadcast=True goes with strategy="stream"',
     "names": "a mesh with the dimensions ('pp',); known mesh_dim_names",
     "lora": "does not train with lora_rank",
     "classifier": "out_head.weight, out_head.bias came into the model after it was divided",
@@ -264,11 +315,50 @@ def test_an_error_on_one_rank_is_raised_on_all(folder: Path, size: int):
     assert others[0]["memory"].startswith("GPT2LiteError: rank 1: InsufficientMemoryError: ")
 
 
-def test_a_rank_that_dies_ends_the_others(tmp_path: Path):
+OTHER = "UsageError: rank 1 was given other {} than rank 0"
+DIFFER = {
+    "prompts": "prompts or options",
+    "number of tokens": "prompts or options",
+    "text": "ids, context or stride",
+    "file": "configs",
+    "weights": "files or options",
+    "dtype": "files or options",
+    "heads": "configs",
+    "recipe": "recipe, data or folder",
+    "data": "recipe, data or folder",
+    "later data": "batches for step 2",
+    "path": "paths",
+}
+
+
+@pytest.mark.parametrize("what", DIFFER)
+def test_ranks_that_are_given_different_things_are_all_told_so(folder: Path, what: str):
+    for found in saw(folder, 2):
+        assert found["differ"][what].startswith(OTHER.format(DIFFER[what]))
+
+
+@pytest.mark.parametrize(
+    ("what", "rank", "wanted"),
+    [
+        ("a wrong prompt", 1, "UsageError: ids must be a tensor of integers"),
+        ("no file", 1, "CheckpointNotFoundError: "),
+        ("no batch", 1, "OSError: its disk is full"),
+        ("report", 0, "OSError: its disk is full"),
+    ],
+)
+def test_a_rank_that_fails_alone_ends_what_all_do(folder: Path, what: str, rank: int, wanted: str):
+    for number, found in enumerate(saw(folder, 2)):
+        prefix = "" if number == rank else f"GPT2LiteError: rank {rank}: "
+        assert found["differ"][what].startswith(prefix + wanted)
+
+
+@pytest.mark.parametrize("how", ["dies", "raises"])
+def test_a_rank_that_ends_while_others_wait_for_it_ends_them(folder: Path, how: str):
     began = time.monotonic()
-    result = torchrun(2, Path(__file__).with_name("ranks.py"), tmp_path, "dies")
+    result = torchrun(2, Path(__file__).with_name("ranks.py"), folder, how)
     assert result.returncode != 0
     assert time.monotonic() - began < 90  # and not torch's half an hour
+    assert how == "dies" or "OSError: its disk is full" in result.stderr
 
 
 # ---- the command line --------------------------------------------------------------------------------------

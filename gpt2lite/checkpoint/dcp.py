@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import torch
 
@@ -87,6 +87,7 @@ class _JoinedReader(ExitStack):
 class Joined(ByteSource):
     """Ranges (file, offset, bytes) of local files as one source; `path` is the first file's."""
 
+    can_map: ClassVar[bool] = False
     ranges: tuple[tuple[ByteSource, int, int], ...] = ()
 
     def state(self) -> FileState:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, ClassVar
 
 import torch
 
@@ -111,6 +111,7 @@ class PastCache(FileReader):
 class ByteSource:
     """Where bytes lie, read by ranges: a local file. `str` is what messages say."""
 
+    can_map: ClassVar[bool] = True
     path: Path
 
     def __str__(self) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2lite.cli.arguments import DIALECTS
-from gpt2lite.cli.loading import choose_by, config_of, dtype_of, load_to_read, strategy_of
+from gpt2lite.cli.loading import choose_by, config_of, dtype_of, load_to_read, open_to_read, strategy_of
 from gpt2lite.cli.terminal import as_json, bytes_bar, facts, read_text
 from gpt2lite.converting import plan_conversion, run_conversion
 from gpt2lite.dialects.configs import UNSAYABLE
@@ -100,13 +100,13 @@ def _text(path: Path, found: Verification) -> str:
 def run_verify(args: argparse.Namespace) -> int:
     """Print the largest difference, and pass or fail; 1 for fail."""
     path = locate(args.path, {"revision": args.revision})
-    opened = open_model(path, config=config_of(args), lora_alpha=args.lora_alpha)
-    found = verify(lambda: load_to_read(path, args), opened, against=args.against, folder=args.folder)
+    opened = open_to_read(path, args)
+    found = verify(lambda: load_to_read(opened, args), opened, against=args.against, folder=args.folder)
     if args.json:
         print(as_json({"path": str(path), **asdict(found), "passed": found.passed}))
     else:
         print(facts([
-            ("loaded by", f"gpt2lite, strategy {strategy_of(args)}; and {found.reference}"),
+            ("loaded by", f"gpt2lite, strategy {strategy_of(opened, args)}; and {found.reference}"),
             ("logits", f"largest difference {found.difference:.3g}, allowed {found.tolerance:.3g}"),
             ("greedy tokens", f"{found.agreed_tokens} of {found.new_tokens} agree"),
             ("written", _text(path, found)),

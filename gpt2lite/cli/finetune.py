@@ -25,7 +25,7 @@ from gpt2lite.finetuning.tasks import classifier_task, held_out, instruction_tas
 from gpt2lite.memory import human
 from gpt2lite.model import GPTModel, open_model
 from gpt2lite.opening import Opened, locate
-from gpt2lite.parallel import is_first
+from gpt2lite.parallel import is_first, together
 from gpt2lite.pruning import keep_blocks
 from gpt2lite.tokenizer import Tokenizer, tokenizer_files, tokenizer_for, write_beside
 
@@ -120,7 +120,8 @@ def run_finetune(args: argparse.Namespace) -> int:
     """Train, and print where the model is."""
     recipe = recipe_of(args, saved_recipe(args.out) if args.resume else {})
     path = locate(args.path, {"revision": args.revision})
-    opened = open_model(path, config=config_of(args))
+    with together(getattr(args, "mesh", None)):
+        opened = open_model(path, config=config_of(args))
     if args.keep_blocks:
         opened = _pruned(opened, args)
     with bytes_bar("loading") as progress:  # in the file's dtype, whatever it trains in: it is saved so

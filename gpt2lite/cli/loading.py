@@ -19,7 +19,7 @@ from gpt2lite.cli.terminal import EMBEDDED, bytes_bar
 from gpt2lite.devices import name_device, resolve_device
 from gpt2lite.errors import UsageError
 from gpt2lite.loading.options import LoadOptions, Progress
-from gpt2lite.model import GPTModel
+from gpt2lite.model import GPTModel, open_model
 from gpt2lite.opening import Opened
 from gpt2lite.pruning import Pruning, choose_blocks
 
@@ -75,19 +75,23 @@ def ranks(args: argparse.Namespace) -> Iterator[None]:
             yield
 
 
-def strategy_of(args: argparse.Namespace) -> str:
-    """--strategy; on the CPU auto maps the file, since a command that only reads never writes to it."""
-    on_cpu = resolve_device(args.device).type == "cpu"
-    reads_as_it_is = args.strategy == "auto" and on_cpu and not getattr(args, "quantize", None)
-    return "mmap" if reads_as_it_is else str(args.strategy)
+def strategy_of(opened: Opened[GPTModel], args: argparse.Namespace) -> str:
+    """--strategy; on the CPU auto maps what can be: a command that only reads never writes to the file."""
+    maps = resolve_device(args.device).type == "cpu" and not getattr(args, "quantize", None)
+    maps = maps and all(span.source.can_map for span in opened.reading.manifest.tensors.values())
+    return "mmap" if maps and args.strategy == "auto" else str(args.strategy)
 
 
-def load_to_read(path: Path, args: argparse.Namespace) -> GPTModel:
+def open_to_read(path: Path, args: argparse.Namespace) -> Opened[GPTModel]:
+    """What lies at a path, with what the arguments say of it."""
+    with parallel.together(getattr(args, "mesh", None)):
+        return open_model(path, config=config_of(args), lora_alpha=args.lora_alpha)
+
+
+def load_to_read(opened: Opened[GPTModel], args: argparse.Namespace) -> GPTModel:
     """The model, behind a progress bar; the embedded one, which is stored in fp16, computes in fp32."""
-    device, strategy = resolve_device(args.device), strategy_of(args)
     with bytes_bar("loading") as progress:
         options = load_options(args, progress)
-        if path == EMBEDDED and not args.dtype:
+        if opened.path == EMBEDDED and not args.dtype:
             options["dtype"] = torch.float32
-        given = {"config": config_of(args), "lora_alpha": args.lora_alpha}
-        return GPTModel.from_checkpoint(path, device, strategy, **given, **options)
+        return opened.load(resolve_device(args.device), strategy_of(opened, args), **options)

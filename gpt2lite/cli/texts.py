@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gpt2lite.cli.arguments import DEFAULT_NEW_TOKENS, DEFAULT_PROMPT, EMBEDDED_PROMPT
-from gpt2lite.cli.loading import load_to_read
+from gpt2lite.cli.loading import load_to_read, open_to_read
 from gpt2lite.cli.terminal import EMBEDDED, as_json, bytes_bar, facts, read_text, steps_bar
 from gpt2lite.config import GPTConfig
 from gpt2lite.errors import UsageError
@@ -94,7 +94,7 @@ def _batches(
 def run_generate(args: argparse.Namespace) -> int:
     """Print prompts and continuations: one as it comes, more of them in batches."""
     path = locate(args.model, {"revision": args.revision})
-    model = load_to_read(path, args)
+    model = load_to_read(open_to_read(path, args), args)
     require_language_model(model)
     encoding = tokenizer_for(path, model.config.vocab_size)
     prompts = _prompts(args, EMBEDDED_PROMPT if path == EMBEDDED else DEFAULT_PROMPT)
@@ -129,7 +129,7 @@ from the tokens before it in its window. bits per byte: comparable across vocabu
 def run_evaluate(args: argparse.Namespace) -> int:
     """Print the perplexity."""
     path, text = locate(args.path, {"revision": args.revision}), read_text(args.text)
-    model = load_to_read(path, args)
+    model = load_to_read(open_to_read(path, args), args)
     require_language_model(model)
     encoding = tokenizer_for(path, model.config.vocab_size)
     ids = text_ids(encoding, text)

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,20 +195,25 @@ def finetune(
         found = type(recipe).__name__
         raise UsageError(f"recipe must be a Recipe, got a {found}; Recipe(**fields) makes one")
     out, recipe = Path(out), recipe or Recipe()
-    _require_task(model, task, recipe)
     with parallel.together(mesh := parallel.mesh_of(model)):
+        _require_task(model, task, recipe)
         if parallel.is_first(mesh):
             _require_folder(out, resume, recipe.save_every)
-    teacher = load_teacher(model, recipe, model.pos_emb.weight.device)
-    identity = states.identity_of(model, task, recipe, teacher)
+        teacher = load_teacher(model, recipe, model.pos_emb.weight.device)
+        identity = states.made_from(task, recipe, teacher)
+        learning = [name for name, p in model.named_parameters() if p.requires_grad]
+        parallel.require_same(mesh, "recipe, data or folder", (identity, f"{out}", resume, learning))
+    identity["base"] = states.weights_of(model) | {"": f"{model.config}"}
+    parallel.require_same(mesh, "weights", identity["base"])
     if bad := training.not_finite(model):
         raise UsageError(f"the model's {bad[0]} holds infinities or NaN; give one with finite weights")
     with held() as ctrl_c, ExitStack() as until_saved:
         with training.prepared(model):
             training.choose_trained(model, recipe)
             with closing(training.Trainer(model, recipe, teacher)) as trainer:
-                locked = partial(_locked, out, resume, recipe.save_every)
-                until_saved.enter_context(parallel.shared(mesh, locked))
+                with parallel.together(mesh):
+                    if parallel.is_first(mesh):
+                        until_saved.enter_context(_locked(out, resume, recipe.save_every))
                 run = Run(trainer, task, out, identity, ctrl_c)
                 _go_on(run, report)
             if recipe.lora_rank:
@@ -218,27 +222,29 @@ def finetune(
         if bad := training.not_finite(model):
             raise training.diverged(f"{bad[0]} is too large for {model.pos_emb.weight.dtype}", recipe)
         if task.labels and parallel.is_first(mesh):
-            with replacing(out / LABELS) as temporary:
+            with parallel.telling(mesh), replacing(out / LABELS) as temporary:
                 temporary.write_text(json.dumps(task.labels) + "\n", encoding="utf-8")
         return model.save_checkpoint(out / "model.pth", labels=task.labels, progress=ctrl_c.check)
 
 
 def _go_on(run: Run, report: Callable[[Metrics], None] | None) -> None:
     """All steps from the newest state on. Whatever ends them, those that were done are saved before."""
-    states.restore(run)
-    states.write_log(run)
+    mesh = run.trainer.mesh
+    with parallel.together(mesh):
+        states.restore(run)
+        states.write_log(run)
     try:
         while run.step < run.trainer.recipe.steps:
             _check(run)
             metrics = _one(run)
-            if report and parallel.is_first(run.trainer.mesh):
-                with run.ctrl_c.looking():
+            if report and parallel.is_first(mesh):
+                with parallel.telling(mesh), run.ctrl_c.looking():
                     report(metrics)
         _check(run)
     except TrainingDivergedError:
         raise
     except BaseException as error:
-        is_everywhere = run.trainer.mesh is None or isinstance(error, KeyboardInterrupt)
+        is_everywhere = mesh is None or isinstance(error, KeyboardInterrupt)
         if is_everywhere and run.trainer.is_whole and run.step > run.saved:
             try:
                 _save(run)
@@ -256,9 +262,13 @@ def _check(run: Run) -> None:
 def _one(run: Run) -> Metrics:
     """One step: trained, looked at, written down, and saved where that is due."""
     recipe, device, began = run.trainer.recipe, run.trainer.device, time.perf_counter()
-    with run.ctrl_c.looking():
+    with parallel.telling(mesh := run.trainer.mesh), run.ctrl_c.looking():
         first = run.step * recipe.accumulate
         batches = [own_copy(run.task.train(first + part)) for part in range(recipe.accumulate)]
+    if mesh is not None:
+        parallel.require_same(
+            mesh, f"batches for step {run.step}", digest_of(tensor_parts(*sum(batches, ())))
+        )
     loss, norm = run.trainer.step(run.step, batches)
     speed = sum(batch.ids.numel() for batch in batches) / (time.perf_counter() - began)
     memory = psutil.Process().memory_info().rss if device.type == "cpu" else peak_allocated(device)

@@ -100,16 +100,13 @@ def weights_of(model: nn.Module) -> dict[str, str]:
     }
 
 
-def identity_of(
-    model: GPTModel, task: Task, recipe: Recipe, teacher: GPTModel | None = None
-) -> dict[str, Any]:
-    """What a run was made from, which it must be resumed with: digests of the whole model and of the data.
+def made_from(task: Task, recipe: Recipe, teacher: GPTModel | None = None) -> dict[str, Any]:
+    """What a run was made from, beside its model, and must be resumed with: digests of the data.
 
     One that differs in a single row would end as another.
     """
     batches = tensor_parts(*task.train(0), *sum(task.validation, ()))
     return {
-        "base": weights_of(model) | {"": f"{model.config}"},
         "data": digest_of([f"{task.digest} {task.labels}".encode()], batches),
         "recipe": asdict(recipe),
         "labels": list(task.labels),
@@ -146,8 +143,8 @@ def state_files(out: Path) -> dict[int, Path]:
 def log(run: Run, said: dict[str, Any]) -> None:
     """Write a step down."""
     run.lines.append(json.dumps(said) + "\n")
-    if parallel.is_first(run.trainer.mesh):
-        with (run.out / METRICS).open("a", encoding="utf-8", newline="") as file:
+    if parallel.is_first(mesh := run.trainer.mesh):
+        with parallel.telling(mesh), (run.out / METRICS).open("a", encoding="utf-8", newline="") as file:
             file.write(run.lines[-1])
 
 
@@ -254,9 +251,9 @@ def save_lora(run: Run, path: Path) -> None:
     """Write what was trained, by name: adapters and a classifier's head; their alpha; digests of the base."""
     trained = {name: p.detach() for name, p in run.trainer.trained.items()}
     base = {name: digest for name, digest in run.identity["base"].items() if name and name not in trained}
-    if not parallel.is_first(run.trainer.mesh):
+    if not parallel.is_first(mesh := run.trainer.mesh):
         return
-    with replacing(path) as temporary:
+    with parallel.telling(mesh), replacing(path) as temporary:
         torch.save({"lora_alpha": run.trainer.recipe.lora_alpha, "lora": trained, "base": base}, temporary)
 
 

@@ -16,7 +16,7 @@ from gpt2lite.errors import UsageError, require_allowed
 from gpt2lite.generation.engines import ENGINES, KVCache, LanguageModel, choose_engine
 from gpt2lite.generation.prompts import Batch, Ids, Rows, Stops, as_batch, as_stops, usable_vocabulary
 from gpt2lite.loading.options import check_names
-from gpt2lite.parallel import is_divided, no_gradients, rest
+from gpt2lite.parallel import computing_over, no_gradients, require_same, rest, together
 from gpt2lite.tokenizer import Encoding, as_tokenizer
 
 if TYPE_CHECKING:
@@ -202,13 +202,21 @@ def require_fit(T: int, max_new_tokens: int, window: int | None, config: GPTConf
 def _decode(
     model: LanguageModel, ids: Ids, max_new_tokens: int, options: GenerateOptions
 ) -> tuple[Batch, Stops, Iterator[Tensor]]:
-    """Check everything, then (prompts, stops, tokens as they come)."""
+    """Check everything, on all ranks that compute together, then (prompts, stops, tokens as they come)."""
+    with together(computing_over(model)):
+        return _begin(model, ids, max_new_tokens, options)
+
+
+def _begin(
+    model: LanguageModel, ids: Ids, max_new_tokens: int, options: GenerateOptions
+) -> tuple[Batch, Stops, Iterator[Tensor]]:
     check_names(options, GenerateOptions)
     require_language_model(model)
     config, like = model.config, model.pos_emb.weight
     require_allowed(options, rules(config))
     sampling = Sampling(**{name: options[name] for name in Sampling.__slots__ if name in options})  # type: ignore
-    if sampling.temperature and options.get("seed") is None and any(map(is_divided, model.parameters())):
+    mesh = computing_over(model)
+    if sampling.temperature and options.get("seed") is None and mesh is not None:
         raise UsageError("ranks that share a model must draw the same tokens; pass a seed")
     given, window = options.get("encoding"), options.get("window")
     encoding = None if given is None else as_tokenizer(given)
@@ -223,6 +231,11 @@ def _decode(
     capacity = min(T + max_new_tokens, config.context_length)
     cache = KVCache(config, n_rows, capacity, like, start.pads, getattr(model, "local_heads", 0))
     vocabulary = usable_vocabulary(config, encoding)
+    if mesh is not None:
+        texts = prompts.ids.tolist(), None if prompts.pads is None else prompts.pads.tolist()
+        plain = sorted((name, value) for name, value in options.items() if name not in ("encoding", "stop"))
+        stopping = sorted(map(repr, as_stops(options.get("stop", ()))))
+        require_same(mesh, "prompts or options", (texts, max_new_tokens, plain, stopping, vocabulary))
 
     def tokens(batch: Batch) -> Iterator[Tensor]:
         seen = torch.zeros(n_rows, config.vocab_size, dtype=torch.bool, device=like.device)

@@ -14,10 +14,11 @@ from gpt2lite.errors import InsufficientMemoryError, UsageError, first_line, is_
 from gpt2lite.loading.forecast import Forecast, Ledger
 from gpt2lite.loading.options import LoadOptions
 from gpt2lite.loading.plan import SMALLEST_RING, LoadPlan
-from gpt2lite.loading.skeleton import prove_complete, restore_unsaved_buffers, saved_tensors
+from gpt2lite.loading.schedule import Tuning
+from gpt2lite.loading.skeleton import prove_complete, restore_unsaved_buffers, saved_tensors, tied_names
 from gpt2lite.loading.strategies import AUTO, STRATEGIES
 from gpt2lite.memory import Budget, find_budget, human
-from gpt2lite.parallel import require_mesh, together
+from gpt2lite.parallel import broadcast, require_mesh, require_same, together
 
 WORKING_BYTES = 1 << 20  # of a sum of LoRA factors, computed rows at a time
 HALVES = {torch.float64: torch.bfloat16, torch.float32: torch.bfloat16}
@@ -138,7 +139,9 @@ def helps(plan: LoadPlan, strategy: str, budget: Budget) -> Iterator[str]:
         is_none = changed == plan and (change or strategy == "auto")
         if is_none or any(set(change) > less for less in enough):
             continue
-        plain = replace(changed, tuning=replace(changed.tuning, keep_cached=True, prefetch=False))
+        plain = replace(
+            changed, tuning=replace(changed.tuning, keep_cached=True, prefetch=False, broadcast=False)
+        )
         able = (name for name in AUTO if not STRATEGIES[name].refuses(plain))
         if name := next((name for name in able if not judge(plain, name, budget).lacking), None):
             enough.append(set(change))
@@ -203,7 +206,10 @@ def load(
     with together(mesh := options.get("mesh")):
         if mesh is not None:
             require_mesh(mesh, name_device(device))
-        return _load(make, device, strategy, options)
+        module = _load(make, device, strategy, options)
+    if (options.get("tuning") or Tuning()).broadcast:
+        broadcast(tensor for _, tensor in tied_names(saved_tensors(module)))
+    return module
 
 
 def _load(
@@ -211,7 +217,9 @@ def _load(
 ) -> nn.Module:
     resolved = resolve_device(device)
     budget = find_budget(resolved, options.get("max_host_memory"), options.get("max_device_memory"))
-    name, plan = choose(make(resolved), strategy, budget)
+    plan = make(resolved)
+    require_same(options.get("mesh"), "files or options", plan.identity)
+    name, plan = choose(plan, strategy, budget)
     manifest = plan.manifest
     try:
         module = _filled(name, plan)
@@ -233,7 +241,7 @@ def _load(
 def _filled(strategy: str, plan: LoadPlan) -> nn.Module:
     """The module; a function of its own, so that the error of one that ran out of memory does not hold it."""
     module = STRATEGIES[strategy].load(plan)
-    if plan.reading.adapters:
+    if plan.reading.adapters and not plan.receives:
         merge_adapters(plan, module)
     restore_unsaved_buffers(module, plan.build, plan.device)
     return module

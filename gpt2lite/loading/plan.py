@@ -19,7 +19,7 @@ from gpt2lite.loading.options import LoadOptions, Progress, check_values
 from gpt2lite.loading.schedule import Schedule, Tuning, make_schedule
 from gpt2lite.loading.skeleton import own_loading, saved_tensors, sketch, tied_names
 from gpt2lite.memory import MIB
-from gpt2lite.parallel import DDP, divide, is_divided, local_of, views_of
+from gpt2lite.parallel import DDP, divide, is_divided, is_first, local_of, views_of
 from gpt2lite.quantization import quantize_skeleton
 
 SMALLEST_RING = 2 * MIB
@@ -58,7 +58,7 @@ class LoadPlan:
 
     `lost` names what only a build with real memory gives, `own_loading` the hooks by which the module loads
     itself; then a target's span describes the module's tensor, not a place in the file. `is_repeated`: other
-    processes load the same.
+    processes load the same; `receives`: the first of them sends it to this one.
     """
 
     reading: Reading
@@ -71,6 +71,7 @@ class LoadPlan:
     lost: tuple[str, ...]
     own_loading: tuple[str, ...]
     is_repeated: bool = False
+    receives: bool = False
 
     @property
     def manifest(self) -> Manifest:
@@ -101,13 +102,19 @@ class LoadPlan:
     @cached_property
     def schedule(self) -> Schedule:
         """What `stream` reads, in which order: its forecast and its run use this one."""
-        stored = ((span, self.filled[name]) for name, span in self.spans.items())
+        stored = ((span, self.filled[name]) for name, span in self.spans.items() if not self.receives)
         return make_schedule(stored, self.device, self.tuning)
 
     @cached_property
     def is_divided(self) -> bool:
         """Whether other ranks have other parts of the module."""
         return any(map(is_divided, self.skeleton.parameters()))
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What is loaded, and as what: equal on ranks that load one model, each its part or all of it."""
+        stored = [(t.names, t.dtype, t.span.name, t.span.shape, t.span.checksum) for t in self.targets]
+        return self.manifest.path.name, stored, self.tuning.broadcast
 
     @property
     def is_quantized(self) -> bool:
@@ -199,15 +206,20 @@ def make_plan(
     if (mesh := options.get("mesh")) is not None:
         (options.get("parallelize") or divide)(skeleton, mesh)
         divided = any(map(is_divided, skeleton.parameters()))
-        if divided and (reading.adapters or own or options.get("quantize")):
-            said = "LoRA layers in the file, int8 weights and modules that load themselves"
+        if divided and (reading.adapters or own or lost or options.get("quantize")):
+            said = "LoRA layers, int8 weights and modules that load themselves or cannot be built on meta"
             raise UsageError(f"{path}: {said} are not divided over ranks; load it without mesh")
         tensors = saved_tensors(skeleton)
         targets = tuple(_own_part(target, tensors[target.names[0]]) for target in targets)
     report = options.get("progress") or (lambda done, total: None)
     tuning = options.get("tuning") or Tuning()
     is_repeated = mesh is not None and mesh.mesh_dim_names == (DDP,)
-    return LoadPlan(reading, build, skeleton, targets, device, tuning, report, lost, own, is_repeated)
+    if tuning.broadcast and not is_repeated:
+        raise UsageError(
+            'Tuning(broadcast=True) needs a mesh with mesh_dim_names=("ddp",), whose ranks load the same'
+        )
+    rest = lost, own, is_repeated, tuning.broadcast and not is_first(mesh)
+    return LoadPlan(reading, build, skeleton, targets, device, tuning, report, *rest)
 
 
 def _targets(reading: Reading, groups: Groups, dtype: torch.dtype | None, own: bool) -> Iterator[Target]:

@@ -53,8 +53,10 @@ class Tuning:
     nothing of what `stream` read in the page cache: a file that is not there is read past it, where the
     system can, about as fast, and one that is there goes out of it.
     `prefetch` has `mmap` read and map everything before it returns, so that the first logits do not wait for
-    the disk or for one fault a page; what it reads can be reclaimed like the rest. Raises UsageError for
-    numbers that cannot work.
+    the disk or for one fault a page; what it reads can be reclaimed like the rest.
+    `broadcast`, for ranks that each hold all ("ddp"): the first one reads, and sends the others what they
+    would have read, which pays where the machines' disks are slower than the network between them.
+    Raises UsageError for numbers that cannot work.
     """
 
     readers: int = field(default_factory=_readers)
@@ -62,6 +64,7 @@ class Tuning:
     ring_bytes: int = 64 * MIB
     keep_cached: bool = True
     prefetch: bool = False
+    broadcast: bool = False
 
     def __post_init__(self) -> None:
         limits = {"readers": (1, 64), "chunk_bytes": (4096, 1 << 30), "ring_bytes": (64, 1 << 36)}
@@ -69,7 +72,7 @@ class Tuning:
             value = getattr(self, name)
             if type(value) is not int or not least <= value <= most:
                 raise UsageError(f"Tuning: {name} must be a whole number in {least} … {most}, got {value!r}")
-        for name in ("keep_cached", "prefetch"):
+        for name in ("keep_cached", "prefetch", "broadcast"):
             if type(getattr(self, name)) is not bool:
                 raise UsageError(f"Tuning: {name} must be True or False, got {getattr(self, name)!r}")
 

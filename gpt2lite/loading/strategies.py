@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gpt2lite.checkpoint.dcp import Joined
 from gpt2lite.checkpoint.manifest import TensorSpan
 from gpt2lite.checkpoint.reading import map_tensors, prefetch, read_tensors, sizes_read, stored_versions
 from gpt2lite.checkpoint.source import ByteSource
@@ -156,14 +155,17 @@ def _forecast_baseline(plan: LoadPlan, ledger: Ledger) -> None:
 def sequential(plan: LoadPlan) -> nn.Module:
     """Build, move, load the file to the host, copy parameter by parameter.
 
-    Device: the model and its largest tensor. Host: the model, then the whole file.
+    Device: the model and its largest tensor. Host: the model, then the whole file. Over ranks, which never
+    build a whole model: this rank's part is allocated as `meta` does.
     """
-    return _copy_file(plan, _built_for_real(plan), CPU)
+    return _copy_file(plan, (_allocated if plan.is_divided else _built_for_real)(plan), CPU)
 
 
 def _forecast_sequential(plan: LoadPlan, ledger: Ledger) -> None:
-    _forecast_built(plan, ledger)
+    (forecast_allocated if plan.is_divided else _forecast_built)(plan, ledger)
     _forecast_file(plan, ledger, ledger.host)
+    if plan.is_divided:
+        forecast_unsaved_buffers(plan, ledger)
 
 
 def meta(plan: LoadPlan) -> nn.Module:
@@ -287,13 +289,15 @@ def _needs(plan: LoadPlan) -> Iterator[tuple[str, str]]:
         what = f"a module that cannot be built on meta ({', '.join(plan.lost[:5])})"
         yield "building", f'{what} needs strategy="sequential", "baseline" or "auto"'
     if plan.is_divided:
-        yield "ranks", 'a model over several ranks needs strategy="stream", "mmap", "meta" or "auto"'
-    if any(isinstance(span.source, Joined) for span in plan.spans.values()):
+        yield "ranks", 'a model over several ranks is never built whole; use strategy="stream" or "auto"'
+    if not all(span.source.can_map for span in plan.spans.values()):
         yield "joined", 'the parts of a distributed checkpoint cannot be mapped; use strategy="stream"'
     if plan.is_quantized:
         yield "quantize", 'quantize goes with strategy="stream" or "auto"'
     if not plan.tuning.keep_cached:
         yield "keep_cached", 'keep_cached=False goes with strategy="stream" or "auto"'
+    if plan.tuning.broadcast:
+        yield "broadcast", 'broadcast=True goes with strategy="stream" or "auto"'
     if plan.tuning.prefetch:
         yield "prefetch", 'prefetch=True goes with strategy="mmap" or "auto"'
     if plan.manifest.format != "tensor_folder":
@@ -316,12 +320,14 @@ class Strategy(NamedTuple):
 
 STRATEGIES: dict[str, Strategy] = {
     "baseline": Strategy(baseline, _forecast_baseline, _beyond("files", "building", "own loading", "joined")),
-    "sequential": Strategy(sequential, _forecast_sequential, _beyond("files", "building", "joined")),
+    "sequential": Strategy(sequential, _forecast_sequential, _beyond("files", "building", "ranks", "joined")),
     "meta": Strategy(meta, _forecast_meta, _beyond("files", "ranks", "joined")),
     "mmap": Strategy(mmap, _forecast_mmap, _beyond("files", "prefetch", "ranks")),
     "per_tensor": Strategy(per_tensor, _forecast_per_tensor, _beyond("ranks")),
     "stream": Strategy(
-        stream.load, stream.forecast, _beyond("files", "quantize", "keep_cached", "ranks", "joined")
+        stream.load,
+        stream.forecast,
+        _beyond("files", "quantize", "keep_cached", "broadcast", "ranks", "joined"),
     ),
 }
 AUTO = ("stream", "mmap", "sequential", "baseline")  # the fastest first, and copying before mapping
