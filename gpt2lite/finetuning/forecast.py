@@ -125,6 +125,20 @@ def _resizing(counter: _Counter) -> Iterator[None]:
         torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
 
 
+@contextmanager
+def _as_in_a_run(device: torch.device) -> Iterator[None]:
+    """Without what a caller may have switched on: autocast, and anomaly detection, which reads values.
+
+    Backward runs in this thread: torch has one for each device that is there, which this one need not be.
+    """
+    with (
+        torch.autocast(device.type, enabled=False),
+        torch.autograd.set_detect_anomaly(False),
+        torch.autograd.set_multithreading_enabled(False),
+    ):
+        yield
+
+
 def _free(parameter: Tensor) -> None:
     parameter.grad = None
 
@@ -145,6 +159,7 @@ def _run_step(
     return counter
 
 
+@torch.inference_mode(False)
 def forecast_training(
     build: Callable[[], Any],
     recipe: Recipe,
@@ -167,7 +182,7 @@ def forecast_training(
     with torch.device("meta"):
         opened = open_teacher(build().config, recipe) if recipe.teacher else None
     taught = forecast_teacher(opened, recipe, device) if opened else None
-    with FakeTensorMode(), torch.device(device):
+    with FakeTensorMode(), torch.device(device), _as_in_a_run(device):
         teacher = GPTModel(opened.sizes).eval() if opened else None
         model = build()
         for parameter in model.parameters():
