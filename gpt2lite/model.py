@@ -58,7 +58,10 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) → (..., C)."""
-        return F.layer_norm(x, self.scale.shape, self.scale, self.shift, 1e-5)
+        scale, shift = self.scale, self.shift
+        if x.dtype.itemsize > scale.dtype.itemsize:  # a caller's autocast, to the other kind of 16 bits
+            scale, shift = scale.to(x.dtype), shift if shift is None else shift.to(x.dtype)
+        return F.layer_norm(x, scale.shape, scale, shift, 1e-5)
 
 
 class CausalSelfAttention(nn.Module):

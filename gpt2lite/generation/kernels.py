@@ -9,7 +9,6 @@ row once.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -24,7 +23,6 @@ from torch import Tensor
 if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
     raise RuntimeError("NUMBA_DISABLE_JIT is set")
 
-PROCESS = os.getpid()
 EPSILON = np.float32(1e-5)
 GELU_SLOPE, GELU_CUBE = np.float32(-2 * math.sqrt(2 / math.pi)), np.float32(0.044715)
 HALF, ROOT_HALF = np.float32(0.5), np.float32(math.sqrt(0.5))
@@ -76,8 +74,6 @@ def threads_of_torch() -> Iterator[int]:
 
     Afterwards both have as many as before: OpenMP keeps one number for the two, which numba's pool sets.
     """
-    if os.getpid() != PROCESS:
-        raise RuntimeError("a process forked from one that ran numba has no threads; start it by spawn")
     count = torch.get_num_threads()
     with ExitStack() as afterwards:
         afterwards.callback(torch.set_num_threads, count)
