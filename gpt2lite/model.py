@@ -58,10 +58,11 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) → (..., C)."""
-        scale, shift = self.scale, self.shift
-        if x.dtype.itemsize > scale.dtype.itemsize:  # a caller's autocast, to the other kind of 16 bits
-            scale, shift = scale.to(x.dtype), shift if shift is None else shift.to(x.dtype)
-        return F.layer_norm(x, scale.shape, scale, shift, 1e-5)
+        own = self.scale, self.shift
+        # x is wider where a caller's autocast adds two kinds of 16 bits
+        is_wider = x.dtype.itemsize > self.scale.dtype.itemsize
+        scale, shift = (p.to(x.dtype) if is_wider and p is not None else p for p in own)
+        return F.layer_norm(x, self.scale.shape, scale, shift, 1e-5)
 
 
 class CausalSelfAttention(nn.Module):

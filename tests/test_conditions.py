@@ -456,7 +456,7 @@ def test_a_run_that_is_stopped_says_what_is_saved_and_how_to_go_on(number: signa
     assert (process.returncode, output) == (128 + number, "")
     (state,) = out.glob("step-*.pth")
     step = int(state.stem.removeprefix("step-"))
-    said = f"{state} has step {step} of 4000; to go on, add --resume to the same command"
+    said = f"{state} has step {step} of 4000; to go on, add --resume"
     assert errors == f"\n{said}\n\ngpt2lite: interrupted\n"
 
 

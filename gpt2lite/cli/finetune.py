@@ -134,9 +134,10 @@ def run_finetune(args: argparse.Namespace) -> int:
         with _reports(recipe.steps) as report:
             model_path = finetune(model, task, args.out, recipe, resume=args.resume, report=report)
     except KeyboardInterrupt:
-        step, path = max(state_files(args.out).items(), default=(0, None))
-        left = f"{path} has step {step} of {recipe.steps}; to go on, add --resume to the same command"
-        print(f"\n{left if path else 'nothing was saved yet'}", file=sys.stderr)
+        saved = state_files(args.out)
+        newest = max(saved, default=0)
+        how = f"{saved[newest]} has step {newest} of {recipe.steps}; to go on, add --resume" if saved else ""
+        print(f"\n{how or 'nothing was saved yet'}", file=sys.stderr)
         raise
     if not is_first(model.device_mesh):
         return 0

@@ -57,7 +57,7 @@ def handled_by(handler: Callable[[int, Any], None]) -> Iterator[dict[int, Any]]:
     is_main = threading.current_thread() is threading.main_thread()
     found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if is_main}
     # None: a handler that is not Python's
-    before = {number: was for number, was in found.items() if was not in (None, signal.SIG_IGN)}
+    before: dict[int, Any] = {n: was for n, was in found.items() if was not in (None, signal.SIG_IGN)}
     for number in before:
         signal.signal(number, handler)
     try:
