@@ -58,7 +58,11 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) → (..., C)."""
-        return F.layer_norm(x, self.scale.shape, self.scale, self.shift, 1e-5)
+        own = self.scale, self.shift
+        # x is wider where a caller's autocast adds two kinds of 16 bits
+        is_wider = x.dtype.itemsize > self.scale.dtype.itemsize
+        scale, shift = (p.to(x.dtype) if is_wider and p is not None else p for p in own)
+        return F.layer_norm(x, self.scale.shape, scale, shift, 1e-5)
 
 
 class CausalSelfAttention(nn.Module):

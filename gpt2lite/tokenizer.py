@@ -511,7 +511,8 @@ def _as_json(fields: Mapping[str, Any]) -> bytes:
 
 def _hub_lists(bpe: tiktoken.Encoding) -> dict[str, bytes]:
     """vocab.json, merges.txt and settings, as GPT2Tokenizer.save_pretrained writes them."""
-    ids = (id for id in range(bpe.n_vocab) if not bpe.is_special_token(id))
+    special = {bpe.encode_single_token(text) for text in bpe.special_tokens_set}
+    ids = (id for id in range(bpe.n_vocab) if id not in special)
     vocab = {"".join(CHARACTERS[byte] for byte in bpe.decode_single_token_bytes(id)): id for id in ids}
     merges = [_split(token, vocab, rank) for token, rank in vocab.items() if len(token) > 1]
     names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import inspect
 import json
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -56,7 +57,8 @@ class MemoryUse(ShownAsTable):
         device = f"Maximum GPU memory allocated: {self.peak_device / GIB:.2f} GB\n"
         host = f"Maximum CPU memory allocated: {self.peak_host_anonymous / GIB:.2f} GB"
         mapped = f"{self.peak_host_reclaimable / GIB:.2f} GB of mapped files, which the system can take back"
-        return f"{device if self.device != CPU else ''}{host} (+ {mapped})"
+        lacks = f"\n{self.method}: a peak between can be missing" if self.method and not self.timeline else ""
+        return f"{device if self.device != CPU else ''}{host} (+ {mapped}){lacks}"
 
 
 def clean_up(device: str | torch.device = "cpu") -> int:
@@ -83,43 +85,58 @@ def _status() -> dict[str, int]:
     return {words[0].rstrip(":"): int(words[1]) * 1024 for words in fields if words[-1:] == ["kB"]}
 
 
-class _Helper:
-    """Linux: a helper process samples what is anonymous and what is file-backed."""
-
-    method = f"RssAnon and RssFile sampled every {sampler.SECONDS * 1000:.0f} ms by a helper process"
-
-    def __init__(self) -> None:
-        command = [sys.executable, "-I", "-S", sampler.__file__, str(os.getpid())]
-        pipe = subprocess.PIPE  # a session of its own: Ctrl-C is for the measured process to handle
-        self.process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, start_new_session=True
-        )
-        assert self.process.stdout is not None
-        self.process.stdout.readline()
-        self.read = partial(sampler.resident, os.getpid())
-
-    def stop(self) -> sampler.Seen:
-        output, _ = self.process.communicate("stop\n")
-        seen: sampler.Seen = tuple(json.loads(output or "[0, 0, []]"))  # it may have been killed
-        return seen
+Read = Callable[[], sampler.Resident]
+Stop = Callable[[], tuple[str, sampler.Seen]]  # ends the sampling: how it was done, and what was seen
+AT_ENDS = "read at the beginning and at the end alone, since {}"
 
 
-class _Thread:
-    """Elsewhere: a thread samples the resident set, all of which counts as anonymous."""
+def _all_resident() -> sampler.Resident:
+    """Where the system does not tell the two apart, all counts as anonymous."""
+    return psutil.Process().memory_info().rss, 0
 
-    method = "resident set sampled every 10 ms by a thread; mapped files count as anonymous"
 
-    def __init__(self) -> None:
-        self.done, pool = threading.Event(), ThreadPoolExecutor(1)
-        self.seen = pool.submit(sampler.watch, self.read, self.done.wait, 0.01)
-        pool.shutdown(wait=False)
+def _by_helper(read: Read) -> Stop:
+    """A process samples, in a session of its own: Ctrl-C is for the measured process to handle."""
+    program = inspect.getsource(sampler)  # a package in a zip has no file to run
+    command, pipe = [sys.executable, "-I", "-S", "-c", program, str(os.getpid())], subprocess.PIPE
+    process = subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    )
 
-    def read(self) -> sampler.Resident:
-        return psutil.Process().memory_info().rss, 0
+    def stop() -> tuple[str, sampler.Seen]:
+        output, _ = process.communicate("stop\n")
+        if not output:
+            return AT_ENDS.format("the helper process that sampled it died"), (0, 0, [])
+        return f"sampled every {sampler.SECONDS * 1000:.0f} ms by a helper process", tuple(json.loads(output))
 
-    def stop(self) -> sampler.Seen:
-        self.done.set()
-        return self.seen.result()
+    assert process.stdout is not None
+    if not process.stdout.readline():
+        stop()
+        raise OSError("it did not start")
+    return stop
+
+
+def _by_thread(read: Read) -> Stop:
+    done, pool = threading.Event(), ThreadPoolExecutor(1)
+    seen = pool.submit(sampler.watch, read, done.wait, 0.01)
+    pool.shutdown(wait=False)
+
+    def stop() -> tuple[str, sampler.Seen]:
+        done.set()
+        return "sampled every 10 ms by a thread", seen.result()
+
+    return stop
+
+
+def _sampling() -> tuple[str, Read, Stop]:
+    """What is read, how, and what ends its sampling by the first way that the system grants."""
+    can_tell = "RssAnon" in _status()
+    read = partial(sampler.resident, os.getpid()) if can_tell else _all_resident
+    what = "RssAnon and RssFile" if can_tell else "resident set, of which mapped files count as anonymous,"
+    for start in (_by_helper, _by_thread) if can_tell else (_by_thread,):
+        with suppress(OSError, RuntimeError):  # no more processes, or threads
+            return what, read, start(read)
+    return what, read, lambda: (AT_ENDS.format("no process or thread could be started"), (0, 0, []))
 
 
 class _KernelPeak:
@@ -157,18 +174,18 @@ def track_memory(device: str | torch.device = "cpu") -> Iterator[MemoryUse]:
     """
     use = MemoryUse(resolve_device(device))
     device_baseline = clean_up(use.device)
-    sampling = _Helper() if "RssAnon" in _status() else _Thread()
+    what, read, stop = _sampling()
     kernel_peak = _KernelPeak()
-    base_anonymous, base_file = sampling.read()
+    base_anonymous, base_file = read()
     try:
         yield use
         synchronize(use.device)
-        last_anonymous, last_file = sampling.read()
+        last_anonymous, last_file = read()
     finally:
         total = use.peak_host_total = kernel_peak.stop()
-        anonymous, file, samples = sampling.stop()
+        how, (anonymous, file, samples) = stop()
     use.peak_device = peak_allocated(use.device) - device_baseline
-    use.method = sampling.method
+    use.method = f"{what} {how}"
     sampled_anonymous = max(anonymous, last_anonymous) - base_anonymous
     sampled_file = max(file, last_file) - base_file
     # What rose and fell between two samples is in the kernel's peak alone: counted as both, not as none.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +16,13 @@ from torch import nn
 from gpt2lite import GPTConfig, GPTModel
 
 TINY = GPTConfig(vocab_size=101, context_length=32, emb_dim=48, n_heads=4, n_layers=3)
+
+
+def pytest_configure() -> None:
+    """What the shell set: a run in the background ignores Ctrl-C, and so would every process it starts."""
+    os.environ.pop("HF_HUB_OFFLINE", None)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:

@@ -315,14 +315,15 @@ def test_wrong_words_are_a_usage_error(words: list[str], message: str, capsys: p
     assert message in capsys.readouterr().err
 
 
-def test_ctrl_c_in_bench_leaves_no_file_and_no_process(tmp_path: Path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_bench_leaves_no_file_and_no_process(number: signal.Signals, tmp_path: Path):
     command = [sys.executable, "-m", "gpt2lite", "bench", "--folder", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not list(tmp_path.iterdir()):
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate()
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert errors.strip() == "gpt2lite: interrupted"
     assert list(tmp_path.iterdir()) == []
 

@@ -42,7 +42,7 @@ INSTEAD = {  # what is written: what is run
 }
 NOT_RUN = {  # what a block or command holds: why it is not run
     ".venv": "sets up an environment: continuous integration runs it",
-    "bench --device cuda": "no such device here",
+    "gpt2lite bench": "tests/test_cli.py measures",
     "init_process_group": "tests/test_parallel.py starts ranks",
     "torchrun": "tests/test_parallel.py starts ranks",
     "from_pretrained": "needs the network: tests/test_hub.py",

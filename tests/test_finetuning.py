@@ -808,6 +808,21 @@ def test_a_state_without_checksums_is_read(tmp_path: Path):
     assert resumed(out).read_bytes() == wanted
 
 
+def test_what_a_killed_process_left_half_written_goes_when_its_run_is_resumed(tmp_path: Path):
+    wanted = finetune(fresh(), task(QUICK), tmp_path / "whole", QUICK)
+    cut = tmp_path / "out" / ".step-000004.pth.x1y2.part"
+
+    def stop(metrics: Any) -> None:
+        raise EOFError
+
+    with pytest.raises(EOFError):
+        finetune(fresh(), task(QUICK), cut.parent, QUICK, report=stop)
+    cut.mkdir()
+    (cut / "step-000004.pth").write_bytes(b"half")
+    assert resumed(cut.parent).read_bytes() == wanted.read_bytes()
+    assert not cut.exists()
+
+
 def test_states_are_in_the_order_of_their_steps(tmp_path: Path):
     recipe, out = replace(QUICK, steps=1), tmp_path / "out"
     finetune(fresh(), task(recipe), out, recipe)
@@ -1252,14 +1267,15 @@ def test_batches_that_are_unusual_and_right_train(tmp_path: Path):
 # ---- commands and scripts ----------------------------------------------------------------------------------
 
 
-def run_script(name: str, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPTS / f"finetune_{name}.py"), *words]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def run_script(name: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
+    command = [sys.executable, str(SCRIPTS / f"finetune_{name}.py")]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 @pytest.mark.parametrize("name", ["text", "instructions", "classifier"])
-def test_the_examples_run_without_arguments_and_learn(name: str):
-    result = run_script(name)
+def test_the_examples_run_without_arguments_and_learn(name: str, tmp_path: Path):
+    result = run_script(name, tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     model = Path(result.stdout.splitlines()[-1])
     lines = read_metrics(model.parent)

@@ -340,7 +340,7 @@ def test_tokens_are_not_tokenized_again(encoding: Encoding, tmp_path: Path):
         open_text(tmp_path / "train.BIN", tmp_path / "none", encoding, 1024).tolist() == [65, 66, 67, 65] * 9
     )
     with pytest.raises(UsageError, match=r"train.tok: holds NUL, as token files do; call those .bin or .npy"):
-        open_text(tmp_path / "train.tok", tmp_path / "tokens.npy", encoding, 1024)
+        open_text(tmp_path / "train.tok", tmp_path, encoding, 1024)
 
 
 def test_a_large_vocabulary_gets_32_bits_and_needs_them(tmp_path: Path):

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -134,14 +135,15 @@ def fill_safetensors(
     """
     header = make_header(tensors, config)
     with open(path, "xb") as file, ThreadPoolExecutor(1) as flusher:
-        flush: Future[Any] = flusher.submit(file.write, header)
-        flush.result()
-        waiting = 0
+        file.write(header)
+        flush, waiting = Future[Any](), 0
+        flush.set_result(None)
         for chunk in made_ahead(itertools.chain.from_iterable(tensor.chunks() for tensor in tensors)):
             waiting += file.write(chunk)
             if waiting >= FLUSH_BYTES and flush.done():
                 flush.result()
-                flush, waiting = flusher.submit(os.fsync, file.fileno()), 0
+                with suppress(RuntimeError):  # the system grants no thread
+                    flush, waiting = flusher.submit(os.fsync, file.fileno()), 0
             wrote(len(chunk))
         flush.result()  # whose error no later fsync would say again
 

@@ -10,6 +10,7 @@ import errno
 import io
 import mmap
 import os
+import stat
 import sys
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -28,7 +29,8 @@ PAGE = 4096
 BUFFER_BYTES = 2 << 20  # of a reader past the page cache: a huge page
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 SAMPLES = 16
-LINUX_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # Python names it from 3.13 on
+MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # Python names it from 3.13 on
+MAP_FIXED = 0x10
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:
@@ -118,11 +120,14 @@ class ByteSource:
         return str(self.path)
 
     def state(self) -> FileState:
-        """Its state now. Raises CheckpointNotFoundError."""
+        """Its state now. Raises CheckpointNotFoundError, and CheckpointError for a pipe."""
         try:
             found = os.stat(self.path)
         except FileNotFoundError:
             raise CheckpointNotFoundError(self.path, "no such file or folder") from None
+        if not stat.S_ISREG(found.st_mode):
+            said = "a pipe or a device, of which no part can be read by its place"
+            raise CheckpointError(self.path, f"is {said}; save it as a file, and pass that")
         return FileState(found.st_size, found.st_mtime_ns, found.st_ino)
 
     def open(self) -> BinaryIO:
@@ -155,15 +160,12 @@ class ByteSource:
     def map(self) -> torch.UntypedStorage:
         """A private mapping of the whole file, which may be larger than memory and swap (MAP_NORESERVE).
 
-        Raises InsufficientMemoryError where the address space is too small for it.
+        It keeps no descriptor: a model may have more files than a process may have open. Raises
+        InsufficientMemoryError where the address space is too small for it.
         """
-        access: dict[str, int] = {"access": mmap.ACCESS_COPY}
-        if hasattr(mmap, "MAP_PRIVATE"):
-            flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", LINUX_MAP_NORESERVE)
-            access = {"flags": flags, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
         with self.open() as file:
             try:
-                mapped = mmap.mmap(file.fileno(), 0, **access)
+                return _mapped(file.fileno())
             except OSError as error:
                 if error.errno != errno.ENOMEM:
                     raise
@@ -171,13 +173,26 @@ class ByteSource:
                 raise InsufficientMemoryError(
                     f'{said}; raise `ulimit -v`, or use strategy="stream"'
                 ) from None
-        return torch.frombuffer(mapped, dtype=torch.uint8).untyped_storage()
 
     def forget(self) -> None:
         """Give the cached pages of the whole file back, once the disk has them."""
         with FileReader(self.path) as file:
             os.fsync(file.fileno())
             file.forget()
+
+
+def _mapped(file: int) -> torch.UntypedStorage:
+    """A file's pages, put over empty ones that Python gives back in the end: its own mappings of a file keep
+    a descriptor as long as they live."""
+    nbytes, private = os.fstat(file).st_size, mmap.MAP_PRIVATE | MAP_NORESERVE
+    pages = mmap.mmap(-1, nbytes, flags=private | mmap.MAP_ANONYMOUS)
+    storage = torch.frombuffer(pages, dtype=torch.uint8).untyped_storage()
+    address, place = ctypes.c_void_p(storage.data_ptr()), ctypes.CDLL(None, use_errno=True).mmap
+    place.restype, flags = ctypes.c_void_p, private | MAP_FIXED
+    size, begin = ctypes.c_size_t(nbytes), ctypes.c_long(0)
+    if place(address, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, file, begin) != address.value:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return storage
 
 
 def _first(memories: Iterable[memoryview], nbytes: int) -> list[memoryview]:

@@ -31,6 +31,7 @@ Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 Wrote = Callable[[int], None]  # bytes that were just written
 Config = Mapping[str, Any]  # the fields of a model's config
 MAX_PREFIX = 20  # characters of a temporary name that are the file's own: it must fit wherever the file does
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 NO_PLACE = {errno.ELOOP: "its links form a loop", errno.ENAMETOOLONG: "longer than the file system allows"}
 CHUNK_BYTES = 8 << 20
 TILE = (256, 112)  # of a transpose: fits the cache, and one thread does it (torch divides 32768 elements)
@@ -100,7 +101,11 @@ def made_ahead(chunks: Iterable[memoryview]) -> Iterator[memoryview]:
             return next(coming, None)
 
     with ThreadPoolExecutor(1) as maker:
-        following = maker.submit(make)
+        try:
+            following = maker.submit(make)
+        except RuntimeError:  # the system grants no thread
+            yield from coming
+            return
         while (chunk := following.result()) is not None:
             following = maker.submit(make)
             yield chunk
@@ -189,20 +194,33 @@ def destination_of(path: Path) -> Path:
 
 
 @contextmanager
+def full_disk_named(folder: Path) -> Iterator[None]:
+    """Where writing fails for want of room, say where and what is free there, which the system does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM or error.filename is not None:
+            raise
+        free = shutil.disk_usage(folder).free
+        raise OSError(error.errno, f"{error.strerror}, {free:,} bytes are free", str(folder)) from error
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block succeeds and vanishes when not.
 
     A link is followed, and a file that is replaced hands on its mode. What is written there is on the disk
     before it is renamed. A process that is killed leaves the old file and a folder `.<name>.….part` beside
-    it. Raises UsageError as `destination_of`.
+    it. Raises UsageError as `destination_of`, OSError for a full disk.
     """
     target = destination_of(path)
     prefix = f".{target.name[:MAX_PREFIX]}."
     folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=".part", dir=target.parent))
     temporary = folder / target.name
     try:
-        yield temporary
-        _flush(temporary)
+        with full_disk_named(target.parent):
+            yield temporary
+            _flush(temporary)
         if (replaced := state_of(target)) is not None:
             os.chmod(temporary, stat.S_IMODE(replaced.st_mode))
         os.replace(temporary, target)
@@ -233,5 +251,5 @@ def require_space(path: Path, nbytes: int) -> None:
     folder = path if os.path.isdir(path) else destination_of(path).parent
     free = shutil.disk_usage(folder).free
     if free < nbytes:
-        said = f"needs {nbytes / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+        said = f"needs {nbytes:,} bytes, {free:,} are free, {nbytes - free:,} are missing"
         raise OSError(errno.ENOSPC, said, str(folder))

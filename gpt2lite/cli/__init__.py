@@ -8,14 +8,19 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
 
 from gpt2lite._version import __version__
 from gpt2lite.cli.arguments import COMMANDS, add_arguments
 from gpt2lite.errors import GPT2LiteError
+from gpt2lite.finetuning.interrupts import handled_by, held
+
+FINISHING = ("convert", "prune", "verify", "finetune", "tokenize")  # their work is not what they print
 
 EPILOG = """examples:
   gpt2lite generate
@@ -61,21 +66,72 @@ def _plain_output() -> Iterator[None]:
         reconfigure(errors=errors)
 
 
+class _Unheard:
+    """Standard output for a command that has work to finish: it goes on where nobody reads any more."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, or drop what nobody reads."""
+        try:
+            return int(self.stream.write(text))
+        except BrokenPipeError:
+            _drop(self.stream)
+            return len(text)
+
+    def flush(self) -> None:
+        """The same."""
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            _drop(self.stream)
+
+
+def _drop(stream: Any) -> None:
+    """What is written from now on, and what waits, goes nowhere."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def _end(number: int, frame: object) -> None:
+    raise KeyboardInterrupt(signal.Signals(number))
+
+
+def _run(args: argparse.Namespace) -> int:
+    with held() as ctrl_c, ctrl_c.looking():  # torch, half imported, would make another error of it
+        importlib.import_module("gpt2lite._torch")
+        module = importlib.import_module(f"gpt2lite.cli.{COMMANDS[args.command].module}")
+        ranks = importlib.import_module("gpt2lite.cli.loading").ranks
+    heard = _Unheard(sys.stdout) if args.command in FINISHING else sys.stdout
+    with redirect_stdout(heard), ranks(args):
+        code = int(getattr(module, f"run_{args.command}")(args))
+        print(end="", flush=True)
+        return code
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 an error said in one line, 2 usage, 130 Ctrl-C."""
+    """Run one command and return its exit code.
+
+    0 done, 1 an error said in one line, 2 usage, 130 Ctrl-C, 143 SIGTERM. Where the reader of its output goes
+    away, as `head` does, a command in FINISHING goes on to its end, and others stop: that is an error where
+    a measurement is lost.
+    """
+    command = ""
     try:
-        with _plain_output():
+        with handled_by(_end), _plain_output():
             args = _parser().parse_args(arguments)
-            importlib.import_module("gpt2lite._torch")
-            module = importlib.import_module(f"gpt2lite.cli.{COMMANDS[args.command].module}")
-            with importlib.import_module("gpt2lite.cli.loading").ranks(args):
-                return int(getattr(module, f"run_{args.command}")(args))
-    except BrokenPipeError:  # the reader of our output went away, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+            command = args.command
+            return _run(args)
+    except BrokenPipeError:
+        _drop(sys.stdout)
+        return int(command in (*FINISHING, "bench"))
     except (GPT2LiteError, OSError, MemoryError) as error:
         print(f"gpt2lite: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("\ngpt2lite: interrupted", file=sys.stderr)
-        return 130
+        return 128 + int(*error.args or (signal.SIGINT,))

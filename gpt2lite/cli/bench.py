@@ -150,15 +150,15 @@ def run_bench(args: argparse.Namespace) -> int:
     measured = [result for result in results if isinstance(result, Measurement)]
     rows = [asdict(result) for result in results]
     record = {"subject": subject, "device": args.device, "environment": environment(), "results": rows}
+    if args.json not in (None, "-"):
+        Path(args.json).write_text(as_json(record) + "\n", encoding="utf-8")
+    if args.plot and measured:
+        plot_strategies(measured, args.plot, f"{subject} to {args.device}")
     if args.json == "-":
         print(as_json(record))
     else:
         size = human(measured[0].model_bytes) if measured else "nothing"
         print(f"{subject}, {size} of parameters, to {args.device}\n")
         _print_table(results, has_device=resolve_device(args.device).type != "cpu")
-    if args.json not in (None, "-"):
-        Path(args.json).write_text(as_json(record) + "\n", encoding="utf-8")
-    if args.plot and measured:
-        plot_strategies(measured, args.plot, f"{subject} to {args.device}")
     exact = [result.bitwise_equal and result.logits_equal for result in measured]
     return 0 if len(exact) == len(results) and all(exact) else 1

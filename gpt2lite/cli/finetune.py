@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from torch import Tensor
 
@@ -20,7 +18,7 @@ from gpt2lite.errors import UsageError
 from gpt2lite.finetuning.heads import as_classifier, relabel
 from gpt2lite.finetuning.loop import Metrics, finetune, read_metrics
 from gpt2lite.finetuning.recipe import Recipe
-from gpt2lite.finetuning.states import Task, saved_recipe
+from gpt2lite.finetuning.states import Task, saved_recipe, state_files
 from gpt2lite.finetuning.tasks import classifier_task, held_out, instruction_task, open_text, text_task
 from gpt2lite.memory import human
 from gpt2lite.model import GPTModel, open_model
@@ -44,9 +42,9 @@ def _task(model: GPTModel, encoding: Tokenizer, args: argparse.Namespace, recipe
 
 
 def _tokens(encoding: Tokenizer, vocab_size: int, args: argparse.Namespace) -> Tensor:
-    """The text's ids."""
-    with tempfile.TemporaryDirectory(prefix="gpt2lite-") as folder:  # what is mapped stays without its name
-        return open_text(args.text, Path(folder) / "tokens.npy", encoding, vocab_size)
+    """The text's ids, in a file without a name where there will be room for the model, too."""
+    folder = next(each for each in (args.out, *args.out.absolute().parents) if each.is_dir())
+    return open_text(args.text, folder, encoding, vocab_size)
 
 
 def _pruned(opened: Opened[GPTModel], args: argparse.Namespace) -> Opened[GPTModel]:
@@ -133,8 +131,15 @@ def run_finetune(args: argparse.Namespace) -> int:
     task = _task(model, encoding, args, recipe)
     if args.classify:
         _put_head(opened, model, task.labels, recipe)
-    with _reports(recipe.steps) as report:
-        model_path = finetune(model, task, args.out, recipe, resume=args.resume, report=report)
+    try:
+        with _reports(recipe.steps) as report:
+            model_path = finetune(model, task, args.out, recipe, resume=args.resume, report=report)
+    except KeyboardInterrupt:
+        saved = state_files(args.out)
+        newest = max(saved, default=0)
+        how = f"{saved[newest]} has step {newest} of {recipe.steps}; to go on, add --resume" if saved else ""
+        print(f"\n{how or 'nothing was saved yet'}", file=sys.stderr)
+        raise
     if not is_first(model.device_mesh):
         return 0
     write_beside(model_path, tokenizer_files(path))

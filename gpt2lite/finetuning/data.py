@@ -6,25 +6,27 @@ import codecs
 import hashlib
 import math
 import mmap
+import os
 import re
 import struct
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, TextIO, TypeVar
+from tempfile import TemporaryFile
+from typing import BinaryIO, NamedTuple, TextIO, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from gpt2lite.checkpoint.source import memory_of
-from gpt2lite.checkpoint.writing import Progress, replacing
+from gpt2lite.checkpoint.writing import Progress, full_disk_named, replacing
 from gpt2lite.config import GPTConfig
 from gpt2lite.errors import CheckpointError, UsageError
 from gpt2lite.generation.prompts import ends_of
 from gpt2lite.reading_text import not_utf8, text_stream
-from gpt2lite.tokenizer import Encoding, as_tokenizer
+from gpt2lite.tokenizer import Encoding, Tokenizer, as_tokenizer
 
 T = TypeVar("T")
 NO_HEADER = "no header"  # nanoGPT's train.bin
@@ -158,18 +160,38 @@ def tokenize_file(text: Path, tokens: Path, encoding: Encoding, progress: Progre
     tokenizer's special tokens as such. Holds PIECE characters and their ids, a few MB, or the longest stretch
     without a space or a line end; the whole text for a tokenizer that looks past spaces. The file appears
     whole or not at all. `progress` is called with (bytes read, bytes in all). Raises UsageError for a text
-    that is empty or not UTF-8, and for a vocabulary that needs 32 bits in a file without a header.
+    that is empty, a pipe or not UTF-8, and for a vocabulary that needs 32 bits in a file without a header.
     """
-    encoding = as_tokenizer(encoding)
-    is_npy, width = tokens.suffix == ".npy", 2 if encoding.n_vocab <= MOST_IDS else 4
-    if width > 2 and not is_npy:
+    encoding, is_npy = as_tokenizer(encoding), tokens.suffix == ".npy"
+    if encoding.n_vocab > MOST_IDS and not is_npy:
         raise UsageError(f"{tokens}: 16 bits cannot number {encoding.n_vocab} tokens; name the file .npy")
-    nbytes = text.stat().st_size
-    if not nbytes:
-        raise UsageError(f"{text}: is empty; there is nothing to tokenize")
+    _require_text(text)
     if tokens.exists() and tokens.samefile(text):
         raise UsageError(f"{tokens}: is the text itself; choose another file for its tokens")
-    with open(text, "rb") as source, replacing(tokens) as half, open(half, "wb") as written:
+    with replacing(tokens) as half, open(half, "wb") as written:
+        return _write_ids(text, written, encoding, is_npy, progress)
+
+
+def map_text(text: Path, folder: Path, encoding: Encoding, vocab_size: int) -> Tensor:
+    """A text's ids, as `tokenize_file` writes them, mapped over a file in `folder` that has no name."""
+    _require_text(text)
+    with full_disk_named(folder), TemporaryFile(dir=folder) as written:
+        _write_ids(text, written, as_tokenizer(encoding), True, None)
+        written.seek(0)
+        return _mapped(written, text, vocab_size)
+
+
+def _require_text(text: Path) -> None:
+    if not text.stat().st_size:
+        found = "empty; there is nothing to tokenize" if text.is_file() else "no file; save it as one first"
+        raise UsageError(f"{text}: is {found}")
+
+
+def _write_ids(
+    text: Path, written: BinaryIO, encoding: Tokenizer, is_npy: bool, progress: Progress | None
+) -> int:
+    width, nbytes = 2 if encoding.n_vocab <= MOST_IDS else 4, text.stat().st_size
+    with open(text, "rb") as source:
         decoded = text_stream(source)
         begin = written.write(_npy_header(width, 0)) if is_npy else 0
         try:
@@ -237,12 +259,16 @@ def open_tokens(path: Path, vocab_size: int) -> Tensor:
     bits cannot number the vocabulary.
     """
     with open(path, "rb") as file:
-        head, nbytes = file.read(LLMC_HEADER), path.stat().st_size
-        kind, dtype, offset, count = _layout_of(path, head, nbytes)
-        found, wanted = nbytes - offset, count * dtype.itemsize
-        if found < 1 or found != wanted:
-            raise CheckpointError(path, f"{found} bytes of tokens ({kind}), wanted {wanted}; truncated?")
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return _mapped(file, path, vocab_size)
+
+
+def _mapped(file: BinaryIO, path: Path, vocab_size: int) -> Tensor:
+    head, nbytes = file.read(LLMC_HEADER), os.fstat(file.fileno()).st_size
+    kind, dtype, offset, count = _layout_of(path, head, nbytes)
+    found, wanted = nbytes - offset, count * dtype.itemsize
+    if found < 1 or found != wanted:
+        raise CheckpointError(path, f"{found} bytes of tokens ({kind}), wanted {wanted}; truncated?")
+    content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     tokens = torch.frombuffer(content, dtype=dtype, count=count, offset=offset)
     low, high = ends_of(tokens)
     if low < 0 or high >= vocab_size:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from gpt2lite.devices import CPU, is_here
 from gpt2lite.finetuning.distilling import forecast_teacher, open_teacher
 from gpt2lite.finetuning.losses import ROWS, ROWS_TAUGHT
 from gpt2lite.finetuning.recipe import Recipe
@@ -50,10 +51,14 @@ class TrainingForecast(ShownAsTable):
 
 
 class _Counter(TorchDispatchMode):
-    """Counts the bytes of every storage that an operation makes, until nothing refers to it."""
+    """Counts the bytes of every storage that an operation makes, until nothing refers to it.
 
-    def __init__(self, seen: set[int]) -> None:
+    `casts`: also the copies that an operation makes of operands of another dtype, as the CPU's do.
+    """
+
+    def __init__(self, seen: set[int], casts: bool) -> None:
         super().__init__()
+        self.casts = casts
         self.used = self.peak = 0
         self.sizes = dict.fromkeys(seen, 0)  # storages that are counted, by identity; those counted already
 
@@ -81,7 +86,8 @@ class _Counter(TorchDispatchMode):
         made = [local_of(tensor) for tensor in tree_leaves(found) if isinstance(tensor, Tensor)]
         for tensor in made:
             self.take(tensor.untyped_storage())
-        self.peak = max(self.peak, self.used + _hidden_casts(func, args, made))
+        hidden = _hidden_casts(func, args, made) if self.casts else 0
+        self.peak = max(self.peak, self.used + hidden)
         return found
 
 
@@ -101,7 +107,7 @@ def _hidden_casts(func: Any, args: Any, made: list[Tensor]) -> int:
     Source: `promote_inputs_to_common_dtype` of ATen's TensorIterator, which casts on the fly on CUDA alone.
     """
     read = [tensor for tensor in tree_leaves(args) if isinstance(tensor, Tensor) and tensor.dim()]
-    if torch.Tag.pointwise not in func.tags or len(read) < 2 or read[0].device.type != "cpu":
+    if torch.Tag.pointwise not in func.tags or len(read) < 2:
         return 0
     common = reduce(torch.promote_types, (tensor.dtype for tensor in read))
     return sum(t.numel() * common.itemsize for t in (*read, *made) if t.dtype not in (common, torch.bool))
@@ -129,15 +135,13 @@ def _free(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _run_step(
-    model: Any, seq_len: int, recipe: Recipe, device: torch.device, teacher: GPTModel | None
-) -> _Counter:
+def _run_step(model: Any, seq_len: int, recipe: Recipe, casts: bool, teacher: GPTModel | None) -> _Counter:
     """One step after the first, from weights that are there."""
-    zeros, batch_size = partial(torch.zeros, dtype=torch.int64, device=device), recipe.batch_size
+    zeros, batch_size = partial(torch.zeros, dtype=torch.int64), recipe.batch_size
     ids, places = zeros((batch_size, seq_len)), zeros(batch_size) if model.config.n_classes else None
     targets = zeros(ids.numel() if places is None else batch_size)
     weights = (*model.parameters(), *(teacher.parameters() if teacher is not None else ()))
-    counter = _Counter({id(local_of(p).untyped_storage()) for p in weights})
+    counter = _Counter({id(local_of(p).untyped_storage()) for p in weights}, casts)
     with counter, _resizing(counter), recomputed(model.trf_blocks if recipe.recompute else (), False):
         for _ in range(min(recipe.accumulate, 2)):
             loss = loss_sum(model, ids, places, targets, recipe, teacher)
@@ -145,6 +149,7 @@ def _run_step(
     return counter
 
 
+@torch.inference_mode(False)
 def forecast_training(
     build: Callable[[], Any],
     recipe: Recipe,
@@ -155,11 +160,12 @@ def forecast_training(
     """What `finetune` will have on the device at its most, for the model that `build()` makes.
 
     A model of 16 bits trains in fp32, and costs what one of fp32 does. With a `mesh`, on this rank of it.
-    Runs a step of the real code with torch's fake tensors, which have no memory; the device need not be
-    there. Counts the copies that mixed dtypes cost on the CPU and WORKSPACE beside tensors; validation and
-    samples are included as far as they take no more than a step, which holds where their batches are not
-    larger. Not counted: imports on first use (numba's), mapped pages of token files. Takes seconds for the
-    largest models. Raises as `finetune`.
+    Runs a step of the real code with torch's fake tensors, which have no memory; for an absent device, the
+    CPU's operations. Counts the copies that mixed dtypes cost on the CPU and WORKSPACE beside tensors;
+    validation and samples are included as far as they take no more than a step, which holds where their
+    batches are not larger. Not counted: imports on first use (numba's), mapped pages of token files. Takes
+    seconds for the largest models. What the caller switched on (no_grad, inference_mode, autocast, anomaly
+    detection) changes nothing. Raises as `finetune`.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # here: it takes a second to import
 
@@ -167,7 +173,13 @@ def forecast_training(
     with torch.device("meta"):
         opened = open_teacher(build().config, recipe) if recipe.teacher else None
     taught = forecast_teacher(opened, recipe, device) if opened else None
-    with FakeTensorMode(), torch.device(device):
+    place = device if is_here(device) else CPU  # autograd asks a device for its streams
+    with (
+        FakeTensorMode(),
+        torch.device(place),
+        torch.autocast(place.type, enabled=False),
+        torch.autograd.set_detect_anomaly(False),
+    ):
         teacher = GPTModel(opened.sizes).eval() if opened else None
         model = build()
         for parameter in model.parameters():
@@ -186,7 +198,7 @@ def forecast_training(
         in_buckets = mesh is not None and mesh.mesh_dim_names == (DDP,)  # DDP has them for all gradients
         for parameter in learning if recipe.step_in_backward or in_buckets else ():
             parameter.register_post_accumulate_grad_hook(_free)
-        counter = _run_step(model, seq_len, recipe, device, teacher)
+        counter = _run_step(model, seq_len, recipe, device.type == "cpu", teacher)
         more = forecast_filled_up(model, 4)
     gradients = 0 if recipe.step_in_backward else sum(p.nbytes for p in trained)
     moments = 2 * sum(p.numel() if recipe.eight_bit else p.nbytes for p in trained)

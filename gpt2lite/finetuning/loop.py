@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -92,6 +93,8 @@ def _locked(out: Path, resume: bool, save_every: int) -> Iterator[None]:
             except BlockingIOError:
                 raise UsageError(f"{out}: another run writes there; wait, or choose another folder") from None
         _require_folder(out, resume, save_every)
+        for cut in out.glob(".*.part") if resume else ():  # of a process that was killed
+            shutil.rmtree(cut, ignore_errors=True)
         yield
     finally:
         os.close(folder)
@@ -181,7 +184,7 @@ def finetune(
     with another model, other data or another recipe is refused; `steps` may grow and the learning rate may
     change, with a warning. Ctrl-C or SIGTERM finishes the step, saves, and raises KeyboardInterrupt, twice
     also during `task` or `report`, which is called after each step. Whatever they raise, the steps are saved
-    before.
+    before. A second one goes to a handler of the caller's own at once.
 
     A model of several ranks trains as it would in one process, each rank on its rows of every batch. The
     first rank alone writes and reports, and any number of ranks resumes; what it saves takes its size on disk

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gpt2lite import parallel
 from gpt2lite.checkpoint.torch_zip import NO_CRC
-from gpt2lite.checkpoint.writing import CHUNK_BYTES, replacing, tensors_of
+from gpt2lite.checkpoint.writing import CHUNK_BYTES, full_disk_named, replacing, require_space, tensors_of
 from gpt2lite.config import wrong_labels
 from gpt2lite.errors import CheckpointError, UsageError, first_line, require_allowed
 from gpt2lite.finetuning.data import Batch, Batches, digest_of, tensor_parts
@@ -144,7 +144,8 @@ def log(run: Run, said: dict[str, Any]) -> None:
     """Write a step down."""
     run.lines.append(json.dumps(said) + "\n")
     if parallel.is_first(mesh := run.trainer.mesh):
-        with parallel.telling(mesh), (run.out / METRICS).open("a", encoding="utf-8", newline="") as file:
+        said_so = (run.out / METRICS).open("a", encoding="utf-8", newline="")
+        with parallel.telling(mesh), full_disk_named(run.out), said_so as file:
             file.write(run.lines[-1])
 
 
@@ -177,6 +178,7 @@ def save_state(run: Run) -> None:
             "last_batch": digest_of(tensor_parts(*run.last)),
             "metrics": "".join(run.lines),
         }
+        require_space(run.out, sum(tensor.nbytes for tensor in found.values()))
         with replacing(run.out / f"step-{run.step:06}.pth") as temporary:
             torch.save(content, temporary)
         write_log(run)

@@ -96,9 +96,8 @@ def classifier_task(path: Path, encoding: Encoding, config: GPTConfig, recipe: R
     return replace(_example_task(training, held, recipe), labels=tuple(labels))
 
 
-def open_text(path: Path, tokens: Path, encoding: Encoding, vocab_size: int) -> Tensor:
-    """The ids of a token file (.bin, .npy), mapped, or of a text, tokenised to `tokens` and mapped there."""
+def open_text(path: Path, folder: Path, encoding: Encoding, vocab_size: int) -> Tensor:
+    """The ids of a token file (.bin, .npy), mapped, or of a text, tokenised and mapped in `folder`."""
     if path.suffix.lower() in (".bin", ".npy"):
         return data.open_tokens(path, vocab_size)
-    data.tokenize_file(path, tokens, encoding)
-    return data.open_tokens(tokens, vocab_size)
+    return data.map_text(path, folder, encoding, vocab_size)

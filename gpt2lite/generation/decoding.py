@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gpt2lite.config import GPTConfig
 from gpt2lite.errors import UsageError, require_allowed
-from gpt2lite.generation.engines import ENGINES, KVCache, LanguageModel, choose_engine
+from gpt2lite.generation.engines import ENGINES, KVCache, LanguageModel, choose_engine, require_threads
 from gpt2lite.generation.prompts import Batch, Ids, Rows, Stops, as_batch, as_stops, usable_vocabulary
 from gpt2lite.loading.options import check_names
 from gpt2lite.parallel import computing_over, no_gradients, require_same, rest, together
@@ -227,6 +227,7 @@ def _begin(
     n_rows, T = start.ids.shape
     generators = make_generators(options.get("seed"), n_rows, like.device)
     stops = Stops(as_stops(options.get("stop", ())), encoding, prompts, config.vocab_size)
+    require_threads()
     engine = choose_engine(model, n_rows, max_new_tokens, options.get("engine", "auto"))
     capacity = min(T + max_new_tokens, config.context_length)
     cache = KVCache(config, n_rows, capacity, like, start.pads, getattr(model, "local_heads", 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import threading
 import warnings
@@ -33,6 +34,7 @@ OURS, FIRST_BLOCK = "gpt2lite.model", re.compile(r"^trf_blocks\.\d+")
 SAME = {"Linear": (nn.Linear, Int8Linear), "Embedding": (nn.Embedding, Int8Embedding)}
 ONE_AT_A_TIME = threading.Lock()  # not all of numba's thread pools can be entered twice
 NUMBA_FAILED: list[str] = []  # why numba is not tried again in this process
+GENERATED = set[int]()  # the processes that generated: this one, and those that it was forked from
 OUT_OF_MODE = threading.RLock()  # held while a model in training mode computes without dropout
 
 
@@ -210,7 +212,21 @@ def _changed(model: Any) -> str:
     return ""
 
 
+def require_threads() -> None:
+    """Raise UsageError in a process forked from one that generated: OpenMP would wait for its threads."""
+    if _is_forked() and torch.get_num_threads() > 1:
+        lacks = "this process was forked from one that generated, and has none of its threads"
+        raise UsageError(f"{lacks}; start it by spawn, or call torch.set_num_threads(1) in it first")
+    GENERATED.add(os.getpid())
+
+
+def _is_forked() -> bool:
+    return bool(GENERATED - {os.getpid()})
+
+
 def _lacks_for_numba(model: Any, batch: int) -> str:
+    if _is_forked():
+        return "this process was forked from one that generated, and has none of its threads"
     if changed := _changed(model):
         return f"{changed} is not as in GPTModel"
     like = model.pos_emb.weight
