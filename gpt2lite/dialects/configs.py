@@ -259,7 +259,7 @@ def _in_modules(reading: Reading, values: Mapping[str, Any]) -> Iterator[Source]
         elif re.fullmatch(MLP, part) and has_none and not kind.endswith(".MLP"):  # nanoGPT's calls a function
             yield Source(where, {"activation": "missing"})
     masks = {span.name for span in reading.mask_spans}
-    facts = values | dict.fromkeys(reading.manifest.unsaved, Unread("tensor"))
+    facts = dict(values) | dict.fromkeys(reading.manifest.unsaved, Unread("tensor"))
     for place, said in ((place, said) for place, said in facts.items() if place not in masks):
         rows = (pattern for pattern in ATTRIBUTES if re.fullmatch(pattern, place.removeprefix(root)))
         if unwrapped(place) not in inner and (row := next(rows, None)):

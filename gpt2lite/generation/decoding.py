@@ -191,8 +191,8 @@ def require_language_model(model: LanguageModel) -> None:
         raise UsageError(f"{found} and writes no text")
     if model.pos_emb.weight.is_meta:
         raise UsageError("the model's weights are on meta, without memory; load or initialise them first")
-    heads = getattr(model, "local_heads", 0) or model.config.n_heads
-    if others := {found for part in model.modules() if (found := getattr(part, "n_heads", heads)) != heads}:
+    heads: object = getattr(model, "local_heads", 0) or model.config.n_heads
+    if others := {getattr(part, "n_heads", heads) for part in model.modules()} - {heads}:
         raise UsageError(f"the model's attention has n_heads={others.pop()}, its config says {heads}")
 
 
