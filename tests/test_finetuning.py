@@ -12,7 +12,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ import torch
 from conftest import TINY, randomise
 from test_loading import HEADS, huggingface, save_pth
 
+import gpt2lite.cli.finetune as finetune_command
 from gpt2lite import (
     CheckpointError,
     GPTConfig,
@@ -1423,6 +1424,20 @@ def classify(out: Path, labels: str, *words: object, data: str = "abc") -> int:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--classify", path, "--out", out, "--seq-len", 8, *words]
     return main(["finetune", *map(str, flags)])
+
+
+def test_ctrl_c_before_the_tokenizer_is_written_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    plain = finetune_command.tokenizer_files
+
+    def pressing(path: Path) -> dict[str, bytes]:
+        press()
+        return plain(path)
+
+    monkeypatch.setattr(finetune_command, "tokenizer_files", pressing)
+    with suppress(KeyboardInterrupt):
+        classify(tmp_path / "1", "red sky tree", "--steps", 1)
+    assert (tmp_path / "1" / "model.tiktoken").exists()
+    assert not (tmp_path / "1" / "loss.png").exists()
 
 
 def test_a_classifier_keeps_its_rows_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

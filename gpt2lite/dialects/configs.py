@@ -258,11 +258,11 @@ def _in_modules(reading: Reading, values: Mapping[str, Any]) -> Iterator[Source]
             yield Source(where, {CLASS: kind})
         elif re.fullmatch(MLP, part) and has_none and not kind.endswith(".MLP"):  # nanoGPT's calls a function
             yield Source(where, {"activation": "missing"})
-    masks = {span.name for span in reading.mask_spans}
+    looked_at = inner.keys() | {unwrapped(span.name) for span in reading.mask_spans}
     facts = dict(values) | dict.fromkeys(reading.manifest.unsaved, Unread("tensor"))
-    for place, said in ((place, said) for place, said in facts.items() if place not in masks):
+    for place, said in facts.items():
         rows = (pattern for pattern in ATTRIBUTES if re.fullmatch(pattern, place.removeprefix(root)))
-        if unwrapped(place) not in inner and (row := next(rows, None)):
+        if unwrapped(place) not in looked_at and (row := next(rows, None)):
             word = ATTRIBUTES[row]
             yield Source(f"{path}, {place}", {word or place.rpartition(".")[2]: said}, not word)
 
