@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from typing import BinaryIO, TextIO
 
 from gpt2lite.errors import UsageError
+
+HALVES = re.compile("[\ud800-\udfff]")  # of characters: JSON's escapes may hold them, UTF-8 cannot
 
 
 def text_stream(source: BinaryIO) -> TextIO:

@@ -24,7 +24,7 @@ from torch import Tensor
 from gpt2lite.checkpoint import side_file
 from gpt2lite.checkpoint.inert_pickle import DescribingUnpickler, describe
 from gpt2lite.checkpoint.writing import replacing
-from gpt2lite.dialects.configs import folder_of
+from gpt2lite.dialects.configs import folder_of, is_there
 from gpt2lite.dialects.peft import find_adapter
 from gpt2lite.errors import CheckpointError, GPT2LiteError, UsageError
 
@@ -451,7 +451,7 @@ def files_beside(checkpoint: Path) -> dict[str, Path]:
         {VOCAB: folder / "encoder.json", MERGES: folder / "vocab.bpe"},  # as OpenAI calls them
     )
     for level in levels:
-        if found := {name: path for name, path in level.items() if path.is_file()}:
+        if found := {name: path for name, path in level.items() if is_there(path)}:
             return found
     adapter = find_adapter(checkpoint, _fetch)
     return files_beside(adapter.base) if adapter and adapter.base != folder else {}

@@ -24,6 +24,7 @@ from gpt2lite import CheckpointError, GPTConfig, GPTModel, UsageError, convert, 
 from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.dialects.configs import COMPUTED, DOES_NOT_MATTER, OURS
 from gpt2lite.loading.strategies import STRATEGIES
+from gpt2lite.tokenizer import tokenizer_for
 from gpt2lite.verification import verify
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -823,6 +824,10 @@ CHANGED: dict[str, tuple[str, Callable[[Any], object]]] = {
         "book",
         lambda model: setattr(model.trf_blocks[1].att, "sliding_window_size", 2),
     ),
+    "att.window: window=3, wanted 32": (
+        "book",
+        lambda model: setattr(model.trf_blocks[1].att, "window", 3),
+    ),
     "att.head_dim: head_dim=6, wanted 12": (
         "book",
         lambda model: setattr(model.trf_blocks[1].att, "head_dim", 6),
@@ -1366,3 +1371,61 @@ def test_an_average_in_a_list_is_said_not_to_be_loaded(model: GPTModel, tmp_path
     path = save_pth({"model": model.state_dict(), "ema": {"shadow_params": shadow}}, tmp_path)
     with pytest.warns(UserWarning, match=r"without ema.shadow_params.* and \d+ more$"):
         GPTModel.from_checkpoint(path, config=HEADS)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("trf_blocks.1.att.softcap", 30.0),
+        ("trf_blocks.1.att.slopes", torch.ones(4)),
+        ("trf_blocks.1.residual_scale", 0.5),
+        ("trf_blocks.1.ff.gate", True),
+        ("final_norm.power", 3),
+    ],
+)
+def test_an_unknown_attribute_of_a_pickled_part_is_a_warning_that_names_it(
+    place: str, value: Any, tmp_path: Path
+):
+    theirs = whole_models()["book"]
+    part, _, name = place.rpartition(".")
+    setattr(theirs.get_submodule(part), name, value)
+    torch.save(theirs, tmp_path / "model.pth")
+    with pytest.warns(UserWarning, match=rf"{place}: ignored {name}, which gpt2lite does not know"):
+        GPTModel.from_checkpoint(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("said", [{"num_labels": 5}, {"id2label": {str(n): f"LABEL_{n}" for n in range(5)}}])
+def test_a_classifier_has_as_many_rows_as_its_config_has_labels(said: dict[str, Any], tmp_path: Path):
+    config = transformers.GPT2Config(**SIZES, num_labels=3, pad_token_id=0)
+    folder = saved(randomise(transformers.GPT2ForSequenceClassification(config)), tmp_path)
+    GPTModel.from_checkpoint(folder)
+    config_json = json.loads((folder / "config.json").read_text())
+    for word in ("id2label", "label2id"):
+        config_json.pop(word, None)
+    (folder / "config.json").write_text(json.dumps(config_json | said))
+    with pytest.raises(CheckpointError, match=r"n_classes is 3 in .*its weights, but 5 in .*config.json"):
+        open_model(folder)
+
+
+@pytest.mark.parametrize("key", ["args", "hparams", "cfg", "student"])
+def test_heads_that_were_passed_against_an_unknown_place_are_said(key: str, model: GPTModel, tmp_path: Path):
+    path = save_pth({"model": model.state_dict(), key: {"n_head": 6}}, tmp_path)
+    with pytest.warns(UserWarning, match=rf"{key}.n_head says 6, but n_heads=4 was passed, which is used"):
+        GPTModel.from_checkpoint(path, config=HEADS)
+
+
+def test_a_side_file_may_begin_with_a_mark(model: GPTModel, tmp_path: Path):
+    path = save_pth(model.state_dict(), tmp_path)
+    (tmp_path / "model.json").write_text(json.dumps(HEADS), encoding="utf-8-sig")
+    assert GPTModel.from_checkpoint(path).config.n_heads == 4
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_link_to_nowhere_is_not_taken_for_a_file_that_is_not_there(name: str, tmp_path: Path):
+    folder = saved(hub_model(), tmp_path)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("blobs/gone")
+    with pytest.raises(
+        CheckpointError, match=rf"{name}: (cannot be read|not a valid tokenizer).*No such file"
+    ):
+        tokenizer_for(folder, open_model(folder, config=HEADS).config.vocab_size)

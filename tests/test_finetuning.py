@@ -12,7 +12,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ import torch
 from conftest import TINY, randomise
 from test_loading import HEADS, huggingface, save_pth
 
+import gpt2lite.cli.finetune as finetune_command
 from gpt2lite import (
     CheckpointError,
     GPTConfig,
@@ -365,6 +366,17 @@ def test_adapters_of_another_base_are_a_warning(tmp_path: Path):
     load_lora(same, tmp_path / "out" / "adapters.pth")
 
 
+def test_adapters_are_put_around_plain_layers_once(tmp_path: Path):
+    recipe = replace(QUICK, steps=1, lora_rank=2)
+    path = finetune(fresh(), task(recipe), tmp_path / "out", recipe).with_name("adapters.pth")
+    twice = fresh()
+    assert load_lora(twice, path) == ()
+    with pytest.raises(CheckpointError, match=r"W_query, which in the model is a layer with an adapter al"):
+        load_lora(twice, path)
+    with pytest.raises(CheckpointError, match=r"trf_blocks.2.*, which in the model is no linear layer"):
+        load_lora(fresh(replace(TIED, n_layers=2)), path)
+
+
 def test_adapters_of_another_model_are_refused(tmp_path: Path):
     from gpt2lite import CheckpointError
 
@@ -672,7 +684,7 @@ def test_adapters_of_a_classifier_hold_its_head_and_train_further(tmp_path: Path
 
     path = finetune(classifier(0), own, tmp_path / "out", recipe)
     wanted, found = GPTModel.from_checkpoint(path), classifier(1)
-    load_lora(found, path.with_name("adapters.pth"))
+    assert load_lora(found, path.with_name("adapters.pth")) == ("even", "odd")
     ids = labelled(5).ids
     torch.testing.assert_close(found(ids), wanted(ids), rtol=1e-4, atol=1e-5)
     assert open_model(path).labels == ("even", "odd")
@@ -707,6 +719,40 @@ def resumed(
     out: Path, recipe: Recipe = QUICK, model: GPTModel | None = None, own: Task | None = None
 ) -> Path:
     return finetune(model or fresh(), own or task(recipe), out, recipe, resume=True)
+
+
+@pytest.mark.parametrize("damage", ["missing", "smaller", "16 bits"])
+def test_moments_that_do_not_fit_are_refused(damage: str, tmp_path: Path):
+    cut_run(tmp_path / "out")
+    path = tmp_path / "out" / "step-000004.pth"
+    saved = torch.load(path, weights_only=True)
+    name, moments = next(iter(saved["optimizer"].items()))
+    changed = {
+        "missing": {},
+        "smaller": moments | {"exp_avg": torch.zeros(3)},  # torch's fused step would write past its end
+        "16 bits": moments | {"exp_avg_sq": moments["exp_avg_sq"].half()},
+    }
+    saved["optimizer"][name] = changed[damage]
+    torch.save(saved, path)
+    with pytest.raises(CheckpointError, match=rf"step-000004.pth: its moments do not fit {name}; delete"):
+        resumed(tmp_path / "out")
+
+
+def test_the_scale_of_fp16s_loss_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("gpt2lite.finetuning.training.has_bfloat16", lambda device: False)
+    recipe = replace(QUICK, autocast=True)
+    whole = finetune(fresh(), task(recipe), tmp_path / "whole", recipe).read_bytes()
+    cut_run(tmp_path / "out", recipe)
+    path = tmp_path / "out" / "step-000004.pth"
+    assert torch.load(path, weights_only=True)["scaler"]["scale"] == 65536.0
+    assert resumed(tmp_path / "out", recipe).read_bytes() == whole
+    assert Trainer(fresh(), recipe).scaler.get_scale() == 65536.0
+
+
+def test_a_pruned_run_that_is_resumed_whole_names_the_flag(tmp_path: Path):
+    cut_run(tmp_path / "out")
+    with pytest.raises(UsageError, match=r"another model .*pruned by the same --keep-blocks"):
+        resumed(tmp_path / "out", model=fresh(replace(TIED, n_layers=2)))
 
 
 def other_model() -> GPTModel:
@@ -1394,6 +1440,20 @@ def classify(out: Path, labels: str, *words: object, data: str = "abc") -> int:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--classify", path, "--out", out, "--seq-len", 8, *words]
     return main(["finetune", *map(str, flags)])
+
+
+def test_ctrl_c_before_the_tokenizer_is_written_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    plain = finetune_command.tokenizer_files
+
+    def pressing(path: Path) -> dict[str, bytes]:
+        press()
+        return plain(path)
+
+    monkeypatch.setattr(finetune_command, "tokenizer_files", pressing)
+    with suppress(KeyboardInterrupt):
+        classify(tmp_path / "1", "red sky tree", "--steps", 1)
+    assert (tmp_path / "1" / "model.tiktoken").exists()
+    assert not (tmp_path / "1" / "loss.png").exists()
 
 
 def test_a_classifier_keeps_its_rows_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 import itertools
 import json
 import pickle
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import numpy
 import pytest
+import safetensors.torch
 import tiktoken
 import torch
 from conftest import TINY
@@ -241,6 +244,12 @@ def npy(content: object, path: Path) -> bytes:
     return path.read_bytes()
 
 
+def by_torch(ids: list[int], **options: bool) -> bytes:
+    data = io.BytesIO()
+    torch.save(torch.tensor(ids), data, **options)
+    return data.getvalue()
+
+
 class Loaded:
     """Fails a test that loads it."""
 
@@ -289,7 +298,14 @@ def test_numpys_files_say_their_width(kind: str, tmp_path: Path):
         (numpy.array([IDS], "u2"), "wanted one row of little-endian integers"),
         (numpy.array([IDS, IDS], order="F"), "wanted one row of little-endian integers.*'fortran_order': "),
         (numpy.array([Loaded()]), "wanted one row of little-endian integers.*'descr': '.O'"),
-        (pickle.dumps(Loaded()), "bytes of tokens|looks like text|holds the id"),
+        (pickle.dumps(Loaded()), "is a pickle, not tokens; save its ids as one row in a .npy"),
+        (pickle.dumps(IDS, 2), "is a pickle, not tokens"),
+        (pickle.dumps(numpy.array(IDS)), "is a pickle, not tokens"),
+        (by_torch(IDS), "is a zip, as torch.save and numpy.savez write it, not tokens"),
+        (by_torch(IDS, _use_new_zipfile_serialization=False), "is a pickle, not tokens"),
+        (gzip.compress(bytes(99)), "is compressed, not tokens"),
+        (safetensors.torch.save({"ids": torch.tensor(IDS)}), "is safetensors, not tokens"),
+        (b"PAR1" + bytes(40), "is another program's file, not tokens"),
         (numpy.array([5, -1]), "holds the id -1, the model's are below 1024"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -799,6 +815,7 @@ ROWS = {
         '{"text":"a","label":NaN}\n{"text":"b","label":1}',
         "line 1: the label is 'nan', a missing one; label the row",
     ),
+    "half a character": ('{"text":"cut \\ud83d","label":1}', "line 1: text holds half a character .'cut "),
     "blank": (
         '{"text":"a","label":1}\n{"text":"b","label":"  "}',
         "line 2: the label is '  ', a missing one; label the row",

@@ -6,6 +6,7 @@ import io
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -468,3 +469,28 @@ def test_a_callback_that_raises_leaves_everything_as_it_was(dropping: GPTModel, 
     assert seen == wanted[:3]
     assert [module.training for module in dropping.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("change", ["attention", "config"])
+def test_heads_that_are_not_the_configs_are_refused(change: str, model: GPTModel, ids: Tensor, engine: str):
+    if change == "config":
+        model.config = replace(model.config, n_heads=2)
+    else:
+        model.trf_blocks[1].att.n_heads = 2
+    for work in (lambda: model.generate(ids, 2, engine=engine), lambda: evaluate(model, ids[0])):
+        with pytest.raises(UsageError, match=r"attention has n_heads=., its config says ."):
+            work()
+
+
+def test_a_model_of_fewer_blocks_is_run_by_torch_and_numba_stays(model: GPTModel, ids: Tensor):
+    del model.trf_blocks[2]
+    with pytest.raises(UsageError, match=r"cannot run this model: trf_blocks is not as in GPTModel"):
+        model.generate(ids, 2, engine="numba")
+    assert model.generate(ids, 2, engine="torch").shape[1] == ids.shape[1] + 2
+
+
+def test_half_a_character_is_no_stop_and_no_memory_no_ids(model: GPTModel, ids: Tensor):
+    with pytest.raises(UsageError, match="stop must be token ids in 0 … 100 and non-empty strings"):
+        model.generate(ids, 2, stop=["\ud83d"])
+    with pytest.raises(UsageError, match="ids must be a tensor of integers"):
+        model.generate(ids.to("meta"), 2)

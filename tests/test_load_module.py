@@ -674,7 +674,7 @@ def linear(value: int) -> dict[str, Tensor]:
 )
 def test_two_modules_that_fit_are_an_error_that_names_both(state: dict[str, Any], tmp_path: Path):
     torch.save(state, tmp_path / "model.pth")
-    fit = r"2 modules that fit, with (ema|model).*bias and (ema|model)[.a-z]*bias. Save the one"
+    fit = r"2 modules that fit, under '(ema|model)[.a-z]*' and '(ema|model)[.a-z]*'. Save the one"
     with pytest.raises(CheckpointError, match=fit):
         load_module(lambda: nn.Linear(3, 3), tmp_path / "model.pth")
 

@@ -404,6 +404,9 @@ DAMAGES: dict[str, Callable[[dict[str, Tensor]], object]] = {
     r"do not fit trf_blocks.0.att.W_query.weight, which is \(48, 48\)": lambda state: state.update(
         {f"{KEY}.lora_B.weight": torch.ones(141, 4)}
     ),
+    r"wte.weight is \(109, 48\), in the base .* Was it resized": lambda state: state.update(
+        {"base_model.model.transformer.wte.weight": torch.ones(109, 48)}
+    ),
     "ln_f.bias has shape": lambda state: state.update(
         {"base_model.model.transformer.ln_f.bias": torch.ones(7)}
     ),

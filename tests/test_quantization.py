@@ -150,7 +150,10 @@ def test_whatever_else_is_done_with_int8_is_refused_by_its_name(tied: bool, tmp_
     torch.save(int8, tmp_path / "whole.pth")
     for use, message in (
         (lambda: finetune(int8, task, tmp_path / "other", recipe), "an int8 model does not train"),
-        (lambda: load_lora(int8, tmp_path / "out" / "adapters.pth"), "adapter for .*W_query, not a linear"),
+        (
+            lambda: load_lora(int8, tmp_path / "out" / "adapters.pth"),
+            "adapter for .*W_query, which in the model is int8; load the model without",
+        ),
         (lambda: int8.save_checkpoint(tmp_path / "x.pth"), "cannot save an int8 model"),
         (lambda: GPTModel.from_checkpoint(tmp_path / "dict.pth", config=config), "holds torch.int8"),
         (lambda: GPTModel.from_checkpoint(tmp_path / "whole.pth"), "class='gpt2lite.quantization.Int8"),

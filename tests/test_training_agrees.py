@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from gpt2lite import Batch, GPTConfig, GPTModel, Recipe, Task, finetune
+from gpt2lite import Batch, GPTConfig, GPTModel, Recipe, Task, UsageError, finetune
 from gpt2lite.cli.terminal import EMBEDDED
 from gpt2lite.finetuning.data import IGNORED
 from gpt2lite.finetuning.loop import read_metrics
@@ -195,3 +195,48 @@ def test_the_embedded_model_learns_alike_in_files_of_every_dtype(tmp_path: Path)
         ends.append(read_metrics(out)[-1]["validation_loss"])
         assert ends[-1] < 0.9 * read_metrics(out)[0]["loss"]
     assert ends == pytest.approx([ends[0]] * 3, rel=1e-2)
+
+
+NO_MODELS: dict[str, tuple[Any, str]] = {
+    "DataParallel": (
+        lambda model: torch.nn.DataParallel(model),
+        "trains a GPTModel, got DataParallel; unwrap",
+    ),
+    "another class": (lambda model: torch.nn.Linear(2, 2), "trains a GPTModel, got Linear"),
+    "fp8": (
+        lambda model: model.to(torch.float8_e4m3fn),
+        "a model of torch.float8_e4m3fn does not train; load",
+    ),
+    "fp64 in fp32": (
+        lambda model: [model.trf_blocks[0].double(), model][1],
+        "float32 and torch.float64 does",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NO_MODELS)
+def test_what_does_not_train_is_refused_before_anything_is_written(kind: str, tmp_path: Path):
+    made, message = NO_MODELS[kind]
+    with pytest.raises(UsageError, match=message):
+        finetune(made(fresh(random.Random(0)).float()), TASK, tmp_path / "out", Recipe(steps=1))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hook_that_the_file_will_not_have_is_said(tmp_path: Path):
+    model = fresh(random.Random(0)).float()
+    model.trf_blocks[1].register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.warns(UserWarning, match=r"trf_blocks.1 has forward hooks; what they change will not be in"):
+        finetune(model, TASK, tmp_path / "out", Recipe(steps=1))
+
+
+def test_dropout_that_the_caller_set_is_drawn_again_by_the_seed_alone(tmp_path: Path):
+    def run(name: str, **levers: Any) -> Tensor:
+        model = fresh(random.Random(0)).float()
+        model.trf_blocks[0].drop_resid.p = model.trf_blocks[1].att.drop_rate = 0.5
+        torch.rand(len(name))
+        finetune(model, TASK, tmp_path / name, Recipe(steps=3, **levers))
+        return model.tok_emb.weight.detach()
+
+    first = run("first")
+    assert torch.equal(run("again"), first)
+    torch.testing.assert_close(run("with the blocks run twice", recompute=True), first, rtol=0, atol=1e-6)

@@ -16,6 +16,7 @@ from gpt2lite.cli.terminal import bytes_bar, steps_bar
 from gpt2lite.devices import resolve_device
 from gpt2lite.errors import UsageError
 from gpt2lite.finetuning.heads import as_classifier, relabel
+from gpt2lite.finetuning.interrupts import held
 from gpt2lite.finetuning.loop import Metrics, finetune, read_metrics
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.finetuning.states import Task, saved_recipe, state_files
@@ -132,8 +133,11 @@ def run_finetune(args: argparse.Namespace) -> int:
     if args.classify:
         _put_head(opened, model, task.labels, recipe)
     try:
-        with _reports(recipe.steps) as report:
-            model_path = finetune(model, task, args.out, recipe, resume=args.resume, report=report)
+        with held():  # Ctrl-C between the model and its tokenizer would leave ids without a text
+            with _reports(recipe.steps) as report:
+                model_path = finetune(model, task, args.out, recipe, resume=args.resume, report=report)
+            if is_first(model.device_mesh):
+                write_beside(model_path, tokenizer_files(path))
     except KeyboardInterrupt:
         saved = state_files(args.out)
         newest = max(saved, default=0)
@@ -142,7 +146,6 @@ def run_finetune(args: argparse.Namespace) -> int:
         raise
     if not is_first(model.device_mesh):
         return 0
-    write_beside(model_path, tokenizer_files(path))
     try:
         plot_losses(read_metrics(args.out), args.out / "loss.png")
     except UsageError as error:  # matplotlib is an extra

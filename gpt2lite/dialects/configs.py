@@ -39,7 +39,9 @@ OURS = {
     **dict.fromkeys(("n_head", "num_heads", "num_attention_heads", "nhead", "num_head", "heads"), "n_heads"),
     **dict.fromkeys(("n_layer", "num_hidden_layers"), "n_layers"),
     **dict.fromkeys(("n_embd", "hidden_size"), "emb_dim"),
-    **dict.fromkeys(("n_positions", "block_size", "max_position_embeddings"), "context_length"),
+    **dict.fromkeys(
+        ("n_positions", "block_size", "max_position_embeddings", "max_positions"), "context_length"
+    ),
     **dict.fromkeys(("resid_pdrop", "dropout"), "drop_rate"),
     **dict.fromkeys(("activation_function", "hidden_act", "activation_fn"), "activation"),
     **{"n_vocab": "vocab_size", "tie_word_embeddings": "tied_head"},
@@ -83,12 +85,12 @@ CLASSES = {
 WRAPPERS = r"(torch|deepspeed)\..*"
 # The config words that attributes there stand for ("": their own names). Every block must say the same.
 ATTRIBUTES = {
-    rf"{ATTENTION}\.(n_heads?|num_heads|head_dim|is_\w+|scale_attn\w*|sliding_window\w*)": "",
-    rf"{ATTENTION}\.(n_embd|embed_dim|split_size|d_out)": "emb_dim",
+    rf"{ATTENTION}\.(n_embd|embed_dim|split_size|d_in|d_out)": "emb_dim",
     rf"{ATTENTION}\.(scaling|scale)": SCALE,
     rf"({NORM})\.eps": "layer_norm_epsilon",
     r"(tok_emb|pos_emb|wte|wpe)\.max_norm": "",
     rf"({DROPOUT})\.p": "drop_rate",
+    rf"({ATTENTION}|{BLOCK}|{MLP}|{NORM})\.\w+": "",
 }
 # Words for heads in what is no config's value (YAML, a printed object, pairs), and files that may hold them.
 IN_TEXT = re.compile(r"\b(n_heads?|num_(attention_)?heads?|nhead)\b")
@@ -97,6 +99,13 @@ FOLDER_CONFIGS, MAX_CONFIG_BYTES = ("config.json", "hparams.json"), 1 << 20
 EPSILONS = [f"{of}_{word}" for of in ("layer_norm", "layernorm", "norm", "ln") for word in ("epsilon", "eps")]
 ACTIVATION_WORDS = ("activation", *(word for word, name in OURS.items() if name == "activation"))
 HEAD_SIZES = ("head_dim", "head_size", "d_head", "n_embd_per_head")  # emb_dim / n_heads
+WINDOWS = (
+    "window",
+    "window_size",
+    "attention_window",
+    "sliding_window",
+    "sliding_window_size",
+)  # the context
 # What changes the computation, with the values that ours has; a refusal names the last.
 COMPUTED: dict[str, tuple[object, ...]] = {
     "model_type": (None, "gpt2"),
@@ -110,7 +119,7 @@ COMPUTED: dict[str, tuple[object, ...]] = {
     "pruned_heads": (None, {}),
     "position_embedding_type": (None, "learned", "absolute"),
     **dict.fromkeys(("quantization_config", "auto_map", "multi_query"), (None,)),  # auto_map: code of its own
-    **dict.fromkeys(("rope_scaling", "rope_parameters", "sliding_window", "sliding_window_size"), (None,)),
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), (None,)),
     "max_norm": (None,),
     CLASS: ("GPT-2's own; if it computes the same, save model.state_dict() instead",),
 }
@@ -127,16 +136,17 @@ eos_token_id pad_token_id sep_token_id forced_bos_token_id forced_eos_token_id b
 suppress_tokens bad_words_ids max_length min_length do_sample early_stopping num_beams num_beam_groups
 diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
 encoder_no_repeat_ngram_size num_return_sequences remove_invalid_values exponential_decay_length_penalty
-learning_rate lr min_lr max_lr weight_decay beta1 beta2 betas eps optimizer scheduler decay_lr grad_clip
+learning_rate lr min_lr max_lr weight_decay beta1 beta2 betas optimizer scheduler decay_lr grad_clip
 batch_size gradient_accumulation_steps max_iters max_steps max_epochs num_epochs epochs warmup_iters
 warmup_steps lr_decay_iters seed device compile dataset out_dir eval_interval eval_iters log_interval
 predict_special_tokens _attn_implementation _attn_implementation_autoset _commit_hash attn_implementation
+layer layer_idx flash elementwise_affine
 """
 DOES_NOT_MATTER = frozenset(_DOES_NOT_MATTER.split())
 
 FIELDS = GPTConfig.__dataclass_fields__
 LABELS = "labels.json"  # beside a finetuned classifier: its labels as a list, for other programs
-KNOWN = {"n_inner", *HEAD_SIZES, *FIELDS, *OURS, *COMPUTED, *DOES_NOT_MATTER}
+KNOWN = {"n_inner", *HEAD_SIZES, *WINDOWS, *FIELDS, *OURS, *COMPUTED, *DOES_NOT_MATTER}
 
 
 def in_our_words(words: Mapping[str, Any], where: str = "its config") -> dict[str, Any]:
@@ -250,10 +260,13 @@ def _in_modules(reading: Reading, values: Mapping[str, Any]) -> Iterator[Source]
             yield Source(where, {CLASS: kind})
         elif re.fullmatch(MLP, part) and has_none and not kind.endswith(".MLP"):  # nanoGPT's calls a function
             yield Source(where, {"activation": "missing"})
-    for place, said in values.items():
-        for pattern, word in ATTRIBUTES.items():
-            if re.fullmatch(pattern, place.removeprefix(root)):
-                yield Source(f"{path}, {place}", {word or place.rpartition(".")[2]: said})
+    looked_at = inner.keys() | {unwrapped(span.name) for span in reading.mask_spans}
+    facts = dict(values) | dict.fromkeys(reading.manifest.unsaved, Unread("tensor"))
+    for place, said in facts.items():
+        rows = (pattern for pattern in ATTRIBUTES if re.fullmatch(pattern, place.removeprefix(root)))
+        if unwrapped(place) not in looked_at and (row := next(rows, None)):
+            word = ATTRIBUTES[row]
+            yield Source(f"{path}, {place}", {word or place.rpartition(".")[2]: said}, not word)
 
 
 def _activation(kind: str, part: str, approximate: object) -> str:
@@ -307,7 +320,12 @@ def folder_configs(path: Path) -> dict[str, dict[str, Any]]:
     is_named = path.is_dir() or not {path.name, without_variant}.isdisjoint(FOLDER_FILES)
     if not is_named and any((folder / name).exists() for name in FOLDER_FILES):
         return {}
-    return {name: read_json(folder / name) for name in FOLDER_CONFIGS if (folder / name).is_file()}
+    return {name: read_json(folder / name) for name in FOLDER_CONFIGS if is_there(folder / name)}
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file lies beside a checkpoint; a link to nowhere is one that cannot be read."""
+    return path.is_file() or path.is_symlink()
 
 
 def labels_of(reading: Reading) -> tuple[str, ...]:
@@ -331,6 +349,12 @@ def labels_of(reading: Reading) -> tuple[str, ...]:
     return tuple(agreed)
 
 
+def _classes_of(words: Mapping[str, Any]) -> Any:
+    """How many classes a config names, None where it says nothing."""
+    labels = words.get("id2label")
+    return len(labels) if isinstance(labels, dict) else words.get("num_labels", words.get("n_classes"))
+
+
 def _in_order(labels: Any) -> Any:
     """id2label's names by their numbers, None for transformers' own; what is no such table stays as it is."""
     if not isinstance(labels, dict) or labels.keys() != {str(row) for row in range(len(labels))}:
@@ -348,7 +372,11 @@ def check_model_type(path: Path) -> None:
 
 def read_json(path: Path, kind: type = dict) -> Any:
     """The object, or list, that a JSON file holds. Raises CheckpointError."""
-    return json_object(path, path.read_text(encoding="utf-8", errors="replace"), kind=kind)
+    try:
+        text = path.read_text(encoding="utf-8-sig", errors="replace")  # some editors begin with a mark
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read ({error.strerror})") from None
+    return json_object(path, text, kind=kind)
 
 
 # ---- whether they agree ------------------------------------------------------------------------------------
@@ -505,10 +533,11 @@ def _said_by_shapes(reading: Reading) -> dict[str, Any]:
     }
 
 
-def _require_unsaid(reading: Reading, known: Mapping[str, Any], asked: Collection[str]) -> None:
-    """Raise CheckpointError if other values in a file contradict what would be assumed.
+def _notes_of_unsaid(reading: Reading, known: Mapping[str, Any], asked: Collection[str]) -> Iterator[str]:
+    """What other values in a file say against what was `asked`, in places that may be about another model.
 
-    Or what was `asked`, where they are nested in a place that is known.
+    Raises CheckpointError if they contradict what would be assumed, or what was asked in a place that is
+    known.
     """
     path, values = reading.manifest.path, _said_in(reading.manifest)
     above = above_of(reading.container)
@@ -518,9 +547,13 @@ def _require_unsaid(reading: Reading, known: Mapping[str, Any], asked: Collectio
     for where, words, _ in places:
         is_ours = re.search(rf", {re.escape(above)}{NESTED}\w+$", where)
         for name, said in in_our_words(words).items():
-            assumed = known.get(name) if name in UNSAYABLE and (is_ours or name not in asked) else None
+            assumed = known.get(name) if name in UNSAYABLE else None
             is_said = name == "n_heads" or isinstance(said, (str, Unread))
-            if is_said and assumed not in (None, said):
+            if not is_said or assumed in (None, said):
+                continue
+            if name in asked and not is_ours:
+                yield f"{where} says {said!r}, but {name}={assumed!r} was passed, which is used"
+            else:
                 do = f"Pass the right one: config={{{name!r}: …}}"
                 what = f"says {said!r}, but gpt2lite would assume {name}={assumed!r}"
                 raise CheckpointError(f"{where} {what}. {do}")
@@ -563,10 +596,11 @@ class Found:
 def _notes(reading: Reading, sources: list[Source], agreed: Mapping[str, Any]) -> Iterator[str]:
     """What is worth a warning."""
     path, tensors = reading.manifest.path, reading.manifest.tensors
-    for where, words, is_whole in sources:
-        unknown = [word for word, value in words.items() if word not in KNOWN and value is not None]
-        if is_whole and unknown:
-            yield f"{where}: ignored {', '.join(sorted(unknown))}, which gpt2lite does not know"
+    wholes = [(where, words) for where, words, is_whole in sources[::-1] if is_whole]
+    unknown = {w: where for where, words in wholes for w in words.keys() - KNOWN if words[w] is not None}
+    for first in dict.fromkeys(unknown.values()):
+        ignored = sorted(w for w, where in unknown.items() if where == first)
+        yield f"{first}: ignored {', '.join(ignored)}, which gpt2lite does not know"
     rates = {str(words[key]) for _, words, _ in sources for key in DROPOUTS if key in words}
     if len(rates) > 1:
         used = f"training uses {agreed['drop_rate']} for all"
@@ -615,12 +649,16 @@ def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
     sources = [weights]
     for where, words, is_whole in (*inside, *_beside_the_file(reading, has_heads)):
         kept = {w: v for w, v in words.items() if not isinstance(v, Unread) or OURS.get(w, w) not in told}
+        if weights.words["n_classes"] and (classes := _classes_of(words)) is not None:
+            kept["n_classes"] = classes
         sources.append(Source(where, kept, is_whole))
     scales = {(a.scale, reading.manifest.tensors[a.a.source].shape[-1]) for a in reading.adapters if a.scale}
     # of the book's layers, or of those that divide it by their rank
     alphas = (None, *(alpha for scale, rank in scales for alpha in (scale * rank, scale)))
     of_adapters = dict.fromkeys(("alpha", "lora_alpha") if scales else (), alphas)
-    _require_computed(reading, sources, COMPUTED | of_adapters | {"n_inner": (None, 4 * reading.size[1])})
+    sizes = {"n_inner": 4 * reading.size[1], **dict.fromkeys(WINDOWS, weights.words["context_length"])}
+    of_sizes = {word: (None, size) for word, size in sizes.items()}
+    _require_computed(reading, sources, COMPUTED | of_adapters | of_sizes)
     masks = check_masks(reading.mask_spans, is_opening=True)
     agreed, places = _agreed(reading, sources)
     defaults = _known_activation(reading)
@@ -632,7 +670,7 @@ def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
     if official := [heads for *size, heads in OFFICIAL_SIZES.values() if tuple(size) == reading.size]:
         defaults["n_heads"] = official[0]
     known = defaults | agreed | dict(said)
-    _require_unsaid(reading, known, said)
+    notes = [*_notes_of_unsaid(reading, known, said), *_notes(reading, sources, agreed)]
     if "n_heads" in defaults.keys() - {*agreed, *said}:
         _require_no_text(reading, known["n_heads"])
     if isinstance(heads := known.get("n_heads"), int) and heads > 0:
@@ -640,7 +678,7 @@ def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
         factors = (None, True, width**0.5, width**-0.5)  # True: old transformers' flag
         sizes = dict.fromkeys(HEAD_SIZES, (None, known["emb_dim"] // heads))
         _require_computed(reading, sources, {SCALE: factors, **sizes})
-    return Found(known, tuple(_notes(reading, sources, agreed)), bool(said), masks)
+    return Found(known, tuple(notes), bool(said), masks)
 
 
 def complete(reading: Reading, found: Found) -> GPTConfig:

@@ -123,11 +123,17 @@ def with_adapter(reading: Reading, said: Mapping[str, Any], manifest: Manifest) 
     again = {name for name in names if WRAPPED.search(name) and WRAPPED.sub(".", name) in manifest.tensors}
     placements, wrong = _replaced(reading, names - again, [*map(str, said["modules_to_save"] or ())])
     wrong += _lacking(reading, said, {adapter.weight for adapter in adapters})
+    both = replace(base, tensors={**base.tensors, **spans}, files={**base.files, **manifest.files})
+    for end in TIED:
+        now, was = (both.tensors[each[end].source] for each in (placements, reading.placements))
+        if now.shape != was.shape:
+            resized = f"is {now.shape}, in the base {was.shape}. Was it resized (resize_token_embeddings)?"
+            do = "Merge it with peft, or save the resized base: base.save_pretrained(…)"
+            raise CheckpointError(path, f"{now.name.removeprefix(BESIDE)} {resized} {do}", name=now.name)
     if wrong or not adapters:
         fits = f"{len(adapters)} LoRA layers fit the base {base.path}, and {len(wrong)} tensors do not"
         name = wrong[0].partition(":")[0] if wrong else None
         raise CheckpointError(path, f"{fits}:{listed(wrong)}", name=name)
-    both = replace(base, tensors={**base.tensors, **spans}, files={**base.files, **manifest.files})
     return replace(reading, manifest=both, placements=placements, adapters=(*reading.adapters, *adapters))
 
 

@@ -510,8 +510,12 @@ def read_names(manifest: Manifest, wanted: Collection[str]) -> Reading:
     names = best[0]
     if len(best) > 1:
         leaf = min(names.keys() & set(wanted))
-        places = " and ".join(found[leaf] for found in best if leaf in found)
-        raise CheckpointError(manifest.path, f"holds {len(best)} modules that fit, with {places}. {SAVE_ONE}")
+        places = " and ".join(
+            repr(found[leaf].removesuffix(leaf).rstrip(".")) for found in best if leaf in found
+        )
+        raise CheckpointError(
+            manifest.path, f"holds {len(best)} modules that fit, under {places}. {SAVE_ONE}"
+        )
     placements = {name: Placement(stored) for name, stored in names.items()}
     passengers = tuple(set(manifest.tensors) - set(names.values()))
     return Reading(manifest, "the module's own", placements, passengers=passengers)

@@ -41,6 +41,14 @@ NPY = re.compile(
     rb"\x93NUMPY\x01\x00..{'descr': '(\S+)', 'fortran_order': \w+, 'shape': \((\d+),\), } *\n", re.S
 )
 NPY_DTYPES = {b"<u2": torch.uint16, b"<u4": torch.uint32, b"<i4": torch.int32, b"<i8": torch.int64}
+# What else begins so, named .bin; a row's bytes are more than ids would have by chance.
+NOT_TOKENS = {
+    rb"PK\x03\x04": "a zip, as torch.save and numpy.savez write it",
+    rb"\x80[\x02-\x05](\x95.{6}\0\0|[]}]\x94?[q(]|\x8a\x0a|c[a-z_]{4})": "a pickle",
+    rb".{6}\0\0\{\"": "safetensors",
+    rb"\x1f\x8b\x08[\0-\x1f]|BZh[1-9]1AY|\xfd7zXZ\0|\x28\xb5\x2f\xfd": "compressed",
+    rb"MMIDIDX\0|ARROW1\0|PAR1|\x89(HDF|PNG)\r\n": "another program's file",
+}
 LLMC_HEADER = 1024  # bytes: 256 int32, of which the first three are magic, version and count
 LLMC = {20240520: (1, torch.uint16), 20240801: (7, torch.uint32)}  # llm.c, dev/data/data_common.py
 # GPT-2's pattern never continues from a non-space across a space or line end, and never looks back, so the
@@ -219,6 +227,8 @@ def _layout_of(path: Path, head: bytes, nbytes: int) -> tuple[str, torch.dtype, 
         found_header = f"{head[10:70].decode('latin-1')!r}, format {head[6]}.{head[7]}"
         wanted = "one row of little-endian integers in a .npy (uint16, uint32, int32 or int64, format 1.0)"
         raise CheckpointError(path, f"wanted {wanted}, found {found_header}")
+    if other := next((what for first, what in NOT_TOKENS.items() if re.match(first, head, re.S)), ""):
+        raise CheckpointError(path, f"is {other}, not tokens; save its ids as one row in a .npy")
     magic, version, count = struct.unpack_from("<iii", head.ljust(12, b"\0"))
     if int.from_bytes(head[:4], "big") in LLMC:
         raise CheckpointError(path, "llm.c's tokens in big-endian order, wanted little-endian")

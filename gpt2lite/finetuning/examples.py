@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from gpt2lite.errors import UsageError
 from gpt2lite.finetuning.data import IGNORED, Example, shuffled
-from gpt2lite.reading_text import decode_text, filled_lines
+from gpt2lite.reading_text import HALVES, decode_text, filled_lines
 from gpt2lite.tokenizer import Encoding, end_of_text
 
 PREAMBLE = "Below is an instruction that describes a task. "
@@ -91,6 +91,8 @@ def _record(where: str, entry: Any, fields: Sequence[str]) -> Record:
         raise UsageError(f"{where}: not CSV (more cells than the header; a text with a comma needs quotes)")
     record = Record({k: str(value) for k, value in entry.items() if isinstance(value, str | int | float)})
     record.where = where
+    if half := next((name for name, value in record.items() if HALVES.search(value)), None):
+        raise UsageError(f"{where}: {half} holds half a character ({record[half]!r:.60}); write it whole")
     wanted = fields if entry.get(INPUT) is None else (*fields, INPUT)
     if missing := [name for name in wanted if name not in record]:
         found = ", ".join(record) or "nothing"

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -32,6 +33,7 @@ from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.finetuning.states import METRICS, Run, Task
 from gpt2lite.model import GPTModel
 
+TRAINED = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 COMPUTES, SAID = ("forward", "hidden"), ("approximate", "n_heads")  # methods; what an instance says of itself
 
 
@@ -139,6 +141,22 @@ def _require_plain(model: GPTModel) -> None:
         lines.append(f"the head is tied or not, unlike config.tied_head={model.config.tied_head}")
     if lines:
         raise UsageError(f"the model is not its config's GPTModel, as its file would open{listed(lines)}")
+    if hooked := [name for name, part in parts.items() if part._forward_hooks or part._forward_pre_hooks]:
+        said = f"{hooked[0] or 'the model'} has forward hooks; what they change will not be in model.pth"
+        warnings.warn(said, stacklevel=4)
+
+
+def _require_trainable(model: GPTModel) -> None:
+    if not isinstance(model, GPTModel):
+        what = "unwrap it (model.module), or load it with GPTModel.from_checkpoint"
+        raise UsageError(f"finetune trains a GPTModel, got {type(model).__name__}; {what}")
+    dtypes = {p.dtype for p in model.parameters()}
+    if torch.int8 in dtypes:
+        raise UsageError("an int8 model does not train; load it without quantize")
+    masters = {training.master_dtype(dtype) for dtype in dtypes if dtype in TRAINED}
+    if dtypes - TRAINED or len(masters) > 1:
+        found = " and ".join(sorted(map(str, dtypes)))
+        raise UsageError(f"a model of {found} does not train; load it with dtype=torch.float32")
 
 
 def _require_task(model: GPTModel, task: Task, recipe: Recipe) -> None:
@@ -146,8 +164,6 @@ def _require_task(model: GPTModel, task: Task, recipe: Recipe) -> None:
     if n_classes != len(task.labels):
         todo = "text needs a model with a language head" if n_classes else "gpt2lite.as_classifier makes one"
         raise UsageError(f"the model's head has {n_classes} classes, the task {len(task.labels)}; {todo}")
-    if any(p.dtype == torch.int8 for p in model.parameters()):
-        raise UsageError("an int8 model does not train; load it without quantize")
     if any(p.is_inference() for p in model.parameters()):
         raise UsageError("a model made under torch.inference_mode does not train; load it outside")
     if parallel.mesh_of(model) is None:  # of ranks, heads are divided, and classes are FSDP's
@@ -199,6 +215,7 @@ def finetune(
         raise UsageError(f"recipe must be a Recipe, got a {found}; Recipe(**fields) makes one")
     out, recipe = Path(out), recipe or Recipe()
     with parallel.together(mesh := parallel.mesh_of(model)):
+        _require_trainable(model)
         _require_task(model, task, recipe)
         if parallel.is_first(mesh):
             _require_folder(out, resume, recipe.save_every)

@@ -28,18 +28,25 @@ from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.finetuning.training import Trainer, own_part
 from gpt2lite.loading.skeleton import state_of
 from gpt2lite.model import GPTModel
+from gpt2lite.quantization import Int8Linear
 
 METRICS = "metrics.jsonl"
 STATE_NAME = re.compile(r"step-(\d+)\.pth")
-STATE = ("step", "model", "optimizer", "made_from", "last_batch", "metrics")
+STATE = ("step", "model", "optimizer", "scaler", "made_from", "last_batch", "metrics")
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter, beside its step
 UNSAID = {"validate_every", "save_every", "keep"}  # of a recipe: may change when a run is resumed
 MAY_CHANGE = UNSAID | {"steps", "learning_rate"}  # with a warning; steps may only grow
 BAD_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
 DAMAGE = (*BAD_ZIP, UnpicklingError, LookupError, TypeError, ValueError)
 OTHERS = {
-    "base": "another model (give it as it was before the run)",
+    "base": "another model (give it as it was before the run, pruned by the same --keep-blocks)",
     "data": "other data",
     "teacher": "another teacher",
+}
+# What an adapter is not put around, and what to do.
+NOT_ADAPTED: dict[type, str] = {
+    Int8Linear: "int8; load the model without quantize",
+    LinearWithLoRA: "a layer with an adapter already; call gpt2lite.merge_lora first",
 }
 
 
@@ -172,6 +179,7 @@ def save_state(run: Run) -> None:
         content = {
             "model": {name: found[f"model {name}"].detach() for name in state},
             "optimizer": {name: {key: found[f"{key} {name}"] for key in own} for name, own in state.items()},
+            "scaler": trainer.scaler.state_dict(),
             "step": run.step,
             "config": trainer.model.config.as_dict(run.task.labels),
             "made_from": run.identity,
@@ -229,19 +237,28 @@ def _require_same(path: Path, saved: dict[str, Any], run: Run) -> None:
         warnings.warn(f"{path}: was made with {said}; {changes}", stacklevel=2)
 
 
+def _fits(moments: dict[str, Tensor], p: Tensor) -> bool:
+    """Whether this is AdamW's state of a parameter; torch's fused step writes past a smaller one's end."""
+    shapes = {key: tuple(each.shape) for key, each in moments.items()}
+    dtypes = {each.dtype for key, each in moments.items() if key != "step"}
+    return dtypes == {p.dtype} and shapes == {"step": (), **dict.fromkeys(MOMENTS, tuple(p.shape))}
+
+
 def restore(run: Run) -> None:
     """Go back to the newest state, if there is one."""
     if not (found := newest_state(run.out)):
         return
     path, saved = found
     _require_same(path, saved, run)
-    shapes = {name: tensor.shape for name, tensor in saved["model"].items()}
-    if shapes != {name: p.shape for name, p in run.trainer.trained.items()}:
+    shapes, trained = {name: tensor.shape for name, tensor in saved["model"].items()}, run.trainer.trained
+    if shapes != {name: p.shape for name, p in trained.items()}:
         raise CheckpointError(path, "holds other weights than this model trains; give the same model")
+    if wrong := [name for name, p in trained.items() if not _fits(saved["optimizer"].get(name, {}), p)]:
+        raise CheckpointError(path, f"its moments do not fit {wrong[0]}; delete the file", name=wrong[0])
     with torch.no_grad():
         for name, parameter in run.trainer.trained.items():
             parallel.local_of(parameter).copy_(parallel.local_of(own_part(parameter, saved["model"][name])))
-    run.trainer.restore(saved["optimizer"])
+    run.trainer.restore(saved["optimizer"], saved["scaler"])
     run.step = run.saved = saved["step"]
     run.lines = saved["metrics"].splitlines(keepends=True)
 
@@ -250,31 +267,34 @@ def restore(run: Run) -> None:
 
 
 def save_lora(run: Run, path: Path) -> None:
-    """Write what was trained, by name: adapters and a classifier's head; their alpha; digests of the base."""
+    """Write what was trained, by name: adapters, a classifier's head; alpha, labels, digests of the base."""
     trained = {name: p.detach() for name, p in run.trainer.trained.items()}
     base = {name: digest for name, digest in run.identity["base"].items() if name and name not in trained}
     if not parallel.is_first(mesh := run.trainer.mesh):
         return
+    said = {"lora_alpha": run.trainer.recipe.lora_alpha, "labels": list(run.task.labels)}
     with parallel.telling(mesh), replacing(path) as temporary:
-        torch.save({"lora_alpha": run.trainer.recipe.lora_alpha, "lora": trained, "base": base}, temporary)
+        torch.save({**said, "lora": trained, "base": base}, temporary)
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def load_lora(model: nn.Module, path: Path) -> None:
+def load_lora(model: nn.Module, path: Path) -> tuple[str, ...]:
     """Put the adapters of a file around a model's layers; `merge_lora` makes it plain again.
 
-    The head of a classifier, which was trained with them, replaces the model's. Warns where the model's other
-    weights are not those that they were trained on, which reads them all. Raises CheckpointError, before
-    anything is changed, for a damaged file, or one whose layers are not the model's.
+    The head of a classifier, which was trained with them, replaces the model's; returns the labels of its
+    rows, () where there is none. Warns where the model's other weights are not those that they were trained
+    on, which reads them all. Raises CheckpointError, before anything is changed, for a damaged file, or one
+    whose layers are not the model's.
     """
-    saved = _read(path, ("lora_alpha", "lora", "base"), "a file of LoRA adapters")
+    saved = _read(path, ("lora_alpha", "labels", "lora", "base"), "a file of LoRA adapters")
     tensors, modules, own = saved["lora"], dict(model.named_modules()), dict(model.named_parameters())
     adapted = dict[str, LinearWithLoRA]()
     for name in sorted({name.rpartition(".lora.")[0] for name in tensors if ".lora." in name}):
         layer, a = modules.get(name), tensors.get(f"{name}.lora.A")
         if not isinstance(layer, nn.Linear) or a is None or f"{name}.lora.B" not in tensors:
-            raise CheckpointError(path, f"has an adapter for {name}, not a linear layer of the model")
+            found = NOT_ADAPTED.get(type(layer), "no linear layer")
+            raise CheckpointError(path, f"has an adapter for {name}, which in the model is {found}")
         adapted[name] = LinearWithLoRA(layer, a.shape[-1], float(saved["lora_alpha"]))
         adapted[name].lora.to(torch.promote_types(layer.weight.dtype, a.dtype))  # fp32 on a base of 16 bits
         own |= {f"{name}.lora.{part}": p for part, p in adapted[name].lora.named_parameters()}
@@ -291,3 +311,4 @@ def load_lora(model: nn.Module, path: Path) -> None:
         own[name].copy_(tensor)
     for name, added in adapted.items():
         model.set_submodule(name, added)
+    return tuple(saved["labels"])

@@ -145,6 +145,11 @@ def precision_of(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16(device) else torch.float16
 
 
+def _drops(part: Any) -> bool:
+    """Whether a part of a model draws in training mode, whatever the config says."""
+    return bool(getattr(part, "drop_rate", 0) or (isinstance(part, nn.Dropout) and part.p))
+
+
 def loss_sum(
     model: GPTModel,
     ids: Tensor,
@@ -261,7 +266,7 @@ class Trainer:
         count = sum(int((batch.targets != IGNORED).sum()) for batch in batches)
         if not count:
             raise UsageError(f"step {number}: every target of its batches is {IGNORED}, so none counts")
-        summed, dropout = 0.0, bool(self.model.config.drop_rate)
+        summed, dropout = 0.0, any(map(_drops, self.model.modules()))
         blocks = list(self.model.trf_blocks) if self.recipe.recompute else ()
         self.model.train()
         # what dropout draws depends on seed and step alone, and on whose rows it is for
@@ -296,8 +301,10 @@ class Trainer:
         """Each trained parameter's moments and step, by its name."""
         return {name: dict(self.optimizers[p].state[p]) for name, p in self.trained.items()}
 
-    def restore(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """What `state` returned, onto the parameters' devices."""
+    def restore(self, state: dict[str, dict[str, Tensor]], scaler: dict[str, Any]) -> None:
+        """What `state` returned, onto the parameters' devices, and the scale of fp16's loss."""
+        if scaler:
+            self.scaler.load_state_dict(scaler)
         for name, parameter in self.trained.items():
             moments = state[name].items()
             own = {key: own_part(parameter, value).to(parameter.device, copy=True) for key, value in moments}

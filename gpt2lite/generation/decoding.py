@@ -17,6 +17,7 @@ from gpt2lite.generation.engines import ENGINES, KVCache, LanguageModel, choose_
 from gpt2lite.generation.prompts import Batch, Ids, Rows, Stops, as_batch, as_stops, usable_vocabulary
 from gpt2lite.loading.options import check_names
 from gpt2lite.parallel import computing_over, no_gradients, require_same, rest, together
+from gpt2lite.reading_text import HALVES
 from gpt2lite.tokenizer import Encoding, as_tokenizer
 
 if TYPE_CHECKING:
@@ -153,6 +154,10 @@ def _is_int(value: object, least: int, end: float = math.inf) -> bool:
     return type(value) is int and least <= value < end
 
 
+def _is_stop(value: object) -> bool:
+    return isinstance(value, str) and bool(value) and not HALVES.search(value)
+
+
 def _is_number(value: object, least: float, most: float) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
 
@@ -173,7 +178,7 @@ def rules(config: GPTConfig) -> dict[str, tuple[Callable[[Any], object], str]]:
         "engine": (lambda name: name in engines, f"one of {', '.join(engines)}"),
         "encoding": (lambda e: e is None or hasattr(e, "encode_ordinary"), "tiktoken's or gpt2lite's"),
         "stop": (
-            lambda stop: all((type(s) is str and s) or _is_int(s, 0, V) for s in as_stops(stop)),
+            lambda stop: all(_is_stop(s) or _is_int(s, 0, V) for s in as_stops(stop)),
             f"token ids in 0 … {V - 1} and non-empty strings",
         ),
     }
@@ -186,6 +191,9 @@ def require_language_model(model: LanguageModel) -> None:
         raise UsageError(f"{found} and writes no text")
     if model.pos_emb.weight.is_meta:
         raise UsageError("the model's weights are on meta, without memory; load or initialise them first")
+    heads: object = getattr(model, "local_heads", 0) or model.config.n_heads
+    if others := {getattr(part, "n_heads", heads) for part in model.modules()} - {heads}:
+        raise UsageError(f"the model's attention has n_heads={others.pop()}, its config says {heads}")
 
 
 def require_fit(T: int, max_new_tokens: int, window: int | None, config: GPTConfig) -> None:

@@ -202,10 +202,13 @@ def _changed(model: Any) -> str:
         return type(model).__name__
     with torch.device("meta"):  # a few milliseconds, no memory
         like = dict(type(model)(replace(model.config, n_layers=1)).named_modules())
+    if len(model.trf_blocks) != model.config.n_layers:
+        return "trf_blocks"
     for name, module in model.named_modules():
         twin = like.get(FIRST_BLOCK.sub("trf_blocks.0", name))
         is_same = type(module) in (type(twin), *SAME.get(type(twin).__name__, ()))
         is_same = is_same and not (isinstance(module, nn.GELU) and repr(module) != repr(twin))
+        is_same = is_same and getattr(module, "n_heads", 0) == getattr(twin, "n_heads", 0)
         own = {*vars(module)} & {"forward", "hidden"} or module._forward_hooks or module._forward_pre_hooks
         if own or not is_same:
             return name or type(model).__name__

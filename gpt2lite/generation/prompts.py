@@ -55,7 +55,7 @@ def _row(row: object) -> Tensor:
         found = row if isinstance(row, Tensor) else torch.tensor(row, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise UsageError(f"{WANTED}, got a row of {type(row).__name__}") from None
-    if found.dim() != 1 or not found.numel() or found.dtype not in INTEGERS:
+    if found.is_meta or found.dim() != 1 or not found.numel() or found.dtype not in INTEGERS:
         raise UsageError(f"{WANTED}, got a row of {found.dtype} {tuple(found.shape)}")
     return found.to("cpu", torch.int64)
 
