@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +20,16 @@ from torch import Tensor, nn
 from gpt2lite.checkpoint.safetensors import fill_safetensors
 from gpt2lite.checkpoint.torch_zip import fill_torch_zip
 from gpt2lite.checkpoint.writing import counting, require_space, tensors_of, write_whole
-from gpt2lite.config import ACTIVATIONS, GPTConfig
+from gpt2lite.config import ACTIVATIONS, EMBEDDED, GPTConfig, Purpose
 from gpt2lite.errors import UsageError
-from gpt2lite.generation import KVCache, generate, generate_tokens
+from gpt2lite.generation import KVCache, classify, generate, generate_tokens
 from gpt2lite.loading.forecast import Forecast
 from gpt2lite.loading.options import OpenOptions, Options, Progress, check_names, split
 from gpt2lite.loading.skeleton import state_of
 from gpt2lite.opening import Device, Opened, Source, locate, open_as
 from gpt2lite.parallel import is_divided, is_first, save_divided, together, whole
 from gpt2lite.quantization import Int8Linear
+from gpt2lite.tokenizer import Beside
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -131,7 +134,10 @@ class GPTModel(nn.Module):
 
     generate = generate
     generate_tokens = generate_tokens
+    classify = classify
     device_mesh: Any = None  # over which ranks the model was loaded
+    purpose = Purpose()  # what it was trained for
+    beside: Beside | None = None  # the tokenizer of the checkpoint that it was loaded from
 
     def __init__(self, config: GPTConfig | Mapping[str, Any]) -> None:
         super().__init__()
@@ -146,6 +152,15 @@ class GPTModel(nn.Module):
             self.out_head.weight = self.tok_emb.weight
         if not self.tok_emb.weight.is_meta:
             self.initialise()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: a module's own, without what is said of the checkpoint on this machine."""
+        return {name: value for name, value in vars(self).items() if name not in ("purpose", "beside")}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GPTModel:
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        vars(copied).update(deepcopy(vars(self), memo))
+        return copied
 
     @classmethod
     def from_checkpoint(
@@ -187,16 +202,19 @@ class GPTModel(nn.Module):
     def save_checkpoint(
         self, path: Source, *, labels: Sequence[str] = (), progress: Progress | None = None
     ) -> Path:
-        """Write the weights and the config, with a classifier's labels, to one `.pth` or `.safetensors`.
+        """Write the weights and the config to one `.pth` or `.safetensors`, and its tokenizer beside it.
 
-        `from_checkpoint` of it needs nothing said; other programs pass over the config. The file is replaced
+        `from_checkpoint` of it needs nothing said; other programs pass over the config, with which goes what
+        the model was trained for; `labels` are a classifier's, if it does not have them. The file is replaced
         whole or not at all, so a model that stands on `model.pth` (strategy="mmap") can be saved over it. A
         tied head stays tied: in a `.pth` one storage, in safetensors no second copy. Holds two chunks of 8
         MiB on the host. Ranks of one mesh write one file together; a `.pth` takes its size on disk again
         for a moment. Raises UsageError for another suffix, a folder that is not there, weights on meta, or
         labels that do not name each row of the head once, OSError for a full disk.
         """
-        path, config = Path(path), self.config.as_dict(labels)
+        path = Path(path)
+        purpose = replace(self.purpose, labels=labels) if labels else self.purpose  # type: ignore[arg-type]
+        config = self.config.as_dict(purpose)
         if any(isinstance(part, Int8Linear) for part in self.modules()):
             raise UsageError(f"{path}: cannot save an int8 model; quantize the checkpoint when loading it")
         if path.suffix not in SAVERS:
@@ -208,11 +226,14 @@ class GPTModel(nn.Module):
             require_space(path, sum(tensor.nbytes for tensor in tensors if not tensor.shares))
         if not ties and any(map(is_divided, state.values())):
             save_divided(path, state, mesh, counting(progress, tensors), config)
-            return path
-        with whole(state, mesh, path.parent) as undivided, together(mesh):
-            tensors = [tensor for tensor in tensors_of(undivided) if ties or not tensor.shares]
-            if is_first(mesh):
-                write_whole(fill, path, tensors, progress, config)
+        else:
+            with whole(state, mesh, path.parent) as undivided, together(mesh):
+                tensors = [tensor for tensor in tensors_of(undivided) if ties or not tensor.shares]
+                if is_first(mesh):
+                    write_whole(fill, path, tensors, progress, config)
+        with together(mesh):
+            if self.beside and is_first(mesh):
+                self.beside.save(path)
         return path
 
     @torch.no_grad()
@@ -254,6 +275,11 @@ def open_model(source: Source, **options: Unpack[OpenOptions]) -> Opened[GPTMode
     `gpt2lite.OpenOptions`. Reads headers; raises as `GPTModel.from_pretrained`, but for memory.
     """
     return open_as(GPTModel, locate(source, options), options)
+
+
+def embedded(device: Device = "cpu") -> GPTModel:
+    """The small model that ships with the package, in fp32: 4 MB, and it writes stories for children."""
+    return GPTModel.from_checkpoint(EMBEDDED, device, dtype=torch.float32)
 
 
 def forecast(path: Source, device: Device = "cpu", **options: Unpack[Options]) -> dict[str, Forecast]:

@@ -23,7 +23,7 @@ from torch import nn
 from gpt2lite import parallel
 from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.checkpoint.tf_bundle import index_of
-from gpt2lite.config import OFFICIAL_SIZES, GPTConfig
+from gpt2lite.config import OFFICIAL_SIZES, GPTConfig, Purpose
 from gpt2lite.devices import name_device
 from gpt2lite.dialects import configs
 from gpt2lite.dialects.peft import find_adapter, with_adapter
@@ -34,6 +34,7 @@ from gpt2lite.loading.forecast import Forecast
 from gpt2lite.loading.options import HUB_OPTIONS, LoadOptions, OpenOptions, check_names
 from gpt2lite.loading.plan import LoadPlan, make_plan, require_one_dtype
 from gpt2lite.loading.skeleton import sketch
+from gpt2lite.tokenizer import Beside
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -71,11 +72,13 @@ class Opened(Generic[Model]):
     model.
 
     No tensor data is in memory. Look at `config`, ask `forecast`, then `load`; nothing is opened twice.
+    `beside.tokenizer` is what makes text of its tokens.
     """
 
     reading: Reading
     found: configs.Found
     model: Callable[[GPTConfig], Model]
+    beside: Beside
 
     @property
     def path(self) -> Path:
@@ -88,9 +91,14 @@ class Opened(Generic[Model]):
         return configs.complete(self.reading, self.found)
 
     @cached_property
+    def purpose(self) -> Purpose:
+        """What the model was trained for, as far as files say. Raises CheckpointError where they disagree."""
+        return configs.purpose_of(self.reading, self.found)
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """A classifier's labels, one per row of its head; () where no file says them."""
-        return configs.labels_of(self.reading)
+        return self.purpose.labels
 
     @cached_property
     def sizes(self) -> GPTConfig:
@@ -140,9 +148,9 @@ class Opened(Generic[Model]):
         with parallel.together(mesh := options.get("mesh")):
             configs.check_masks(self.reading, parallel.turn_of(mesh))
         self.warn()
+        said = {"purpose": self.purpose, "beside": self.beside}
         model = load(partial(self.plan, **options), device, strategy, options)
-        if mesh is not None:
-            model.device_mesh = mesh  # type: ignore[assignment]
+        vars(model).update(said if mesh is None else said | {"device_mesh": mesh})
         return model  # type: ignore[return-value]
 
 
@@ -172,7 +180,8 @@ def open_as(model: Callable[[GPTConfig], Model], path: Source, options: OpenOpti
         reading = with_adapter(reading, adapter.said, open_checkpoint(adapter.weights))
     if options.get("lora_alpha") is not None:
         reading = with_lora_alpha(reading, options["lora_alpha"])
-    return Opened(reading, configs.find_fields(reading, options.get("config")), model)
+    found = configs.find_fields(reading, options.get("config"))
+    return Opened(reading, found, model, Beside.of(path, found.fields["vocab_size"]))
 
 
 @collector_paused()

@@ -22,7 +22,7 @@ from torch.distributed import checkpoint
 from gpt2lite import CheckpointError, GPTConfig, GPTModel, Recipe, UsageError, convert, finetune
 from gpt2lite.benchmarking import write_random_checkpoint
 from gpt2lite.cli import main
-from gpt2lite.cli.terminal import EMBEDDED
+from gpt2lite.config import EMBEDDED
 from gpt2lite.finetuning.loop import read_metrics
 
 MIB = 1 << 20

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from gpt2lite._version import __version__
-from gpt2lite.cli.arguments import COMMANDS, add_arguments
+from gpt2lite.cli.arguments import COMMANDS, add_arguments, check_needs
 from gpt2lite.errors import GPT2LiteError
 
 EPILOG = """examples:
@@ -65,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 an error said in one line, 2 usage, 130 Ctrl-C."""
     try:
         with _plain_output():
-            args = _parser().parse_args(arguments)
+            args = (parser := _parser()).parse_args(arguments)
+            check_needs(parser, args)
             importlib.import_module("gpt2lite._torch")
             module = importlib.import_module(f"gpt2lite.cli.{COMMANDS[args.command].module}")
             with importlib.import_module("gpt2lite.cli.loading").ranks(args):

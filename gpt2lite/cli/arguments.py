@@ -9,8 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpt2lite.cli.terminal import EMBEDDED
-from gpt2lite.config import ACTIVATIONS, OFFICIAL_SIZES
+from gpt2lite.config import ACTIVATIONS, EMBEDDED, OFFICIAL_SIZES
 from gpt2lite.finetuning.recipe import Recipe
 
 # Tables of the library, by their names: the tables themselves hold functions of torch.
@@ -24,7 +23,7 @@ DIALECTS = {"book": "book", "hf": "huggingface", "nanogpt": "nanogpt"}
 
 EMBEDDED_PROMPT = "Once upon a time"
 DEFAULT_PROMPT = "Hello, I am"
-DEFAULT_NEW_TOKENS = 240
+DEFAULT_NEW_TOKENS = 240  # decoding.NEW_TOKENS, which is torch's
 CHECKPOINT = "a checkpoint, or a model on the Hub: gpt2 … gpt2-xl, owner/name"
 OR_EMBEDDED = f"{CHECKPOINT} (default: the embedded model)"
 
@@ -65,7 +64,7 @@ LOADING = ("--strategy", "--device", *CONFIG, "--lora-alpha", "--dtype", *CAPS)
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command: where its `run_NAME` is, its own arguments, its SHARED ones, which exclude each other."""
+    """A command: where its `run_NAME` is, its own arguments and SHARED ones, which exclude or need others."""
 
     module: str
     summary: str
@@ -73,6 +72,7 @@ class Command:
     shared: tuple[str, ...]
     one_of: tuple[str, ...] = ()
     needs_one: bool = False
+    needs: tuple[tuple[str, str], ...] = ()
     with_recipe: bool = False
 
 
@@ -81,9 +81,11 @@ COMMANDS = {
         "texts",
         "write text with a model, the embedded one by default",
         {
-            "--model": _arg(OR_EMBEDDED, default=EMBEDDED, metavar="PATH|NAME"),
+            "--model": _arg(argparse.SUPPRESS),  # as it was called before it came first
             "--prompt": _arg(f"default: {EMBEDDED_PROMPT!r}; {DEFAULT_PROMPT!r} for other models"),
             "--prompts": _arg("one prompt per line; - reads standard input", metavar="FILE"),
+            "--instruction": _arg("for a model that was finetuned on instructions: what to do"),
+            "--input": _arg("with --instruction: what to do it with"),
             "--num-samples": _int("texts for each prompt (default: 1)", default=1),
             "--max-new-tokens": _int(f"default: {DEFAULT_NEW_TOKENS}, or what fits in the context"),
             "--temperature": _number("0 is greedy (default), 1 samples as trained", default=0.0),
@@ -96,8 +98,21 @@ COMMANDS = {
             "--window": _int("when the context is full, go on from the last N tokens"),
             "--engine": _arg("default: the fastest that can run", choices=("auto", *ENGINES), default="auto"),
         },
-        (*LOADING, "--parallel", "--quantize"),
-        one_of=("--prompt", "--prompts"),
+        ("path", *LOADING, "--parallel", "--quantize"),
+        one_of=("--prompt", "--prompts", "--instruction"),
+        needs=(("input", "instruction"),),
+    ),
+    "classify": Command(
+        "texts",
+        "say which class a text belongs to, with a finetuned classifier",
+        {
+            "path": _arg(CHECKPOINT),
+            "text": _arg("the text", nargs="?"),
+            "--file": _arg("records with text (.json, .jsonl, .csv), else a text per line", metavar="FILE"),
+        },
+        ("--json", *LOADING),
+        one_of=("text", "--file"),
+        needs_one=True,
     ),
     "bench": Command(
         "bench",
@@ -125,6 +140,7 @@ COMMANDS = {
         },
         ("path", "--json", *CONFIG, "--dtype", "--quantize", *CAPS),
         with_recipe=True,
+        needs=(("fit", "train"), ("classes", "train"), ("parallel", "ranks")),
     ),
     "convert": Command(
         "checkpoints",
@@ -226,6 +242,14 @@ def add_arguments(parser: argparse.ArgumentParser, command: Command) -> None:
         (group if name in command.one_of else parser).add_argument(name, **options)
     if command.with_recipe:
         _add_recipe(parser)
+
+
+def check_needs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with a usage error for an argument that says nothing without another one."""
+    given = {name for name, value in vars(args).items() if value not in (None, False)}
+    for name, needed in COMMANDS[args.command].needs:
+        if name in given and needed not in given:
+            parser.error(f"argument --{name}: says nothing without --{needed}")
 
 
 def recipe_of(args: argparse.Namespace, otherwise: Mapping[str, Any] | None = None) -> Recipe:

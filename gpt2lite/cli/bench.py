@@ -19,8 +19,8 @@ import torch
 from gpt2lite._version import __version__
 from gpt2lite.benchmarking import Failure, Measurement, compare_strategies, write_random_checkpoint
 from gpt2lite.cli.loading import config_of
-from gpt2lite.cli.terminal import EMBEDDED, as_json, bytes_bar, facts, steps_bar, table
-from gpt2lite.config import GPTConfig
+from gpt2lite.cli.terminal import as_json, bytes_bar, facts, steps_bar, table
+from gpt2lite.config import EMBEDDED, GPTConfig
 from gpt2lite.devices import accelerators, free_memory, name_of, resolve_device, total_memory
 from gpt2lite.errors import UsageError
 from gpt2lite.memory import GIB, MIB, host_memory, human

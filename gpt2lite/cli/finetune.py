@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-
-from torch import Tensor
 
 from gpt2lite.cli.arguments import recipe_of
 from gpt2lite.cli.bench import plot_losses
@@ -21,32 +17,25 @@ from gpt2lite.finetuning.heads import as_classifier, relabel
 from gpt2lite.finetuning.loop import Metrics, finetune, read_metrics
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.finetuning.states import Task, saved_recipe
-from gpt2lite.finetuning.tasks import classifier_task, held_out, instruction_task, open_text, text_task
+from gpt2lite.finetuning.tasks import classifier_task, held_out, instruction_task, text_task, tokens_of
 from gpt2lite.memory import human
 from gpt2lite.model import GPTModel, open_model
 from gpt2lite.opening import Opened, locate
 from gpt2lite.parallel import is_first
 from gpt2lite.pruning import keep_blocks
-from gpt2lite.tokenizer import Tokenizer, tokenizer_files, tokenizer_for, write_beside
+from gpt2lite.tokenizer import Tokenizer
 
 
-def _task(model: GPTModel, encoding: Tokenizer, args: argparse.Namespace, recipe: Recipe) -> Task:
+def _task(model: GPTModel, args: argparse.Namespace, recipe: Recipe) -> Task:
     """What the flags name."""
-    config = model.config
     if args.classify:
-        return classifier_task(args.classify, encoding, config, recipe)
-    if config.n_classes:
-        found = f"a classifier of {config.n_classes} classes"
+        return classifier_task(args.classify, model, recipe)
+    if model.config.n_classes:
+        found = f"a classifier of {model.config.n_classes} classes"
         raise UsageError(f"{args.path}: {found} writes no text; use --classify")
     if args.instructions:
-        return instruction_task(args.instructions, encoding, config, recipe)
-    return text_task(_tokens(encoding, config.vocab_size, args), encoding, config, recipe)
-
-
-def _tokens(encoding: Tokenizer, vocab_size: int, args: argparse.Namespace) -> Tensor:
-    """The text's ids."""
-    with tempfile.TemporaryDirectory(prefix="gpt2lite-") as folder:  # what is mapped stays without its name
-        return open_text(args.text, Path(folder) / "tokens.npy", encoding, vocab_size)
+        return instruction_task(args.instructions, model, recipe)
+    return text_task(args.text, model, recipe)
 
 
 def _pruned(opened: Opened[GPTModel], args: argparse.Namespace) -> Opened[GPTModel]:
@@ -56,8 +45,7 @@ def _pruned(opened: Opened[GPTModel], args: argparse.Namespace) -> Opened[GPTMod
     """
     if args.text is None or args.parallel:
         raise UsageError("--keep-blocks chooses by --text, in one process; else run `gpt2lite prune` first")
-    vocab_size = opened.config.vocab_size
-    ids = held_out(_tokens(tokenizer_for(opened.path, vocab_size), vocab_size, args))
+    ids = held_out(tokens_of(args.text, opened.beside.tokenizer, opened.config.vocab_size))
     chosen = choose_by(ids, opened, args)
     losses = " → ".join(f"{loss:.4f}" for loss in chosen.losses)
     print(f"blocks {', '.join(map(str, chosen.kept))} of {opened.config.n_layers}, loss {losses}")
@@ -66,11 +54,11 @@ def _pruned(opened: Opened[GPTModel], args: argparse.Namespace) -> Opened[GPTMod
 
 def _require_same_tokens(teacher: str, encoding: Tokenizer, vocab_size: int) -> None:
     """Raise UsageError where a teacher's ids stand for other texts, as far as a tokenizer beside it tells."""
-    path = locate(teacher, {})
-    if open_model(path).sizes.vocab_size != vocab_size:
+    opened = open_model(locate(teacher, {}))
+    if opened.sizes.vocab_size != vocab_size:
         return  # which `finetune` refuses
     try:
-        theirs = tokenizer_for(path, vocab_size)
+        theirs = opened.beside.tokenizer
     except UsageError:  # there is none
         return
     for token in range(vocab_size):
@@ -126,17 +114,15 @@ def run_finetune(args: argparse.Namespace) -> int:
     with bytes_bar("loading") as progress:  # in the file's dtype, whatever it trains in: it is saved so
         options = load_options(args, progress)
         model = opened.load(resolve_device(args.device), args.strategy, **options)
-    encoding = tokenizer_for(path, model.config.vocab_size)
     if recipe.teacher:
-        _require_same_tokens(recipe.teacher, encoding, model.config.vocab_size)
-    task = _task(model, encoding, args, recipe)
+        _require_same_tokens(recipe.teacher, opened.beside.tokenizer, model.config.vocab_size)
+    task = _task(model, args, recipe)
     if args.classify:
         _put_head(opened, model, task.labels, recipe)
     with _reports(recipe.steps) as report:
         model_path = finetune(model, task, args.out, recipe, resume=args.resume, report=report)
     if not is_first(model.device_mesh):
         return 0
-    write_beside(model_path, tokenizer_files(path))
     try:
         plot_losses(read_metrics(args.out), args.out / "loss.png")
     except UsageError as error:  # matplotlib is an extra

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from gpt2lite import parallel
 from gpt2lite.cli.arguments import PARALLEL
-from gpt2lite.cli.terminal import EMBEDDED, bytes_bar
+from gpt2lite.cli.terminal import bytes_bar
+from gpt2lite.config import EMBEDDED
 from gpt2lite.devices import name_device, resolve_device
 from gpt2lite.errors import UsageError
 from gpt2lite.loading.options import LoadOptions, Progress

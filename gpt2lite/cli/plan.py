@@ -12,7 +12,7 @@ from gpt2lite.cli.arguments import recipe_of
 from gpt2lite.cli.loading import config_of, dtype_of
 from gpt2lite.cli.terminal import as_json, facts, table
 from gpt2lite.devices import CPU, name_device
-from gpt2lite.errors import InsufficientMemoryError, UsageError
+from gpt2lite.errors import InsufficientMemoryError
 from gpt2lite.finetuning.forecast import TrainingForecast, find_levers, forecast_training
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.loading.choice import Verdict, choose, judge
@@ -86,10 +86,6 @@ def _plan_training(args: argparse.Namespace, mesh: DeviceMesh | None) -> int:
 
 def run_plan(args: argparse.Namespace) -> int:
     """Print forecasts, available memory, and what fits; 1 if nothing does."""
-    if args.parallel and args.ranks is None:
-        raise UsageError("--parallel is about several processes: add --ranks N")
-    if (args.fit or args.classes) and not args.train:
-        raise UsageError("--fit and --classes are about training: add --train")
     run = _plan_training if args.train else _plan
     if args.ranks is None:
         return run(args, None)

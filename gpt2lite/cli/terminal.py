@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,10 @@ from typing import Any
 
 from gpt2lite.reading_text import decode_text
 
-EMBEDDED = Path(__file__).resolve().parent.parent / "data" / "embedded.pth"
+
+def line_width() -> int:
+    """Columns of the terminal that is printed to; 80 where there is none."""
+    return shutil.get_terminal_size().columns
 
 
 def table(*lines: Sequence[str]) -> str:
