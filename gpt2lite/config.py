@@ -8,7 +8,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from gpt2lite.errors import UsageError
+from gpt2lite.errors import UsageError, did_you_mean
 
 # name → (n_layers, emb_dim, n_heads); vocabulary 50257 and context 1024 throughout.
 # Source: https://github.com/openai/gpt-2 (hparams.json of 124M, 355M, 774M, 1558M)
@@ -18,6 +18,9 @@ OFFICIAL_SIZES = {
     "gpt2-large": (36, 1280, 20),
     "gpt2-xl": (48, 1600, 25),
 }
+# Other names of them: OpenAI's own, and what people say.
+ALSO_CALLED = {"gpt2-small": "gpt2", "124m": "gpt2", "355m": "gpt2-medium", "774m": "gpt2-large"}
+ALSO_CALLED |= dict.fromkeys(("1558m", "1.5b"), "gpt2-xl")
 EMBEDDED = Path(__file__).resolve().parent / "data" / "embedded.pth"  # the model that ships with the package
 SLOTS = re.compile("{(instruction|input)}")
 TEMPLATES = ("prompt", "prompt_input")  # Alpaca's names of its two
@@ -74,10 +77,13 @@ class GPTConfig:
 
     @classmethod
     def named(cls, name: str) -> GPTConfig:
-        """The config of an official size: gpt2, gpt2-medium, gpt2-large or gpt2-xl, with its tied head."""
-        if name not in OFFICIAL_SIZES:
-            raise UsageError(f"unknown GPT-2 size {name!r}; choose from {', '.join(OFFICIAL_SIZES)}")
-        n_layers, emb_dim, n_heads = OFFICIAL_SIZES[name]
+        """The config of an official size: gpt2, gpt2-medium, gpt2-large or gpt2-xl, with its tied head.
+
+        124M, 355M, 774M, 1558M and 1.5B name them, too.
+        """
+        if (known := official_name(name)) not in OFFICIAL_SIZES:
+            raise UsageError(f"unknown GPT-2 size {name!r}{did_you_mean(name, OFFICIAL_SIZES)}")
+        n_layers, emb_dim, n_heads = OFFICIAL_SIZES[known]
         return cls(50257, 1024, emb_dim, n_heads, n_layers, tied_head=True)
 
     @classmethod
@@ -132,6 +138,11 @@ class Purpose:
         if slots not in ([], [["instruction"], ["input", "instruction"]]):
             said = "two texts, with {instruction}, and with {instruction} and {input}"
             raise UsageError(f"template must be {said}; got {self.template!r:.60}")
+
+
+def official_name(name: str) -> str:
+    """The name of an official size that is called otherwise; any other name as it is."""
+    return ALSO_CALLED.get(name.lower(), name)
 
 
 def wrong_labels(labels: object, n_classes: int) -> str | None:

@@ -26,7 +26,7 @@ from gpt2lite.generation import KVCache, classify, generate, generate_tokens
 from gpt2lite.loading.forecast import Forecast
 from gpt2lite.loading.options import OpenOptions, Options, Progress, check_names, split
 from gpt2lite.loading.skeleton import state_of
-from gpt2lite.opening import Device, Opened, Source, locate, open_as
+from gpt2lite.opening import Device, Opened, Source, locate, open_as, open_to_plan
 from gpt2lite.parallel import is_divided, is_first, save_divided, together, whole
 from gpt2lite.quantization import Int8Linear
 from gpt2lite.tokenizer import Beside
@@ -283,7 +283,11 @@ def embedded(device: Device = "cpu") -> GPTModel:
 
 
 def forecast(path: Source, device: Device = "cpu", **options: Unpack[Options]) -> dict[str, Forecast]:
-    """What each strategy would add to host and device memory: `open_model(path).forecast(device)`."""
+    """What each strategy would add to host and device memory: `open_model(path).forecast(device)`.
+
+    The name of an official size needs no file and no network: what is neither a path nor in the Hub's cache
+    is taken to be as its file on the Hub is, float32 and its head tied.
+    """
     check_names(options, Options)
     opening, loading = split(options)
-    return open_as(GPTModel, path, opening).forecast(device, **loading)
+    return open_to_plan(GPTModel, path, opening).forecast(device, **loading)

@@ -9,13 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpt2lite.config import ACTIVATIONS, EMBEDDED, OFFICIAL_SIZES
+from gpt2lite.config import ACTIVATIONS, EMBEDDED, OFFICIAL_SIZES, official_name
 from gpt2lite.finetuning.recipe import Recipe
 
 # Tables of the library, by their names: the tables themselves hold functions of torch.
 STRATEGIES = ("baseline", "sequential", "meta", "mmap", "per_tensor", "stream")
 ENGINES = ("numba", "cuda_graph", "torch")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp64": "float64"}
 FORMATS = ("pth", "safetensors", "per-tensor", "dcp")
 REFERENCES = ("torch", "transformers")
 PARALLEL = ("fsdp", "tp", "ddp")
@@ -34,24 +35,30 @@ def _arg(help: str, **options: Any) -> dict[str, Any]:
     return {"help": help, **options}
 
 
+def _dtype(name: str) -> str:
+    return SHORT.get(name.lower(), name)
+
+
 _int, _number = partial(_arg, type=int, metavar="N"), partial(_arg, type=float, metavar="X")
 _size, _path = partial(_arg, metavar="SIZE"), partial(_arg, type=Path)
 _file, _switch = partial(_path, metavar="FILE"), partial(_arg, action="store_true")
 
+SIZES: dict[str, Any] = {"type": official_name, "choices": OFFICIAL_SIZES}
 SHARED: Rows = {
+    "--quiet": _switch("no progress and no remarks, only results and warnings"),
     "path": _arg(OR_EMBEDDED, nargs="?", default=EMBEDDED),
     "source": _arg(CHECKPOINT),
     "destination": _path("a .pth, a .safetensors, or a new folder"),
     "--to": _arg("target (default: %(default)s)", choices=DIALECTS, default="book"),
     "--folder": _path("for temporary files (default: the system's)", metavar="DIR"),
     "--json": _switch("print JSON"),
-    "--device": _arg("cpu, cuda, cuda:1 … (default: cpu)", default="cpu"),
+    "--device": _arg("cpu, cuda, cuda:1 … (default: a GPU that is free, else cpu)", default="auto"),
     "--strategy": _arg("default: the best that fits", choices=("auto", *STRATEGIES), default="auto"),
     "--revision": _arg("branch, tag or commit of a model on the Hub", metavar="REV"),
     "--n-heads": _int("number of attention heads, if the file does not say"),
     "--activation": _arg("if the file does not say (nanoGPT, minGPT)", choices=ACTIVATIONS),
     "--lora-alpha": _number("alpha of the book's LoRA layers, if the file has any"),
-    "--dtype": _arg("cast the weights (default: as in the file)", choices=DTYPES),
+    "--dtype": _arg("cast the weights (default: as in the file)", type=_dtype, choices=DTYPES),
     "--quantize": _arg("int8 weights with one scale per row", choices=("int8",)),
     "--parallel": _arg("under torchrun: how its processes share the model", choices=PARALLEL),
     "--max-host-memory": _size("cap on what loading adds to host memory: 512MiB, 2GiB"),
@@ -119,7 +126,9 @@ COMMANDS = {
         "measure what every way of loading costs in memory and time",
         {
             "path": _arg(OR_EMBEDDED, nargs="?"),
-            "--size": _arg("write a random checkpoint of this size first", choices=OFFICIAL_SIZES),
+            "--size": _arg(
+                "write a random checkpoint of this size first", type=official_name, choices=OFFICIAL_SIZES
+            ),
             "--strategies": _arg("default: all", nargs="+", choices=STRATEGIES, default=STRATEGIES),
             "--json": _arg("save everything as JSON; - prints it instead", metavar="FILE.json"),
             "--plot": _path("draw memory over time (needs matplotlib)", metavar="FILE.png"),
@@ -131,7 +140,10 @@ COMMANDS = {
         "plan",
         "show what a load will cost, what fits, and what auto would choose, before loading",
         {
-            "--device": _arg("cpu, cuda, cuda:1 …; it may be absent (default: cpu)", default="cpu"),
+            "--device": _arg("cpu, cuda, cuda:1 …; it may be absent (default: what is here)", default="auto"),
+            "--size": _arg(
+                "plan for this size, without any file", type=official_name, choices=OFFICIAL_SIZES
+            ),
             "--train": _switch("show what training would take instead"),
             "--fit": _size("with --train: find the cheapest settings that fit in SIZE"),
             "--classes": _int("with --train: a classifier of N classes"),
@@ -139,6 +151,7 @@ COMMANDS = {
             "--parallel": _arg("how they share the model (default: fsdp)", choices=PARALLEL),
         },
         ("path", "--json", *CONFIG, "--dtype", "--quantize", *CAPS),
+        one_of=("path", "--size"),
         with_recipe=True,
         needs=(("fit", "train"), ("classes", "train"), ("parallel", "ranks")),
     ),
@@ -236,9 +249,12 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser, command: Command) -> None:
     """Declare what a command may be told."""
-    rows = command.own | {name: SHARED[name] for name in command.shared}
+    rows = command.own | {name: SHARED[name] for name in (*command.shared, "--quiet")}
     group = parser.add_mutually_exclusive_group(required=command.needs_one) if command.one_of else parser
     for name, options in rows.items():
+        if "choices" in options:  # a line of usage would be wider than a terminal with all of them
+            told = f"{options['help']}: {', '.join(options['choices'])}"
+            options = {**options, "metavar": "NAME", "help": told}
         (group if name in command.one_of else parser).add_argument(name, **options)
     if command.with_recipe:
         _add_recipe(parser)

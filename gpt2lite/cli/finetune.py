@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from gpt2lite.cli.arguments import recipe_of
 from gpt2lite.cli.bench import plot_losses
 from gpt2lite.cli.loading import choose_by, config_of, load_options
-from gpt2lite.cli.terminal import bytes_bar, steps_bar
+from gpt2lite.cli.terminal import QUIET, bytes_bar, line_width, steps_bar
 from gpt2lite.devices import resolve_device
 from gpt2lite.errors import UsageError
 from gpt2lite.finetuning.heads import as_classifier, relabel
@@ -90,16 +90,16 @@ def _reports(steps: int) -> Iterator[Callable[[Metrics], None]]:
 
         def report(metrics: Metrics) -> None:
             bar.update(metrics.step + 1 - bar.n)
-            rate, memory = f"{metrics.tokens_per_second:.0f} tokens/s", human(metrics.memory)
+            rate, memory = f"{metrics.tokens_per_second:.0f} tok/s", human(metrics.memory)
             bar.set_postfix_str(f"loss {metrics.loss:.3f}, {rate}, {memory}")
-            if metrics.validation_loss is None:
+            if metrics.validation_loss is None or QUIET.get():
                 return
-            right = "" if metrics.accuracy is None else f"  right {100 * metrics.accuracy:.1f} %"
+            right = "" if metrics.accuracy is None else f"  right {100 * metrics.accuracy:.1f}%"
             losses = f"loss {metrics.loss:.4f}  validation {metrics.validation_loss:.4f}"
             bar.clear()
             print(f"step {metrics.step + 1:5}  {losses}{right}  {rate}  {memory}")
             if metrics.sample is not None:
-                print("       " + " ".join(metrics.sample.split())[:100])
+                print("       " + " ".join(metrics.sample.split())[: line_width() - 7])
 
         yield report
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,11 @@ from gpt2lite.errors import InsufficientMemoryError
 from gpt2lite.finetuning.forecast import TrainingForecast, find_levers, forecast_training
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.loading.choice import Verdict, choose, judge
+from gpt2lite.loading.options import OpenOptions
 from gpt2lite.loading.strategies import STRATEGIES
 from gpt2lite.memory import find_budget, human, parse_size
-from gpt2lite.model import GPTModel, open_model
+from gpt2lite.model import GPTModel
+from gpt2lite.opening import Opened, assumed, open_to_plan
 from gpt2lite.parallel import FSDP, forecast_gathered, started
 
 if TYPE_CHECKING:
@@ -57,9 +60,21 @@ def _as_dict(name: str, verdict: Verdict | str) -> dict[str, Any]:
     return {"strategy": name, "forecast": forecast, "fits": not lacking, "lacking": lacking}
 
 
+def _opened(args: argparse.Namespace) -> Opened[GPTModel]:
+    """The checkpoint; an official size, if one is asked for by name alone, as its file is."""
+    options: OpenOptions = {"revision": args.revision, "config": config_of(args)}
+    return assumed(GPTModel, args.size) if args.size else open_to_plan(GPTModel, args.path, options)
+
+
+def _assumption(opened: Opened[GPTModel]) -> str:
+    said = "no file of it was looked at; assumed in float32, its head tied, as on the Hub"
+    return "" if os.path.lexists(opened.path) else f"\n{opened.path}: {said}\n"
+
+
 def _plan_training(args: argparse.Namespace, mesh: DeviceMesh | None) -> int:
     """Print what training takes; with --fit what brings it there: 1 if nothing does."""
-    config = open_model(args.path, revision=args.revision, config=config_of(args)).sizes
+    opened = _opened(args)
+    config = opened.sizes
     if args.classes:
         config = replace(config, n_classes=args.classes, head_bias=True, tied_head=False)
     device, dtype, recipe = name_device(args.device), dtype_of(args) or torch.float32, recipe_of(args)
@@ -72,15 +87,16 @@ def _plan_training(args: argparse.Namespace, mesh: DeviceMesh | None) -> int:
     fits = not limit or found.peak <= limit
     if args.json:
         said = [{"lever": lever, "costs": cost} for lever, cost in levers]
-        content = {"path": str(args.path), "device": str(device), "forecast": asdict(found)}
+        content = {"path": str(opened.path), "device": str(device), "forecast": asdict(found)}
         print(as_json(content | {"levers": said, "fits": fits}))
     else:
-        print(f"training {args.path} on {device}\n")
+        print(f"training {opened.path} on {device}\n")
         print(facts([(name, _size(nbytes)) for name, nbytes in asdict(found).items()]))
         if limit:
             met = "does not fit as asked; it would with" if levers else "fits as asked"
             how = met if fits else "does not fit in any way; the least takes"
             print(f"\n{human(limit)}: {how}" + "".join(f"\n  {lever}: {cost}" for lever, cost in levers))
+        print(_assumption(opened), end="")
     return 0 if fits else 1
 
 
@@ -96,7 +112,7 @@ def run_plan(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace, mesh: DeviceMesh | None) -> int:
     device = name_device(args.device)
     budget = find_budget(device, args.max_host_memory, args.max_device_memory)
-    opened = open_model(args.path, revision=args.revision, config=config_of(args))
+    opened = _opened(args)
     plan = opened.plan(device, dtype=dtype_of(args), quantize=args.quantize, mesh=mesh)
     verdicts = {name: row.refuses(plan) or judge(plan, name, budget) for name, row in STRATEGIES.items()}
     auto, fits, ranks = "", list[str](), dict[str, int]()
@@ -123,4 +139,5 @@ def _plan(args: argparse.Namespace, mesh: DeviceMesh | None) -> int:
         *(("would fit", change) for change in fits),
         *((name, human(nbytes)) for name, nbytes in ranks.items()),
     ]))  # fmt: skip
+    print(_assumption(opened), end="")
     return 0 if auto else 1

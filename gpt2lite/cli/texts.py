@@ -13,7 +13,7 @@ from typing import Any
 
 from gpt2lite.cli.arguments import DEFAULT_PROMPT, EMBEDDED_PROMPT
 from gpt2lite.cli.loading import load_to_read
-from gpt2lite.cli.terminal import as_json, bytes_bar, facts, line_width, read_text, steps_bar
+from gpt2lite.cli.terminal import as_json, bytes_bar, facts, is_watched, line_width, read_text, steps_bar
 from gpt2lite.config import EMBEDDED
 from gpt2lite.errors import UsageError
 from gpt2lite.evaluation import evaluate
@@ -56,7 +56,7 @@ def _prompts(args: argparse.Namespace) -> list[Text]:
 def _write_one(pieces: Iterator[str]) -> int:
     """Print a text as it comes; returns the number of its pieces. A slow start is explained on a terminal."""
     slow, count = threading.Timer(PATIENCE, print, [COMPILING], {"file": sys.stderr, "flush": True}), 0
-    if sys.stderr.isatty():
+    if is_watched():
         slow.start()
     try:
         for count, piece in enumerate(pieces, 1):
@@ -92,7 +92,7 @@ def run_generate(args: argparse.Namespace) -> int:
                 for place, text in enumerate(some, start):
                     print(RULE * bool(place) + text)
                 bar.update(len(some))
-    if sys.stderr.isatty():
+    if is_watched():
         seconds = time.perf_counter() - began
         print(f"\n{done}, {int(done.split()[0]) / seconds:.1f} {done.split()[1]}/s", file=sys.stderr)
     return 0
