@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -324,7 +327,8 @@ def test_a_model_comes_first_or_behind_model_but_not_twice(capsys: pytest.Captur
 def on_a_terminal(*words: object) -> str:
     """What a command writes to a terminal of 80 columns, both streams."""
     seen, (end, own) = b"", pty.openpty()
-    environment = {**os.environ, "COLUMNS": "80", "TERM": "xterm"}
+    fcntl.ioctl(own, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    environment = {**os.environ, "TERM": "xterm"}
     process = subprocess.Popen([sys.executable, "-m", "gpt2lite", *map(str, words)], stdin=own, stdout=own,
                                stderr=own, env=environment)  # fmt: skip
     os.close(own)

@@ -621,7 +621,7 @@ def test_the_command_plans_by_a_name_and_says_what_it_assumed(
     offline: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    said = "gpt2: no file of it was looked at; assumed in float32, its head tied, as on the Hub"
+    said = "gpt2: no file was looked at; float32 and a tied head, as on the Hub"
     for words in (["gpt2"], ["124M"], ["--size", "gpt2"], ["gpt2", "--train", "--batch-size", "1"]):
         assert main(["plan", *words]) == 0
         assert said in capsys.readouterr().out
@@ -632,7 +632,7 @@ def test_the_command_plans_by_a_name_and_says_what_it_assumed(
     Path("config.json").unlink()
     assert main(["plan", "gpt2", "--n-heads", "4"]) == 0  # a path comes before a name
     out = capsys.readouterr().out
-    assert "no file of it" not in out
+    assert "no file was looked at" not in out
     assert "KiB of parameters" in out
 
 

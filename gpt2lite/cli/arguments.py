@@ -42,6 +42,7 @@ def _dtype(name: str) -> str:
 _int, _number = partial(_arg, type=int, metavar="N"), partial(_arg, type=float, metavar="X")
 _size, _path = partial(_arg, metavar="SIZE"), partial(_arg, type=Path)
 _file, _switch = partial(_path, metavar="FILE"), partial(_arg, action="store_true")
+_text = partial(_arg, metavar="TEXT")
 
 SIZES: dict[str, Any] = {"type": official_name, "choices": OFFICIAL_SIZES}
 SHARED: Rows = {
@@ -89,10 +90,10 @@ COMMANDS = {
         "write text with a model, the embedded one by default",
         {
             "--model": _arg(argparse.SUPPRESS),  # as it was called before it came first
-            "--prompt": _arg(f"default: {EMBEDDED_PROMPT!r}; {DEFAULT_PROMPT!r} for other models"),
+            "--prompt": _text(f"default: {EMBEDDED_PROMPT!r}; {DEFAULT_PROMPT!r} for other models"),
             "--prompts": _arg("one prompt per line; - reads standard input", metavar="FILE"),
-            "--instruction": _arg("for a model that was finetuned on instructions: what to do"),
-            "--input": _arg("with --instruction: what to do it with"),
+            "--instruction": _text("for a model that was finetuned on instructions: what to do"),
+            "--input": _text("with --instruction: what to do it with"),
             "--num-samples": _int("texts for each prompt (default: 1)", default=1),
             "--max-new-tokens": _int(f"default: {DEFAULT_NEW_TOKENS}, or what fits in the context"),
             "--temperature": _number("0 is greedy (default), 1 samples as trained", default=0.0),

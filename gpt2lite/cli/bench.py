@@ -125,10 +125,11 @@ def plot_losses(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
 HEADER = ("strategy", "load s", "logits s", "device", "plan", "host anon", "plan", "host file", "exact")
 DEVICE_COLUMNS = (3, 4)
 LEGEND = """\
-{unit} above what was in use after the imports. device, host anon: peaks while loading,
-each beside what `gpt2lite plan` predicts; anon cannot be reclaimed. host file: mapped
-pages by the first logits, which the system can reclaim. exact: every parameter is bit
-for bit what plain torch loads, logits within 1e-4 (0.05 for 16 bits)."""
+{unit} above what was in use after the imports. device, host anon: peaks while
+loading, each beside what `gpt2lite plan` predicts; anon cannot be reclaimed.
+host file: mapped pages by the first logits, which the system can reclaim.
+exact: every parameter is bit for bit what plain torch loads, logits within 1e-4
+(0.05 for 16 bits)."""
 
 
 def _row(result: Measurement | Failure, unit: int) -> list[str]:

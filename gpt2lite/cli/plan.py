@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import textwrap
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import torch
 
 from gpt2lite.cli.arguments import recipe_of
 from gpt2lite.cli.loading import config_of, dtype_of
-from gpt2lite.cli.terminal import as_json, facts, table
+from gpt2lite.cli.terminal import as_json, facts, line_width, table
 from gpt2lite.devices import CPU, name_device
 from gpt2lite.errors import InsufficientMemoryError
 from gpt2lite.finetuning.forecast import TrainingForecast, find_levers, forecast_training
@@ -29,12 +30,12 @@ if TYPE_CHECKING:
 
 HEADER = ("strategy", "device", "host anon", "host file", "stays", "mapped", "fits")
 LEGEND = """\
-Bytes that loading adds. device, host anon, host file: at the peak; anon cannot be
-reclaimed, file is what is read through a mapping. stays: after loading. mapped: pages
-of the file that the model then uses and the system can reclaim. fits: in available
-memory, and under the caps."""
+Bytes that loading adds. device, host anon, host file: at the peak; anon cannot
+be reclaimed, file is what is read through a mapping. stays: after loading.
+mapped: pages of the file that the model then uses and the system can reclaim.
+fits: in available memory, and under the caps."""
 OF_RANKS = """
-reads, gathers: bytes that stream reads for this rank; what FSDP takes once it computes."""
+reads, gathers: bytes that stream reads for this rank; what FSDP needs to run."""
 
 
 def _size(nbytes: int) -> str:
@@ -67,7 +68,7 @@ def _opened(args: argparse.Namespace) -> Opened[GPTModel]:
 
 
 def _assumption(opened: Opened[GPTModel]) -> str:
-    said = "no file of it was looked at; assumed in float32, its head tied, as on the Hub"
+    said = "no file was looked at; float32 and a tied head, as on the Hub"
     return "" if os.path.lexists(opened.path) else f"\n{opened.path}: {said}\n"
 
 
@@ -95,7 +96,10 @@ def _plan_training(args: argparse.Namespace, mesh: DeviceMesh | None) -> int:
         if limit:
             met = "does not fit as asked; it would with" if levers else "fits as asked"
             how = met if fits else "does not fit in any way; the least takes"
-            print(f"\n{human(limit)}: {how}" + "".join(f"\n  {lever}: {cost}" for lever, cost in levers))
+            print(f"\n{human(limit)}: {how}")
+            for lever, cost in levers:
+                said = f"  {lever}: {cost}"
+                print(textwrap.fill(said, line_width(), subsequent_indent="    ", break_on_hyphens=False))
         print(_assumption(opened), end="")
     return 0 if fits else 1
 

@@ -128,8 +128,9 @@ def _texts(args: argparse.Namespace) -> list[str]:
 
 
 PROTOCOL = """\
-perplexity: e to the mean loss per token. Each token but the first is predicted once,
-from the tokens before it in its window. bits per byte: comparable across vocabularies."""
+perplexity: e to the mean loss per token. Each token but the first is predicted
+once, from the tokens before it in its window. bits per byte: comparable across
+vocabularies."""
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
