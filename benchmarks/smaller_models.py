@@ -28,7 +28,8 @@ import torch
 import gpt2lite
 from gpt2lite import GPTModel, Recipe
 from gpt2lite.cli.bench import environment
-from gpt2lite.cli.terminal import EMBEDDED, as_json, steps_bar, table
+from gpt2lite.cli.terminal import as_json, steps_bar, table
+from gpt2lite.config import EMBEDDED
 from gpt2lite.finetuning.data import Batch, Example, example_batches, example_windows
 from gpt2lite.finetuning.loop import validate
 from gpt2lite.finetuning.states import Task

@@ -2,6 +2,7 @@
 
 from gpt2lite._version import __version__ as __version__
 from gpt2lite.config import GPTConfig as GPTConfig
+from gpt2lite.config import Purpose as Purpose
 from gpt2lite.converting import ConvertOptions as ConvertOptions
 from gpt2lite.converting import convert as convert
 from gpt2lite.converting import save_per_tensor as save_per_tensor
@@ -22,7 +23,13 @@ from gpt2lite.finetuning.lora import merge_lora as merge_lora
 from gpt2lite.finetuning.recipe import Recipe as Recipe
 from gpt2lite.finetuning.states import Task as Task
 from gpt2lite.finetuning.states import load_lora as load_lora
+from gpt2lite.finetuning.tasks import classifier_task as classifier_task
+from gpt2lite.finetuning.tasks import instruction_task as instruction_task
+from gpt2lite.finetuning.tasks import text_task as text_task
+from gpt2lite.generation import Classification as Classification
 from gpt2lite.generation import GenerateOptions as GenerateOptions
+from gpt2lite.generation import Instruction as Instruction
+from gpt2lite.generation import classify as classify
 from gpt2lite.generation import generate as generate
 from gpt2lite.generation import generate_tokens as generate_tokens
 from gpt2lite.loading.forecast import Forecast as Forecast
@@ -31,6 +38,7 @@ from gpt2lite.loading.options import OpenOptions as OpenOptions
 from gpt2lite.loading.schedule import Tuning as Tuning
 from gpt2lite.loading.strategies import STRATEGIES as STRATEGIES
 from gpt2lite.model import GPTModel as GPTModel
+from gpt2lite.model import embedded as embedded
 from gpt2lite.model import forecast as forecast
 from gpt2lite.model import open_model as open_model
 from gpt2lite.opening import Opened as Opened

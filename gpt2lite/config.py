@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
-from gpt2lite.errors import UsageError
+from gpt2lite.errors import UsageError, did_you_mean
 
 # name → (n_layers, emb_dim, n_heads); vocabulary 50257 and context 1024 throughout.
 # Source: https://github.com/openai/gpt-2 (hparams.json of 124M, 355M, 774M, 1558M)
@@ -16,6 +18,13 @@ OFFICIAL_SIZES = {
     "gpt2-large": (36, 1280, 20),
     "gpt2-xl": (48, 1600, 25),
 }
+# Other names of them: OpenAI's own, and what people say.
+ALSO_CALLED = {"gpt2-small": "gpt2", "124m": "gpt2", "355m": "gpt2-medium", "774m": "gpt2-large"}
+ALSO_CALLED |= dict.fromkeys(("1558m", "1.5b"), "gpt2-xl")
+EMBEDDED = Path(__file__).resolve().parent / "data" / "embedded.pth"  # the model that ships with the package
+SLOTS = re.compile("{(instruction|input)}")
+TEMPLATES = ("prompt", "prompt_input")  # Alpaca's names of its two
+PURPOSE = "trained_for"  # the word of a config under which a `Purpose` stands
 ACTIVATIONS = {"gelu_tanh": "tanh", "gelu": "none"}  # our name → torch's `approximate`
 # What a field may be, by its name or else by its type.
 VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -68,10 +77,13 @@ class GPTConfig:
 
     @classmethod
     def named(cls, name: str) -> GPTConfig:
-        """The config of an official size: gpt2, gpt2-medium, gpt2-large or gpt2-xl, with its tied head."""
-        if name not in OFFICIAL_SIZES:
-            raise UsageError(f"unknown GPT-2 size {name!r}; choose from {', '.join(OFFICIAL_SIZES)}")
-        n_layers, emb_dim, n_heads = OFFICIAL_SIZES[name]
+        """The config of an official size: gpt2, gpt2-medium, gpt2-large or gpt2-xl, with its tied head.
+
+        124M, 355M, 774M, 1558M and 1.5B name them, too.
+        """
+        if (known := official_name(name)) not in OFFICIAL_SIZES:
+            raise UsageError(f"unknown GPT-2 size {name!r}{did_you_mean(name, OFFICIAL_SIZES)}")
+        n_layers, emb_dim, n_heads = OFFICIAL_SIZES[known]
         return cls(50257, 1024, emb_dim, n_heads, n_layers, tied_head=True)
 
     @classmethod
@@ -91,16 +103,46 @@ class GPTConfig:
         if unknown := sorted(set(config) - set(known)):
             raise UsageError(f"config has no field {', '.join(unknown)}; it has {', '.join(known)}")
 
-    def as_dict(self, labels: Sequence[str] = ()) -> dict[str, Any]:
-        """The fields as a plain dict, as files hold them; `labels` of a classifier as transformers' id2label.
+    def as_dict(self, purpose: Purpose | None = None) -> dict[str, Any]:
+        """The fields as a plain dict, as files hold them; with a purpose, labels as transformers' id2label.
 
         Raises UsageError where they do not name each row of the head once.
         """
-        if not labels:
-            return asdict(self)
-        if wrong := wrong_labels(labels, self.n_classes):
-            raise UsageError(f"labels: {wrong}")
-        return asdict(self) | {"id2label": {str(row): label for row, label in enumerate(labels)}}
+        found, purpose = asdict(self), purpose or Purpose()
+        if purpose.labels:
+            if wrong := wrong_labels(purpose.labels, self.n_classes):
+                raise UsageError(f"labels: {wrong}")
+            found["id2label"] = {str(row): label for row, label in enumerate(purpose.labels)}
+        own: dict[str, Any] = dict(zip(TEMPLATES, purpose.template, strict=False))
+        own |= {"seq_len": purpose.seq_len} if purpose.seq_len else {}
+        return found | ({PURPOSE: own} if own else {})
+
+
+@dataclass(frozen=True, slots=True)
+class Purpose:
+    """What a model was trained for, which weights cannot say; its file keeps it with the config.
+
+    `labels` name a classifier's classes, in the order of the head's rows. `seq_len`: how many tokens it read
+    of a text (None: the context). `template`: how an instruction was written, without and with an input, two
+    texts with {instruction} and {input} in them; () where there was none. Raises UsageError for others.
+    """
+
+    labels: tuple[str, ...] = ()
+    seq_len: int | None = None
+    template: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.seq_len is not None and (type(self.seq_len) is not int or self.seq_len < 1):
+            raise UsageError(f"seq_len must be a positive int or None, got {self.seq_len!r:.50}")
+        slots = [sorted(SLOTS.findall(text)) if type(text) is str else None for text in self.template]
+        if slots not in ([], [["instruction"], ["input", "instruction"]]):
+            said = "two texts, with {instruction}, and with {instruction} and {input}"
+            raise UsageError(f"template must be {said}; got {self.template!r:.60}")
+
+
+def official_name(name: str) -> str:
+    """The name of an official size that is called otherwise; any other name as it is."""
+    return ALSO_CALLED.get(name.lower(), name)
 
 
 def wrong_labels(labels: object, n_classes: int) -> str | None:

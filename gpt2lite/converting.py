@@ -27,7 +27,7 @@ from gpt2lite.checkpoint.safetensors import fill_safetensors, fill_safetensors_f
 from gpt2lite.checkpoint.source import memory_of
 from gpt2lite.checkpoint.torch_zip import fill_tensor_folder, fill_torch_zip
 from gpt2lite.checkpoint.writing import Progress, TensorToWrite, Wrote
-from gpt2lite.config import GPTConfig
+from gpt2lite.config import PURPOSE, GPTConfig, Purpose
 from gpt2lite.dialects.configs import OURS, check_masks
 from gpt2lite.dialects.reading import DIALECTS
 from gpt2lite.errors import CheckpointError, UsageError, listed
@@ -36,12 +36,13 @@ from gpt2lite.loading.skeleton import sketch
 from gpt2lite.memory import parse_size
 from gpt2lite.model import GPTModel, open_model
 from gpt2lite.opening import Opened, Source
-from gpt2lite.tokenizer import GENERATION, hub_files, tokenizer_files, write_beside
+from gpt2lite.tokenizer import GENERATION, SETTINGS, hub_files, tokenizer_files, write_beside
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 HEAD, EMBEDDING = "out_head.weight", "tok_emb.weight"
+HEAD_BIAS, SHIFT = "out_head.bias", "final_norm.shift"
 END_OF_TEXT = 50256  # GPT-2's own token
 
 
@@ -66,6 +67,16 @@ def _transformers_config(config: GPTConfig, dtype: torch.dtype) -> dict[str, Any
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.drop_rate),
         **dict.fromkeys(("bos_token_id", "eos_token_id"), end),
         **dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch.")),
+    }
+
+
+def _of_a_classifier(fields: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a classifier: the class that reads it, its labels both ways, its padding."""
+    labels = fields["id2label"].items()
+    return fields | {
+        "architectures": ["GPT2ForSequenceClassification"],
+        "label2id": {label: int(row) for row, label in labels},
+        "pad_token_id": fields["eos_token_id"],
     }
 
 
@@ -99,12 +110,14 @@ class Target:
     `fields` gives the config that its model class has: biases that it has and the source lacks become zeros,
     which is exact. `tied_head_in` are the formats that hold a tied head; a `.pth` stores it once. `prefix`
     stands before every name but the head's, unless no file of the target holds a tied head and this one is
-    tied. `activation` is the only one that the program computes, None where its config says which. `arrange`
+    tied. `classifier_head` is the name of a classifier's weight, "" where the program has no classifiers.
+    `activation` is the only one that the program computes, None where its config says which. `arrange`
     puts a state dict into what a `.pth` holds.
     """
 
     fields: Callable[[GPTConfig], GPTConfig]
     activation: str | None = None
+    classifier_head: str = ""
     prefix: str = ""
     mask: str = ""
     tied_head_in: Collection[str] = ("pth",)
@@ -116,12 +129,14 @@ TARGETS = {
     "book": Target(
         fields=lambda config: replace(config, bias=True),
         activation="gelu_tanh",
+        classifier_head=HEAD,
         mask="trf_blocks.{i}.att.mask",
         tied_head_in=("pth", "safetensors"),  # which stores it twice
     ),
     "huggingface": Target(
-        fields=lambda config: replace(config, bias=True, qkv_bias=True),
+        fields=lambda config: replace(config, bias=True, qkv_bias=True, head_bias=False),
         prefix="transformer.",
+        classifier_head="score.weight",
         tied_head_in=(),
         folder_config=_transformers_config,
     ),
@@ -168,7 +183,7 @@ class Conversion:
     config: GPTConfig
     tensors: tuple[TensorToWrite, ...]
     max_shard_bytes: int | None
-    labels: tuple[str, ...] = ()
+    purpose: Purpose = Purpose()  # noqa: RUF009  frozen
     beside: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
@@ -204,7 +219,7 @@ def _views(opened: Opened[GPTModel], dtype: torch.dtype | None) -> dict[str, Ten
 def _target_config(found: GPTConfig, to: str, views: Mapping[str, Tensor]) -> GPTConfig:
     """The config in which a target holds this model. Raises UsageError where it cannot."""
     target = TARGETS[to]
-    if found.n_classes and to != "book":
+    if found.n_classes and not target.classifier_head:
         raise UsageError(f"{to} is written as a language model only, and this one is a classifier; use book")
     if found.head_bias and not found.n_classes:
         raise UsageError(f"{to} has no bias in its output head, this model has one; keep it in its own file")
@@ -219,6 +234,19 @@ def _target_config(found: GPTConfig, to: str, views: Mapping[str, Tensor]) -> GP
     return config
 
 
+def _without_head_bias(views: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same classifier with a head that has no bias: the last norm's shift gives the logits what it gave.
+
+    Equal up to rounding. Raises UsageError where it is not, since rows of the head depend on each other.
+    """
+    like, (head, bias, shift) = views[SHIFT], (views[name].double() for name in (HEAD, HEAD_BIAS, SHIFT))
+    moved = (shift + torch.linalg.pinv(head) @ bias).to(like.dtype)
+    lacks = (head @ (moved.double() - shift) - bias).abs().max()
+    if lacks > 32 * torch.finfo(like.dtype).eps * (head.abs() @ shift.abs() + bias.abs()).max():
+        raise UsageError("huggingface's classifiers have no bias, which this one cannot do without; use book")
+    return views | {SHIFT: moved}
+
+
 def _stored(
     to: str, format: str, config: GPTConfig, views: Mapping[str, Tensor], dtype: torch.dtype | None
 ) -> Iterator[TensorToWrite]:
@@ -228,13 +256,16 @@ def _stored(
     absent = wanted.keys() - views.keys()
     zeros = {name: torch.zeros(wanted[name].shape, dtype=like, device="cpu") for name in absent}
     views, stored = {**views, **zeros}, {}
+    if HEAD_BIAS in views.keys() - wanted.keys():
+        views = _without_head_bias(views)
     # Of names without a head, as gpt2's own are, some programs read no others; transformers reads both.
     prefix = "" if config.tied_head and not target.tied_head_in else target.prefix
     for theirs, group in DIALECTS[to].places(config.n_layers).items():
         (ours, placement), *_ = group
         if ours in wanted:
             parts = [placement.unplace(views[part]) for part, placement in group]
-            name = theirs if ours == HEAD else prefix + theirs
+            own_head = target.classifier_head if config.n_classes else theirs
+            name = own_head if ours == HEAD else prefix + theirs
             axis = placement.rows_axis % parts[0].dim() if len(parts) > 1 else 0
             stored[ours] = writing.join(name, parts, axis=axis, dtype=dtype)
     if config.tied_head and format not in target.tied_head_in:
@@ -256,11 +287,20 @@ def _beside(job: Conversion, source: Path) -> dict[str, bytes]:
     files = hub_files(source, job.config.vocab_size) if is_hub else tokenizer_files(source, in_folder=True)
     ((dtype, _),) = Counter(tensor.dtype for tensor in job.tensors).most_common(1)
     fields = TARGETS[job.to].folder_config(job.config, dtype)
+    words = job.config.as_dict(job.purpose)
     if job.format in ("per-tensor", "dcp"):
-        fields = job.config.as_dict(job.labels)
+        fields = words
     elif GENERATION in files:
         said = json.loads(files[GENERATION])
         fields |= {name: said.get(name) for name in ("bos_token_id", "eos_token_id")}
+    fields |= {word: words[word] for word in ("id2label", PURPOSE) if word in words}
+    if is_hub and job.config.n_classes:
+        fields.setdefault("id2label", {str(row): f"LABEL_{row}" for row in range(job.config.n_classes)})
+        fields = _of_a_classifier(fields)
+        settings = json.loads(files.get(SETTINGS[1], b"{}"))
+        said = {"model_max_length": job.purpose.seq_len or job.config.context_length}
+        said |= {"pad_token": settings["eos_token"]} if "eos_token" in settings else {}
+        files |= {SETTINGS[1]: json.dumps(settings | said).encode()} if settings else {}
     return files | {"config.json": f"{json.dumps(fields, indent=2)}\n".encode()}
 
 
@@ -297,7 +337,7 @@ def plan_conversion(
     views = _views(opened, dtype)
     config = _target_config(opened.config, to, views)
     tensors = tuple(_stored(to, format, config, views, dtype))
-    rest = (to, format, in_folder, config, tensors, max_shard_bytes, opened.labels)
+    rest = (to, format, in_folder, config, tensors, max_shard_bytes, opened.purpose)
     job = Conversion(manifest, destination, opened.reading.dialect, *rest)
     beside = opened.path if isinstance(source, Opened) or not Path(source).exists() else Path(source)
     return replace(job, beside=_beside(job, beside))
@@ -310,14 +350,14 @@ Writer = Callable[[Conversion, Sequence[TensorToWrite], Path, Wrote], None]  # t
 
 def _write_pth(job: Conversion, tensors: Sequence[TensorToWrite], path: Path, wrote: Wrote) -> None:
     arrange = partial(TARGETS[job.to].arrange, job.config)
-    fill_torch_zip(path, tensors, wrote, job.config.as_dict(job.labels), arrange)
+    fill_torch_zip(path, tensors, wrote, job.config.as_dict(job.purpose), arrange)
 
 
 def _write_safetensors(job: Conversion, tensors: Sequence[TensorToWrite], path: Path, wrote: Wrote) -> None:
     if job.in_folder:
         fill_safetensors_folder(path, tensors, wrote, job.max_shard_bytes)
     else:
-        fill_safetensors(path, tensors, wrote, job.config.as_dict(job.labels))
+        fill_safetensors(path, tensors, wrote, job.config.as_dict(job.purpose))
 
 
 WRITERS: dict[str, Writer] = {

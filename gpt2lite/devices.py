@@ -19,12 +19,23 @@ CPU = torch.device("cpu")
 _SEEDING = threading.Lock()
 
 
+def free_accelerator() -> torch.device | None:
+    """The first accelerator with most of its memory free, None where there is none. Starts those it asks."""
+    here = accelerators()
+    return next((each for each in here if 2 * (free_memory(each) or 0) > total_memory(each)), None)
+
+
 def name_device(device: str | torch.device) -> torch.device:
-    """`device` as torch means it, whether or not this machine has one. Raises UsageError for no device."""
+    """`device` as torch means it, whether or not this machine has one. Raises UsageError for no device.
+
+    "auto" is an accelerator that is here and mostly free, else the CPU.
+    """
+    if device == "auto":
+        return free_accelerator() or CPU
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError):
-        raise UsageError(f"unknown device {device!r}; try cpu, cuda or cuda:0") from None
+        raise UsageError(f"unknown device {device!r}; try auto, cpu, cuda or cuda:0") from None
     if found.type == "meta":
         raise UsageError("a model on the meta device holds no weights; try cpu or cuda")
     return found

@@ -13,7 +13,8 @@ is an attribute, so that nobody has to parse English.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any
 
@@ -24,6 +25,13 @@ def listed(lines: Sequence[str]) -> str:
     """The end of a message that reports everything at once: a line each, up to MAX_LISTED."""
     more = [f"… and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
     return "".join(f"\n  {line}" for line in [*lines[:MAX_LISTED], *more])
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest of those that are known, else all of them."""
+    known = list(names)
+    near = get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(known)}"
 
 
 class GPT2LiteError(Exception):

@@ -13,6 +13,7 @@ from huggingface_hub import HfApi, constants, errors, hf_hub_download, try_to_lo
 
 from gpt2lite.checkpoint import FOLDER_FILES
 from gpt2lite.checkpoint.foreign import shortened
+from gpt2lite.config import official_name
 from gpt2lite.dialects.configs import read_json
 from gpt2lite.dialects.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError, GPT2LiteError, UsageError
@@ -75,7 +76,7 @@ def fetch(
             raise UsageError(f"{name}: a local path has no revision={revision!r}; leave it out")
         return Path(name)
     name = os.fspath(name)
-    repo = OFFICIAL.get(name, name)
+    repo = OFFICIAL.get(official_name(name), name)
     is_path = name.endswith(FILE_SUFFIXES) or name.startswith(".") or os.path.isabs(name)
     if is_path or not REPO_ID.fullmatch(repo):
         also = "" if is_path else f", and not the name of a Hub model ({', '.join(OFFICIAL)} or owner/name)"

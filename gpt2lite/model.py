@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +20,16 @@ from torch import Tensor, nn
 from gpt2lite.checkpoint.safetensors import fill_safetensors
 from gpt2lite.checkpoint.torch_zip import fill_torch_zip
 from gpt2lite.checkpoint.writing import counting, require_space, tensors_of, write_whole
-from gpt2lite.config import ACTIVATIONS, GPTConfig
+from gpt2lite.config import ACTIVATIONS, EMBEDDED, GPTConfig, Purpose
 from gpt2lite.errors import UsageError
-from gpt2lite.generation import KVCache, generate, generate_tokens
+from gpt2lite.generation import KVCache, classify, generate, generate_tokens
 from gpt2lite.loading.forecast import Forecast
 from gpt2lite.loading.options import OpenOptions, Options, Progress, check_names, split
 from gpt2lite.loading.skeleton import state_of
-from gpt2lite.opening import Device, Opened, Source, locate, open_as
+from gpt2lite.opening import Device, Opened, Source, locate, open_as, open_to_plan
 from gpt2lite.parallel import is_divided, is_first, require_same, save_divided, together, whole
 from gpt2lite.quantization import Int8Linear
+from gpt2lite.tokenizer import Beside
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -135,7 +138,10 @@ class GPTModel(nn.Module):
 
     generate = generate
     generate_tokens = generate_tokens
+    classify = classify
     device_mesh: Any = None  # over which ranks the model was loaded
+    purpose = Purpose()  # what it was trained for
+    beside: Beside | None = None  # the tokenizer of the checkpoint that it was loaded from
 
     def __init__(self, config: GPTConfig | Mapping[str, Any]) -> None:
         super().__init__()
@@ -150,6 +156,15 @@ class GPTModel(nn.Module):
             self.out_head.weight = self.tok_emb.weight
         if not self.tok_emb.weight.is_meta:
             self.initialise()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: a module's own, without what is said of the checkpoint on this machine."""
+        return {name: value for name, value in vars(self).items() if name not in ("purpose", "beside")}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GPTModel:
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        vars(copied).update(deepcopy(vars(self), memo))
+        return copied
 
     @classmethod
     def from_checkpoint(
@@ -193,9 +208,10 @@ class GPTModel(nn.Module):
     def save_checkpoint(
         self, path: Source, *, labels: Sequence[str] = (), progress: Progress | None = None
     ) -> Path:
-        """Write the weights and the config, with a classifier's labels, to one `.pth` or `.safetensors`.
+        """Write the weights and the config to one `.pth` or `.safetensors`, and its tokenizer beside it.
 
-        `from_checkpoint` of it needs nothing said; other programs pass over the config. The file is replaced
+        `from_checkpoint` of it needs nothing said; other programs pass over the config, with which goes what
+        the model was trained for; `labels` are a classifier's, if it does not have them. The file is replaced
         whole or not at all, so a model that stands on `model.pth` (strategy="mmap") can be saved over it. A
         tied head stays tied: in a `.pth` one storage, in safetensors no second copy. Holds two chunks of 8
         MiB on the host. Ranks of one mesh write one file together; a `.pth` takes its size on disk again
@@ -203,8 +219,9 @@ class GPTModel(nn.Module):
         labels that do not name each row of the head once, OSError for a full disk.
         """
         path, mesh, progress = Path(path), self.device_mesh, progress or (lambda done, total: None)
+        purpose = replace(self.purpose, labels=labels) if labels else self.purpose  # type: ignore[arg-type]
         with together(mesh):
-            config, state = self.config.as_dict(labels), state_of(self)
+            config, state = self.config.as_dict(purpose), state_of(self)
             if any(isinstance(part, Int8Linear) for part in self.modules()):
                 raise UsageError(
                     f"{path}: cannot save an int8 model; quantize the checkpoint when loading it"
@@ -217,11 +234,14 @@ class GPTModel(nn.Module):
             require_same(mesh, "paths", f"{path}")
         if not ties and any(map(is_divided, state.values())):
             save_divided(path, state, mesh, counting(progress, tensors), config)
-            return path
-        with whole(state, mesh, path.parent) as undivided, together(mesh):
-            tensors = [tensor for tensor in tensors_of(undivided) if ties or not tensor.shares]
-            if is_first(mesh):
-                write_whole(fill, path, tensors, progress, config)
+        else:
+            with whole(state, mesh, path.parent) as undivided, together(mesh):
+                tensors = [tensor for tensor in tensors_of(undivided) if ties or not tensor.shares]
+                if is_first(mesh):
+                    write_whole(fill, path, tensors, progress, config)
+        with together(mesh):
+            if self.beside and is_first(mesh):
+                self.beside.save(path)
         return path
 
     @torch.no_grad()
@@ -265,8 +285,17 @@ def open_model(source: Source, **options: Unpack[OpenOptions]) -> Opened[GPTMode
     return open_as(GPTModel, locate(source, options), options)
 
 
+def embedded(device: Device = "cpu") -> GPTModel:
+    """The small model that ships with the package, in fp32: 4 MB, and it writes stories for children."""
+    return GPTModel.from_checkpoint(EMBEDDED, device, dtype=torch.float32)
+
+
 def forecast(path: Source, device: Device = "cpu", **options: Unpack[Options]) -> dict[str, Forecast]:
-    """What each strategy would add to host and device memory: `open_model(path).forecast(device)`."""
+    """What each strategy would add to host and device memory: `open_model(path).forecast(device)`.
+
+    The name of an official size needs no file and no network: what is neither a path nor in the Hub's cache
+    is taken to be as its file on the Hub is, float32 and its head tied.
+    """
     check_names(options, Options)
     opening, loading = split(options)
-    return open_as(GPTModel, path, opening).forecast(device, **loading)
+    return open_to_plan(GPTModel, path, opening).forecast(device, **loading)

@@ -21,19 +21,22 @@ import torch
 from torch import nn
 
 from gpt2lite import parallel
-from gpt2lite.checkpoint import open_checkpoint
+from gpt2lite.checkpoint import Manifest, TensorSpan, open_checkpoint
+from gpt2lite.checkpoint.manifest import contiguous_stride
+from gpt2lite.checkpoint.source import ByteSource, FileState
 from gpt2lite.checkpoint.tf_bundle import index_of
-from gpt2lite.config import OFFICIAL_SIZES, GPTConfig
+from gpt2lite.config import OFFICIAL_SIZES, GPTConfig, Purpose, official_name
 from gpt2lite.devices import name_device
 from gpt2lite.dialects import configs
 from gpt2lite.dialects.peft import find_adapter, with_adapter
-from gpt2lite.dialects.reading import Reading, read_dialect, read_names, with_lora_alpha
-from gpt2lite.errors import UsageError
+from gpt2lite.dialects.reading import DIALECTS, Reading, read_dialect, read_names, with_lora_alpha
+from gpt2lite.errors import CheckpointError, UsageError
 from gpt2lite.loading.choice import forecasts, load
 from gpt2lite.loading.forecast import Forecast
 from gpt2lite.loading.options import HUB_OPTIONS, LoadOptions, OpenOptions, check_names
 from gpt2lite.loading.plan import LoadPlan, make_plan, require_one_dtype
 from gpt2lite.loading.skeleton import sketch
+from gpt2lite.tokenizer import Beside
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -71,11 +74,13 @@ class Opened(Generic[Model]):
     model.
 
     No tensor data is in memory. Look at `config`, ask `forecast`, then `load`; nothing is opened twice.
+    `beside.tokenizer` is what makes text of its tokens.
     """
 
     reading: Reading
     found: configs.Found
     model: Callable[[GPTConfig], Model]
+    beside: Beside
 
     def __repr__(self) -> str:
         return f"Opened({str(self.path)!r}, {', '.join(f'{k}={v!r}' for k, v in self.found.fields.items())})"
@@ -91,9 +96,14 @@ class Opened(Generic[Model]):
         return configs.complete(self.reading, self.found)
 
     @cached_property
+    def purpose(self) -> Purpose:
+        """What the model was trained for, as far as files say. Raises CheckpointError where they disagree."""
+        return configs.purpose_of(self.reading, self.found)
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """A classifier's labels, one per row of its head; () where no file says them."""
-        return configs.labels_of(self.reading)
+        return self.purpose.labels
 
     @cached_property
     def sizes(self) -> GPTConfig:
@@ -144,9 +154,9 @@ class Opened(Generic[Model]):
             # `config` raises where `plan` would take something for granted
             parallel.require_same(mesh, "configs", self.config)
         self.warn()
+        said = {"purpose": self.purpose, "beside": self.beside}
         model = load(partial(self.plan, **options), device, strategy, options)
-        if mesh is not None:
-            model.device_mesh = mesh  # type: ignore[assignment]
+        vars(model).update(said if mesh is None else said | {"device_mesh": mesh})
         return model  # type: ignore[return-value]
 
 
@@ -158,6 +168,43 @@ def locate(name: Source, options: Mapping[str, Any]) -> Path:
     from gpt2lite.hub import fetch  # here, since the client takes half a second to import
 
     return fetch(name, **{key: options[key] for key in HUB_OPTIONS if key in options})
+
+
+def assumed(model: Callable[[GPTConfig], Model], name: str) -> Opened[Model]:
+    """An official size as its file on the Hub is, which need not be there: to plan with, not to load.
+
+    That file is one of safetensors in float32, with stored masks, its head tied to the token embedding.
+    Raises UsageError for another name.
+    """
+    config, dialect, offset = GPTConfig.named(name), DIALECTS["huggingface"], 0
+    source = ByteSource(Path(official_name(name)))
+    built = sketch(partial(model, config)).module.state_dict()
+    shapes = {f"h.{i}.attn.bias": (1, 1, *[config.context_length] * 2) for i in range(config.n_layers)}
+    for theirs, rows in dialect.places(config.n_layers).items():
+        parts = [placement.unplace(built[ours]) for ours, placement in rows if ours in built]
+        if parts and theirs != "lm_head.weight":
+            axis = rows[0][1].rows_axis if len(parts) > 1 else 0
+            shapes[theirs] = tuple(torch.cat(parts, axis).shape)
+    spans: dict[str, TensorSpan] = {}
+    for theirs, shape in sorted(shapes.items()):
+        span = TensorSpan(theirs, torch.float32, shape, contiguous_stride(shape), source, offset)
+        spans[theirs], offset = span, offset + span.nbytes
+    files = {source: FileState(offset, 0, 0)}
+    reading = read_dialect(Manifest(source.path, "safetensors", spans, files=files))
+    found = configs.Found(config.as_dict())
+    return Opened(reading, found, model, Beside(source.path, config.vocab_size, {}))
+
+
+def open_to_plan(model: Callable[[GPTConfig], Model], source: Source, options: OpenOptions) -> Opened[Model]:
+    """`open_as` for a path that is there or lies in the Hub's cache; else an official size is `assumed`."""
+    name, is_asked = os.fspath(source), options.get("config") or options.get("revision")
+    if official_name(name) not in OFFICIAL_SIZES or Path(name).exists() or is_asked:
+        return open_as(model, locate(source, options), options)
+    try:
+        path = locate(source, {**options, "local_files_only": True})
+    except CheckpointError:  # nowhere on this machine
+        return assumed(model, name)
+    return open_as(model, path, options)
 
 
 def open_as(model: Callable[[GPTConfig], Model], path: Source, options: OpenOptions) -> Opened[Model]:
@@ -176,7 +223,8 @@ def open_as(model: Callable[[GPTConfig], Model], path: Source, options: OpenOpti
         reading = with_adapter(reading, adapter.said, open_checkpoint(adapter.weights))
     if options.get("lora_alpha") is not None:
         reading = with_lora_alpha(reading, options["lora_alpha"])
-    return Opened(reading, configs.find_fields(reading, options.get("config")), model)
+    found = configs.find_fields(reading, options.get("config"))
+    return Opened(reading, found, model, Beside.of(path, found.fields["vocab_size"]))
 
 
 @collector_paused()

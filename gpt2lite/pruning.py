@@ -24,7 +24,7 @@ from gpt2lite.generation.engines import in_eval_mode
 from gpt2lite.loading.options import Progress
 from gpt2lite.model import GPTModel, open_model
 from gpt2lite.opening import Opened
-from gpt2lite.tokenizer import text_ids, tokenizer_for
+from gpt2lite.tokenizer import text_ids
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -136,7 +136,6 @@ def prune(
     if (blocks is None) is (keep is None) or (keep is None) is not (text is None):
         raise UsageError("prune wants either blocks=[…], or keep=… with a held-out text=…")
     if text is not None and keep is not None:
-        encoding = tokenizer_for(opened.path, opened.config.vocab_size)
-        model = opened.load("cpu", dtype=torch.float32)
-        blocks = choose_blocks(model, text_ids(encoding, text), keep).kept
+        ids = text_ids(opened.beside.tokenizer, text)
+        blocks = choose_blocks(opened.load("cpu", dtype=torch.float32), ids, keep).kept
     return convert(keep_blocks(opened, blocks or ()), destination, progress=progress, **options)

@@ -34,6 +34,15 @@ def decode_text(content: bytes, name: object) -> str:
         raise not_utf8(name, len(content), error) from None
 
 
+def plain_text(name: str, value: str) -> str:
+    """A text, read as a file of it would be. Raises UsageError for half a surrogate pair."""
+    try:
+        return decode_text(value.encode(), name)
+    except UnicodeEncodeError as error:
+        found = f"{value[error.start]!r} at character {error.start}"
+        raise UsageError(f"{name}: holds {found}, which is no text") from None
+
+
 def typed_text(option: str, value: str) -> str:
     """What was typed, read as a file of the same bytes would be. Raises UsageError where it is not UTF-8."""
     return decode_text(os.fsencode(value), option)

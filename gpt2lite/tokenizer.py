@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from gpt2lite.checkpoint import side_file
 from gpt2lite.checkpoint.inert_pickle import DescribingUnpickler, describe
+from gpt2lite.checkpoint.source import ByteSource, FileState
 from gpt2lite.checkpoint.writing import replacing
 from gpt2lite.dialects.configs import folder_of, is_there
 from gpt2lite.dialects.peft import find_adapter
@@ -500,6 +502,46 @@ def tokenizer_for(checkpoint: Path, vocab_size: int) -> Tokenizer:
         where = next(iter(files.values()), checkpoint)
         raise CheckpointError(where, f"{found.n_vocab} tokens for a model with a vocabulary of {vocab_size}")
     return found
+
+
+def _states(files: Files) -> dict[str, FileState]:
+    return {str(path): ByteSource(path).state() for path in files.values()}
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The tokenizer beside a checkpoint, as it lay there when that was opened; read when it is asked for."""
+
+    checkpoint: Path
+    vocab_size: int
+    states: Mapping[str, FileState]
+
+    @classmethod
+    def of(cls, checkpoint: Path, vocab_size: int) -> Beside:
+        """What lies beside a checkpoint now. Some thirty looks into its folder; nothing is read."""
+        checkpoint = checkpoint.absolute()
+        return cls(checkpoint, vocab_size, _states(files_beside(checkpoint)))
+
+    def _require_unchanged(self) -> None:
+        if _states(files_beside(self.checkpoint)) != self.states:
+            said = "its tokenizer's files changed since the model was opened; open it again"
+            raise CheckpointError(self.checkpoint, said)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises as `tokenizer_for`, and CheckpointError where its files have changed."""
+        self._require_unchanged()
+        return tokenizer_for(self.checkpoint, self.vocab_size)
+
+    def save(self, checkpoint: Path) -> None:
+        """Write its files beside another checkpoint, where those that lie there are not the same."""
+        self._require_unchanged()
+        files, there = tokenizer_files(self.checkpoint), tokenizer_files(checkpoint)
+        if there and not files:
+            found = "a tokenizer lies beside it, and the model came without one; remove the wrong one"
+            warnings.warn(f"{checkpoint}: {found}", stacklevel=3)
+        if there != files:
+            write_beside(checkpoint, files)
 
 
 # ---- writing -----------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from gpt2lite import (
     load_module,
     track_memory,
 )
-from gpt2lite.cli.terminal import EMBEDDED
+from gpt2lite.config import EMBEDDED
 from gpt2lite.finetuning.data import text_batches, text_windows
 from gpt2lite.finetuning.loop import read_metrics
 from gpt2lite.parallel import divide, forecast_filled_up, is_first, local_of, rest, started, together

@@ -1,19 +1,26 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import randomise
 
-from gpt2lite import CheckpointError, GPTConfig, GPTModel, save_per_tensor
+from gpt2lite import CheckpointError, GPTConfig, GPTModel, devices, save_per_tensor
 from gpt2lite.cli import COMMANDS, arguments, main
+from gpt2lite.config import EMBEDDED
 from gpt2lite.tokenizer import read_encoding
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
@@ -254,6 +261,113 @@ finally:
     assert result.stdout.endswith("\nimported\n")
 
 
+@pytest.mark.parametrize("columns", ["80", "40"])
+@pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+def test_help_is_no_wider_than_the_terminal(
+    words: list[str], columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit, match="0"):
+        main(words)
+    wide = [line for line in capsys.readouterr().out.splitlines() if len(line) > int(columns)]
+    # What has no space to break at, and the examples, which are to be copied.
+    assert not [line for line in wide if columns == "80" or (len(line.split()) == 1 and "=" not in line)]
+
+
+def test_what_commands_print_is_80_wide(
+    gpt2_shaped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "text.txt").write_text("Once upon a time there lived a cat. " * 90)
+    run = ["--steps", "1", "--seq-len", "16", "--validate-every", "1"]
+    for words in (
+        ["inspect", str(EMBEDDED)],
+        ["plan"],
+        ["plan", "gpt2-xl", "--device", "cuda"],
+        ["plan", "--train", "--fit", "1MiB"],
+        ["env"],
+        ["bench", "--strategies", "mmap", "--folder", str(tmp_path)],
+        ["evaluate", "--text", str(tmp_path / "text.txt")],
+        ["finetune", "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run"), *run],
+    ):
+        assert main(words) in (0, 1)
+        lines = capsys.readouterr().out.replace(str(EMBEDDED), "model.pth").splitlines()
+        assert [line for line in lines if len(line) > 80 and " " in line.strip()] == []
+
+
+def test_short_names_of_dtypes_and_sizes_are_understood(capsys: pytest.CaptureFixture[str]):
+    found = []
+    for words in (["bf16", "124M"], ["bfloat16", "gpt2"], ["BF16", "gpt2-small"]):
+        assert main(["plan", "--dtype", words[0], "--size", words[1], "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["strategies"])
+    assert found[0] == found[1] == found[2]
+    assert {GPTConfig.named(name) for name in ("1558M", "1.5b", "gpt2-xl")} == {GPTConfig.named("gpt2-xl")}
+
+
+def test_a_file_with_a_typo_gets_the_nearest_name(
+    gpt2_shaped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["inspect", str(tmp_path / "modle.pth")]) == 1
+    assert f"no such file or folder. Did you mean {gpt2_shaped}?" in capsys.readouterr().err
+    assert main(["generate", "--prompts", str(tmp_path / "model.pht")]) == 1
+    assert f"Did you mean {gpt2_shaped}?" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "nothing-like-it")]) == 1
+    assert "Did you mean" not in capsys.readouterr().err
+
+
+def test_a_model_comes_first_or_behind_model_but_not_twice(capsys: pytest.CaptureFixture[str]):
+    words = ["--max-new-tokens", "4"]
+    for model in ([], [str(EMBEDDED)], ["--model", str(EMBEDDED)]):
+        assert main(["generate", *model, *words]) == 0
+        assert main(["generate", *words, *model]) == 0
+    assert len(set(capsys.readouterr().out.splitlines())) == 1
+    assert main(["generate", "a.pth", "--model", "b.pth"]) == 1
+    assert "the model is said twice: a.pth and --model b.pth" in capsys.readouterr().err
+
+
+def on_a_terminal(*words: object) -> str:
+    """What a command writes to a terminal of 80 columns, both streams."""
+    seen, (end, own) = b"", pty.openpty()
+    fcntl.ioctl(own, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    environment = {**os.environ, "TERM": "xterm"}
+    process = subprocess.Popen([sys.executable, "-m", "gpt2lite", *map(str, words)], stdin=own, stdout=own,
+                               stderr=own, env=environment)  # fmt: skip
+    os.close(own)
+    with suppress(OSError):  # how Linux says that nobody writes any more
+        while piece := os.read(end, 1 << 16):
+            seen += piece
+    os.close(end)
+    assert process.wait() == 0
+    return seen.decode(errors="replace")
+
+
+def test_bars_move_on_a_terminal_and_quiet_draws_none(tmp_path: Path):
+    words = ("bench", "--strategies", "stream", "mmap", "--folder", tmp_path)
+    watched = on_a_terminal(*words)
+    assert {"0/2", "1/2"} <= set(re.findall(r"\d/\d", watched))
+    assert len(set(re.findall(r"\[(\d\d:\d\d)<", watched))) > 1  # its clock goes on
+    assert "measuring" not in on_a_terminal(*words, "--quiet")
+    assert "tokens/s" in on_a_terminal("generate", "--max-new-tokens", 8)
+    assert "tokens/s" not in on_a_terminal("generate", "--max-new-tokens", 8, "--quiet")
+    assert "\x1b[3" not in watched  # no colours
+
+
+def test_the_device_is_an_accelerator_that_is_mostly_free_else_the_cpu(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    cards = [torch.device("cuda", 0), torch.device("cuda", 1)]
+    free = {cards[0]: 10, cards[1]: 70}
+    monkeypatch.setattr(devices, "accelerators", lambda: cards)
+    monkeypatch.setattr(devices, "free_memory", lambda device: free[device])
+    monkeypatch.setattr(devices, "total_memory", lambda device: 80)
+    assert devices.name_device("auto") == cards[1]
+    free[cards[1]] = 30
+    assert devices.name_device("auto") == torch.device("cpu")
+    monkeypatch.setattr(devices, "accelerators", list)
+    assert devices.name_device("auto") == torch.device("cpu")
+    assert main(["plan", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["device"] == "cpu"
+
+
 LATE = {"numba", "matplotlib", "huggingface_hub", "tiktoken", "transformers"}
 
 
@@ -304,8 +418,14 @@ assert (warnings.formatwarning, sys.stdout.errors) == before
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["generat"], "invalid choice: 'generat'"),
-        (["bench", "--strategies", "fast"], "invalid choice: 'fast'"),
+        (["generat"], "argument COMMAND: unknown name 'generat'; did you mean generate?"),
+        (["bench", "--strategies", "steam"], "unknown name 'steam'; did you mean stream?"),
+        (["bench", "--strategies", "fast"], "unknown name 'fast'; choose from baseline, sequential, meta,"),
+        (["generate", "--tempreture", "1"], "unknown argument --tempreture; did you mean --temperature?"),
+        (["generate", "--dtype", "fp17"], "unknown name 'fp17'"),
+        (["plan", "--size", "gpt2-xxl"], "unknown name 'gpt2-xxl'; did you mean gpt2-xl?"),
+        (["plan", "--fit", "8GiB"], "argument --fit: says nothing without --train"),
+        (["plan", "--parallel", "tp"], "argument --parallel: says nothing without --ranks"),
         (["generate", "--prompt", "a", "--prompts", "b"], "not allowed with argument --prompt"),
     ],
 )

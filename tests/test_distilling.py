@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import gpt2lite
 from gpt2lite import GPTConfig, GPTModel, Recipe, UsageError
-from gpt2lite.cli.terminal import EMBEDDED
+from gpt2lite.config import EMBEDDED
 from gpt2lite.finetuning.data import Batch, text_batches, text_windows
 from gpt2lite.finetuning.distilling import load_teacher
 from gpt2lite.finetuning.losses import ROWS_TAUGHT, Teaching, summed_loss

@@ -24,7 +24,7 @@ import torch
 import gpt2lite
 from gpt2lite import GPTConfig, GPTModel, convert, save_per_tensor
 from gpt2lite.cli import main
-from gpt2lite.cli.terminal import EMBEDDED
+from gpt2lite.config import EMBEDDED
 from gpt2lite.tokenizer import tokenizer_files, write_beside
 
 ROOT = Path(__file__).parent.parent

@@ -15,7 +15,7 @@ from test_loading import HEADS, huggingface, save_pth
 
 from gpt2lite import GPTConfig, GPTModel, UsageError, evaluate
 from gpt2lite.cli import main
-from gpt2lite.cli.terminal import EMBEDDED
+from gpt2lite.config import EMBEDDED
 from gpt2lite.evaluation import Evaluation, loss_of, windows
 from gpt2lite.tokenizer import tokenizer_for
 

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from gpt2lite import Batch, CheckpointError, GPTConfig, GPTModel, Task, UsageError, finetune
 from gpt2lite.cli import main
-from gpt2lite.cli.terminal import EMBEDDED
+from gpt2lite.config import EMBEDDED
 from gpt2lite.finetuning import data
 from gpt2lite.finetuning.data import (
     IGNORED,
@@ -865,11 +865,11 @@ def test_a_few_long_instructions_are_left_out_whichever_part_they_fall_in(encodi
     path = lines(tmp_path / "a.jsonl", [ASKED] * 9 + [long])
     for seed in range(8):
         with pytest.warns(UserWarning, match="of 10 instructions, 1 are left out"):
-            task = instruction_task(path, encoding, SMALL, Recipe(seed=seed))
+            task = instruction_task(path, GPTModel(SMALL), Recipe(seed=seed), encoding=encoding)
         assert sum(len(batch.ids) for batch in task.validation) == 1
     lines(path, [ASKED] * 3 + [long] * 7)
     with pytest.raises(UsageError, match="7 of 10 prompts leave no room for a response in 256 tokens"):
-        instruction_task(path, encoding, SMALL, Recipe())
+        instruction_task(path, GPTModel(SMALL), Recipe(), encoding=encoding)
 
 
 def test_a_class_that_is_not_validated_or_not_learned_is_said(encoding: Encoding, tmp_path: Path):
@@ -878,7 +878,7 @@ def test_a_class_that_is_not_validated_or_not_learned_is_said(encoding: Encoding
     seen = set()
     for seed in range(12):
         with pytest.warns(UserWarning, match=r"a.jsonl: no rows of .*rare .*; give more rows") as said:
-            classifier_task(path, encoding, SMALL, Recipe(seed=seed))
+            classifier_task(path, GPTModel(SMALL), Recipe(seed=seed), encoding=encoding)
         seen |= {str(each.message).split("rare ")[-1] for each in said}
     assert {message.split(",")[0].split(";")[0] for message in seen} == {"to learn from", "to validate with"}
 
@@ -890,12 +890,12 @@ def test_tasks_of_other_data_have_other_digests(encoding: Encoding, tmp_path: Pa
         for text in ("Text", "Fox"):
             row["text"] = text
             path = lines(tmp_path / "a.jsonl", rows)
-            digests.append(classifier_task(path, encoding, SMALL, Recipe()).digest)
+            digests.append(classifier_task(path, GPTModel(SMALL), Recipe(), encoding=encoding).digest)
         assert digests[0] != digests[1]
     tokens = torch.arange(1000).to(torch.uint16)
-    before = text_task(tokens, encoding, SMALL, Recipe(seq_len=16)).digest
+    before = text_task(tokens, GPTModel(SMALL), Recipe(seq_len=16), encoding=encoding).digest
     tokens[444] = 3
-    assert text_task(tokens, encoding, SMALL, Recipe(seq_len=16)).digest != before
+    assert text_task(tokens, GPTModel(SMALL), Recipe(seq_len=16), encoding=encoding).digest != before
 
 
 def test_a_tokenizer_of_characters_classifies_and_cannot_end_a_response(tmp_path: Path):
@@ -905,11 +905,11 @@ def test_a_tokenizer_of_characters_classifies_and_cannot_end_a_response(tmp_path
     own = tokenizer_for(tmp_path / "model.pth", len(characters))
     config, recipe = GPTConfig(len(characters), 32, 16, 2, 1), Recipe(seq_len=32)
     rows = [{"text": "some text, " + "ab"[i % 2] * (1 + i % 3), "label": "xy"[i % 2]} for i in range(40)]
-    task = classifier_task(lines(tmp_path / "a.jsonl", rows), own, config, recipe)
+    task = classifier_task(lines(tmp_path / "a.jsonl", rows), GPTModel(config), recipe, encoding=own)
     check_batch(task.train(0), GPTConfig.of(config.as_dict() | {"n_classes": 2}))
     asked = lines(tmp_path / "b.jsonl", [{"instruction": "text", "output": "some"}] * 9)
     with pytest.raises(UsageError, match=r"meta.pkl: this tokenizer has no end-of-text token"):
-        instruction_task(asked, own, config, recipe)
+        instruction_task(asked, GPTModel(config), recipe, encoding=own)
 
 
 def test_what_fills_a_row_up_does_not_reach_the_model():

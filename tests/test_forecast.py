@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -23,9 +24,11 @@ from gpt2lite import (
     GPTConfig,
     GPTModel,
     InsufficientMemoryError,
+    Recipe,
     Tuning,
     UsageError,
     forecast,
+    forecast_training,
     load_module,
     open_model,
     save_per_tensor,
@@ -33,8 +36,9 @@ from gpt2lite import (
 from gpt2lite.benchmarking import write_random_checkpoint
 from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, contiguous_stride
-from gpt2lite.checkpoint.source import FileState
+from gpt2lite.checkpoint.source import FileState, memory_of
 from gpt2lite.cli import main
+from gpt2lite.config import OFFICIAL_SIZES
 from gpt2lite.dialects.reading import read_dialect, read_names
 from gpt2lite.loading import choice
 from gpt2lite.loading.choice import choose, forecasts
@@ -566,3 +570,75 @@ def test_freed_neighbours_on_a_device_become_one_block():
     assert (pool.used, pool.peak) == (20 * MIB, 20 * MIB)
     pool.give(blocks[0])
     assert pool.take(5 * MIB) not in blocks  # what is free lies in two places
+
+
+# ---- a name alone ------------------------------------------------------------------------------------------
+
+
+def official_file(name: str, path: Path) -> Path:
+    """The Hub's file of an official size, by transformers' own names and shapes, without its bytes."""
+    transformers = pytest.importorskip("transformers")
+    n_layers, emb_dim, n_heads = OFFICIAL_SIZES[name]
+    with torch.device("meta"):
+        model = transformers.GPT2Model(
+            transformers.GPT2Config(n_layer=n_layers, n_embd=emb_dim, n_head=n_heads)
+        )
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    shapes |= {f"h.{i}.attn.bias": (1, 1, 1024, 1024) for i in range(n_layers)}
+    header, offset = {}, 0
+    for key, shape in sorted(shapes.items()):
+        end = offset + 4 * math.prod(shape)
+        header[key] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded)
+    with path.open("ab") as file:  # the first block's mask, which is looked at while opening
+        file.write(bytes(header["h.0.attn.bias"]["data_offsets"][0]))
+        file.write(memory_of(torch.ones(1024, 1024).tril()))
+    os.truncate(path, 8 + len(encoded) + offset)
+    return path
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-medium"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}, {"quantize": "int8"}], ids=str)
+def test_a_size_by_its_name_costs_what_its_file_costs(
+    name: str, device: str, options: Any, tmp_path: Path, offline: None
+):
+    of_the_file = forecast(official_file(name, tmp_path / "model.safetensors"), device, **options)
+    assert forecast(name, device, **options) == of_the_file
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No network, and nothing in the Hub's cache."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("socket.socket.connect", lambda *_: (_ for _ in ()).throw(OSError("network used")))
+
+
+def test_the_command_plans_by_a_name_and_says_what_it_assumed(
+    offline: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    said = "gpt2: no file was looked at; float32 and a tied head, as on the Hub"
+    for words in (["gpt2"], ["124M"], ["--size", "gpt2"], ["gpt2", "--train", "--batch-size", "1"]):
+        assert main(["plan", *words]) == 0
+        assert said in capsys.readouterr().out
+    Path("config.json").write_text(json.dumps({"n_layer": 3}))  # of whatever lies here, not of gpt2
+    assert main(["plan", "gpt2", "--json"]) == 0
+    capsys.readouterr()
+    torch.save(GPTModel(TINY).state_dict(), "gpt2")
+    Path("config.json").unlink()
+    assert main(["plan", "gpt2", "--n-heads", "4"]) == 0  # a path comes before a name
+    out = capsys.readouterr().out
+    assert "no file was looked at" not in out
+    assert "KiB of parameters" in out
+
+
+def test_training_by_a_name_is_what_its_config_trains(offline: None, capsys: pytest.CaptureFixture[str]):
+    words = ["plan", "--size", "gpt2", "--train", "--batch-size", "1", "--seq-len", "64", "--json"]
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out)["forecast"]
+    recipe = Recipe(batch_size=1, seq_len=64)
+    assert found == asdict(forecast_training(lambda: GPTModel(GPTConfig.named("gpt2")), recipe))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gpt2lite import GPTConfig, GPTModel, UsageError, evaluate
 from gpt2lite.cli import main
-from gpt2lite.cli.terminal import EMBEDDED
+from gpt2lite.config import EMBEDDED
 from gpt2lite.finetuning.data import open_tokens, tokenize_file
 from gpt2lite.finetuning.examples import read_records
 from gpt2lite.generation import KVCache

@@ -24,7 +24,7 @@ from gpt2lite import (
     evaluate,
     generate,
 )
-from gpt2lite.cli.terminal import EMBEDDED
+from gpt2lite.config import EMBEDDED
 from gpt2lite.generation import ENGINES, KVCache
 from gpt2lite.generation.decoding import (
     Sampling,

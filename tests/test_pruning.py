@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import gpt2lite
 from gpt2lite import GPTConfig, GPTModel, UsageError
-from gpt2lite.cli.terminal import EMBEDDED
+from gpt2lite.config import EMBEDDED
 from gpt2lite.tokenizer import tokenizer_for
 
 STORIES = Path(__file__).parent.parent / "scripts" / "stories.py"

@@ -20,7 +20,7 @@ from torch import nn
 
 from gpt2lite import CheckpointError, GPTConfig, GPTModel, UsageError, convert
 from gpt2lite.cli import main
-from gpt2lite.cli.terminal import EMBEDDED
+from gpt2lite.config import EMBEDDED
 from gpt2lite.tokenizer import GPT2_SIZES, Tokenizer, as_encoding, tokenizer_for, write_beside
 
 pytestmark = pytest.mark.filterwarnings("ignore:nanogpt computes gelu, this model")

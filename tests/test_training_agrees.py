@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from gpt2lite import Batch, GPTConfig, GPTModel, Recipe, Task, UsageError, finetune
-from gpt2lite.cli.terminal import EMBEDDED
+from gpt2lite.config import EMBEDDED
 from gpt2lite.finetuning.data import IGNORED
 from gpt2lite.finetuning.loop import read_metrics
 from gpt2lite.finetuning.training import choose_trained

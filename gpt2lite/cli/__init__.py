@@ -8,25 +8,31 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from typing import Any
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
 
 from gpt2lite._version import __version__
-from gpt2lite.cli.arguments import COMMANDS, add_arguments
-from gpt2lite.errors import GPT2LiteError
+from gpt2lite.cli.arguments import COMMANDS, add_arguments, check_needs
+from gpt2lite.cli.terminal import quietly
+from gpt2lite.config import OFFICIAL_SIZES
+from gpt2lite.errors import GPT2LiteError, did_you_mean
 from gpt2lite.finetuning.interrupts import handled_by, held
 
 FINISHING = ("convert", "prune", "verify", "finetune", "tokenize")  # their work is not what they print
 
 EPILOG = """examples:
   gpt2lite generate
-  gpt2lite generate --model model.pth --prompt "Every effort" --temperature 0.8 --top-k 40
-  gpt2lite generate --model gpt2
-  gpt2lite plan model.pth --device cuda --max-device-memory 8GiB
+  gpt2lite generate model.pth --prompt "Every effort" --temperature 0.8
+  gpt2lite generate gpt2
+  gpt2lite classify run/model.pth "You have won a prize"
+  gpt2lite plan gpt2-xl --device cuda --max-device-memory 8GiB
   gpt2lite bench --size gpt2-xl --device cuda
   gpt2lite convert model.pth gpt2-folder --to hf
   gpt2lite prune gpt2 small.pth --keep-blocks 6 --text held-out.txt
@@ -37,19 +43,50 @@ EPILOG = """examples:
   gpt2lite finetune gpt2 --text book.txt --out book-model --steps 500"""
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    """argparse's, whose errors name what is nearest to a word that it does not know."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and message, and exit with 2."""
+        if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            names = re.findall(r"[\w.-]+", found[2])
+            message = message[: found.start()] + f"unknown name {found[1]!r}{did_you_mean(found[1], names)}"
+        super().error(message)
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """What the command line says. Exits with 2 where it is wrong."""
+    parser = _Parser(
         prog="gpt2lite",
         description="A minimal GPT-2 that knows what loading costs.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"gpt2lite {__version__}")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    subparsers, commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND"), {}
     for name, command in COMMANDS.items():
         said = f"{command.summary[0].upper()}{command.summary[1:]}."
-        add_arguments(subparsers.add_parser(name, help=command.summary, description=said), command)
-    return parser
+        commands[name] = subparsers.add_parser(name, help=command.summary, description=said)
+        add_arguments(commands[name], command)
+    args, unknown = parser.parse_known_args(arguments)
+    own = commands[args.command]
+    if unknown:
+        options = [option for option in own._option_string_actions if option.startswith("--")]
+        near = get_close_matches(unknown[0].partition("=")[0], options, 1)
+        own.error(f"unknown argument {unknown[0]}" + "".join(f"; did you mean {name}?" for name in near))
+    check_needs(own, args)
+    return args
+
+
+def _nearest_file(error: BaseException) -> str:
+    """The file or size that was likely meant, where nothing has a name."""
+    name = getattr(error, "path", None) or getattr(error, "filename", None)
+    if not isinstance(error, FileNotFoundError) or not isinstance(name, str):
+        return ""
+    folder = Path(name).parent
+    names = [*OFFICIAL_SIZES, *(os.listdir(folder) if folder.is_dir() else ())]
+    near = get_close_matches(Path(name).name, names, 1, 0.75)
+    return "".join(f". Did you mean {each if each in OFFICIAL_SIZES else folder / each}?" for each in near)
 
 
 @contextmanager
@@ -107,7 +144,7 @@ def _run(args: argparse.Namespace) -> int:
         module = importlib.import_module(f"gpt2lite.cli.{COMMANDS[args.command].module}")
         ranks = importlib.import_module("gpt2lite.cli.loading").ranks
     heard = _Unheard(sys.stdout) if args.command in FINISHING else sys.stdout
-    with redirect_stdout(heard), ranks(args):
+    with redirect_stdout(heard), quietly(args.quiet), ranks(args):
         code = int(getattr(module, f"run_{args.command}")(args))
         print(end="", flush=True)
         return code
@@ -123,14 +160,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = ""
     try:
         with handled_by(_end), _plain_output():
-            args = _parser().parse_args(arguments)
+            args = _parsed(arguments)
             command = args.command
             return _run(args)
     except BrokenPipeError:
         _drop(sys.stdout)
         return int(command in (*FINISHING, "bench"))
     except (GPT2LiteError, OSError, MemoryError) as error:
-        print(f"gpt2lite: {error}", file=sys.stderr)
+        print(f"gpt2lite: {error}{_nearest_file(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         print("\ngpt2lite: interrupted", file=sys.stderr)

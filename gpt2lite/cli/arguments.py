@@ -9,14 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpt2lite.cli.terminal import EMBEDDED
-from gpt2lite.config import ACTIVATIONS, OFFICIAL_SIZES
+from gpt2lite.config import ACTIVATIONS, EMBEDDED, OFFICIAL_SIZES, official_name
 from gpt2lite.finetuning.recipe import Recipe
 
 # Tables of the library, by their names: the tables themselves hold functions of torch.
 STRATEGIES = ("baseline", "sequential", "meta", "mmap", "per_tensor", "stream")
 ENGINES = ("numba", "cuda_graph", "torch")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp64": "float64"}
 FORMATS = ("pth", "safetensors", "per-tensor", "dcp")
 REFERENCES = ("torch", "transformers")
 PARALLEL = ("fsdp", "tp", "ddp")
@@ -24,7 +24,7 @@ DIALECTS = {"book": "book", "hf": "huggingface", "nanogpt": "nanogpt"}
 
 EMBEDDED_PROMPT = "Once upon a time"
 DEFAULT_PROMPT = "Hello, I am"
-DEFAULT_NEW_TOKENS = 240
+DEFAULT_NEW_TOKENS = 240  # decoding.NEW_TOKENS, which is torch's
 CHECKPOINT = "a checkpoint, or a model on the Hub: gpt2 … gpt2-xl, owner/name"
 OR_EMBEDDED = f"{CHECKPOINT} (default: the embedded model)"
 
@@ -35,24 +35,31 @@ def _arg(help: str, **options: Any) -> dict[str, Any]:
     return {"help": help, **options}
 
 
+def _dtype(name: str) -> str:
+    return SHORT.get(name.lower(), name)
+
+
 _int, _number = partial(_arg, type=int, metavar="N"), partial(_arg, type=float, metavar="X")
 _size, _path = partial(_arg, metavar="SIZE"), partial(_arg, type=Path)
 _file, _switch = partial(_path, metavar="FILE"), partial(_arg, action="store_true")
+_text = partial(_arg, metavar="TEXT")
 
+SIZES: dict[str, Any] = {"type": official_name, "choices": OFFICIAL_SIZES}
 SHARED: Rows = {
+    "--quiet": _switch("no progress and no remarks, only results and warnings"),
     "path": _arg(OR_EMBEDDED, nargs="?", default=EMBEDDED),
     "source": _arg(CHECKPOINT),
     "destination": _path("a .pth, a .safetensors, or a new folder"),
     "--to": _arg("target (default: %(default)s)", choices=DIALECTS, default="book"),
     "--folder": _path("for temporary files (default: the system's)", metavar="DIR"),
     "--json": _switch("print JSON"),
-    "--device": _arg("cpu, cuda, cuda:1 … (default: cpu)", default="cpu"),
+    "--device": _arg("cpu, cuda, cuda:1 … (default: a GPU that is free, else cpu)", default="auto"),
     "--strategy": _arg("default: the best that fits", choices=("auto", *STRATEGIES), default="auto"),
     "--revision": _arg("branch, tag or commit of a model on the Hub", metavar="REV"),
     "--n-heads": _int("number of attention heads, if the file does not say"),
     "--activation": _arg("if the file does not say (nanoGPT, minGPT)", choices=ACTIVATIONS),
     "--lora-alpha": _number("alpha of the book's LoRA layers, if the file has any"),
-    "--dtype": _arg("cast the weights (default: as in the file)", choices=DTYPES),
+    "--dtype": _arg("cast the weights (default: as in the file)", type=_dtype, choices=DTYPES),
     "--quantize": _arg("int8 weights with one scale per row", choices=("int8",)),
     "--parallel": _arg("under torchrun: how its processes share the model", choices=PARALLEL),
     "--max-host-memory": _size("cap on what loading adds to host memory: 512MiB, 2GiB"),
@@ -65,7 +72,7 @@ LOADING = ("--strategy", "--device", *CONFIG, "--lora-alpha", "--dtype", *CAPS)
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command: where its `run_NAME` is, its own arguments, its SHARED ones, which exclude each other."""
+    """A command: where its `run_NAME` is, its own arguments and SHARED ones, which exclude or need others."""
 
     module: str
     summary: str
@@ -73,6 +80,7 @@ class Command:
     shared: tuple[str, ...]
     one_of: tuple[str, ...] = ()
     needs_one: bool = False
+    needs: tuple[tuple[str, str], ...] = ()
     with_recipe: bool = False
 
 
@@ -81,9 +89,11 @@ COMMANDS = {
         "texts",
         "write text with a model, the embedded one by default",
         {
-            "--model": _arg(OR_EMBEDDED, default=EMBEDDED, metavar="PATH|NAME"),
-            "--prompt": _arg(f"default: {EMBEDDED_PROMPT!r}; {DEFAULT_PROMPT!r} for other models"),
+            "--model": _arg(argparse.SUPPRESS),  # as it was called before it came first
+            "--prompt": _text(f"default: {EMBEDDED_PROMPT!r}; {DEFAULT_PROMPT!r} for other models"),
             "--prompts": _arg("one prompt per line; - reads standard input", metavar="FILE"),
+            "--instruction": _text("for a model that was finetuned on instructions: what to do"),
+            "--input": _text("with --instruction: what to do it with"),
             "--num-samples": _int("texts for each prompt (default: 1)", default=1),
             "--max-new-tokens": _int(f"default: {DEFAULT_NEW_TOKENS}, or what fits in the context"),
             "--temperature": _number("0 is greedy (default), 1 samples as trained", default=0.0),
@@ -96,15 +106,30 @@ COMMANDS = {
             "--window": _int("when the context is full, go on from the last N tokens"),
             "--engine": _arg("default: the fastest that can run", choices=("auto", *ENGINES), default="auto"),
         },
-        (*LOADING, "--parallel", "--quantize"),
-        one_of=("--prompt", "--prompts"),
+        ("path", *LOADING, "--parallel", "--quantize"),
+        one_of=("--prompt", "--prompts", "--instruction"),
+        needs=(("input", "instruction"),),
+    ),
+    "classify": Command(
+        "texts",
+        "say which class a text belongs to, with a finetuned classifier",
+        {
+            "path": _arg(CHECKPOINT),
+            "text": _arg("the text", nargs="?"),
+            "--file": _arg("records with text (.json, .jsonl, .csv), else a text per line", metavar="FILE"),
+        },
+        ("--json", *LOADING),
+        one_of=("text", "--file"),
+        needs_one=True,
     ),
     "bench": Command(
         "bench",
         "measure what every way of loading costs in memory and time",
         {
             "path": _arg(OR_EMBEDDED, nargs="?"),
-            "--size": _arg("write a random checkpoint of this size first", choices=OFFICIAL_SIZES),
+            "--size": _arg(
+                "write a random checkpoint of this size first", type=official_name, choices=OFFICIAL_SIZES
+            ),
             "--strategies": _arg("default: all", nargs="+", choices=STRATEGIES, default=STRATEGIES),
             "--json": _arg("save everything as JSON; - prints it instead", metavar="FILE.json"),
             "--plot": _path("draw memory over time (needs matplotlib)", metavar="FILE.png"),
@@ -116,7 +141,10 @@ COMMANDS = {
         "plan",
         "show what a load will cost, what fits, and what auto would choose, before loading",
         {
-            "--device": _arg("cpu, cuda, cuda:1 …; it may be absent (default: cpu)", default="cpu"),
+            "--device": _arg("cpu, cuda, cuda:1 …; it may be absent (default: what is here)", default="auto"),
+            "--size": _arg(
+                "plan for this size, without any file", type=official_name, choices=OFFICIAL_SIZES
+            ),
             "--train": _switch("show what training would take instead"),
             "--fit": _size("with --train: find the cheapest settings that fit in SIZE"),
             "--classes": _int("with --train: a classifier of N classes"),
@@ -124,7 +152,9 @@ COMMANDS = {
             "--parallel": _arg("how they share the model (default: fsdp)", choices=PARALLEL),
         },
         ("path", "--json", *CONFIG, "--dtype", "--quantize", *CAPS),
+        one_of=("path", "--size"),
         with_recipe=True,
+        needs=(("fit", "train"), ("classes", "train"), ("parallel", "ranks")),
     ),
     "convert": Command(
         "checkpoints",
@@ -220,12 +250,23 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser, command: Command) -> None:
     """Declare what a command may be told."""
-    rows = command.own | {name: SHARED[name] for name in command.shared}
+    rows = command.own | {name: SHARED[name] for name in (*command.shared, "--quiet")}
     group = parser.add_mutually_exclusive_group(required=command.needs_one) if command.one_of else parser
     for name, options in rows.items():
+        if "choices" in options:  # a line of usage would be wider than a terminal with all of them
+            told = f"{options['help']}: {', '.join(options['choices'])}"
+            options = {**options, "metavar": "NAME", "help": told}
         (group if name in command.one_of else parser).add_argument(name, **options)
     if command.with_recipe:
         _add_recipe(parser)
+
+
+def check_needs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with a usage error for an argument that says nothing without another one."""
+    given = {name for name, value in vars(args).items() if value not in (None, False)}
+    for name, needed in COMMANDS[args.command].needs:
+        if name in given and needed not in given:
+            parser.error(f"argument --{name}: says nothing without --{needed}")
 
 
 def recipe_of(args: argparse.Namespace, otherwise: Mapping[str, Any] | None = None) -> Recipe:

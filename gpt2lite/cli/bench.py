@@ -19,8 +19,8 @@ from gpt2lite._version import __version__
 from gpt2lite.benchmarking import Failure, Measurement, compare_strategies, write_random_checkpoint
 from gpt2lite.cli.loading import config_of
 from gpt2lite.cli.plots import plot_strategies, require_matplotlib
-from gpt2lite.cli.terminal import EMBEDDED, as_json, bytes_bar, facts, steps_bar, table
-from gpt2lite.config import GPTConfig
+from gpt2lite.cli.terminal import as_json, bytes_bar, facts, steps_bar, table
+from gpt2lite.config import EMBEDDED, GPTConfig
 from gpt2lite.devices import accelerators, free_memory, name_of, resolve_device, total_memory
 from gpt2lite.errors import UsageError
 from gpt2lite.memory import GIB, MIB, host_memory, human
@@ -81,10 +81,11 @@ def run_env(args: argparse.Namespace) -> int:
 HEADER = ("strategy", "load s", "logits s", "device", "plan", "host anon", "plan", "host file", "exact")
 DEVICE_COLUMNS = (3, 4)
 LEGEND = """\
-{unit} above what was in use after the imports. device, host anon: peaks while loading,
-each beside what `gpt2lite plan` predicts; anon cannot be reclaimed. host file: mapped
-pages by the first logits, which the system can reclaim. exact: every parameter is bit
-for bit what plain torch loads, logits within 1e-4 (0.05 for 16 bits)."""
+{unit} above what was in use after the imports. device, host anon: peaks while
+loading, each beside what `gpt2lite plan` predicts; anon cannot be reclaimed.
+host file: mapped pages by the first logits, which the system can reclaim.
+exact: every parameter is bit for bit what plain torch loads, logits within 1e-4
+(0.05 for 16 bits)."""
 
 
 def _row(result: Measurement | Failure, unit: int) -> list[str]:

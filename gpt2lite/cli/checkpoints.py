@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections import Counter, defaultdict
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from gpt2lite.cli.arguments import DIALECTS
@@ -19,7 +18,7 @@ from gpt2lite.memory import human
 from gpt2lite.model import GPTModel, open_model
 from gpt2lite.opening import Opened, locate
 from gpt2lite.pruning import Pruning, keep_blocks, prune
-from gpt2lite.tokenizer import text_ids, tokenizer_for
+from gpt2lite.tokenizer import text_ids
 from gpt2lite.verification import Verification, verify
 
 MAX_NAMED = 3
@@ -90,9 +89,9 @@ def run_inspect(args: argparse.Namespace) -> int:
     return 0
 
 
-def _text(path: Path, found: Verification) -> str:
+def _text(opened: Opened[GPTModel], found: Verification) -> str:
     try:
-        return repr(tokenizer_for(path, found.config.vocab_size).decode(found.ids[found.prompt_tokens :]))
+        return repr(opened.beside.tokenizer.decode(found.ids[found.prompt_tokens :]))
     except (CheckpointError, UsageError):
         return "no tokenizer found"
 
@@ -109,7 +108,7 @@ def run_verify(args: argparse.Namespace) -> int:
             ("loaded by", f"gpt2lite, strategy {strategy_of(opened, args)}; and {found.reference}"),
             ("logits", f"largest difference {found.difference:.3g}, allowed {found.tolerance:.3g}"),
             ("greedy tokens", f"{found.agreed_tokens} of {found.new_tokens} agree"),
-            ("written", _text(path, found)),
+            ("written", _text(opened, found)),
             ("not checked", found.unchecked or "nothing is shared but the weights' bytes"),
         ]))  # fmt: skip
         print("PASS" if found.passed else "FAIL")
@@ -148,7 +147,7 @@ def _choose(opened: Opened[GPTModel], args: argparse.Namespace) -> Pruning:
         return Pruning(tuple(args.blocks), ())
     if args.text is None:
         raise UsageError("--keep-blocks needs --text, a text to choose by; or name the blocks with --blocks")
-    ids = text_ids(tokenizer_for(opened.path, opened.config.vocab_size), read_text(args.text))
+    ids = text_ids(opened.beside.tokenizer, read_text(args.text))
     return choose_by(ids, opened, args)
 
 

@@ -12,40 +12,39 @@ from torch import Tensor
 from gpt2lite.cli.arguments import recipe_of
 from gpt2lite.cli.loading import choose_by, config_of, load_options
 from gpt2lite.cli.plots import plot_losses
-from gpt2lite.cli.terminal import bytes_bar, steps_bar
+from gpt2lite.cli.terminal import QUIET, bytes_bar, line_width, steps_bar
 from gpt2lite.devices import resolve_device
 from gpt2lite.errors import UsageError
 from gpt2lite.finetuning.heads import as_classifier, relabel
-from gpt2lite.finetuning.interrupts import held
 from gpt2lite.finetuning.loop import Metrics, finetune, read_metrics
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.finetuning.states import Task, saved_recipe, state_files
-from gpt2lite.finetuning.tasks import classifier_task, held_out, instruction_task, open_text, text_task
+from gpt2lite.finetuning.tasks import classifier_task, held_out, instruction_task, text_task, tokens_of
+from gpt2lite.generation.prompts import tokenizer_of
 from gpt2lite.memory import human
 from gpt2lite.model import GPTModel, open_model
 from gpt2lite.opening import Opened, locate
 from gpt2lite.parallel import is_first, together
 from gpt2lite.pruning import keep_blocks
-from gpt2lite.tokenizer import Tokenizer, tokenizer_files, tokenizer_for, write_beside
+from gpt2lite.tokenizer import Tokenizer
 
 
-def _task(model: GPTModel, encoding: Tokenizer, args: argparse.Namespace, recipe: Recipe) -> Task:
+def _task(model: GPTModel, args: argparse.Namespace, recipe: Recipe) -> Task:
     """What the flags name."""
-    config = model.config
     if args.classify:
-        return classifier_task(args.classify, encoding, config, recipe)
-    if config.n_classes:
-        found = f"a classifier of {config.n_classes} classes"
+        return classifier_task(args.classify, model, recipe)
+    if model.config.n_classes:
+        found = f"a classifier of {model.config.n_classes} classes"
         raise UsageError(f"{args.path}: {found} writes no text; use --classify")
     if args.instructions:
-        return instruction_task(args.instructions, encoding, config, recipe)
-    return text_task(_tokens(encoding, config.vocab_size, args), encoding, config, recipe)
+        return instruction_task(args.instructions, model, recipe)
+    return text_task(_tokens(tokenizer_of(model), model.config.vocab_size, args), model, recipe)
 
 
 def _tokens(encoding: Tokenizer, vocab_size: int, args: argparse.Namespace) -> Tensor:
     """The text's ids, in a file without a name where there will be room for the model, too."""
     folder = next(each for each in (args.out, *args.out.absolute().parents) if each.is_dir())
-    return open_text(args.text, folder, encoding, vocab_size)
+    return tokens_of(args.text, encoding, vocab_size, folder)
 
 
 def _pruned(opened: Opened[GPTModel], args: argparse.Namespace) -> Opened[GPTModel]:
@@ -55,8 +54,7 @@ def _pruned(opened: Opened[GPTModel], args: argparse.Namespace) -> Opened[GPTMod
     """
     if args.text is None or args.parallel:
         raise UsageError("--keep-blocks chooses by --text, in one process; else run `gpt2lite prune` first")
-    vocab_size = opened.config.vocab_size
-    ids = held_out(_tokens(tokenizer_for(opened.path, vocab_size), vocab_size, args))
+    ids = held_out(_tokens(opened.beside.tokenizer, opened.config.vocab_size, args))
     chosen = choose_by(ids, opened, args)
     losses = " → ".join(f"{loss:.4f}" for loss in chosen.losses)
     print(f"blocks {', '.join(map(str, chosen.kept))} of {opened.config.n_layers}, loss {losses}")
@@ -65,11 +63,11 @@ def _pruned(opened: Opened[GPTModel], args: argparse.Namespace) -> Opened[GPTMod
 
 def _require_same_tokens(teacher: str, encoding: Tokenizer, vocab_size: int) -> None:
     """Raise UsageError where a teacher's ids stand for other texts, as far as a tokenizer beside it tells."""
-    path = locate(teacher, {})
-    if open_model(path).sizes.vocab_size != vocab_size:
+    opened = open_model(locate(teacher, {}))
+    if opened.sizes.vocab_size != vocab_size:
         return  # which `finetune` refuses
     try:
-        theirs = tokenizer_for(path, vocab_size)
+        theirs = opened.beside.tokenizer
     except UsageError:  # there is none
         return
     for token in range(vocab_size):
@@ -101,16 +99,16 @@ def _reports(steps: int) -> Iterator[Callable[[Metrics], None]]:
 
         def report(metrics: Metrics) -> None:
             bar.update(metrics.step + 1 - bar.n)
-            rate, memory = f"{metrics.tokens_per_second:.0f} tokens/s", human(metrics.memory)
+            rate, memory = f"{metrics.tokens_per_second:.0f} tok/s", human(metrics.memory)
             bar.set_postfix_str(f"loss {metrics.loss:.3f}, {rate}, {memory}")
-            if metrics.validation_loss is None:
+            if metrics.validation_loss is None or QUIET.get():
                 return
-            right = "" if metrics.accuracy is None else f"  right {100 * metrics.accuracy:.1f} %"
+            right = "" if metrics.accuracy is None else f"  right {100 * metrics.accuracy:.1f}%"
             losses = f"loss {metrics.loss:.4f}  validation {metrics.validation_loss:.4f}"
             bar.clear()
             print(f"step {metrics.step + 1:5}  {losses}{right}  {rate}  {memory}")
             if metrics.sample is not None:
-                print("       " + " ".join(metrics.sample.split())[:100])
+                print("       " + " ".join(metrics.sample.split())[: line_width() - 7])
 
         yield report
 
@@ -126,18 +124,14 @@ def run_finetune(args: argparse.Namespace) -> int:
     with bytes_bar("loading") as progress:  # in the file's dtype, whatever it trains in: it is saved so
         options = load_options(args, progress)
         model = opened.load(resolve_device(args.device), args.strategy, **options)
-    encoding = tokenizer_for(path, model.config.vocab_size)
     if recipe.teacher:
-        _require_same_tokens(recipe.teacher, encoding, model.config.vocab_size)
-    task = _task(model, encoding, args, recipe)
+        _require_same_tokens(recipe.teacher, opened.beside.tokenizer, model.config.vocab_size)
+    task = _task(model, args, recipe)
     if args.classify:
         _put_head(opened, model, task.labels, recipe)
     try:
-        with held():  # Ctrl-C between the model and its tokenizer would leave ids without a text
-            with _reports(recipe.steps) as report:
-                model_path = finetune(model, task, args.out, recipe, resume=args.resume, report=report)
-            if is_first(model.device_mesh):
-                write_beside(model_path, tokenizer_files(path))
+        with _reports(recipe.steps) as report:
+            model_path = finetune(model, task, args.out, recipe, resume=args.resume, report=report)
     except KeyboardInterrupt:
         saved = state_files(args.out)
         newest = max(saved, default=0)

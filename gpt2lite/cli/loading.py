@@ -15,10 +15,12 @@ from torch import Tensor
 
 from gpt2lite import parallel
 from gpt2lite.cli.arguments import PARALLEL
-from gpt2lite.cli.terminal import EMBEDDED, bytes_bar
-from gpt2lite.devices import name_device, resolve_device
+from gpt2lite.cli.terminal import bytes_bar, is_watched
+from gpt2lite.config import EMBEDDED
+from gpt2lite.devices import CPU, accelerators, free_memory, name_device, name_of, resolve_device
 from gpt2lite.errors import UsageError
 from gpt2lite.loading.options import LoadOptions, Progress
+from gpt2lite.memory import human
 from gpt2lite.model import GPTModel, open_model
 from gpt2lite.opening import Opened
 from gpt2lite.pruning import Pruning, choose_blocks
@@ -55,9 +57,20 @@ def load_options(args: argparse.Namespace, progress: Progress) -> LoadOptions:
     }
 
 
+def choose_device(args: argparse.Namespace) -> None:
+    """Choose the device of a command that was not told any, once, and say which where there is a choice."""
+    if getattr(args, "device", None) != "auto":
+        return
+    args.device = str(found := name_device("auto"))
+    if accelerators() and is_watched():
+        why = f"{human(free_memory(found) or 0)} free" if found != CPU else "no accelerator is mostly free"
+        print(f"on {name_of(found)}: {why}", file=sys.stderr)
+
+
 @contextmanager
 def ranks(args: argparse.Namespace) -> Iterator[None]:
     """With --parallel, `args.mesh` and this process's own device; only the first of its ranks writes."""
+    choose_device(args)
     can_share = "parallel" in args and args.command != "plan"
     if can_share and not args.parallel and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         how = f"say how they share the model: --parallel {', '.join(PARALLEL)}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import textwrap
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,15 +12,17 @@ import torch
 
 from gpt2lite.cli.arguments import recipe_of
 from gpt2lite.cli.loading import config_of, dtype_of
-from gpt2lite.cli.terminal import as_json, facts, table
+from gpt2lite.cli.terminal import as_json, facts, line_width, table
 from gpt2lite.devices import CPU, name_device
-from gpt2lite.errors import InsufficientMemoryError, UsageError
+from gpt2lite.errors import InsufficientMemoryError
 from gpt2lite.finetuning.forecast import TrainingForecast, find_levers, forecast_training
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.loading.choice import Verdict, choose, judge
+from gpt2lite.loading.options import OpenOptions
 from gpt2lite.loading.strategies import STRATEGIES
 from gpt2lite.memory import find_budget, human, parse_size
-from gpt2lite.model import GPTModel, open_model
+from gpt2lite.model import GPTModel
+from gpt2lite.opening import Opened, assumed, open_to_plan
 from gpt2lite.parallel import FSDP, forecast_gathered, started
 
 if TYPE_CHECKING:
@@ -26,12 +30,12 @@ if TYPE_CHECKING:
 
 HEADER = ("strategy", "device", "host anon", "host file", "stays", "mapped", "fits")
 LEGEND = """\
-Bytes that loading adds. device, host anon, host file: at the peak; anon cannot be
-reclaimed, file is what is read through a mapping. stays: after loading. mapped: pages
-of the file that the model then uses and the system can reclaim. fits: in available
-memory, and under the caps."""
+Bytes that loading adds. device, host anon, host file: at the peak; anon cannot
+be reclaimed, file is what is read through a mapping. stays: after loading.
+mapped: pages of the file that the model then uses and the system can reclaim.
+fits: in available memory, and under the caps."""
 OF_RANKS = """
-reads, gathers: bytes that stream reads for this rank; what FSDP takes once it computes."""
+reads, gathers: bytes that stream reads for this rank; what FSDP needs to run."""
 
 
 def _size(nbytes: int) -> str:
@@ -57,9 +61,21 @@ def _as_dict(name: str, verdict: Verdict | str) -> dict[str, Any]:
     return {"strategy": name, "forecast": forecast, "fits": not lacking, "lacking": lacking}
 
 
+def _opened(args: argparse.Namespace) -> Opened[GPTModel]:
+    """The checkpoint; an official size, if one is asked for by name alone, as its file is."""
+    options: OpenOptions = {"revision": args.revision, "config": config_of(args)}
+    return assumed(GPTModel, args.size) if args.size else open_to_plan(GPTModel, args.path, options)
+
+
+def _assumption(opened: Opened[GPTModel]) -> str:
+    said = "no file was looked at; float32 and a tied head, as on the Hub"
+    return "" if os.path.lexists(opened.path) else f"\n{opened.path}: {said}\n"
+
+
 def _plan_training(args: argparse.Namespace, mesh: DeviceMesh | None) -> int:
     """Print what training takes; with --fit what brings it there: 1 if nothing does."""
-    config = open_model(args.path, revision=args.revision, config=config_of(args)).sizes
+    opened = _opened(args)
+    config = opened.sizes
     if args.classes:
         config = replace(config, n_classes=args.classes, head_bias=True, tied_head=False)
     device, dtype, recipe = name_device(args.device), dtype_of(args) or torch.float32, recipe_of(args)
@@ -72,24 +88,24 @@ def _plan_training(args: argparse.Namespace, mesh: DeviceMesh | None) -> int:
     fits = not limit or found.peak <= limit
     if args.json:
         said = [{"lever": lever, "costs": cost} for lever, cost in levers]
-        content = {"path": str(args.path), "device": str(device), "forecast": asdict(found)}
+        content = {"path": str(opened.path), "device": str(device), "forecast": asdict(found)}
         print(as_json(content | {"levers": said, "fits": fits}))
     else:
-        print(f"training {args.path} on {device}\n")
+        print(f"training {opened.path} on {device}\n")
         print(facts([(name, _size(nbytes)) for name, nbytes in asdict(found).items()]))
         if limit:
             met = "does not fit as asked; it would with" if levers else "fits as asked"
             how = met if fits else "does not fit in any way; the least takes"
-            print(f"\n{human(limit)}: {how}" + "".join(f"\n  {lever}: {cost}" for lever, cost in levers))
+            print(f"\n{human(limit)}: {how}")
+            for lever, cost in levers:
+                line = f"  {lever}: {cost}"
+                print(textwrap.fill(line, line_width(), subsequent_indent="    ", break_on_hyphens=False))
+        print(_assumption(opened), end="")
     return 0 if fits else 1
 
 
 def run_plan(args: argparse.Namespace) -> int:
     """Print forecasts, available memory, and what fits; 1 if nothing does."""
-    if args.parallel and args.ranks is None:
-        raise UsageError("--parallel is about several processes: add --ranks N")
-    if (args.fit or args.classes) and not args.train:
-        raise UsageError("--fit and --classes are about training: add --train")
     run = _plan_training if args.train else _plan
     if args.ranks is None:
         return run(args, None)
@@ -100,7 +116,7 @@ def run_plan(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace, mesh: DeviceMesh | None) -> int:
     device = name_device(args.device)
     budget = find_budget(device, args.max_host_memory, args.max_device_memory)
-    opened = open_model(args.path, revision=args.revision, config=config_of(args))
+    opened = _opened(args)
     plan = opened.plan(device, dtype=dtype_of(args), quantize=args.quantize, mesh=mesh)
     verdicts = {name: row.refuses(plan) or judge(plan, name, budget) for name, row in STRATEGIES.items()}
     auto, fits, ranks = "", list[str](), dict[str, int]()
@@ -127,4 +143,5 @@ def _plan(args: argparse.Namespace, mesh: DeviceMesh | None) -> int:
         *(("would fit", change) for change in fits),
         *((name, human(nbytes)) for name, nbytes in ranks.items()),
     ]))  # fmt: skip
+    print(_assumption(opened), end="")
     return 0 if auto else 1

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import textwrap
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from gpt2lite.reading_text import decode_text
 
-EMBEDDED = Path(__file__).resolve().parent.parent / "data" / "embedded.pth"
+QUIET = ContextVar("quiet", default=False)
+
+
+def line_width() -> int:
+    """Columns of the terminal that is printed to; 80 where there is none."""
+    return shutil.get_terminal_size().columns
 
 
 def table(*lines: Sequence[str]) -> str:
@@ -22,9 +31,18 @@ def table(*lines: Sequence[str]) -> str:
 
 
 def facts(pairs: Sequence[tuple[str, object]]) -> str:
-    """Names and values, one pair per line."""
-    width = max(len(name) for name, _ in pairs)
-    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in pairs)
+    """Names and values, one pair per line; a value that is too long goes on below its beginning."""
+    indent = max(len(name) for name, _ in pairs) + 2
+    lines = []
+    for name, value in pairs:
+        parts = (_wrapped(line.strip(), line_width() - indent) for line in str(value).split("\n"))
+        said = f"\n{' ' * indent}".join(line for part in parts for line in part)
+        lines.append(f"{name.ljust(indent)}{said}")
+    return "\n".join(lines)
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, max(width, 20), break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def as_json(content: Any) -> str:
@@ -32,13 +50,48 @@ def as_json(content: Any) -> str:
     return json.dumps(content, indent=2)
 
 
-def steps_bar(steps: Sequence[object], what: str, unit: str = "run") -> Any:
-    """A tqdm bar over `steps`, drawn only on a terminal; `set_postfix_str` says which one runs."""
+@contextmanager
+def quietly(quiet: bool) -> Iterator[None]:
+    """Inside, nothing is drawn or remarked if asked so."""
+    before = QUIET.set(quiet)
+    try:
+        yield
+    finally:
+        QUIET.reset(before)
+
+
+def is_watched() -> bool:
+    """Whether somebody looks at standard error, and wants to be told what goes on."""
+    return sys.stderr.isatty() and not QUIET.get()
+
+
+@contextmanager
+def steps_bar(steps: Sequence[object], what: str, unit: str = "run") -> Iterator[Any]:
+    """A tqdm bar over `steps`, drawn only where it `is_watched`; `set_postfix_str` says which one runs.
+
+    Its clock goes on while a step takes long.
+    """
     from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # here: it takes half a second
 
     options = {"unit_scale": True, "unit_divisor": 1024} if unit == "iB" else {}
-    drawn = sys.stderr.isatty()
-    return tqdm(desc=what, total=len(steps) or None, unit=unit, leave=False, disable=not drawn, **options)
+    drawn, over = is_watched(), threading.Event()
+    with tqdm(
+        desc=what, total=len(steps) or None, unit=unit, leave=False, disable=not drawn, **options
+    ) as bar:
+
+        def tick() -> None:
+            while not over.wait(1):
+                bar.refresh()
+
+        clock = threading.Thread(target=tick, daemon=True)
+        if drawn:
+            clock.start()
+        try:
+            yield bar
+        finally:
+            over.set()
+            if drawn:
+                clock.join()
 
 
 @contextmanager

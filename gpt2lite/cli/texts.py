@@ -1,4 +1,4 @@
-"""`gpt2lite generate`, `evaluate` and `tokenize`: texts written, predicted and cut into tokens."""
+"""`gpt2lite generate`, `classify`, `evaluate`, `tokenize`: texts written, judged, predicted, cut."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-import torch
-
-from gpt2lite.cli.arguments import DEFAULT_NEW_TOKENS, DEFAULT_PROMPT, EMBEDDED_PROMPT
+from gpt2lite.cli.arguments import DEFAULT_PROMPT, EMBEDDED_PROMPT
 from gpt2lite.cli.loading import load_to_read, open_to_read
-from gpt2lite.cli.terminal import EMBEDDED, as_json, bytes_bar, facts, read_text, steps_bar
-from gpt2lite.config import GPTConfig
+from gpt2lite.cli.terminal import as_json, bytes_bar, facts, is_watched, line_width, read_text, steps_bar
+from gpt2lite.config import EMBEDDED
 from gpt2lite.errors import UsageError
 from gpt2lite.evaluation import evaluate
 from gpt2lite.finetuning.data import tokenize_file
-from gpt2lite.generation.decoding import require_fit, require_language_model
-from gpt2lite.generation.prompts import stream_text
-from gpt2lite.model import GPTModel, open_model
+from gpt2lite.finetuning.examples import READERS, read_records
+from gpt2lite.generation import Instruction
+from gpt2lite.generation.classifying import require_labels
+from gpt2lite.generation.decoding import require_language_model, room_after
+from gpt2lite.generation.prompts import Text, tokenizer_of
+from gpt2lite.model import open_model
 from gpt2lite.opening import locate
 from gpt2lite.reading_text import filled_lines, typed_text
-from gpt2lite.tokenizer import Encoding, end_of_text, gpt2_encoding, text_ids, tokenizer_for
+from gpt2lite.tokenizer import Encoding, gpt2_encoding, text_ids
 
 ROWS_AT_ONCE = 8
 RULE = "─" * 40 + "\n"
@@ -33,13 +35,17 @@ COMPILING = "[the first run compiles its loops for this processor, which takes h
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "window", "engine")
 
 
-def _prompts(args: argparse.Namespace, default: str) -> list[str]:
+def _prompts(args: argparse.Namespace) -> list[Text]:
     """The prompts, each repeated --num-samples times."""
     if args.num_samples < 1:
         raise UsageError(f"--num-samples must be at least 1, got {args.num_samples}")
     if args.num_samples > 1 and args.temperature == 0:
         raise UsageError("greedy samples are all the same: --num-samples needs a --temperature above 0")
-    prompts = [default if args.prompt is None else typed_text("--prompt", args.prompt)]
+    default = EMBEDDED_PROMPT if Path(args.path) == EMBEDDED else DEFAULT_PROMPT
+    prompts: list[Text] = [default if args.prompt is None else typed_text("--prompt", args.prompt)]
+    if args.instruction is not None:
+        asked = typed_text("--instruction", args.instruction), typed_text("--input", args.input or "")
+        prompts = [Instruction(*asked)]
     if args.prompts is not None:
         prompts = [line for _, line in filled_lines(read_text(args.prompts))]
         if not prompts:
@@ -47,83 +53,84 @@ def _prompts(args: argparse.Namespace, default: str) -> list[str]:
     return [prompt for prompt in prompts for _ in range(args.num_samples)]
 
 
-def _room(ids: Sequence[Sequence[int]], config: GPTConfig, args: argparse.Namespace) -> int:
-    """How many tokens to write. Raises UsageError, before any is written, where a prompt does not fit."""
-    longest, room = max(map(len, ids)), args.max_new_tokens
-    if room is None:
-        left = DEFAULT_NEW_TOKENS if args.window is not None else config.context_length - longest
-        room = min(DEFAULT_NEW_TOKENS, max(left, 1))
-    require_fit(longest, room, args.window, config)
-    return int(room)
-
-
-def _write_one(prompt: str, tokens: Iterator[torch.Tensor], encoding: Encoding, stops: list[str]) -> int:
-    """Print a text as it comes; returns the number of its tokens. A slow start is explained on a terminal."""
-    slow = threading.Timer(PATIENCE, print, [COMPILING], {"file": sys.stderr, "flush": True})
-    drawn: list[int] = []
-
-    def counted() -> Iterator[int]:
-        for token in tokens:
-            drawn.append(int(token))
-            if len(drawn) == 2:
-                slow.cancel()
-            yield drawn[-1]
-
-    if sys.stderr.isatty():
+def _write_one(pieces: Iterator[str]) -> int:
+    """Print a text as it comes; returns the number of its pieces. A slow start is explained on a terminal."""
+    slow, count = threading.Timer(PATIENCE, print, [COMPILING], {"file": sys.stderr, "flush": True}), 0
+    if is_watched():
         slow.start()
     try:
-        print(prompt, end="", flush=True)
-        for piece in stream_text(counted(), encoding, stops):
+        for count, piece in enumerate(pieces, 1):
             print(piece, end="", flush=True)
+            if count == 2:
+                slow.cancel()
         print()
     finally:
         slow.cancel()
-    return len(drawn)
-
-
-def _batches(
-    model: GPTModel, ids: list[list[int]], room: int, seed: int | None, options: dict[str, Any]
-) -> Iterator[list[int]]:
-    """The new tokens of each text, computed a few texts at a time; each has the seed it would have alone."""
-    for start in range(0, len(ids), ROWS_AT_ONCE):
-        batch, own_seed = ids[start : start + ROWS_AT_ONCE], None if seed is None else seed + start
-        rows = model.generate(batch, room, seed=own_seed, **options)
-        yield from (row[len(prompt) :].tolist() for prompt, row in zip(batch, rows, strict=True))
+    return count
 
 
 def run_generate(args: argparse.Namespace) -> int:
     """Print prompts and continuations: one as it comes, more of them in batches."""
-    path = locate(args.model, {"revision": args.revision})
-    model = load_to_read(open_to_read(path, args), args)
-    require_language_model(model)
-    encoding = tokenizer_for(path, model.config.vocab_size)
-    prompts = _prompts(args, EMBEDDED_PROMPT if path == EMBEDDED else DEFAULT_PROMPT)
-    ids = [encoding.encode(text, allowed_special="all") or [end_of_text(encoding)] for text in prompts]
-    room = _room(ids, model.config, args)
-    stops = [typed_text("--stop", text) for text in args.stop]
-    options: dict[str, Any] = {name: getattr(args, name) for name in SAMPLING} | {
-        "stop": [*([] if encoding.eot_token is None else [encoding.eot_token]), *stops],
-        "encoding": encoding,
-    }
-    began, count = time.perf_counter(), 0
+    if args.model and args.path != EMBEDDED:
+        raise UsageError(f"the model is said twice: {args.path} and --model {args.model}")
+    args.path = args.model or args.path
+    path = locate(args.path, {"revision": args.revision})
+    model, prompts = load_to_read(open_to_read(path, args), args), _prompts(args)
+    options: Any = {name: getattr(args, name) for name in SAMPLING}
+    options["stop"] = [typed_text("--stop", text) for text in args.stop]
+    room, began = room_after(model, prompts, args.max_new_tokens, options), time.perf_counter()
     if len(prompts) == 1:
-        tokens = model.generate_tokens(ids, room, seed=args.seed, **options)
-        count = _write_one(prompts[0], tokens, encoding, stops)
+        pieces = model.generate_tokens(prompts[0], room, seed=args.seed, **options)
+        print(prompts[0] if isinstance(prompts[0], str) else "", end="", flush=True)
+        done = f"{_write_one(pieces)} tokens"
     else:
-        with steps_bar(prompts, "writing") as bar:
-            for place, new in enumerate(_batches(model, ids, room, args.seed, options)):
-                count += len(new)
-                print(RULE * bool(place) + prompts[place] + "".join(stream_text(new, encoding, stops)))
-                bar.update()
-    if sys.stderr.isatty():
+        done = f"{len(prompts)} texts"
+        with steps_bar(prompts, "writing", "text") as bar:
+            for start in range(0, len(prompts), ROWS_AT_ONCE):
+                seed = None if args.seed is None else args.seed + start
+                some = model.generate(prompts[start : start + ROWS_AT_ONCE], room, seed=seed, **options)
+                for place, text in enumerate(some, start):
+                    print(RULE * bool(place) + text)
+                bar.update(len(some))
+    if is_watched():
         seconds = time.perf_counter() - began
-        print(f"\n{count} tokens, {count / seconds:.1f} tokens/s", file=sys.stderr)
+        print(f"\n{done}, {int(done.split()[0]) / seconds:.1f} {done.split()[1]}/s", file=sys.stderr)
     return 0
 
 
+def run_classify(args: argparse.Namespace) -> int:
+    """Print the label of each text with its probability, likeliest first for a single one."""
+    path = locate(args.path, {"revision": args.revision})
+    model = load_to_read(open_to_read(path, args), args)
+    require_labels(model)
+    texts = _texts(args)
+    with bytes_bar("classifying", "text") as progress:
+        found = model.classify(texts, progress=progress)
+    if args.json:
+        print(as_json([{"text": text, **each._asdict()} for text, each in zip(texts, found, strict=True)]))
+    elif args.file:
+        width = max(map(len, model.purpose.labels))
+        for text, (label, shares) in zip(texts, found, strict=True):
+            print(f"{label.ljust(width)}  {shares[label]:.4f}  {' '.join(text.split())}"[: line_width()])
+    else:
+        likeliest = sorted(found[0].probabilities.items(), key=lambda pair: -pair[1])
+        print(facts([(label, f"{share:.4f}") for label, share in likeliest]))
+    return 0
+
+
+def _texts(args: argparse.Namespace) -> list[str]:
+    """The text, or those of --file: of records, else a line each."""
+    if args.file is None:
+        return [typed_text("text", args.text)]
+    if Path(args.file).suffix.lower() in READERS:
+        return [record["text"] for record in read_records(Path(args.file), ("text",))]
+    return [line for _, line in filled_lines(read_text(args.file))]
+
+
 PROTOCOL = """\
-perplexity: e to the mean loss per token. Each token but the first is predicted once,
-from the tokens before it in its window. bits per byte: comparable across vocabularies."""
+perplexity: e to the mean loss per token. Each token but the first is predicted
+once, from the tokens before it in its window. bits per byte: comparable across
+vocabularies."""
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
@@ -131,8 +138,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     path, text = locate(args.path, {"revision": args.revision}), read_text(args.text)
     model = load_to_read(open_to_read(path, args), args)
     require_language_model(model)
-    encoding = tokenizer_for(path, model.config.vocab_size)
-    ids = text_ids(encoding, text)
+    ids = text_ids(tokenizer_of(model), text)
     with bytes_bar("reading", "token") as progress:
         found = evaluate(model, ids, context=args.context, stride=args.stride, progress=progress)
     context = args.context or model.config.context_length
@@ -155,7 +161,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
 def run_tokenize(args: argparse.Namespace) -> int:
     """Tokenize, and say how much it was."""
     model = locate(args.model, {"revision": args.revision}) if args.model else None
-    encoding = tokenizer_for(model, open_model(model).sizes.vocab_size) if model else gpt2_encoding()
+    encoding: Encoding = open_model(model).beside.tokenizer if model else gpt2_encoding()
     with bytes_bar(f"tokenizing {args.text.name}") as progress:
         count = tokenize_file(args.text, args.tokens, encoding, progress)
     print(f"{count} tokens to {args.tokens}")

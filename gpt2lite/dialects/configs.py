@@ -11,7 +11,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,16 @@ from gpt2lite.checkpoint.manifest import BOUND_CONFIG, Unread, flatten
 from gpt2lite.checkpoint.reading import read_span
 from gpt2lite.checkpoint.safetensors import json_object
 from gpt2lite.checkpoint.source import memory_of
-from gpt2lite.config import ACTIVATIONS, OFFICIAL_SIZES, GPTConfig, misfit, wrong_labels
+from gpt2lite.config import (
+    ACTIVATIONS,
+    OFFICIAL_SIZES,
+    PURPOSE,
+    TEMPLATES,
+    GPTConfig,
+    Purpose,
+    misfit,
+    wrong_labels,
+)
 from gpt2lite.dialects.reading import AUXILIARY, CLASSIFIERS, TIED, Reading, above_of, block_of, unwrapped
 from gpt2lite.errors import CheckpointError, UsageError, listed
 
@@ -146,7 +155,7 @@ DOES_NOT_MATTER = frozenset(_DOES_NOT_MATTER.split())
 
 FIELDS = GPTConfig.__dataclass_fields__
 LABELS = "labels.json"  # beside a finetuned classifier: its labels as a list, for other programs
-KNOWN = {"n_inner", *HEAD_SIZES, *WINDOWS, *FIELDS, *OURS, *COMPUTED, *DOES_NOT_MATTER}
+KNOWN = {"n_inner", PURPOSE, *HEAD_SIZES, *WINDOWS, *FIELDS, *OURS, *COMPUTED, *DOES_NOT_MATTER}
 
 
 def in_our_words(words: Mapping[str, Any], where: str = "its config") -> dict[str, Any]:
@@ -328,25 +337,46 @@ def is_there(path: Path) -> bool:
     return path.is_file() or path.is_symlink()
 
 
-def labels_of(reading: Reading) -> tuple[str, ...]:
-    """A classifier's labels, as its file, the config beside it or labels.json say them; () where none does.
-
-    Raises CheckpointError where two of them disagree or one does not name every row of the head.
-    """
-    path, n_classes = reading.manifest.path, _said_by_shapes(reading)["n_classes"]
-    sources = (*_in_the_file(reading), *_beside_the_file(reading, has_heads=True)) if n_classes else ()
+def _labels_of(reading: Reading, sources: Sequence[Source], n_classes: int) -> dict[str, list[str]]:
+    """A classifier's labels by who says them: its file, the config beside it, labels.json."""
     said = {where: _in_order(words["id2label"]) for where, words, _ in sources if words.get("id2label")}
-    if n_classes and (beside := folder_of(path) / LABELS).is_file():
+    if (beside := folder_of(reading.manifest.path) / LABELS).is_file():
         said[str(beside)] = read_json(beside, kind=list)
-    said = {where: labels for where, labels in said.items() if labels is not None}
-    first, agreed = next(iter(said.items()), ("", ()))
     for where, labels in said.items():
-        if wrong := wrong_labels(labels, n_classes):
+        if labels is not None and (wrong := wrong_labels(labels, n_classes)):
             raise CheckpointError(where, wrong)
-        if labels != agreed:
-            both = f"{first} says {', '.join(agreed)}, but {where} says {', '.join(labels)}"
+    return {where: labels for where, labels in said.items() if labels is not None}
+
+
+def _shown(value: object) -> str:
+    return ", ".join(value) if isinstance(value, list) else str(value)
+
+
+def _said_alike(said: Mapping[str, Any]) -> tuple[str, Any]:
+    """Who says it first, and what; ("", {}) for nobody. Raises CheckpointError where others disagree."""
+    first, value = next(iter(said.items()), ("", {}))
+    for where, other in said.items():
+        if other != value:
+            both = f"{first} says {_shown(value)}, but {where} says {_shown(other)}"
             raise CheckpointError(f"{both}. Is one of them another run's?")
-    return tuple(agreed)
+    return first, value
+
+
+def purpose_of(reading: Reading, found: Found) -> Purpose:
+    """What a model was trained for, as far as its file, the config beside it and labels.json say.
+
+    Raises CheckpointError where two of them disagree or a classifier's labels do not name its classes.
+    """
+    n_classes = found.fields["n_classes"]
+    _, labels = _said_alike(_labels_of(reading, found.sources, n_classes) if n_classes else {})
+    where, words = _said_alike(
+        {where: words[PURPOSE] for where, words, _ in found.sources if PURPOSE in words}
+    )
+    try:
+        template = tuple(words[name] for name in TEMPLATES if name in words)
+        return Purpose(tuple(labels), words.get("seq_len"), template)
+    except (UsageError, AttributeError, TypeError) as error:
+        raise CheckpointError(where, f"{PURPOSE}={words!r:.60}: not what gpt2lite writes ({error})") from None
 
 
 def _classes_of(words: Mapping[str, Any]) -> Any:
@@ -584,13 +614,15 @@ UNSAYABLE: dict[str, Any] = {"n_heads": 1, "activation": "gelu_tanh"}
 class Found:
     """The fields of a config as far as they are known, and what a user should hear of how they were found.
 
-    `is_asked`: whether the caller said some of them; `masks`: those that nobody has read yet.
+    `is_asked`: whether the caller said some of them; `masks`: those that nobody has read yet; `sources`: who
+    else speaks of the model.
     """
 
     fields: Mapping[str, Any]
     notes: tuple[str, ...] = ()
     is_asked: bool = False
     masks: tuple[TensorSpan, ...] = ()
+    sources: tuple[Source, ...] = ()
 
 
 def _notes(reading: Reading, sources: list[Source], agreed: Mapping[str, Any]) -> Iterator[str]:
@@ -678,7 +710,7 @@ def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
         factors = (None, True, width**0.5, width**-0.5)  # True: old transformers' flag
         sizes = dict.fromkeys(HEAD_SIZES, (None, known["emb_dim"] // heads))
         _require_computed(reading, sources, {SCALE: factors, **sizes})
-    return Found(known, tuple(notes), bool(said), masks)
+    return Found(known, tuple(notes), bool(said), masks, tuple(sources))
 
 
 def complete(reading: Reading, found: Found) -> GPTConfig:

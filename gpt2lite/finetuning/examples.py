@@ -16,11 +16,15 @@ from typing import Any, TypeVar
 
 from gpt2lite.errors import UsageError
 from gpt2lite.finetuning.data import IGNORED, Example, shuffled
+from gpt2lite.generation.classifying import ids_to_classify
+from gpt2lite.generation.prompts import Instruction, filled
 from gpt2lite.reading_text import HALVES, decode_text, filled_lines
 from gpt2lite.tokenizer import Encoding, end_of_text
 
 PREAMBLE = "Below is an instruction that describes a task. "
-PREAMBLE += "Write a response that appropriately completes the request."
+PREAMBLE += "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}"
+# Source: Raschka, Build a Large Language Model (From Scratch), ch. 7, after Stanford Alpaca.
+TEMPLATE = tuple(f"{PREAMBLE}{given}\n\n### Response:\n" for given in ("", "\n\n### Input:\n{input}"))
 INPUT = "input"  # the one field that an instruction may lack
 # How tables write a label that is not there.
 MISSING = ("", "nan", "none", "null", "n/a", "#n/a", "na", "<na>")
@@ -118,12 +122,8 @@ def read_records(path: Path, fields: Sequence[str]) -> list[Record]:
 
 
 def format_prompt(record: dict[str, str]) -> str:
-    """An instruction, and its input if there is one, up to where the response begins.
-
-    Source: Raschka, Build a Large Language Model (From Scratch), ch. 7, after Stanford Alpaca.
-    """
-    given = f"\n\n### Input:\n{record[INPUT]}" if record.get(INPUT) else ""
-    return f"{PREAMBLE}\n\n### Instruction:\n{record['instruction']}{given}\n\n### Response:\n"
+    """An instruction, and its input if there is one, up to where the response begins."""
+    return filled(TEMPLATE, Instruction(record["instruction"], record.get(INPUT, "")))
 
 
 def instruction_examples(
@@ -201,7 +201,7 @@ def classifier_examples(
     examples, cut = [], 0
     for record, label in zip(records, found, strict=True):
         text = encoding.encode_ordinary(record["text"])
-        ids, cut = text[:seq_len] or [end_of_text(encoding)], cut + (len(text) > seq_len)
+        ids, cut = ids_to_classify(text, encoding, seq_len), cut + (len(text) > seq_len)
         examples.append(Example(ids, [IGNORED] * (len(ids) - 1) + [names.index(label)]))
     if cut:
         warnings.warn(f"{cut} of {len(records)} texts are cut to {seq_len} tokens (--seq-len)", stacklevel=2)

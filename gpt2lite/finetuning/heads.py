@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from gpt2lite.config import Purpose
 from gpt2lite.errors import UsageError
 from gpt2lite.model import GPTModel
 
@@ -22,6 +23,7 @@ def as_classifier(model: GPTModel, n_classes: int, seed: int = 0) -> None:
         if type(value) is not int or not least <= value < end:
             raise UsageError(f"{name} must be an int of at least {least} and below {end}, got {value!r}")
     C, like = model.config.emb_dim, model.pos_emb.weight
+    model.purpose = Purpose()  # whatever the old head was trained for
     model.config = replace(model.config, n_classes=n_classes, head_bias=True, tied_head=False)
     drawn = torch.empty(n_classes, C, dtype=torch.float32, device="cpu")
     drawn.normal_(0.0, 0.02, generator=torch.Generator("cpu").manual_seed(seed))

@@ -244,7 +244,8 @@ def finetune(
         if task.labels and parallel.is_first(mesh):
             with parallel.telling(mesh), replacing(out / LABELS) as temporary:
                 temporary.write_text(json.dumps(task.labels) + "\n", encoding="utf-8")
-        return model.save_checkpoint(out / "model.pth", labels=task.labels, progress=ctrl_c.check)
+        model.purpose = task.purpose
+        return model.save_checkpoint(out / "model.pth", progress=ctrl_c.check)
 
 
 def _go_on(run: Run, report: Callable[[Metrics], None] | None) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gpt2lite import parallel
 from gpt2lite.checkpoint.torch_zip import NO_CRC
 from gpt2lite.checkpoint.writing import CHUNK_BYTES, full_disk_named, replacing, require_space, tensors_of
-from gpt2lite.config import wrong_labels
+from gpt2lite.config import Purpose, wrong_labels
 from gpt2lite.errors import CheckpointError, UsageError, first_line, require_allowed
 from gpt2lite.finetuning.data import Batch, Batches, digest_of, tensor_parts
 from gpt2lite.finetuning.interrupts import CtrlC
@@ -65,6 +65,7 @@ class Task:
 
     `sample` writes a text with the model as it is; `labels` names a classifier's classes; `digest` stands
     for all the data, so that a run is not resumed with other data (a few batches are compared in any case).
+    `seq_len` and `template` go with the model: see `Purpose`.
     Raises UsageError for other kinds of values, such as a generator, which would be empty the second time.
     """
 
@@ -73,12 +74,20 @@ class Task:
     labels: tuple[str, ...] = ()
     sample: Callable[[GPTModel], str] | None = None
     digest: str = ""
+    seq_len: int | None = None
+    template: tuple[str, ...] = ()
+
+    @property
+    def purpose(self) -> Purpose:
+        """What a model is trained for by it."""
+        return Purpose(self.labels, self.seq_len, self.template)
 
     def __post_init__(self) -> None:
         require_allowed({name: getattr(self, name) for name in TASK_RULES}, TASK_RULES)
         if wrong := wrong_labels(self.labels, len(self.labels)):
             raise UsageError(f"Task.labels: {wrong}")
         object.__setattr__(self, "labels", tuple(self.labels))  # a list is the same data
+        _ = self.purpose  # raises UsageError for a seq_len or a template that is none
 
 
 @dataclass
@@ -181,7 +190,7 @@ def save_state(run: Run) -> None:
             "optimizer": {name: {key: found[f"{key} {name}"] for key in own} for name, own in state.items()},
             "scaler": trainer.scaler.state_dict(),
             "step": run.step,
-            "config": trainer.model.config.as_dict(run.task.labels),
+            "config": trainer.model.config.as_dict(run.task.purpose),
             "made_from": run.identity,
             "last_batch": digest_of(tensor_parts(*run.last)),
             "metrics": "".join(run.lines),

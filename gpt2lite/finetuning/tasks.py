@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from gpt2lite.config import GPTConfig
 from gpt2lite.errors import UsageError
 from gpt2lite.finetuning import data, examples
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.finetuning.states import Task
+from gpt2lite.generation.prompts import tokenizer_of
 from gpt2lite.model import GPTModel
 from gpt2lite.tokenizer import Encoding
 
@@ -36,12 +37,17 @@ def held_out(tokens: Tensor, least: int = 2) -> Tensor:
     return tokens[-max(int(len(tokens) * HELD_OUT), least) :]
 
 
-def text_task(tokens: Tensor, encoding: Encoding, config: GPTConfig, recipe: Recipe) -> Task:
-    """Continue a text, ids (N,), which may be a mapped file's; its last tenth is for validation.
+def text_task(
+    text: str | Path | Tensor, model: GPTModel, recipe: Recipe, *, encoding: Encoding | None = None
+) -> Task:
+    """Continue a text: a file of UTF-8 or of tokens, or ids (N,); its last tenth is for validation.
 
-    Raises UsageError for one that is too short for a window in each part.
+    A text takes 2 or 4 bytes per token in a temporary file, which is mapped. The tokenizer is the model's, or
+    `encoding`. Raises UsageError for one that is too short for a window in each part.
     """
-    seq_len = recipe.row_length(config.context_length)
+    seq_len, encoding = recipe.row_length(model.config.context_length), tokenizer_of(model, encoding)
+    path = None if isinstance(text, Tensor) else Path(text)
+    tokens: Any = tokens_of(path, encoding, model.config.vocab_size) if path else text
     held = held_out(tokens, seq_len + 1)
     if len(tokens) - len(held) <= seq_len:
         parts = f"training and validation need a window of {seq_len + 1} tokens each"
@@ -56,18 +62,22 @@ def text_task(tokens: Tensor, encoding: Encoding, config: GPTConfig, recipe: Rec
     )
 
 
-def instruction_task(path: Path, encoding: Encoding, config: GPTConfig, recipe: Recipe) -> Task:
+def instruction_task(
+    path: str | Path, model: GPTModel, recipe: Recipe, *, encoding: Encoding | None = None
+) -> Task:
     """Answer: records with instruction, output and perhaps input (.json, .jsonl, .csv), in Alpaca's words.
 
-    The loss is of the response alone. A tenth is for validation. Raises UsageError for bad records.
+    The loss is of the response alone. A tenth is for validation. The tokenizer is the model's, or `encoding`.
+    A model that learned it answers a `gpt2lite.Instruction`. Raises UsageError for bad records.
     """
-    seq_len = recipe.row_length(config.context_length)
-    records = examples.read_records(path, ("instruction", "output"))
+    seq_len, encoding = recipe.row_length(model.config.context_length), tokenizer_of(model, encoding)
+    records = examples.read_records(Path(path), ("instruction", "output"))
     pairs = examples.instruction_examples(records, encoding, seq_len)
     training, held = examples.split(pairs, HELD_OUT, recipe.seed)
     shown = held[0][0]
     prompt = encoding.encode_ordinary(examples.format_prompt(shown))
     task = _example_task([e for _, e in training], [e for _, e in held], recipe)
+    task = replace(task, template=examples.TEMPLATE)
     return replace(task, sample=lambda model: f"{shown['instruction']} → {_written(model, prompt, encoding)}")
 
 
@@ -79,13 +89,16 @@ def _example_task(training: list[data.Example], held: list[data.Example], recipe
     )
 
 
-def classifier_task(path: Path, encoding: Encoding, config: GPTConfig, recipe: Recipe) -> Task:
+def classifier_task(
+    path: str | Path, model: GPTModel, recipe: Recipe, *, encoding: Encoding | None = None
+) -> Task:
     """Say what a text is: records with text and label (.json, .jsonl, .csv); the loss of the last token.
 
-    A tenth is for validation. Raises UsageError for bad records, or fewer than two labels.
+    A tenth is for validation. The model needs a head of `len(task.labels)` classes (`as_classifier`); one
+    that learned it has `classify`. Raises UsageError for bad records, or fewer than two labels.
     """
-    seq_len = recipe.row_length(config.context_length)
-    records = examples.read_records(path, ("text", "label"))
+    seq_len, encoding = recipe.row_length(model.config.context_length), tokenizer_of(model, encoding)
+    records = examples.read_records(Path(path), ("text", "label"))
     labelled, labels = examples.classifier_examples(records, encoding, seq_len)
     training, held = examples.split(labelled, HELD_OUT, recipe.seed)
     parts = {"to learn from": training, "to validate with, so accuracy does not cover them": held}
@@ -93,11 +106,12 @@ def classifier_task(path: Path, encoding: Encoding, config: GPTConfig, recipe: R
         seen = {example.targets[-1] for example in part}
         if lacking := [label for number, label in enumerate(labels) if number not in seen]:
             warnings.warn(f"{path}: no rows of {', '.join(lacking)} {what}; give more rows", stacklevel=2)
-    return replace(_example_task(training, held, recipe), labels=tuple(labels))
+    return replace(_example_task(training, held, recipe), labels=tuple(labels), seq_len=seq_len)
 
 
-def open_text(path: Path, folder: Path, encoding: Encoding, vocab_size: int) -> Tensor:
-    """The ids of a token file (.bin, .npy), mapped, or of a text, tokenised and mapped in `folder`."""
+def tokens_of(path: Path, encoding: Encoding, vocab_size: int, folder: Path | None = None) -> Tensor:
+    """The ids of a token file (.bin, .npy), mapped, or of a text, in a file without a name in `folder`."""
+    folder = folder or Path(tempfile.gettempdir())
     if path.suffix.lower() in (".bin", ".npy"):
         return data.open_tokens(path, vocab_size)
     return data.map_text(path, folder, encoding, vocab_size)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -14,17 +14,31 @@ from torch import Tensor
 from gpt2lite.config import GPTConfig
 from gpt2lite.errors import UsageError, require_allowed
 from gpt2lite.generation.engines import ENGINES, KVCache, LanguageModel, choose_engine, require_threads
-from gpt2lite.generation.prompts import Batch, Ids, Rows, Stops, as_batch, as_stops, usable_vocabulary
+from gpt2lite.generation.prompts import (
+    Batch,
+    Ids,
+    Rows,
+    Stops,
+    Text,
+    as_batch,
+    as_stops,
+    ids_of_text,
+    is_text,
+    stream_text,
+    tokenizer_of,
+    usable_vocabulary,
+)
 from gpt2lite.loading.options import check_names
 from gpt2lite.parallel import computing_over, no_gradients, require_same, rest, together
 from gpt2lite.reading_text import HALVES
-from gpt2lite.tokenizer import Encoding, as_tokenizer
+from gpt2lite.tokenizer import Encoding, Tokenizer, as_tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 NOT_FINITE = "the model's {}: its weights are not finite, or {} is too narrow; try dtype=torch.float32"
 NEVER = float("-inf")
+NEW_TOKENS = 240  # unless the caller says how many, if they fit
 COLDEST = 1e-30  # a lower temperature gives the same, and would divide by what fp32 takes for 0
 
 
@@ -188,7 +202,7 @@ def require_language_model(model: LanguageModel) -> None:
     """Raise UsageError for a classifier, and for a model whose weights are on meta."""
     if model.config.n_classes:
         found = f"this model is a classifier of {model.config.n_classes} classes"
-        raise UsageError(f"{found} and writes no text")
+        raise UsageError(f"{found} and writes no text; it can classify one")
     if model.pos_emb.weight.is_meta:
         raise UsageError("the model's weights are on meta, without memory; load or initialise them first")
     heads: object = getattr(model, "local_heads", 0) or model.config.n_heads
@@ -196,19 +210,61 @@ def require_language_model(model: LanguageModel) -> None:
         raise UsageError(f"the model's attention has n_heads={others.pop()}, its config says {heads}")
 
 
-def require_fit(T: int, max_new_tokens: int, window: int | None, config: GPTConfig) -> None:
-    """Raise UsageError if T tokens and the new ones do not fit the context and no window slides."""
+def room_for(T: int, max_new_tokens: int | None, window: int | None, config: GPTConfig) -> int:
+    """How many tokens to write after T: as many as are asked for, else NEW_TOKENS, or what fits.
+
+    Raises UsageError if they do not fit the context and no window slides.
+    """
     context = config.context_length
+    if max_new_tokens is None:
+        max_new_tokens = NEW_TOKENS if window is not None else min(NEW_TOKENS, max(context - T, 1))
     require_allowed({"max_new_tokens": max_new_tokens, "window": window}, rules(config))
     if window is None and T + max_new_tokens > context:
         fewer = f", ask for {context - T} at most" if context > T else ""
         slide = f"let a window slide: window={max(context // 2, 1)} keeps that many when it is full"
         found = f"a prompt of {T} tokens and {max_new_tokens} new ones exceed the context of {context}"
         raise UsageError(f"{found}; shorten the prompt{fewer}, or {slide}")
+    return max_new_tokens
+
+
+class _Texts(NamedTuple):
+    """Prompts that are text: what stands before each answer, ids, tokenizer, strings that end an answer."""
+
+    before: list[str]
+    ids: list[list[int]]
+    encoding: Tokenizer
+    stops: list[str]
+
+    def after(self, tokens: Iterable[Any]) -> Iterator[str]:
+        """Pieces of an answer, as its tokens come."""
+        return stream_text(map(int, tokens), self.encoding, self.stops)
+
+
+def _read(model: LanguageModel, prompt: Text | Sequence[Text], options: GenerateOptions) -> _Texts:
+    require_language_model(model)
+    encoding = tokenizer_of(model, options.get("encoding"))
+    prompts = [prompt] if isinstance(prompt, Text) else prompt
+    before, ids = zip(*(ids_of_text(model, encoding, each) for each in prompts), strict=True)
+    strings = [each for each in as_stops(options.get("stop", ())) if isinstance(each, str)]
+    return _Texts([*before], [*ids], encoding, strings)
+
+
+def _with_end(options: GenerateOptions, texts: _Texts) -> GenerateOptions:
+    """A text ends at its tokenizer's token for that, too."""
+    end = () if texts.encoding.eot_token is None else (texts.encoding.eot_token,)
+    return {**options, "encoding": texts.encoding, "stop": (*as_stops(options.get("stop", ())), *end)}
+
+
+def room_after(
+    model: LanguageModel, prompts: Sequence[Text], max_new_tokens: int | None, options: GenerateOptions
+) -> int:
+    """How many tokens `generate` would write after each of these texts. Raises as it does."""
+    longest = max(map(len, _read(model, prompts, options).ids))
+    return room_for(longest, max_new_tokens, options.get("window"), model.config)
 
 
 def _decode(
-    model: LanguageModel, ids: Ids, max_new_tokens: int, options: GenerateOptions
+    model: LanguageModel, ids: Ids, max_new_tokens: int | None, options: GenerateOptions
 ) -> tuple[Batch, Stops, Iterator[Tensor]]:
     """Check everything, on all ranks that compute together, then (prompts, stops, tokens as they come)."""
     with together(computing_over(model)):
@@ -216,7 +272,7 @@ def _decode(
 
 
 def _begin(
-    model: LanguageModel, ids: Ids, max_new_tokens: int, options: GenerateOptions
+    model: LanguageModel, ids: Ids, max_new_tokens: int | None, options: GenerateOptions
 ) -> tuple[Batch, Stops, Iterator[Tensor]]:
     check_names(options, GenerateOptions)
     require_language_model(model)
@@ -230,7 +286,7 @@ def _begin(
     encoding = None if given is None else as_tokenizer(given)
     prompts = as_batch(ids, config, like.device)
     T = prompts.ids.shape[1]
-    require_fit(T, max_new_tokens, window, config)
+    max_new_tokens = room_for(T, max_new_tokens, window, config)
     start = prompts if window is None or config.context_length > T else prompts.last(window)
     n_rows, T = start.ids.shape
     generators = make_generators(options.get("seed"), n_rows, like.device)
@@ -271,35 +327,82 @@ def _begin(
     return prompts, stops, (token.clone() for token in no_gradients(model)(tokens)(start))
 
 
+@overload
 def generate_tokens(
-    model: LanguageModel, ids: Ids, max_new_tokens: int, **options: Unpack[GenerateOptions]
-) -> Iterator[Tensor]:
-    """Yield the tokens that `generate` appends, ids (B, 1) int64, as they come; see there.
+    model: LanguageModel, prompt: Text, max_new_tokens: int | None = None, **options: Unpack[GenerateOptions]
+) -> Iterator[str]: ...
+
+
+@overload
+def generate_tokens(
+    model: LanguageModel, prompt: Ids, max_new_tokens: int | None = None, **options: Unpack[GenerateOptions]
+) -> Iterator[Tensor]: ...
+
+
+def generate_tokens(
+    model: LanguageModel,
+    prompt: Text | Ids,
+    max_new_tokens: int | None = None,
+    **options: Unpack[GenerateOptions],
+) -> Iterator[str] | Iterator[Tensor]:
+    """Yield what `generate` appends, as it comes; see there: of ids the tokens (B, 1) int64, of one text its
+    pieces, one for each token, in whole characters, and what may be left after the last.
 
     Arguments are checked at once, before the first token is asked for. Between tokens the model is in
     its own mode, so that the iterator may be dropped at any token.
     """
-    return _decode(model, ids, max_new_tokens, options)[2]
+    if not is_text(prompt):
+        return _decode(model, prompt, max_new_tokens, options)[2]
+    if not isinstance(prompt, Text):
+        raise UsageError("generate_tokens gives the pieces of one text; for a list of them, use generate")
+    texts = _read(model, prompt, options)
+    return texts.after(_decode(model, texts.ids, max_new_tokens, _with_end(options, texts))[2])
+
+
+@overload
+def generate(  # type: ignore[overload-overlap]  # a str is one text, not several
+    model: LanguageModel, prompt: Text, max_new_tokens: int | None = None, **options: Unpack[GenerateOptions]
+) -> str: ...
 
 
 @overload
 def generate(
-    model: LanguageModel, ids: Tensor, max_new_tokens: int, **options: Unpack[GenerateOptions]
+    model: LanguageModel,
+    prompt: Sequence[Text],
+    max_new_tokens: int | None = None,
+    **options: Unpack[GenerateOptions],
+) -> list[str]: ...
+
+
+@overload
+def generate(
+    model: LanguageModel,
+    prompt: Tensor,
+    max_new_tokens: int | None = None,
+    **options: Unpack[GenerateOptions],
 ) -> Tensor: ...
 
 
 @overload
 def generate(
-    model: LanguageModel, ids: Rows, max_new_tokens: int, **options: Unpack[GenerateOptions]
+    model: LanguageModel, prompt: Rows, max_new_tokens: int | None = None, **options: Unpack[GenerateOptions]
 ) -> list[Tensor]: ...
 
 
 def generate(
-    model: LanguageModel, ids: Ids, max_new_tokens: int, **options: Unpack[GenerateOptions]
-) -> Tensor | list[Tensor]:
+    model: LanguageModel,
+    prompt: Text | Sequence[Text] | Ids,
+    max_new_tokens: int | None = None,
+    **options: Unpack[GenerateOptions],
+) -> str | list[str] | Tensor | list[Tensor]:
     """Prompts and their continuations, by default greedy; `GenerateOptions` says what the keywords mean.
 
-    `ids` (B, T) gives a tensor (B, T + new), int64, in which rows that stopped earlier are filled up with
+    A text gives a text, a list of texts a list of them: each is the prompt, as it was read, and what follows,
+    up to the token that ends a text, or before a stop string. An `Instruction` gives the answer alone. The
+    tokenizer is that of the model's checkpoint, or `encoding`. Special tokens in a prompt are read as such,
+    line ends as \\n. Where max_new_tokens is not said, it is 240, or what fits in the context.
+
+    Ids (B, T) give a tensor (B, T + new), int64, in which rows that stopped earlier are filled up with
     what they stopped at; a list of B rows of any lengths gives a list of B tensors, each ending where it
     stopped. Dropout is off in any mode. Allocates one KVCache, 2 × n_layers × emb_dim elements per token and
     row.
@@ -310,13 +413,21 @@ def generate(
     bits within some dozens of tokens. Where rows must not depend on their neighbours, use float32.
 
     Raises UsageError for invalid arguments, and instead of the first token that would come from NaN or
-    infinite logits; InsufficientMemoryError, before anything is allocated, if the cache does not fit.
+    infinite logits; InsufficientMemoryError, before anything is allocated, if the cache does not fit; for
+    texts also as opening a checkpoint does, where its tokenizer cannot be read.
     """
+    if is_text(prompt):
+        texts = _read(model, prompt, options)
+        rows = generate(model, texts.ids, max_new_tokens, **_with_end(options, texts))
+        parts = zip(texts.before, texts.ids, rows, strict=True)
+        found = [text + "".join(texts.after(row[len(ids) :])) for text, ids, row in parts]
+        return found[0] if isinstance(prompt, Text) else found
+    ids = prompt
     prompts, stops, tokens = _decode(model, ids, max_new_tokens, options)
     new = torch.cat(list(tokens), 1)
     rest(model)
     if isinstance(ids, Tensor):
         return torch.cat([prompts.ids, new], 1)
     pads = torch.zeros_like(stops.lengths) if prompts.pads is None else prompts.pads
-    rows = zip(prompts.ids, pads.tolist(), new, stops.lengths.tolist(), strict=True)
-    return [torch.cat([prompt[pad:], more[:length]]) for prompt, pad, more, length in rows]
+    each = zip(prompts.ids, pads.tolist(), new, stops.lengths.tolist(), strict=True)
+    return [torch.cat([row[pad:], more[:length]]) for row, pad, more, length in each]

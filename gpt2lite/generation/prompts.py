@@ -5,14 +5,18 @@ from __future__ import annotations
 import codecs
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gpt2lite.config import GPTConfig
+from gpt2lite.config import SLOTS, GPTConfig
 from gpt2lite.errors import UsageError
-from gpt2lite.tokenizer import Encoding, Tokenizer
+from gpt2lite.reading_text import plain_text
+from gpt2lite.tokenizer import Beside, Encoding, Tokenizer, as_tokenizer, end_of_text
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 Rows = Sequence[Tensor | Sequence[int]]
 Ids = Tensor | Rows
@@ -20,6 +24,57 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.uint16, to
 CHECKED_AT_ONCE = 2**20  # ids
 WANTED = "ids must be a tensor of integers of shape (batch, tokens ≥ 1), or a list of such rows"
 GPT2_VOCABULARY, ROWS_PADDED_TO = 50257, 64
+
+
+class Instruction(NamedTuple):
+    """What a model that was trained on instructions is told to do, and with what."""
+
+    instruction: str
+    input: str = ""
+
+
+Text = str | Instruction
+
+
+def is_text(prompt: object) -> TypeIs[Text | Sequence[Text]]:
+    """Whether a prompt is a text or an instruction, or a list that begins with one."""
+    first = prompt[0] if isinstance(prompt, list | tuple) and prompt else prompt
+    return isinstance(prompt, Text) or isinstance(first, Text)
+
+
+def filled(template: Sequence[str], asked: Instruction) -> str:
+    """An instruction as it is written in a template: its first text, or the second, which has an input."""
+    return SLOTS.sub(lambda slot: getattr(asked, slot[1]), template[bool(asked.input)])
+
+
+def tokenizer_of(model: Any, encoding: Encoding | None = None) -> Tokenizer:
+    """The encoding that was passed, else that of the checkpoint which the model was loaded from.
+
+    Raises UsageError where there is neither, and as `tokenizer_for`.
+    """
+    if encoding is not None:
+        return as_tokenizer(encoding)
+    beside: Beside | None = getattr(model, "beside", None)
+    if beside is None:
+        raise UsageError("this model was loaded from no checkpoint, so it has no tokenizer; pass encoding=…")
+    return beside.tokenizer
+
+
+def ids_of_text(model: Any, encoding: Tokenizer, prompt: object) -> tuple[str, list[int]]:
+    """(what stands before the answer, its ids): a prompt as it is, and nothing for an instruction.
+
+    A prompt is read as a file of its text would be, with special tokens as such; an empty one is the token
+    that ends a text. An instruction is written as in training, special tokens in it as plain text. Raises
+    UsageError for what is no text, and for an instruction to a model that was not trained on any.
+    """
+    if isinstance(prompt, Instruction):
+        if not (purpose := getattr(model, "purpose", None)) or not purpose.template:
+            raise UsageError("nothing says that this model was trained on instructions; give it a prompt")
+        return "", encoding.encode_ordinary(filled(purpose.template, prompt))
+    if not isinstance(prompt, str):
+        raise UsageError(f"a list of texts holds a {type(prompt).__name__}; give texts alone")
+    text = plain_text("prompt", prompt)
+    return text, encoding.encode(text, allowed_special="all") or [end_of_text(encoding)]
 
 
 def ends_of(ids: Tensor) -> tuple[int, int]:
@@ -138,7 +193,7 @@ def _held_back(text: str, stops: Sequence[str]) -> int:
 
 
 def stream_text(tokens: Iterable[int], encoding: Encoding, stops: Sequence[str] = ()) -> Iterator[str]:
-    """Pieces of text, the last before the end-of-text token or a stop string.
+    """Pieces of text, one for each token up to the end of text or a stop string, and what is left then.
 
     A piece holds whole characters and nothing that may turn out to begin a stop string.
     """
@@ -154,4 +209,5 @@ def stream_text(tokens: Iterable[int], encoding: Encoding, stops: Sequence[str] 
         ready = len(held) - _held_back(held, stops)
         yield held[:ready]
         held = held[ready:]
-    yield held + decoder.decode(b"", final=True)
+    if held := held + decoder.decode(b"", final=True):
+        yield held

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gpt2lite.devices import CPU, name_device, resolve_device
 from gpt2lite.dialects.reading import Placement
-from gpt2lite.errors import InsufficientMemoryError, UsageError, first_line, is_out_of_memory
+from gpt2lite.errors import InsufficientMemoryError, UsageError, did_you_mean, first_line, is_out_of_memory
 from gpt2lite.loading.forecast import Forecast, Ledger
 from gpt2lite.loading.options import LoadOptions
 from gpt2lite.loading.plan import SMALLEST_RING, LoadPlan
@@ -85,7 +85,7 @@ def choose(plan: LoadPlan, strategy: str, budget: Budget) -> tuple[str, LoadPlan
     anything is allocated, where nothing fits.
     """
     if strategy not in ("auto", *STRATEGIES):
-        raise UsageError(f"unknown strategy {strategy!r}; choose from auto, {', '.join(STRATEGIES)}")
+        raise UsageError(f"unknown strategy {strategy!r}{did_you_mean(strategy, ('auto', *STRATEGIES))}")
     if strategy != "auto":
         budget = budget.with_swap()
     order = ("mmap", *AUTO) if plan.is_repeated else AUTO  # processes share the pages of a mapped file

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
 from gpt2lite.config import GPTConfig
-from gpt2lite.errors import UsageError
+from gpt2lite.errors import UsageError, did_you_mean
 from gpt2lite.loading.schedule import Tuning
 from gpt2lite.parallel import Divide
 
@@ -71,8 +70,7 @@ def check_names(options: Mapping[str, Any], known: Any = Options) -> None:
     """Raise TypeError for an unknown keyword, suggesting the nearest known one."""
     names = sorted(known.__optional_keys__)
     for name in options.keys() - set(names):
-        near = get_close_matches(name, names, 1)
-        hint = f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(names)}"
+        hint = did_you_mean(name, names)
         if "config" in names and name in GPTConfig.__dataclass_fields__:
             hint = f"; it belongs in config={{{name!r}: …}}"
         raise TypeError(f"unexpected keyword argument {name!r}{hint}")
