@@ -253,7 +253,7 @@ DAMAGES = {
     "bad magic": (bundle(entry())[:-1] + b"\0", "do not end as a TensorFlow index does"),
     "only magic": (MAGIC, "its 8 bytes do not end"),
     "empty": (b"", "its 0 bytes do not end"),
-    "too large": (bytes(MAX_INDEX_BYTES) + MAGIC, "larger than 1024 KiB"),
+    "too large": (bytes(MAX_INDEX_BYTES) + MAGIC, "the limit is 1 MiB"),
     "footer without an end": (bytes(60) + b"\xff" * 40 + MAGIC, "a varint in it never ends"),
     "footer of zeros": (bytes(100) + MAGIC, "a block of 0 bytes announces 0 restarts"),
     "footer past the file": (varint(2**63) * 4 + MAGIC, "lies in bytes 9223372036854775808"),

@@ -1,6 +1,7 @@
 """Where bytes lie. Whoever reads a checkpoint asks a `ByteSource` for ranges and knows no path.
 
-A local file can also be read without leaving anything in the system's page cache.
+Every file is opened here, and only plain ones are. A local file can also be read without leaving anything in
+the system's page cache.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import errno
 import io
 import mmap
 import os
+import stat
 import sys
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -28,6 +30,7 @@ PAGE = 4096
 BUFFER_BYTES = 2 << 20  # of a reader past the page cache: a huge page
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 SAMPLES = 16
+FREE_BYTES = 32 << 20  # of memory for what describes tensors, beside four times its size
 LINUX_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # Python names it from 3.13 on
 
 
@@ -39,6 +42,11 @@ def memory_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(exposed).cast("B")
 
 
+def may_take(nbytes: int) -> int:
+    """Bytes of memory that reading `nbytes` of a file which only describe something may take."""
+    return FREE_BYTES + 4 * nbytes
+
+
 @dataclass(frozen=True, slots=True)
 class FileState:
     """What tells that a file was replaced, truncated or written to."""
@@ -48,8 +56,39 @@ class FileState:
     inode: int
 
 
+def _plain(path: str | Path | int) -> os.stat_result:
+    """What lies at a path, links followed. Raises CheckpointError for what no checkpoint can be."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        raise CheckpointNotFoundError(path, "no such file or folder") from None
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise CheckpointError(path, "its links form a loop. Copy or download the file itself.") from None
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a FIFO, socket or device"
+        raise CheckpointError(path, f"is {kind}, wanted a plain file. Remove it, or put the file there.")
+    return found
+
+
+def open_plain(path: str, flags: int) -> int:
+    """A descriptor of a plain file, for `open` as its opener; waits for nobody, whatever takes its place."""
+    _plain(path)
+    file = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    try:
+        _plain(file)
+    except CheckpointError:
+        os.close(file)
+        raise
+    return file
+
+
 class FileReader(io.FileIO):
     """A local file, read through the page cache."""
+
+    def __init__(self, path: Path, flags: int = 0) -> None:
+        super().__init__(path, opener=lambda name, own: open_plain(name, own | flags))
 
     def read_into(self, memories: Iterable[memoryview], offset: int) -> None:
         """Fill one memory after the other from byte `offset`, STEP at a time across them.
@@ -89,7 +128,7 @@ class PastCache(FileReader):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, opener=lambda name, flags: os.open(name, flags | os.O_DIRECT))
+        super().__init__(path, os.O_DIRECT)
         memory = mmap.mmap(-1, 2 * BUFFER_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(mmap.MADV_HUGEPAGE)
         begin = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % BUFFER_BYTES
@@ -117,16 +156,13 @@ class ByteSource:
         return str(self.path)
 
     def state(self) -> FileState:
-        """Its state now. Raises CheckpointNotFoundError."""
-        try:
-            found = os.stat(self.path)
-        except FileNotFoundError:
-            raise CheckpointNotFoundError(self.path, "no such file or folder") from None
+        """Its state now. Raises CheckpointNotFoundError, and CheckpointError for what is no plain file."""
+        found = _plain(self.path)
         return FileState(found.st_size, found.st_mtime_ns, found.st_ino)
 
     def open(self) -> BinaryIO:
         """The file, buffered, for headers."""
-        return open(self.path, "rb")
+        return open(self.path, "rb", opener=open_plain)
 
     def sibling(self, name: str) -> ByteSource:
         """The file of this name, relative to its folder, there or not."""
@@ -177,6 +213,18 @@ class ByteSource:
         with FileReader(self.path) as file:
             os.fsync(file.fileno())
             file.forget()
+
+
+def read_all(source: ByteSource, most: int) -> bytes:
+    """The content of a file of at most so many bytes. Raises CheckpointError for a larger one.
+
+    One that says it is empty is not read: in /proc such files are not, and may have no end.
+    """
+    size = source.state().size
+    if size > most:
+        raise CheckpointError(source, f"has {size} bytes; the limit is {most >> 20} MiB")
+    with source.open() as file:
+        return file.read(size) if size else b""
 
 
 def _first(memories: Iterable[memoryview], nbytes: int) -> list[memoryview]:

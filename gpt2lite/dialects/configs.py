@@ -7,8 +7,8 @@ writing program puts beside its weights, `<stem>.json`, the folder's config.json
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
@@ -21,9 +21,10 @@ import torch
 from gpt2lite.checkpoint import FOLDER_FILES, Manifest, TensorSpan, side_file
 from gpt2lite.checkpoint.foreign import shortened
 from gpt2lite.checkpoint.inert_pickle import CHANGES
+from gpt2lite.checkpoint.json_text import json_object, read_json
 from gpt2lite.checkpoint.manifest import BOUND_CONFIG, Unread, flatten
 from gpt2lite.checkpoint.reading import read_span
-from gpt2lite.checkpoint.safetensors import json_object
+from gpt2lite.checkpoint.source import ByteSource, read_all
 from gpt2lite.config import ACTIVATIONS, OFFICIAL_SIZES, GPTConfig, misfit, wrong_labels
 from gpt2lite.dialects.reading import AUXILIARY, CLASSIFIERS, TIED, Reading, above_of, block_of, unwrapped
 from gpt2lite.errors import CheckpointError, UsageError, listed
@@ -199,8 +200,8 @@ def _said_in(manifest: Manifest) -> dict[str, Any]:
     values |= manifest.values
     for name, text in manifest.values.items():
         if isinstance(text, str) and text.lstrip().startswith("{") and name not in BOUND:
-            with suppress(ValueError, RecursionError, CheckpointError):
-                values |= flatten({name: json.loads(text)}, (str, int, float))
+            with suppress(CheckpointError):
+                values |= flatten({name: json_object(name, text)}, (str, int, float))
     return values
 
 
@@ -287,7 +288,7 @@ def _beside_the_file(reading: Reading, has_heads: bool) -> Iterator[Source]:
 def _side_json(path: Path) -> Path | None:
     """`<stem>.json`, if it is there and not the folder's config.json."""
     beside = side_file(path, ".json")
-    return beside if beside.is_file() and beside.name != "config.json" else None
+    return beside if os.path.lexists(beside) and beside.name != "config.json" else None
 
 
 def folder_of(path: Path) -> Path:
@@ -305,7 +306,7 @@ def folder_configs(path: Path) -> dict[str, dict[str, Any]]:
     is_named = path.is_dir() or not {path.name, without_variant}.isdisjoint(FOLDER_FILES)
     if not is_named and any((folder / name).exists() for name in FOLDER_FILES):
         return {}
-    return {name: read_json(folder / name) for name in FOLDER_CONFIGS if (folder / name).is_file()}
+    return {name: read_json(folder / name) for name in FOLDER_CONFIGS if os.path.lexists(folder / name)}
 
 
 def labels_of(reading: Reading) -> tuple[str, ...]:
@@ -316,7 +317,7 @@ def labels_of(reading: Reading) -> tuple[str, ...]:
     path, n_classes = reading.manifest.path, _said_by_shapes(reading)["n_classes"]
     sources = (*_in_the_file(reading), *_beside_the_file(reading, has_heads=True)) if n_classes else ()
     said = {where: _in_order(words["id2label"]) for where, words, _ in sources if words.get("id2label")}
-    if n_classes and (beside := folder_of(path) / LABELS).is_file():
+    if n_classes and os.path.lexists(beside := folder_of(path) / LABELS):
         said[str(beside)] = read_json(beside, kind=list)
     said = {where: labels for where, labels in said.items() if labels is not None}
     first, agreed = next(iter(said.items()), ("", ()))
@@ -342,11 +343,6 @@ def check_model_type(path: Path) -> None:
     kind = folder_configs(path).get("config.json", {}).get("model_type")
     if kind not in COMPUTED["model_type"]:
         raise CheckpointError(path, f"its config.json says model_type={kind!r}; gpt2lite opens gpt2 only")
-
-
-def read_json(path: Path, kind: type = dict) -> Any:
-    """The object, or list, that a JSON file holds. Raises CheckpointError."""
-    return json_object(path, path.read_text(encoding="utf-8", errors="replace"), kind=kind)
 
 
 # ---- whether they agree ------------------------------------------------------------------------------------
@@ -512,7 +508,7 @@ def _require_no_text(reading: Reading, n_heads: int) -> None:
     for file in sorted(folder_of(path).iterdir()):
         is_read = file.name in FOLDER_CONFIGS
         if MAY_BE_CONFIG.fullmatch(file.name) and not is_read and file.stat().st_size < MAX_CONFIG_BYTES:
-            texts[str(file)] = file.read_text(encoding="utf-8", errors="replace")
+            texts[str(file)] = read_all(ByteSource(file), MAX_CONFIG_BYTES).decode("utf-8", "replace")
     for place, text in texts.items():
         if isinstance(text, str) and IN_TEXT.search(text):
             what = f"names heads in text, where gpt2lite would assume {n_heads=}"

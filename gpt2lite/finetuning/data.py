@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from gpt2lite.checkpoint.source import memory_of
+from gpt2lite.checkpoint.source import ByteSource, memory_of
 from gpt2lite.checkpoint.writing import Progress, replacing
 from gpt2lite.config import GPTConfig
 from gpt2lite.errors import CheckpointError, UsageError
@@ -236,8 +236,10 @@ def open_tokens(path: Path, vocab_size: int) -> Tensor:
     no header and is text, or may be of another width: where the ids look like halves, pairs or floats, or 16
     bits cannot number the vocabulary.
     """
-    with open(path, "rb") as file:
-        head, nbytes = file.read(LLMC_HEADER), path.stat().st_size
+    source = ByteSource(path)
+    nbytes = source.state().size
+    with source.open() as file:
+        head = file.read(LLMC_HEADER) if nbytes else b""
         kind, dtype, offset, count = _layout_of(path, head, nbytes)
         found, wanted = nbytes - offset, count * dtype.itemsize
         if found < 1 or found != wanted:

@@ -6,21 +6,23 @@ import json
 import re
 import warnings
 import zipfile
-import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from gpt2lite import parallel
-from gpt2lite.checkpoint.torch_zip import NO_CRC
+from gpt2lite.checkpoint.inert_pickle import shown
+from gpt2lite.checkpoint.source import ByteSource
+from gpt2lite.checkpoint.torch_zip import NO_CRC, open_torch_zip
 from gpt2lite.checkpoint.writing import CHUNK_BYTES, replacing, tensors_of
 from gpt2lite.config import wrong_labels
-from gpt2lite.errors import CheckpointError, UsageError, first_line, require_allowed
+from gpt2lite.dialects.reading import is_number
+from gpt2lite.errors import CheckpointError, UsageError, first_line, is_out_of_memory, require_allowed
 from gpt2lite.finetuning.data import Batch, Batches, digest_of, tensor_parts
 from gpt2lite.finetuning.interrupts import CtrlC
 from gpt2lite.finetuning.lora import LinearWithLoRA
@@ -31,11 +33,10 @@ from gpt2lite.model import GPTModel
 
 METRICS = "metrics.jsonl"
 STATE_NAME = re.compile(r"step-(\d+)\.pth")
-STATE = ("step", "model", "optimizer", "made_from", "last_batch", "metrics")
+MAX_WRONG = 5  # fields in a message
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of Adam, torch's and torchao's
 UNSAID = {"validate_every", "save_every", "keep"}  # of a recipe: may change when a run is resumed
 MAY_CHANGE = UNSAID | {"steps", "learning_rate"}  # with a warning; steps may only grow
-BAD_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
-DAMAGE = (*BAD_ZIP, UnpicklingError, LookupError, TypeError, ValueError)
 OTHERS = {
     "base": "another model (give it as it was before the run)",
     "data": "other data",
@@ -117,21 +118,94 @@ def identity_of(
     }
 
 
-def _read(path: Path, keys: Collection[str], what: str) -> dict[str, Any]:
+# ---- what files hold ---------------------------------------------------------------------------------------
+
+Rules = Mapping[str, Callable[[Any], object]]  # by field; or by "", for all fields of a dict
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 < value < 2**63
+
+
+def _is_dict(rules: Rules) -> Callable[[Any], object]:
+    """Whether something is a dict whose fields are what rules say, named by texts."""
+
+    def follows(value: Any) -> bool:
+        return isinstance(value, dict) and not _wrong(value, rules)
+
+    return follows
+
+
+def _wrong(saved: dict[Any, Any], rules: Rules) -> list[str]:
+    """The fields of a dict that are missing or not as ruled, with what they are."""
+    each = dict.fromkeys(saved, rules[""]) if "" in rules else rules
+    return [
+        f"its {shown(key)} is {shown(saved[key]) if key in saved else 'missing'}"
+        for key, is_right in each.items()
+        if not isinstance(key, str) or key not in saved or not is_right(saved[key])
+    ]
+
+
+def _is_weight(value: object) -> bool:
+    """Whether this is a tensor whose numbers are all there: one that is expanded is larger than its file."""
+    return (
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.nbytes <= value.untyped_storage().nbytes()
+    )
+
+
+def _is_recipe(value: object) -> bool:
+    with suppress(TypeError, UsageError):
+        return isinstance(value, dict) and bool(Recipe(**value))
+    return False
+
+
+WEIGHTS, TEXTS = {"": _is_weight}, {"": _is_text}
+IDENTITY: Rules = {
+    "base": _is_dict(TEXTS),
+    "data": _is_text,
+    "recipe": _is_recipe,
+    "labels": lambda value: isinstance(value, list) and all(map(_is_text, value)),
+    "teacher": _is_dict(TEXTS),
+}
+STATE: Rules = {
+    "step": _is_size,
+    "model": _is_dict(WEIGHTS),
+    "optimizer": _is_dict({"": _is_dict({"": lambda value: isinstance(value, Tensor)})}),
+    "made_from": _is_dict(IDENTITY),
+    "last_batch": _is_text,
+    "metrics": _is_text,
+}
+ADAPTERS: Rules = {"lora_alpha": is_number, "lora": _is_dict(WEIGHTS), "base": _is_dict(TEXTS)}
+
+
+def _read(path: Path, rules: Rules, what: str) -> dict[str, Any]:
     """A file's content, mapped; read once for its checksums, which torch.load passes over.
 
-    Raises CheckpointError for one that is damaged or lacks a key.
+    Opened first as any checkpoint is, which limits what it may take. Raises CheckpointError for one that is
+    damaged, or where a field is not as ruled.
     """
     try:
+        open_torch_zip(ByteSource(path))
         saved: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         with zipfile.ZipFile(path) as archive:
             for entry in (found for found in archive.infolist() if found.CRC != NO_CRC):
                 with archive.open(entry) as content:
                     while content.read(CHUNK_BYTES):
                         pass
-        return {key: saved[key] for key in keys}
-    except DAMAGE as error:
-        raise CheckpointError(path, f"not {what} of this version ({first_line(error)})") from None
+        wrong = _wrong(saved, rules) if isinstance(saved, dict) else [f"holds {shown(saved)}"]
+    except Exception as error:  # torch's own is none of ours, and a damaged pickle can make it any
+        if is_out_of_memory(error):
+            raise
+        wrong = [first_line(error).removeprefix(f"{path}: ")]
+    if wrong:
+        raise CheckpointError(path, f"not {what} of this version ({', '.join(wrong[:MAX_WRONG])})")
+    return cast("dict[str, Any]", saved)
 
 
 # ---- states ------------------------------------------------------------------------------------------------
@@ -239,6 +313,11 @@ def restore(run: Run) -> None:
     shapes = {name: tensor.shape for name, tensor in saved["model"].items()}
     if shapes != {name: p.shape for name, p in run.trainer.trained.items()}:
         raise CheckpointError(path, "holds other weights than this model trains; give the same model")
+    for name, shape in shapes.items():
+        own = saved["optimizer"].get(name, {})
+        is_own = own.keys() >= MOMENTS and {(), shape} >= {each.shape for each in own.values()}
+        if name not in saved["optimizer"] or (own and not is_own):
+            raise CheckpointError(path, f"its optimizer's state of {name} is another's", name=name)
     with torch.no_grad():
         for name, parameter in run.trainer.trained.items():
             parallel.local_of(parameter).copy_(parallel.local_of(own_part(parameter, saved["model"][name])))
@@ -269,13 +348,16 @@ def load_lora(model: nn.Module, path: Path) -> None:
     weights are not those that they were trained on, which reads them all. Raises CheckpointError, before
     anything is changed, for a damaged file, or one whose layers are not the model's.
     """
-    saved = _read(path, ("lora_alpha", "lora", "base"), "a file of LoRA adapters")
+    saved = _read(path, ADAPTERS, "a file of LoRA adapters")
     tensors, modules, own = saved["lora"], dict(model.named_modules()), dict(model.named_parameters())
     adapted = dict[str, LinearWithLoRA]()
     for name in sorted({name.rpartition(".lora.")[0] for name in tensors if ".lora." in name}):
         layer, a = modules.get(name), tensors.get(f"{name}.lora.A")
         if not isinstance(layer, nn.Linear) or a is None or f"{name}.lora.B" not in tensors:
             raise CheckpointError(path, f"has an adapter for {name}, not a linear layer of the model")
+        if a.dim() != 2 or len(a) != layer.in_features:
+            what = f"{name}.lora.A is {tuple(a.shape)}, wanted ({layer.in_features}, rank)"
+            raise CheckpointError(path, what, name=f"{name}.lora.A")
         adapted[name] = LinearWithLoRA(layer, a.shape[-1], float(saved["lora_alpha"]))
         adapted[name].lora.to(torch.promote_types(layer.weight.dtype, a.dtype))  # fp32 on a base of 16 bits
         own |= {f"{name}.lora.{part}": p for part, p in adapted[name].lora.named_parameters()}
