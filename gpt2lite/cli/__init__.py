@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 from gpt2lite._version import __version__
 from gpt2lite.cli.arguments import COMMANDS, add_arguments
-from gpt2lite.errors import GPT2LiteError
+from gpt2lite.errors import GPT2LiteError, visible
 
 EPILOG = """examples:
   gpt2lite generate
@@ -52,7 +52,7 @@ def _plain_output() -> Iterator[None]:
     """Warnings as one line; a terminal that cannot print é gets ? instead. Both as they were afterwards."""
     format_warning, errors = warnings.formatwarning, sys.stdout.errors
     reconfigure = getattr(sys.stdout, "reconfigure", lambda errors: None)  # what replaced it may have none
-    warnings.formatwarning = lambda message, *_: f"gpt2lite: warning: {message}\n"
+    warnings.formatwarning = lambda message, *_: f"gpt2lite: warning: {visible(str(message))}\n"
     reconfigure(errors="replace")
     try:
         yield
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (GPT2LiteError, OSError, MemoryError) as error:
-        print(f"gpt2lite: {error}", file=sys.stderr)
+        print(visible(f"gpt2lite: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ngpt2lite: interrupted", file=sys.stderr)

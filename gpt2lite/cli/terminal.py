@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gpt2lite.errors import visible
 from gpt2lite.reading_text import decode_text
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "data" / "embedded.pth"
@@ -18,13 +19,18 @@ def table(*lines: Sequence[str]) -> str:
     """Columns under their headers, which are the first line; the first column left-aligned, others right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = ([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines)
-    return "\n".join("  ".join(row).rstrip() for row in rows)
+    return visible("\n".join("  ".join(row).rstrip() for row in rows))
 
 
 def facts(pairs: Sequence[tuple[str, object]]) -> str:
     """Names and values, one pair per line."""
     width = max(len(name) for name, _ in pairs)
-    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in pairs)
+    return visible("\n".join(f"{name.ljust(width)}  {value}" for name, value in pairs))
+
+
+def shown_text(text: str) -> str:
+    """A model's text as it is printed: on a terminal what that would obey is `visible`, elsewhere unchanged."""
+    return visible(text) if sys.stdout.isatty() else text
 
 
 def as_json(content: Any) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from gpt2lite.cli.arguments import DEFAULT_NEW_TOKENS, DEFAULT_PROMPT, EMBEDDED_PROMPT
 from gpt2lite.cli.loading import load_to_read
-from gpt2lite.cli.terminal import EMBEDDED, as_json, bytes_bar, facts, read_text, steps_bar
+from gpt2lite.cli.terminal import EMBEDDED, as_json, bytes_bar, facts, read_text, shown_text, steps_bar
 from gpt2lite.config import GPTConfig
 from gpt2lite.errors import UsageError
 from gpt2lite.evaluation import evaluate
@@ -72,9 +72,9 @@ def _write_one(prompt: str, tokens: Iterator[torch.Tensor], encoding: Encoding, 
     if sys.stderr.isatty():
         slow.start()
     try:
-        print(prompt, end="", flush=True)
+        print(shown_text(prompt), end="", flush=True)
         for piece in stream_text(counted(), encoding, stops):
-            print(piece, end="", flush=True)
+            print(shown_text(piece), end="", flush=True)
         print()
     finally:
         slow.cancel()
@@ -113,7 +113,8 @@ def run_generate(args: argparse.Namespace) -> int:
         with steps_bar(prompts, "writing") as bar:
             for place, new in enumerate(_batches(model, ids, room, args.seed, options)):
                 count += len(new)
-                print(RULE * bool(place) + prompts[place] + "".join(stream_text(new, encoding, stops)))
+                text = prompts[place] + "".join(stream_text(new, encoding, stops))
+                print(RULE * bool(place) + shown_text(text))
                 bar.update()
     if sys.stderr.isatty():
         seconds = time.perf_counter() - began

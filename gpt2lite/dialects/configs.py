@@ -27,7 +27,7 @@ from gpt2lite.checkpoint.reading import read_span
 from gpt2lite.checkpoint.source import ByteSource, read_all
 from gpt2lite.config import ACTIVATIONS, OFFICIAL_SIZES, GPTConfig, misfit, wrong_labels
 from gpt2lite.dialects.reading import AUXILIARY, CLASSIFIERS, TIED, Reading, above_of, block_of, unwrapped
-from gpt2lite.errors import CheckpointError, UsageError, listed
+from gpt2lite.errors import CheckpointError, UsageError, listed, visible
 
 # ---- their words -------------------------------------------------------------------------------------------
 # What other programs' configs say, word by word: what it is of ours, what we compute, what does not matter. A
@@ -613,7 +613,7 @@ def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
         factors = (None, True, width**0.5, width**-0.5)  # True: old transformers' flag
         sizes = dict.fromkeys(HEAD_SIZES, (None, known["emb_dim"] // heads))
         _require_computed(reading, sources, {SCALE: factors, **sizes})
-    return Found(known, tuple(_notes(reading, sources, agreed)), bool(said))
+    return Found(known, tuple(map(visible, _notes(reading, sources, agreed))), bool(said))
 
 
 def complete(reading: Reading, found: Found) -> GPTConfig:
