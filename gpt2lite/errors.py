@@ -29,9 +29,9 @@ def listed(lines: Sequence[str]) -> str:
 
 
 def visible(text: str) -> str:
-    """A text without what a terminal would obey: controls but tab and line end, marks that turn a text around.
+    """A text without what a terminal would obey: controls but tab and line end, and marks of direction.
 
-    They are written as Python writes them, \\x1b. Half characters, which no file can hold, too.
+    They are written as Python writes them, \\x1b; so are halves of characters, which no file can hold.
     """
     return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 

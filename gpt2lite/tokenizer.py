@@ -159,6 +159,7 @@ def as_encoding(
     tokens = {token: vocab[token] for token in CHARACTERS if token in vocab} | ranks
     if (
         len(tokens) < 256 + len(merges)
+        or len({*vocab.values(), *special.values()}) < len({*vocab, *special})
         or sum(len(token) ** 2 for token in tokens) > MAX_WORK
         or [*ranks.values()] != sorted(ranks.values())
         or vocab.keys() - tokens.keys() - special.keys()
@@ -482,7 +483,9 @@ def _read(files: Files) -> Tokenizer:
         return read(files)
     except GPT2LiteError:
         raise
-    except Exception as error:  # of files that are not what they are called; tokenizers' has no class
+    except BaseException as error:  # of files that are no tokenizers; Rust's panics are no Exceptions
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise CheckpointError(first, f"not a valid tokenizer ({type(error).__name__}: {error})") from None
 
 

@@ -216,15 +216,16 @@ class ByteSource:
 
 
 def read_all(source: ByteSource, most: int) -> bytes:
-    """The content of a file of at most so many bytes. Raises CheckpointError for a larger one.
+    """The content of a file of at most so many bytes. Raises CheckpointError for a larger one, or an empty one.
 
-    One that says it is empty is not read: in /proc such files are not, and may have no end.
+    In /proc are files that say they are empty, and have no end.
     """
     size = source.state().size
-    if size > most:
-        raise CheckpointError(source, f"has {size} bytes; the limit is {most >> 20} MiB")
+    if not 0 < size <= most:
+        said = f"has {size} bytes; the limit is {most >> 20} MiB" if size else "is empty; copy it again"
+        raise CheckpointError(source, said)
     with source.open() as file:
-        return file.read(size) if size else b""
+        return file.read(size)
 
 
 def _first(memories: Iterable[memoryview], nbytes: int) -> list[memoryview]:

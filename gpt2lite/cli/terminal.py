@@ -29,7 +29,7 @@ def facts(pairs: Sequence[tuple[str, object]]) -> str:
 
 
 def shown_text(text: str) -> str:
-    """A model's text as it is printed: on a terminal what that would obey is `visible`, elsewhere unchanged."""
+    """A text of a model or of data, `visible` on a terminal, elsewhere unchanged."""
     return visible(text) if sys.stdout.isatty() else text
 
 

@@ -507,7 +507,11 @@ def _require_no_text(reading: Reading, n_heads: int) -> None:
     texts = {f"{path}, {place}": said for place, said in _said_in(reading.manifest).items()}
     for file in sorted(folder_of(path).iterdir()):
         is_read = file.name in FOLDER_CONFIGS
-        if MAY_BE_CONFIG.fullmatch(file.name) and not is_read and file.stat().st_size < MAX_CONFIG_BYTES:
+        if (
+            MAY_BE_CONFIG.fullmatch(file.name)
+            and not is_read
+            and 0 < ByteSource(file).state().size < MAX_CONFIG_BYTES
+        ):
             texts[str(file)] = read_all(ByteSource(file), MAX_CONFIG_BYTES).decode("utf-8", "replace")
     for place, text in texts.items():
         if isinstance(text, str) and IN_TEXT.search(text):

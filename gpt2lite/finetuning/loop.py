@@ -109,8 +109,9 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
 
 
 def _log(path: Path) -> bytes:
-    """What was written to a log; nothing where there is none."""
-    return read_all(ByteSource(path), MAX_LOG_BYTES) if os.path.lexists(path) else b""
+    """What was written to a log; nothing where there is none, or nothing in it yet."""
+    is_there = os.path.lexists(path) and ByteSource(path).state().size
+    return read_all(ByteSource(path), MAX_LOG_BYTES) if is_there else b""
 
 
 def _computes_as(part: Any, like: nn.Module) -> bool:

@@ -38,11 +38,11 @@ def _model(config: GPTConfig = TINY) -> GPTModel:
     return GPTModel(config)
 
 
-def opens(name: str) -> Callable[[Path], None]:
+def opens(name: str, **config: int) -> Callable[[Path], None]:
     """Everything that is said of a checkpoint before a weight is read."""
 
     def read(folder: Path) -> None:
-        opened = open_model(folder / name, local_files_only=True)
+        opened = open_model(folder / name, config=config or None, local_files_only=True)
         opened.config, opened.labels  # noqa: B018
         if files_beside(opened.path):
             tokenizer_for(opened.path, opened.config.vocab_size)
@@ -111,9 +111,13 @@ def _adapter(folder: Path) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
+def _beside(folder: Path) -> None:
+    torch.save(_model().state_dict(), folder / "model.pth")
+    (folder / "model.json").write_text('{"n_heads": 2, "n_layers": 2, "activation": "gelu_tanh"}')
+
+
 def _with_tokens(folder: Path) -> None:
     _said(folder)
-    (folder / "model.json").write_text('{"n_heads": 2}')
     ranks = [bytes([byte]) for byte in range(256)] + [b"ab", b"abc", b" a"]
     lines = [b"%s %d" % (base64.b64encode(token), rank) for rank, token in enumerate(ranks)]
     (folder / "model.tiktoken").write_bytes(b"\n".join(lines))
@@ -202,7 +206,7 @@ FORMATS = {
     "adapter": Format(
         _adapter, {"adapter_config.json": "json", "adapter_model.safetensors": "safetensors"}, opens("")
     ),
-    "side file": Format(_with_tokens, {"model.json": "json"}, opens("model.pth")),
+    "side file": Format(_beside, {"model.json": "json"}, opens("model.pth")),
     "tiktoken": Format(_with_tokens, {"model.tiktoken": "lines"}, opens("model.pth")),
     "lists": Format(
         _lists,
