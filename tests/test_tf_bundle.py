@@ -252,7 +252,7 @@ DAMAGES = {
     "no footer": (bundle(entry())[:-1], "do not end as a TensorFlow index does.*truncated"),
     "bad magic": (bundle(entry())[:-1] + b"\0", "do not end as a TensorFlow index does"),
     "only magic": (MAGIC, "its 8 bytes do not end"),
-    "empty": (b"", "its 0 bytes do not end"),
+    "empty": (b"", "is empty"),
     "too large": (bytes(MAX_INDEX_BYTES) + MAGIC, "the limit is 1 MiB"),
     "footer without an end": (bytes(60) + b"\xff" * 40 + MAGIC, "a varint in it never ends"),
     "footer of zeros": (bytes(100) + MAGIC, "a block of 0 bytes announces 0 restarts"),

@@ -216,7 +216,7 @@ class ByteSource:
 
 
 def read_all(source: ByteSource, most: int) -> bytes:
-    """The content of a file of at most so many bytes. Raises CheckpointError for a larger one, or an empty one.
+    """The content of a file of at most so many bytes. Raises CheckpointError for a larger or an empty one.
 
     In /proc are files that say they are empty, and have no end.
     """

@@ -546,7 +546,7 @@ def _notes(reading: Reading, sources: list[Source], agreed: Mapping[str, Any]) -
             yield f"{where}: ignored {', '.join(sorted(unknown))}, which gpt2lite does not know"
     rates = {str(words[key]) for _, words, _ in sources for key in DROPOUTS if key in words}
     if len(rates) > 1:
-        used = f"training uses {agreed['drop_rate']} for all"
+        used = f"training uses {agreed.get('drop_rate', 0.0)} for all"
         yield f"{path}: has dropouts {' and '.join(sorted(rates))}; {used}"
     if not reading.manifest.values.keys().isdisjoint(BOUND) and (beside := _side_json(path)):
         with suppress(CheckpointError):  # another program's file of that name

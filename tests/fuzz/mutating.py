@@ -29,7 +29,8 @@ def _value(random: Random) -> Any:
     return random.choice([
         None, True, False, [], {}, "", 0, -1, 1, 2, 0.5, 10**18, 10**30, 10**4000, -0.0, 1e308, float("nan"),
         float("inf"), "\x1b[31m\x07", "\ud800", "x" * 5000, "gpt2", "../..", "/dev/zero", "a\nb", [1, [2]],
-        [[]] * 50, {"": {}}, {"a": {"n_heads": 3}}, _deep(100, True), _deep(70, False), ["a", "b", "c"], "1", [0, 1],
+        [[]] * 50, {"": {}}, {"a": {"n_heads": 3}}, _deep(100, True), _deep(70, False), ["a", "b", "c"],
+        "1", [0, 1],
     ])  # fmt: skip
 
 
@@ -159,15 +160,17 @@ def _operation(random: Random) -> bytes:
     size = random.choice(SIZES)
     where, name = random.choice(NAMES).split()
     return random.choice([
-        CANARY, CANARY, b"]", b"}", b")", b"(", b"0", b"1", b"2", b"R", b"b", b"s", b"u", b"a", b"e", b"t", b"Q", b"\x85",
-        b"\x81", b"\x93", b"\x94", b"N", b"\x88", b"K\x05", b"G" + struct.pack(">d", float("nan")), b"\x8f", b"\x91",
+        CANARY, CANARY, b"]", b"}", b")", b"(", b"0", b"1", b"2", b"R", b"b", b"s", b"u", b"a", b"e", b"t", b"Q",
+        b"\x85", b"\x81", b"\x93", b"\x94", b"N", b"\x88", b"K\x05", b"G" + struct.pack(">d", float("nan")),
+        b"\x8f", b"\x91",
         b"h" + bytes([random.randrange(256)]), b"j" + struct.pack("<I", size & 0xFFFFFFFF),
         b"q" + bytes([random.randrange(256)]), b"r" + struct.pack("<I", size & 0xFFFFFFFF),
         b"X" + struct.pack("<I", size & 0xFFFFFFFF) + b"a", b"\x8d" + struct.pack("<Q", size),
         b"B" + struct.pack("<I", size & 0xFFFFFFFF), b"\x96" + struct.pack("<Q", size),
-        b"\x8b" + struct.pack("<i", size & 0x7FFFFFFF), b"\x8a\x09" + struct.pack("<Qb", size & (2**64 - 1), 0),
-        b"J" + struct.pack("<I", size & 0xFFFFFFFF), f"c{where}\n{name}\n".encode(), b"]" * 200_000, b"(" * 200_000,
-        b"\x85" * 5000, b")\x81" * 2000, b"ccollections\nOrderedDict\n)R" * 5000, b"\x95" + struct.pack("<Q", size),
+        b"\x8b" + struct.pack("<i", size & 0x7FFFFFFF), b"\x8a\x09" + struct.pack("<Qb", size, 0),
+        b"J" + struct.pack("<I", size & 0xFFFFFFFF), f"c{where}\n{name}\n".encode(), b"]" * 200_000,
+        b"(" * 200_000, b"\x85" * 5000, b")\x81" * 2000, b"ccollections\nOrderedDict\n)R" * 5000,
+        b"\x95" + struct.pack("<Q", size),
     ])  # fmt: skip
 
 

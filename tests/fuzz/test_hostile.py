@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import socket
 import struct
 import zipfile
@@ -18,11 +19,13 @@ import torch
 from formats import CLASSES, FORMATS, TINY, opens
 from mutating import CANARY
 from running import run_cases
+from safetensors.torch import save_file
 from test_tf_bundle import HEADER, block, pair, table, varint
 from watching import faults
 
 from gpt2lite import CheckpointError, GPT2LiteError, GPTModel, InsufficientMemoryError
 from gpt2lite.cli import main
+from gpt2lite.cli.terminal import shown_text
 from gpt2lite.errors import visible
 
 CASES = 80  # of each format; benchmarks/fuzz.py runs any number
@@ -139,7 +142,8 @@ PICKLES = {
     "tensors out of the memo": b"](" + TENSOR + b"q\x01" + b"h\x01" * 400_000 + b"e.",
     "tensors in dicts": b"}(X\x01\x00\x00\x00a](" + TENSOR + b"q\x01" + b"h\x01" * 900 + b"eq\x02"
     + b"".join(b"X\x05\x00\x00\x00%05dh\x02" % i for i in range(900)) + b"u.",
-    "a bomb of the memo": b"]q\x00" + b"".join(b"](h" + bytes([i]) + b"h" + bytes([i]) + b"eq" + bytes([i + 1]) for i in range(40)) + b".",
+    "a bomb of the memo": b"]q\x00"
+    + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(40)) + b".",
     "tuples for keys": b"}" + b")" + b"\x85" * 100_000 + b"Ns.",
 }  # fmt: skip
 
@@ -167,25 +171,20 @@ def many_layers(n: int) -> Callable[[Path], None]:
             for i in range(n)
             for name in ("ln_1.weight", "attn.c_attn.weight", "mlp.c_fc.weight")
         }
-        from safetensors.torch import save_file
-
-        save_file(state | {"wte.weight": torch.zeros(1, 1)}, folder / "model.safetensors")
+            save_file(state | {"wte.weight": torch.zeros(1, 1)}, folder / "model.safetensors")
 
     return write
 
 
 def many_models(folder: Path) -> None:
-    from safetensors.torch import save_file
-
     save_file(
         {f"{i}.h.0.attn.c_attn.weight": torch.zeros(1) for i in range(4000)}, folder / "model.safetensors"
     )
 
 
 def strange_names(folder: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({f"{'h.attn.c_' * 20}{i}": torch.zeros(1) for i in range(10_000)}, folder / "model.safetensors")
+    tensors = {f"{'h.attn.c_' * 20}{i}": torch.zeros(1) for i in range(10_000)}
+    save_file(tensors, folder / "model.safetensors")
 
 
 def expanded(folder: Path) -> None:
@@ -318,8 +317,6 @@ def test_a_vocabulary_of_a_billion_rows_in_four_bytes_is_opened_and_not_loaded(t
 
 def test_a_payload_is_seen_by_what_watches_for_it(tmp_path: Path):
     """The watch itself: the same payload, run by Python's own unpickler, is a fault."""
-    import pickle
-
     in_a_zip(
         PROTOCOL + CANARY.replace(b"CANARY", str(tmp_path / "canary").encode()) + b".", tmp_path / "m.pth"
     )
@@ -340,6 +337,14 @@ def test_no_message_holds_what_a_terminal_obeys():
     assert (error.path, error.name) == ("a\x1b[2Jb", "\x1b")  # facts stay as they are
     assert visible("a\tb\né ☂ \U0001f600") == "a\tb\né ☂ \U0001f600"
     assert str(GPT2LiteError("a\x00")) == r"a\x00"
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_generated_text_is_shown_on_a_terminal_and_unchanged_in_a_pipe(
+    is_terminal: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal, raising=False)
+    assert shown_text("a\x1b[2J\n") == ("a\\x1b[2J\n" if is_terminal else "a\x1b[2J\n")
 
 
 def test_inspect_prints_names_that_a_terminal_can_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -1,4 +1,4 @@
-"""One read, watched: what it raised, how long it computed, the memory, and whether it did what no reader may."""
+"""One read, watched: its errors, its time, its memory, and whether it did what no reader may."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def faults(read: Callable[[Path], object], folder: Path, nbytes: int) -> list[st
         except GPT2LiteError as error:
             if type(error).__name__ == "UsageError" and "no tokenizer" not in str(error):
                 found.append(f"UsageError: {str(error)[:200]}")
-        except BaseException:
+        except BaseException:  # what is raised is what is looked for
             found.append(traceback.format_exc())
     seconds = time.process_time() - began
     if seconds > MOST_SECONDS + nbytes * SECONDS_PER_BYTE:
