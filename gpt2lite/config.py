@@ -29,7 +29,7 @@ ACTIVATIONS = {"gelu_tanh": "tanh", "gelu": "none"}  # our name → torch's `app
 # What a field may be, by its name or else by its type.
 VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "n_classes": (lambda value: type(value) is int and value >= 0, "0 or a positive int"),
-    "int": (lambda value: type(value) is int and value > 0, "a positive int"),
+    "int": (lambda value: type(value) is int and 0 < value < 2**31, "a positive int of 31 bits"),
     "bool": (lambda value: type(value) is bool, "True or False"),
     "float": (lambda value: isinstance(value, (int, float)) and 0 <= value < 1, "in [0, 1)"),
     "str": (lambda value: value in tuple(ACTIVATIONS), " or ".join(ACTIVATIONS)),

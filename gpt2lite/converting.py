@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from gpt2lite.checkpoint import open_checkpoint, writing
 from gpt2lite.checkpoint.dcp import fill_dcp
+from gpt2lite.checkpoint.json_text import json_object
 from gpt2lite.checkpoint.manifest import Manifest
 from gpt2lite.checkpoint.reading import map_tensors
 from gpt2lite.checkpoint.safetensors import fill_safetensors, fill_safetensors_folder
@@ -291,7 +292,7 @@ def _beside(job: Conversion, source: Path) -> dict[str, bytes]:
     if job.format in ("per-tensor", "dcp"):
         fields = words
     elif GENERATION in files:
-        said = json.loads(files[GENERATION])
+        said = json_object(GENERATION, files[GENERATION])
         fields |= {name: said.get(name) for name in ("bos_token_id", "eos_token_id")}
     fields |= {word: words[word] for word in ("id2label", PURPOSE) if word in words}
     if is_hub and job.config.n_classes:

@@ -13,18 +13,28 @@ is an attribute, so that nobody has to parse English.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any
 
-MAX_LISTED = 20
+MAX_LISTED, MAX_LINE = 20, 1000
+CONTROLS = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def listed(lines: Sequence[str]) -> str:
     """The end of a message that reports everything at once: a line each, up to MAX_LISTED."""
     more = [f"… and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
-    return "".join(f"\n  {line}" for line in [*lines[:MAX_LISTED], *more])
+    return "".join(f"\n  {line:.{MAX_LINE}}" for line in [*lines[:MAX_LISTED], *more])
+
+
+def visible(text: str) -> str:
+    """A text without what a terminal would obey: controls but tab and line end, and marks of direction.
+
+    They are written as Python writes them, \\x1b; so are halves of characters, which no file can hold.
+    """
+    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
@@ -35,7 +45,10 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 
 class GPT2LiteError(Exception):
-    """The root: catch this to catch everything that gpt2lite raises on purpose."""
+    """The root: catch this to catch everything that gpt2lite raises on purpose. Its message is `visible`."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(visible(str(message)))
 
 
 class CheckpointError(GPT2LiteError):

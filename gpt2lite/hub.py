@@ -13,8 +13,8 @@ from huggingface_hub import HfApi, constants, errors, hf_hub_download, try_to_lo
 
 from gpt2lite.checkpoint import FOLDER_FILES
 from gpt2lite.checkpoint.foreign import shortened
+from gpt2lite.checkpoint.json_text import read_json
 from gpt2lite.config import official_name
-from gpt2lite.dialects.configs import read_json
 from gpt2lite.dialects.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError, GPT2LiteError, UsageError
 

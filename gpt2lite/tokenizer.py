@@ -7,7 +7,9 @@ they lie in its folder under the names that other programs give them, and belong
 from __future__ import annotations
 
 import base64
+import io
 import json
+import os
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -24,9 +26,10 @@ from torch import Tensor
 
 from gpt2lite.checkpoint import side_file
 from gpt2lite.checkpoint.inert_pickle import DescribingUnpickler, describe
-from gpt2lite.checkpoint.source import ByteSource, FileState
+from gpt2lite.checkpoint.json_text import json_object, read_json
+from gpt2lite.checkpoint.source import ByteSource, FileState, read_all
 from gpt2lite.checkpoint.writing import replacing
-from gpt2lite.dialects.configs import folder_of, is_there
+from gpt2lite.dialects.configs import folder_of
 from gpt2lite.dialects.peft import find_adapter
 from gpt2lite.errors import CheckpointError, GPT2LiteError, UsageError
 
@@ -157,6 +160,8 @@ def as_encoding(
     tokens = {token: vocab[token] for token in CHARACTERS if token in vocab} | ranks
     if (
         len(tokens) < 256 + len(merges)
+        or len({*vocab.values(), *special.values()}) < len({*vocab, *special})
+        or sum(len(token) ** 2 for token in tokens) > MAX_WORK
         or [*ranks.values()] != sorted(ranks.values())
         or vocab.keys() - tokens.keys() - special.keys()
         or any(vocab.get(token, id) != id for token, id in special.items())
@@ -173,7 +178,7 @@ def read_encoding(path: Path) -> tiktoken.Encoding:
     `<|endoftext|>` takes the id after the last rank. Raises CheckpointError for a damaged file.
     """
     try:
-        lines = [line.split() for line in path.read_bytes().splitlines() if line]
+        lines = [line.split() for line in _bytes(path).splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except ValueError as error:
         raise CheckpointError(path, f"not a tiktoken file of 'base64 rank' lines ({error})") from None
@@ -217,7 +222,8 @@ TREE, VOCAB, MERGES, META = "tokenizer.json", "vocab.json", "merges.txt", "meta.
 ADDED, SETTINGS = "added_tokens.json", ("special_tokens_map.json", "tokenizer_config.json")
 UNREAD = ("vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "bpe_merges.txt")
 GENERATION = "generation_config.json"
-MAX_META_BYTES = 16 << 20
+MAX_BYTES, MAX_META_BYTES = 64 << 20, 16 << 20  # of a tokenizer's files, and of one of characters
+MAX_WORK = 20_000_000  # of squares of tokens' lengths: two seconds of splitting; GPT-2's take 3 million
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # of a BPE with byte_fallback
 OTHER_RULES = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
@@ -232,12 +238,16 @@ SAY_SO = f"set tokenizer_class to {GENERIC[0]}Fast in {SETTINGS[1]}"
 
 def _json(files: Files, name: str) -> Any:
     """What a file says, {} where it is not there."""
-    return json.loads(files[name].read_bytes()) if name in files else {}
+    return read_json(files[name], most=MAX_BYTES) if name in files else {}
+
+
+def _bytes(path: Path) -> bytes:
+    return read_all(ByteSource(path), MAX_BYTES)
 
 
 def _merges(path: Path) -> list[list[str]]:
     """The pairs of a merges.txt."""
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = _bytes(path).decode().split("\n")
     return [line.split(" ") for line in lines if line and not line.startswith("#version")]
 
 
@@ -277,8 +287,8 @@ def _tree(files: Files, settings: Said) -> Said:
 def _class_of(files: Files, settings: Said) -> str | None:
     """The class that transformers reads the files with, without "Fast"; None where nothing says it."""
     beside = next(iter(files.values())).with_name("config.json")
-    is_folders = beside.is_file() and all(path.name == name for name, path in files.items())
-    config = json.loads(beside.read_bytes()) if is_folders else {}
+    is_folders = beside.exists() and all(path.name == name for name, path in files.items())
+    config = read_json(beside) if is_folders else {}
     by_model = OWN if config.get("model_type") == "gpt2" else None
     said = settings.get("tokenizer_class") or config.get("tokenizer_class") or by_model
     return said and str(said).removesuffix("Fast")
@@ -416,10 +426,8 @@ def _from_hub(files: Files) -> Tokenizer:
 def _from_characters(files: Files) -> Tokenizer:
     """nanoGPT's meta.pkl: one id per character, and no token that ends a text."""
     path = files[META]
-    if path.stat().st_size > MAX_META_BYTES:
-        raise CheckpointError(path, f"over {MAX_META_BYTES >> 20} MiB, too large for a table of characters")
-    with open(path, "rb") as file:
-        found: Any = describe(path, DescribingUnpickler(file))
+    raw = read_all(ByteSource(path), MAX_META_BYTES)
+    found: Any = describe(path, DescribingUnpickler(io.BytesIO(raw), len(raw)))
     itos, ids = found["itos"], found["stoi"]
     # types first: what a pickle nests can take forever to compare or to hash
     if not all(type(id) is int and type(c) is str and len(c) == 1 for id, c in itos.items()):
@@ -453,7 +461,7 @@ def files_beside(checkpoint: Path) -> dict[str, Path]:
         {VOCAB: folder / "encoder.json", MERGES: folder / "vocab.bpe"},  # as OpenAI calls them
     )
     for level in levels:
-        if found := {name: path for name, path in level.items() if is_there(path)}:
+        if found := {name: path for name, path in level.items() if os.path.lexists(path)}:
             return found
     adapter = find_adapter(checkpoint, _fetch)
     return files_beside(adapter.base) if adapter and adapter.base != folder else {}
@@ -476,7 +484,9 @@ def _read(files: Files) -> Tokenizer:
         return read(files)
     except GPT2LiteError:
         raise
-    except Exception as error:  # of files that are not what they are called; tokenizers' has no class
+    except BaseException as error:  # of files that are no tokenizers; Rust's panics are no Exceptions
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise CheckpointError(first, f"not a valid tokenizer ({type(error).__name__}: {error})") from None
 
 
@@ -575,7 +585,7 @@ def tokenizer_files(checkpoint: Path, *, in_folder: bool = False) -> dict[str, b
     files = files_beside(checkpoint)
     if RANKS in files and in_folder:
         return _hub_lists(read_encoding(files[RANKS]))
-    return {name: path.read_bytes() for name, path in files.items()}
+    return {name: _bytes(path) for name, path in files.items()}
 
 
 def write_beside(checkpoint: Path, files: Mapping[str, bytes]) -> None:
@@ -602,10 +612,12 @@ def hub_files(checkpoint: Path, vocab_size: int) -> dict[str, bytes]:
         warnings.warn(f"no tokenizer is written: {error}", stacklevel=2)
         return {}
     if TREE in files:  # else transformers takes the rules of config.json's model for its
-        said = {"tokenizer_class": f"{GENERIC[0]}Fast"} | json.loads(files.get(SETTINGS[1], b"{}"))
+        said = {"tokenizer_class": f"{GENERIC[0]}Fast"} | json_object(
+            SETTINGS[1], files.get(SETTINGS[1], b"{}")
+        )
         files |= {SETTINGS[1]: _as_json(said)}
     if META in files:
         warnings.warn(f"{META} is copied; gpt2lite reads it, transformers does not", stacklevel=2)
     said = folder_of(checkpoint) / GENERATION
     ids = {"_from_model_config": True, "bos_token_id": end, "eos_token_id": end}
-    return files | {GENERATION: said.read_bytes() if said.is_file() else _as_json(ids)}
+    return files | {GENERATION: _bytes(said) if said.exists() else _as_json(ids)}

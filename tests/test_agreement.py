@@ -115,8 +115,8 @@ def test_heads_of_an_unknown_key_are_not_believed(model: GPTModel, tmp_path: Pat
             "n_layers is 3 in .*weights, but 12 in .*model.pth, config",
         ),
         ({"model_args": {"n_head": 4, "block_size": 64}}, "context_length is 32 in .*64 in .*model_args"),
-        ({"hyper_parameters": {"n_head": "4"}}, "n_heads must be a positive int, got '4'"),
-        ({"config": {"n_head": True}}, "n_heads must be a positive int, got True"),
+        ({"hyper_parameters": {"n_head": "4"}}, "n_heads must be a positive int of 31 bits, got '4'"),
+        ({"config": {"n_head": True}}, "n_heads must be a positive int of 31 bits, got True"),
         ({"config": {"n_head": 4, "activation": "relu"}}, "activation='relu', wanted 'gelu_new'"),
     ],
 )

@@ -358,8 +358,8 @@ def test_a_pipe_is_no_checkpoint_and_the_way_round_is_said(words: tuple[str, ...
     command = [*MODULE, *words, "/dev/stdin", *([str(tmp_path / "new.pth")] if words == ("convert",) else [])]
     done = subprocess.run(command, input=pth.read_bytes(), capture_output=True)
     assert (done.returncode, done.stdout) == (1, b"")
-    assert b"/dev/stdin: is a pipe or a device" in done.stderr
-    assert b"save it as a file" in done.stderr
+    assert b"/dev/stdin: is a FIFO, socket or device" in done.stderr
+    assert b"Save it as one" in done.stderr
     with pth.open("rb") as file:
         redirected = subprocess.run([*MODULE, "inspect", "/dev/stdin"], stdin=file, capture_output=True)
     assert redirected.returncode == 0

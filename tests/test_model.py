@@ -122,8 +122,8 @@ def test_more_tokens_than_the_context_is_one_clear_error(model: GPTModel):
     ("change", "message"),
     [
         ({"emb_dim": 50}, "emb_dim=50 does not divide by n_heads=4"),
-        ({"n_layers": 0}, "n_layers must be a positive int, got 0"),
-        ({"vocab_size": True}, "vocab_size must be a positive int, got True"),
+        ({"n_layers": 0}, "n_layers must be a positive int of 31 bits, got 0"),
+        ({"vocab_size": True}, "vocab_size must be a positive int of 31 bits, got True"),
         ({"drop_rate": 1.0}, r"drop_rate must be in \[0, 1\), got 1.0"),
         ({"qkv_bias": 1}, "qkv_bias must be True or False, got 1"),
         ({"n_embd": 48}, r"config has no field n_embd; it has vocab_size"),

@@ -469,7 +469,7 @@ CONTRADICTIONS = {
         lambda folder: changed(folder, "tokenizer_config.json", eos_token="</s>"),
         "lacks '</s>'",
     ),
-    "damaged": (lambda folder: (folder / "tokenizer.json").write_text("<html>"), "not a valid tokenizer"),
+    "damaged": (lambda folder: (folder / "tokenizer.json").write_text("<html>"), "not valid JSON"),
     "not an object": (
         lambda folder: (folder / "tokenizer.json").write_text("[]"),
         "not a valid|expected vocab.json",

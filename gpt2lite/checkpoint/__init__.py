@@ -16,8 +16,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from gpt2lite.checkpoint import dcp, llmc_bin, tf_bundle, torch_zip
 from gpt2lite.checkpoint.foreign import READABLE, shortened, what_is, what_is_json
+from gpt2lite.checkpoint.json_text import read_json
 from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, joined, validate
-from gpt2lite.checkpoint.safetensors import json_object, open_safetensors
+from gpt2lite.checkpoint.safetensors import open_safetensors
 from gpt2lite.checkpoint.source import ByteSource
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError, listed
 
@@ -41,7 +42,6 @@ DIVIDED = {
     ("*.distcp", 1): f"a distributed checkpoint of torch (FSDP, DCP); join it: {dcp.DCP_TO_TORCH}",
 }
 OPTIMIZER = re.compile(r"(.*\.)?(state\.\d+|param_groups|optim\w*)\..*")  # names of an optimizer's tensors
-MAX_INDEX_BYTES = 64 << 20
 
 __all__ = ["FOLDER_FILES", "Manifest", "TensorSpan", "open_checkpoint", "side_file"]
 
@@ -53,7 +53,7 @@ def _open_file(source: ByteSource, is_shard: bool = False) -> Manifest:
     """Open a file by its first and last bytes. Raises CheckpointError for one of no known kind."""
     size = source.state().size
     with source.open() as file:
-        head = file.read(512)
+        head = file.read(512) if size else b""  # files of /proc say so, and may not end
         file.seek(max(size - len(tf_bundle.MAGIC), 0))
         tail = file.read(len(tf_bundle.MAGIC))
     rows: dict[Callable[[ByteSource], Manifest], bool] = {
@@ -121,10 +121,7 @@ def open_sharded(source: ByteSource) -> Manifest:
     and every tensor that index and shards do not agree on.
     """
     state = source.state()
-    if state.size > MAX_INDEX_BYTES:
-        raise CheckpointError(source, f"has {state.size} bytes; the limit is {MAX_INDEX_BYTES >> 20} MiB")
-    with source.open() as file:
-        index = json_object(source, file.read(), "its index is ")
+    index = read_json(source)
     weight_map, metadata = index.get("weight_map"), index.get("metadata")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(source, f"has no weight_map that names tensors; it is {what_is_json(index)}")
@@ -186,9 +183,9 @@ def _open_tensors(folder: Path) -> dict[Path, Manifest]:
 
 def _open_folder(path: Path) -> Manifest:
     """The checkpoint that a folder is or holds. Raises CheckpointError where none or more than one does."""
-    if named := next((path / name for name in FOLDER_FILES if (path / name).is_file()), None):
+    if named := next((path / name for name in FOLDER_FILES if os.path.lexists(path / name)), None):
         return _open_file(ByteSource(named))
-    if (path / dcp.METADATA).is_file():
+    if os.path.lexists(path / dcp.METADATA):
         return dcp.open_dcp(path)
     for (pattern, least), said in DIVIDED.items():
         if len(list(path.glob(pattern))) >= least:

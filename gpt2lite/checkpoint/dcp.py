@@ -6,6 +6,7 @@ zips, one behind the other in one file. A source joins chunks of rows, going on 
 
 from __future__ import annotations
 
+import io
 import mmap
 import warnings
 from collections.abc import Iterable, Sequence
@@ -18,12 +19,12 @@ from typing import Any, BinaryIO, ClassVar
 import torch
 
 from gpt2lite.checkpoint.foreign import DAMAGED
-from gpt2lite.checkpoint.inert_pickle import DescribingUnpickler, Inert, describe
+from gpt2lite.checkpoint.inert_pickle import DescribingUnpickler, Inert, describe, shown
 from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, are_sizes, contiguous_span
 from gpt2lite.checkpoint.reading import map_tensors
 from gpt2lite.checkpoint.safetensors import fill_safetensors, open_safetensors
-from gpt2lite.checkpoint.source import ByteSource, FileReader, FileState, memory_of
-from gpt2lite.checkpoint.torch_zip import open_torch_zip
+from gpt2lite.checkpoint.source import ByteSource, FileReader, FileState, memory_of, read_all
+from gpt2lite.checkpoint.torch_zip import MAX_SMALL_BYTES, open_torch_zip
 from gpt2lite.checkpoint.writing import TensorToWrite, Wrote
 from gpt2lite.errors import CheckpointError
 
@@ -151,24 +152,34 @@ def open_dcp(folder: Path) -> Manifest:
     Raises CheckpointError for one that is damaged or has tensors divided otherwise than by rows.
     """
     own = ByteSource(folder / METADATA)
-    with own.open() as file:
-        found = describe(own, _Unpickler(file))
+    raw = read_all(own, MAX_SMALL_BYTES)
+    found = describe(own, _Unpickler(io.BytesIO(raw), len(raw)))
     facts = found if isinstance(found, Inert) else Inert("nothing")
     named, where, paths = map(facts.attribute, ("state_dict_metadata", "storage_data", "planner_data"))
     if not isinstance(named, dict) or not isinstance(where, dict):
         raise CheckpointError(own, f"not the {METADATA} of a distributed checkpoint")
     shapes = {name: said.attribute("size") for name, said in named.items() if isinstance(said, Inert)}
-    chunks = {name: dict[Any, TensorSpan]() for name, shape in shapes.items() if are_sizes(shape)}
+    is_named = {name: isinstance(name, str) and are_sizes(shape) for name, shape in shapes.items()}
+    chunks = {name: dict[Any, TensorSpan]() for name in shapes if is_named[name]}
     for index, stored in where.items():
-        if isinstance(index, Inert) and (name := index.attribute("fqn")) in chunks:
-            chunks[name][index.attribute("offset")] = _chunk(folder, stored)
+        name, place = (
+            index.attribute(key) if isinstance(index, Inert) else None for key in ("fqn", "offset")
+        )
+        if isinstance(name, str) and name in chunks:
+            if not are_sizes(place) or not isinstance(stored, Inert):
+                raise CheckpointError(own, f"says not where a chunk of {name[:100]!r} lies", name=name)
+            chunks[name][place] = _chunk(folder, stored)
     if lacking := [name for name in chunks if not chunks[name]]:
         raise CheckpointError(own, f"says of {len(lacking)} tensor(s) not where they lie: {lacking[0]}")
     tensors = {name: _tensor(folder, name, shapes[name], chunks[name]) for name in chunks}
     files = {ByteSource(span.source.path) for each in chunks.values() for span in each.values()}
     sources = {own, *files, *(span.source for span in tensors.values())}
     paths = paths if isinstance(paths, dict) else {}
-    containers = {name: ".".join(map(str, path[:-1])) for name, path in paths.items() if name in tensors}
+    containers = {
+        name: ".".join(map(shown, path[:-1])).replace("'", "")
+        for name, path in paths.items()
+        if name in tensors and isinstance(path, tuple)
+    }
     states = {source: source.state() for source in sources}
     return Manifest(folder, "dcp", tensors, files=states, containers=containers)
 

@@ -23,6 +23,7 @@ import torch
 
 from gpt2lite.checkpoint import manifest
 from gpt2lite.checkpoint.manifest import Unread, are_sizes, contents_of, dotted, is_countable
+from gpt2lite.checkpoint.source import may_take
 from gpt2lite.errors import CheckpointError
 
 # Opcodes that look objects up in this process: a registry of extensions, and buffers handed to the unpickler.
@@ -35,7 +36,18 @@ QUANTIZED = tuple(dtype for name, dtype in STORAGE_DTYPES.items() if name.starts
 RECONSTRUCTOR = re.compile(r"copy_?reg\.(_reconstructor|__newobj__)")
 TENSOR_TYPES = ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter")
 FEW = 64  # arguments or names that are looked at
-MAX_ITEMS = 1000  # of a container within an object: what is longer is a vocabulary or data
+MAX_ITEMS = 1000  # of a list, or a container within an object: what is longer is a vocabulary or data
+MAX_NAMED = 10_000  # of a dict: the same
+ROOM, PER_TENSOR, PER_VALUE = 16 << 20, 600, 100  # bytes for what is kept by name, beside the names
+# Bytes that an opcode takes at most, beside those of the pickle itself.
+COSTS = [40] * 256
+for _cost, _codes in {
+    72: (pickle.EMPTY_LIST, pickle.EMPTY_DICT, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.TUPLE),
+    112: (pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.BINPERSID, pickle.MARK),
+    320: (pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.INST, pickle.OBJ, pickle.REDUCE, pickle.NEWOBJ,
+          pickle.NEWOBJ_EX, pickle.EMPTY_SET, pickle.FROZENSET),
+}.items():  # fmt: skip
+    COSTS = [_cost if bytes([code]) in _codes else cost for code, cost in enumerate(COSTS)]
 FUNCTIONS = ("act", "gelu")  # attributes of modules that may be functions in place of modules
 CHANGES = ("_forward_hooks", "_forward_pre_hooks", "forward")  # what makes one module compute otherwise
 PLAIN = (str, int, float, NoneType, torch.dtype)
@@ -169,8 +181,9 @@ def _is_plain(value: object) -> bool:
 
 def shown(value: object) -> str:
     """A short repr; of a nest, whose own might not end, the type alone."""
-    parts = value if isinstance(value, (tuple, list)) else (value,)
-    is_short = isinstance(value, Inert) or all(map(_is_plain, parts))
+    parts = value[:FEW] if isinstance(value, (tuple, list)) else (value,)
+    is_short = isinstance(value, Inert) or (len(parts) < FEW and all(map(_is_plain, parts)))
+    value = value[:200] if isinstance(value, str) else value
     return repr(value)[:200] if is_short else f"<{type(value).__name__}>"
 
 
@@ -258,10 +271,11 @@ class DescribingUnpickler(pickle._Unpickler):
     Python's own, since the one in C takes memory by the largest memo index that a pickle names. What its
     opcodes call is what `find_class` gives, so nothing but the functions of this module. `storages` are those
     that the pickle names, by key. `is_plain` says whether `torch.load(weights_only=True)` reads the same: no
-    inert name, protocol 2.
+    inert name, protocol 2. `nbytes` are those of all that is read, which limit the memory that it may take.
     """
 
     stack: list[Any]
+    metastack: list[Any]
     proto: int
     append: Callable[[object], None]
     pop_mark: Callable[[], list[Any]]
@@ -270,9 +284,28 @@ class DescribingUnpickler(pickle._Unpickler):
         code: load for code, load in pickle._Unpickler.dispatch.items() if code not in b"".join(NOT_DATA)
     }
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: Any, nbytes: int) -> None:
         super().__init__(file, encoding="utf-8")
         self.storages: dict[str, Storage] = {}
+        self.nbytes, self._file = nbytes, file
+
+    def load(self) -> Any:
+        """The next object. As its base's, but for what is counted."""
+        self._unframer = frames = pickle._Unframer(self._file.read, self._file.readline)  # type: ignore[attr-defined]
+        self.read, self.readinto, self.readline = frames.read, frames.readinto, frames.readline
+        self.metastack, self.stack, self.proto = [], [], 0
+        self.append = self.stack.append
+        read, dispatch, left = self.read, self.dispatch, may_take(self.nbytes)
+        try:
+            while code := read(1):
+                left -= COSTS[code[0]]
+                if left < 0:
+                    said = f"its pickle of {self.nbytes} bytes would take more than {may_take(self.nbytes)}"
+                    raise CheckpointError(f"{said} bytes of memory; not weights")
+                dispatch[code[0]](self)
+        except pickle._Stop as stop:  # type: ignore[attr-defined]
+            return stop.value
+        raise EOFError("it has no end")
 
     def load_build(self) -> None:
         """Keep the state of what is inert, forget a state dict's; alter nothing else."""
@@ -392,10 +425,16 @@ def _above(name: str) -> Iterator[str]:
 
 
 def _contents(node: object) -> Facts | None:
-    """What counts as data: a container's contents, and what is registered in a module."""
+    """What counts as data: a container's contents, and what is registered in a module.
+
+    Of a long one only its tensors do: it is a vocabulary, or a log.
+    """
     if isinstance(node, Inert):
         return node.registered() if node.is_module else node.items.items()
-    return contents_of(node)
+    facts = contents_of(node)
+    if facts is None or len(node) <= (MAX_NAMED if isinstance(node, dict) else MAX_ITEMS):  # type: ignore[arg-type]
+        return facts
+    return (fact for fact in facts if isinstance(fact[1], TENSORS))
 
 
 def unread(node: object) -> Unread:
@@ -439,7 +478,12 @@ def _keep(target: dict[str, Any], name: str, node: object) -> None:
 
 def _sort(tree: object, found: Described) -> None:
     visited, root, seen = count(), None, set[int]()  # of facts: too many do not matter, they end
+    room = ROOM
     for name, node in manifest.walk(tree, count(), _contents):
+        if isinstance(node, (*TENSORS, *PLAIN)):
+            room -= len(name) + (PER_TENSOR if isinstance(node, TENSORS) else PER_VALUE)
+        if room < 0:
+            raise CheckpointError(f"names of tensors and values take over {ROOM >> 20} MiB; not weights")
         if isinstance(node, TensorRecord):
             _keep(found.tensors, name, node)
         elif isinstance(node, Unreadable):

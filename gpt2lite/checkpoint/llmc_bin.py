@@ -18,7 +18,7 @@ from gpt2lite.errors import CheckpointError
 HEADER = struct.Struct("<256i")
 MAGIC = (20240326).to_bytes(4, "little")  # by which `open_checkpoint` knows it
 DTYPES = {3: torch.float32, 5: torch.bfloat16}  # by version
-MAX_LAYERS = 10_000
+MAX_LAYERS = 1000  # of which a header of 1 KiB can speak; GPT-2 XL has 48
 EMBEDDINGS = ("wte", "wpe")  # which have no bias
 
 # Modules in the order of the file, with their weights' shapes in the words of the header. After each weight

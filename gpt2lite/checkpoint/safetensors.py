@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from gpt2lite.checkpoint.foreign import DAMAGED
+from gpt2lite.checkpoint.json_text import MAX_JSON_BYTES, json_object
 from gpt2lite.checkpoint.manifest import BOUND_CONFIG, Manifest, TensorSpan, are_sizes, contiguous_span
 from gpt2lite.checkpoint.source import ByteSource
 from gpt2lite.checkpoint.writing import Config, TensorToWrite, Wrote, made_ahead
 from gpt2lite.errors import CheckpointError, UsageError
 
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 ALIGNMENT = 8
 FLUSH_BYTES = 64 << 20
 
@@ -35,26 +35,6 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 # ---- reading -----------------------------------------------------------------------------------------------
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key occurs twice")
-    return found
-
-
-def json_object(where: object, raw: bytes | str, what: str = "", kind: type = dict) -> Any:
-    """The object, or list, that some JSON is. Raises CheckpointError, also where a key occurs twice."""
-    try:
-        text = raw if isinstance(raw, str) else raw.decode("utf-8")
-        found = json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(where, f"{what}not valid JSON ({error}): {DAMAGED}") from None
-    if not isinstance(found, kind):
-        wanted = "an object" if kind is dict else "a list"
-        raise CheckpointError(where, f"holds a JSON {type(found).__name__}, expected {wanted}")
-    return found
 
 
 def _span(source: ByteSource, name: str, entry: Any, start: int) -> TensorSpan | str:
@@ -92,7 +72,7 @@ def open_safetensors(source: ByteSource) -> Manifest:
     state = source.state()
     with source.open() as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > MAX_HEADER_BYTES or 8 + length > state.size:
+        if length > MAX_JSON_BYTES or 8 + length > state.size:
             what = f"announces a header of {length} bytes in a file of {state.size}: {DAMAGED}"
             raise CheckpointError(source, what)
         header = json_object(source, file.read(length), "its header is ")

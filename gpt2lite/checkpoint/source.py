@@ -1,6 +1,7 @@
 """Where bytes lie. Whoever reads a checkpoint asks a `ByteSource` for ranges and knows no path.
 
-A local file can also be read without leaving anything in the system's page cache.
+Every file is opened here, and only plain ones are. A local file can also be read without leaving anything in
+the system's page cache.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ PAGE = 4096
 BUFFER_BYTES = 2 << 20  # of a reader past the page cache: a huge page
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 SAMPLES = 16
+FREE_BYTES = 32 << 20  # of memory for what describes tensors, beside four times its size
 MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # Python names it from 3.13 on
 MAP_FIXED = 0x10
 
@@ -41,6 +43,11 @@ def memory_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(exposed).cast("B")
 
 
+def may_take(nbytes: int) -> int:
+    """Bytes of memory that reading `nbytes` of a file which only describe something may take."""
+    return FREE_BYTES + 4 * nbytes
+
+
 @dataclass(frozen=True, slots=True)
 class FileState:
     """What tells that a file was replaced, truncated or written to."""
@@ -50,8 +57,39 @@ class FileState:
     inode: int
 
 
+def _plain(path: str | Path | int) -> os.stat_result:
+    """What lies at a path, links followed. Raises CheckpointError for what no checkpoint can be."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        raise CheckpointNotFoundError(path, "no such file or folder") from None
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise CheckpointError(path, "its links form a loop. Copy or download the file itself.") from None
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a FIFO, socket or device"
+        raise CheckpointError(path, f"is {kind}, wanted a plain file. Save it as one, and pass that.")
+    return found
+
+
+def open_plain(path: str, flags: int) -> int:
+    """A descriptor of a plain file, for `open` as its opener; waits for nobody, whatever takes its place."""
+    _plain(path)
+    file = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    try:
+        _plain(file)
+    except CheckpointError:
+        os.close(file)
+        raise
+    return file
+
+
 class FileReader(io.FileIO):
     """A local file, read through the page cache."""
+
+    def __init__(self, path: Path, flags: int = 0) -> None:
+        super().__init__(path, opener=lambda name, own: open_plain(name, own | flags))
 
     def read_into(self, memories: Iterable[memoryview], offset: int) -> None:
         """Fill one memory after the other from byte `offset`, STEP at a time across them.
@@ -91,7 +129,7 @@ class PastCache(FileReader):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, opener=lambda name, flags: os.open(name, flags | os.O_DIRECT))
+        super().__init__(path, os.O_DIRECT)
         memory = mmap.mmap(-1, 2 * BUFFER_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(mmap.MADV_HUGEPAGE)
         begin = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % BUFFER_BYTES
@@ -120,19 +158,13 @@ class ByteSource:
         return str(self.path)
 
     def state(self) -> FileState:
-        """Its state now. Raises CheckpointNotFoundError, and CheckpointError for a pipe."""
-        try:
-            found = os.stat(self.path)
-        except FileNotFoundError:
-            raise CheckpointNotFoundError(self.path, "no such file or folder") from None
-        if not stat.S_ISREG(found.st_mode):
-            said = "a pipe or a device, of which no part can be read by its place"
-            raise CheckpointError(self.path, f"is {said}; save it as a file, and pass that")
+        """Its state now. Raises CheckpointNotFoundError, and CheckpointError for what is no plain file."""
+        found = _plain(self.path)
         return FileState(found.st_size, found.st_mtime_ns, found.st_ino)
 
     def open(self) -> BinaryIO:
         """The file, buffered, for headers."""
-        return open(self.path, "rb")
+        return open(self.path, "rb", opener=open_plain)
 
     def sibling(self, name: str) -> ByteSource:
         """The file of this name, relative to its folder, there or not."""
@@ -193,6 +225,19 @@ def _mapped(file: int) -> torch.UntypedStorage:
     if place(address, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, file, begin) != address.value:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return storage
+
+
+def read_all(source: ByteSource, most: int) -> bytes:
+    """The content of a file of at most so many bytes. Raises CheckpointError for a larger or an empty one.
+
+    In /proc are files that say they are empty, and have no end.
+    """
+    size = source.state().size
+    if not 0 < size <= most:
+        said = f"has {size} bytes; the limit is {most >> 20} MiB" if size else "is empty; copy it again"
+        raise CheckpointError(source, said)
+    with source.open() as file:
+        return file.read(size)
 
 
 def _first(memories: Iterable[memoryview], nbytes: int) -> list[memoryview]:

@@ -16,13 +16,14 @@ import torch
 
 from gpt2lite.checkpoint.foreign import DAMAGED
 from gpt2lite.checkpoint.manifest import MAX_NAME, Manifest, TensorSpan, are_sizes, contiguous_span
-from gpt2lite.checkpoint.source import ByteSource
+from gpt2lite.checkpoint.source import ByteSource, read_all
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError
 
 FOOTER_BYTES = 48
 MAGIC = (0xDB4775248B80FB57).to_bytes(8, "little")
 TRAILER_BYTES = 5  # after each block: a type and a masked CRC-32C of block and type
 MAX_INDEX_BYTES = 1 << 20  # GPT-2 XL with its optimizer takes 60 KB; keys that share grow a thousandfold
+MAX_TENSORS = 20_000  # of XL with its optimizer 1,740
 MAX_BLOCKS = 1000  # TensorFlow's hold 256 KiB each; thousands of tiny ones would only cost time
 MAX_VERSION = 1  # of the bundle's format, which has had no other
 MAX_SHARDS = 10**5  # their names count in five digits
@@ -108,14 +109,12 @@ def _pairs(index: bytes, handle: Handle) -> Iterator[tuple[bytes, bytes]]:
 
 def _table(index: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Keys and values of the whole table, in the order that the format demands."""
-    if len(index) > MAX_INDEX_BYTES:
-        raise CheckpointError(f"is larger than {MAX_INDEX_BYTES >> 10} KiB, too large for an index")
     if len(index) < FOOTER_BYTES or not index.endswith(MAGIC):
         raise _damaged(f"its {len(index)} bytes do not end as a TensorFlow index does")
     footer = index[-FOOTER_BYTES : -len(MAGIC)]
     _, at = _handle(footer)  # of filters, which TensorFlow does not write
     directory, _ = _handle(footer, at)
-    previous, free = None, 0
+    previous, free, count = None, 0, 0
     for number, (_, value) in enumerate(_pairs(index, directory)):
         handle, _ = _handle(value)
         if number >= MAX_BLOCKS:
@@ -126,7 +125,9 @@ def _table(index: bytes) -> Iterator[tuple[bytes, bytes]]:
         for key, content in _pairs(index, handle):
             if previous is not None and key <= previous:
                 raise _damaged(f"the name {key[:MAX_SHOWN]!r} comes after {previous[:MAX_SHOWN]!r}")
-            previous = key
+            previous, count = key, count + 1
+            if count > MAX_TENSORS:
+                raise _damaged(f"has more than {MAX_TENSORS} tensors")
             yield key, content
 
 
@@ -187,8 +188,7 @@ def open_tf_bundle(source: ByteSource) -> Manifest:
     index alone, a few KB. Raises CheckpointNotFoundError where a data file is missing, CheckpointError for an
     index that is damaged, compressed or big-endian and for tensors in slices.
     """
-    with source.open() as file:
-        index = file.read(MAX_INDEX_BYTES + 1)
+    index = read_all(source, MAX_INDEX_BYTES)
     try:
         table = _table(index)
         key, header = next(table, (None, b""))

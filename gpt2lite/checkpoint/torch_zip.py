@@ -37,6 +37,7 @@ from gpt2lite.checkpoint.writing import Config, TensorToWrite, Wrote, made_ahead
 from gpt2lite.errors import CheckpointError, UsageError
 
 MAX_SMALL_BYTES = 64 << 20  # of what is read whole: a pickle
+MAX_DIRECTORY_BYTES = 2 << 20  # of a zip: zipfile takes ten times as much; gpt2-xl's takes 60 KB
 ENCRYPTED, UTF8_NAME = 1, 0x800  # flag bits
 CONFIG_ENTRY = "gpt2lite.json"  # our writer's: the model's config, which torch.load passes over
 NO_CRC = 0  # what torch writes after set_crc32_options(False)
@@ -135,8 +136,12 @@ def open_torch_zip(source: ByteSource) -> Manifest:
     """
     state = source.state()
     try:
-        with source.open() as file, zipfile.ZipFile(file) as archive:
-            entries = _entries(source, archive)
+        with source.open() as file:
+            end = zipfile._EndRecData(file)  # type: ignore[attr-defined]  # as ZipFile is about to find it
+            if end and end[zipfile._ECD_SIZE] > MAX_DIRECTORY_BYTES:  # type: ignore[attr-defined]
+                raise CheckpointError(source, f"its zip directory is over {MAX_DIRECTORY_BYTES >> 20} MiB")
+            with zipfile.ZipFile(file) as archive:
+                entries = _entries(source, archive)
             names = ("data.pkl", "byteorder", CONFIG_ENTRY)
             pickled, order, config = (_read_small(source, file, entries, name) for name in names)
     except DAMAGED_ZIP as error:
@@ -144,7 +149,7 @@ def open_torch_zip(source: ByteSource) -> Manifest:
         raise CheckpointError(source, f"{what}: {DAMAGED}") from None
     if order not in (b"little", b""):
         raise CheckpointError(source, f"written on a machine of other byte order, {order[:20]!r}. {RESAVE}")
-    unpickler = DescribingUnpickler(io.BytesIO(pickled))
+    unpickler = DescribingUnpickler(io.BytesIO(pickled), len(pickled))
     found = described(source, unpickler)
     if config:
         found.values[BOUND_CONFIG] = config.decode("utf-8", "replace")
@@ -168,15 +173,15 @@ COUNT = struct.Struct("<q")
 class _Pickles:
     """The head of a file for unpicklers, which are given the bytes they ask for and no more of them."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._left = file, MAX_SMALL_BYTES
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file, self._left, self.nbytes = file, MAX_SMALL_BYTES, min(size, MAX_SMALL_BYTES)
 
     def read(self, size: int) -> bytes:
         """The next `size` bytes, or those that are left in the file."""
         self._left -= size
         if self._left < 0:
             raise CheckpointError(f"its pickles are damaged, or larger than {MAX_SMALL_BYTES >> 20} MiB")
-        return self._file.read(size)
+        return self._file.read(min(size, self.nbytes))
 
     def readline(self) -> bytes:
         """The rest of a line."""
@@ -206,7 +211,8 @@ class LegacyUnpickler(DescribingUnpickler):
 
 def _check_head(source: ByteSource, pickles: _Pickles) -> None:
     """The three pickles before the object."""
-    magic, version, machine = (describe(source, DescribingUnpickler(pickles)) for _ in range(3))
+    head = (DescribingUnpickler(pickles, pickles.nbytes) for _ in range(3))
+    magic, version, machine = (describe(source, unpickler) for unpickler in head)
     for what, found, wanted in (("magic number", magic, MAGIC_NUMBER), ("version", version, VERSION)):
         if type(found) is not int or found != wanted:
             raise CheckpointError(source, f"its {what} is {shown(found)}, wanted {wanted}: {DAMAGED}")
@@ -248,11 +254,11 @@ def open_torch_legacy(source: ByteSource) -> Manifest:
     """
     state = source.state()
     with source.open() as file:
-        pickles = _Pickles(file)
+        pickles = _Pickles(file, state.size)
         _check_head(source, pickles)
-        unpickler = LegacyUnpickler(pickles)
+        unpickler = LegacyUnpickler(pickles, pickles.nbytes)
         found = described(source, unpickler)
-        keys = describe(source, DescribingUnpickler(pickles))
+        keys = describe(source, DescribingUnpickler(pickles, pickles.nbytes))
         kept = _find_storages(source, file, keys, unpickler.storages)
     return manifest_of(found, source, state, kept, unpickler.storages)
 

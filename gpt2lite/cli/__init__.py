@@ -22,7 +22,7 @@ from gpt2lite._version import __version__
 from gpt2lite.cli.arguments import COMMANDS, add_arguments, check_needs
 from gpt2lite.cli.terminal import quietly
 from gpt2lite.config import OFFICIAL_SIZES
-from gpt2lite.errors import GPT2LiteError, did_you_mean
+from gpt2lite.errors import GPT2LiteError, did_you_mean, visible
 from gpt2lite.finetuning.interrupts import handled_by, held
 
 FINISHING = ("convert", "prune", "verify", "finetune", "tokenize")  # their work is not what they print
@@ -94,7 +94,7 @@ def _plain_output() -> Iterator[None]:
     """Warnings as one line; a terminal that cannot print é gets ? instead. Both as they were afterwards."""
     format_warning, errors = warnings.formatwarning, sys.stdout.errors
     reconfigure = getattr(sys.stdout, "reconfigure", lambda errors: None)  # what replaced it may have none
-    warnings.formatwarning = lambda message, *_: f"gpt2lite: warning: {message}\n"
+    warnings.formatwarning = lambda message, *_: f"gpt2lite: warning: {visible(str(message))}\n"
     reconfigure(errors="replace")
     try:
         yield
@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _drop(sys.stdout)
         return int(command in (*FINISHING, "bench"))
     except (GPT2LiteError, OSError, MemoryError) as error:
-        print(f"gpt2lite: {error}{_nearest_file(error)}", file=sys.stderr)
+        print(visible(f"gpt2lite: {error}{_nearest_file(error)}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         print("\ngpt2lite: interrupted", file=sys.stderr)

@@ -12,7 +12,7 @@ from torch import Tensor
 from gpt2lite.cli.arguments import recipe_of
 from gpt2lite.cli.loading import choose_by, config_of, load_options
 from gpt2lite.cli.plots import plot_losses
-from gpt2lite.cli.terminal import QUIET, bytes_bar, line_width, steps_bar
+from gpt2lite.cli.terminal import QUIET, bytes_bar, line_width, shown_text, steps_bar
 from gpt2lite.devices import resolve_device
 from gpt2lite.errors import UsageError
 from gpt2lite.finetuning.heads import as_classifier, relabel
@@ -89,7 +89,7 @@ def _put_head(opened: Opened[GPTModel], model: GPTModel, labels: tuple[str, ...]
         kept = relabel(model, known, labels, recipe.seed)
         parts = {"kept": kept, "new": set(labels) - set(kept), "dropped": set(known) - set(kept)}
         said = (f"{what}: {', '.join(sorted(names)) or 'none'}" for what, names in parts.items())
-        print("labels " + "; ".join(said))
+        print(shown_text("labels " + "; ".join(said)))
 
 
 @contextmanager
@@ -108,7 +108,7 @@ def _reports(steps: int) -> Iterator[Callable[[Metrics], None]]:
             bar.clear()
             print(f"step {metrics.step + 1:5}  {losses}{right}  {rate}  {memory}")
             if metrics.sample is not None:
-                print("       " + " ".join(metrics.sample.split())[: line_width() - 7])
+                print(shown_text("       " + " ".join(metrics.sample.split())[: line_width() - 7]))
 
         yield report
 

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from gpt2lite.errors import visible
 from gpt2lite.reading_text import decode_text
 
 QUIET = ContextVar("quiet", default=False)
@@ -27,7 +28,7 @@ def table(*lines: Sequence[str]) -> str:
     """Columns under their headers, which are the first line; the first column left-aligned, others right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = ([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines)
-    return "\n".join("  ".join(row).rstrip() for row in rows)
+    return visible("\n".join("  ".join(row).rstrip() for row in rows))
 
 
 def facts(pairs: Sequence[tuple[str, object]]) -> str:
@@ -38,11 +39,16 @@ def facts(pairs: Sequence[tuple[str, object]]) -> str:
         parts = (_wrapped(line.strip(), line_width() - indent) for line in str(value).split("\n"))
         said = f"\n{' ' * indent}".join(line for part in parts for line in part)
         lines.append(f"{name.ljust(indent)}{said}")
-    return "\n".join(lines)
+    return visible("\n".join(lines))
 
 
 def _wrapped(text: str, width: int) -> list[str]:
     return textwrap.wrap(text, max(width, 20), break_long_words=False, break_on_hyphens=False) or [""]
+
+
+def shown_text(text: str) -> str:
+    """A text of a model or of data, `visible` on a terminal, elsewhere unchanged."""
+    return visible(text) if sys.stdout.isatty() else text
 
 
 def as_json(content: Any) -> str:

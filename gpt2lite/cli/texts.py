@@ -13,7 +13,16 @@ from typing import Any
 
 from gpt2lite.cli.arguments import DEFAULT_PROMPT, EMBEDDED_PROMPT
 from gpt2lite.cli.loading import load_to_read, open_to_read
-from gpt2lite.cli.terminal import as_json, bytes_bar, facts, is_watched, line_width, read_text, steps_bar
+from gpt2lite.cli.terminal import (
+    as_json,
+    bytes_bar,
+    facts,
+    is_watched,
+    line_width,
+    read_text,
+    shown_text,
+    steps_bar,
+)
 from gpt2lite.config import EMBEDDED
 from gpt2lite.errors import UsageError
 from gpt2lite.evaluation import evaluate
@@ -60,7 +69,7 @@ def _write_one(pieces: Iterator[str]) -> int:
         slow.start()
     try:
         for count, piece in enumerate(pieces, 1):
-            print(piece, end="", flush=True)
+            print(shown_text(piece), end="", flush=True)
             if count == 2:
                 slow.cancel()
         print()
@@ -81,7 +90,7 @@ def run_generate(args: argparse.Namespace) -> int:
     room, began = room_after(model, prompts, args.max_new_tokens, options), time.perf_counter()
     if len(prompts) == 1:
         pieces = model.generate_tokens(prompts[0], room, seed=args.seed, **options)
-        print(prompts[0] if isinstance(prompts[0], str) else "", end="", flush=True)
+        print(shown_text(prompts[0]) if isinstance(prompts[0], str) else "", end="", flush=True)
         done = f"{_write_one(pieces)} tokens"
     else:
         done = f"{len(prompts)} texts"
@@ -90,7 +99,7 @@ def run_generate(args: argparse.Namespace) -> int:
                 seed = None if args.seed is None else args.seed + start
                 some = model.generate(prompts[start : start + ROWS_AT_ONCE], room, seed=seed, **options)
                 for place, text in enumerate(some, start):
-                    print(RULE * bool(place) + text)
+                    print(RULE * bool(place) + shown_text(text))
                 bar.update(len(some))
     if is_watched():
         seconds = time.perf_counter() - began

@@ -7,8 +7,8 @@ writing program puts beside its weights, `<stem>.json`, the folder's config.json
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import re
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -22,10 +22,10 @@ import torch
 from gpt2lite.checkpoint import FOLDER_FILES, Manifest, TensorSpan, side_file
 from gpt2lite.checkpoint.foreign import shortened
 from gpt2lite.checkpoint.inert_pickle import CHANGES
+from gpt2lite.checkpoint.json_text import json_object, read_json
 from gpt2lite.checkpoint.manifest import BOUND_CONFIG, Unread, flatten
 from gpt2lite.checkpoint.reading import read_span
-from gpt2lite.checkpoint.safetensors import json_object
-from gpt2lite.checkpoint.source import memory_of
+from gpt2lite.checkpoint.source import ByteSource, memory_of, read_all
 from gpt2lite.config import (
     ACTIVATIONS,
     OFFICIAL_SIZES,
@@ -37,7 +37,7 @@ from gpt2lite.config import (
     wrong_labels,
 )
 from gpt2lite.dialects.reading import AUXILIARY, CLASSIFIERS, TIED, Reading, above_of, block_of, unwrapped
-from gpt2lite.errors import CheckpointError, UsageError, listed
+from gpt2lite.errors import CheckpointError, UsageError, listed, visible
 
 # ---- their words -------------------------------------------------------------------------------------------
 # What other programs' configs say, word by word: what it is of ours, what we compute, what does not matter. A
@@ -220,8 +220,8 @@ def _said_in(manifest: Manifest) -> dict[str, Any]:
     values |= manifest.values
     for name, text in manifest.values.items():
         if isinstance(text, str) and text.lstrip().startswith("{") and name not in BOUND:
-            with suppress(ValueError, RecursionError, CheckpointError):
-                values |= flatten({name: json.loads(text)}, (str, int, float))
+            with suppress(CheckpointError):
+                values |= flatten({name: json_object(name, text)}, (str, int, float))
     return values
 
 
@@ -311,7 +311,7 @@ def _beside_the_file(reading: Reading, has_heads: bool) -> Iterator[Source]:
 def _side_json(path: Path) -> Path | None:
     """`<stem>.json`, if it is there and not the folder's config.json."""
     beside = side_file(path, ".json")
-    return beside if beside.is_file() and beside.name != "config.json" else None
+    return beside if os.path.lexists(beside) and beside.name != "config.json" else None
 
 
 def folder_of(path: Path) -> Path:
@@ -329,18 +329,13 @@ def folder_configs(path: Path) -> dict[str, dict[str, Any]]:
     is_named = path.is_dir() or not {path.name, without_variant}.isdisjoint(FOLDER_FILES)
     if not is_named and any((folder / name).exists() for name in FOLDER_FILES):
         return {}
-    return {name: read_json(folder / name) for name in FOLDER_CONFIGS if is_there(folder / name)}
-
-
-def is_there(path: Path) -> bool:
-    """Whether a file lies beside a checkpoint; a link to nowhere is one that cannot be read."""
-    return path.is_file() or path.is_symlink()
+    return {name: read_json(folder / name) for name in FOLDER_CONFIGS if os.path.lexists(folder / name)}
 
 
 def _labels_of(reading: Reading, sources: Sequence[Source], n_classes: int) -> dict[str, list[str]]:
     """A classifier's labels by who says them: its file, the config beside it, labels.json."""
     said = {where: _in_order(words["id2label"]) for where, words, _ in sources if words.get("id2label")}
-    if (beside := folder_of(reading.manifest.path) / LABELS).is_file():
+    if os.path.lexists(beside := folder_of(reading.manifest.path) / LABELS):
         said[str(beside)] = read_json(beside, kind=list)
     for where, labels in said.items():
         if labels is not None and (wrong := wrong_labels(labels, n_classes)):
@@ -398,15 +393,6 @@ def check_model_type(path: Path) -> None:
     kind = folder_configs(path).get("config.json", {}).get("model_type")
     if kind not in COMPUTED["model_type"]:
         raise CheckpointError(path, f"its config.json says model_type={kind!r}; gpt2lite opens gpt2 only")
-
-
-def read_json(path: Path, kind: type = dict) -> Any:
-    """The object, or list, that a JSON file holds. Raises CheckpointError."""
-    try:
-        text = path.read_text(encoding="utf-8-sig", errors="replace")  # some editors begin with a mark
-    except OSError as error:
-        raise CheckpointError(path, f"cannot be read ({error.strerror})") from None
-    return json_object(path, text, kind=kind)
 
 
 # ---- whether they agree ------------------------------------------------------------------------------------
@@ -596,8 +582,12 @@ def _require_no_text(reading: Reading, n_heads: int) -> None:
     texts = {f"{path}, {place}": said for place, said in _said_in(reading.manifest).items()}
     for file in sorted(folder_of(path).iterdir()):
         is_read = file.name in FOLDER_CONFIGS
-        if MAY_BE_CONFIG.fullmatch(file.name) and not is_read and file.stat().st_size < MAX_CONFIG_BYTES:
-            texts[str(file)] = file.read_text(encoding="utf-8", errors="replace")
+        if (
+            MAY_BE_CONFIG.fullmatch(file.name)
+            and not is_read
+            and 0 < ByteSource(file).state().size < MAX_CONFIG_BYTES
+        ):
+            texts[str(file)] = read_all(ByteSource(file), MAX_CONFIG_BYTES).decode("utf-8", "replace")
     for place, text in texts.items():
         if isinstance(text, str) and IN_TEXT.search(text):
             what = f"names heads in text, where gpt2lite would assume {n_heads=}"
@@ -635,7 +625,7 @@ def _notes(reading: Reading, sources: list[Source], agreed: Mapping[str, Any]) -
         yield f"{first}: ignored {', '.join(ignored)}, which gpt2lite does not know"
     rates = {str(words[key]) for _, words, _ in sources for key in DROPOUTS if key in words}
     if len(rates) > 1:
-        used = f"training uses {agreed['drop_rate']} for all"
+        used = f"training uses {agreed.get('drop_rate', 0.0)} for all"
         yield f"{path}: has dropouts {' and '.join(sorted(rates))}; {used}"
     if not reading.manifest.values.keys().isdisjoint(BOUND) and (beside := _side_json(path)):
         with suppress(CheckpointError):  # another program's file of that name
@@ -710,7 +700,7 @@ def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
         factors = (None, True, width**0.5, width**-0.5)  # True: old transformers' flag
         sizes = dict.fromkeys(HEAD_SIZES, (None, known["emb_dim"] // heads))
         _require_computed(reading, sources, {SCALE: factors, **sizes})
-    return Found(known, tuple(notes), bool(said), masks, tuple(sources))
+    return Found(known, tuple(map(visible, notes)), bool(said), masks, tuple(sources))
 
 
 def complete(reading: Reading, found: Found) -> GPTConfig:

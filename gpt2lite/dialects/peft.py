@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import itertools
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt2lite.checkpoint import FOLDER_FILES, Manifest, TensorSpan
-from gpt2lite.dialects.configs import read_json
+from gpt2lite.checkpoint.json_text import read_json
 from gpt2lite.dialects.reading import TIED, Adapter, Placement, Reading, Transpose, block_of, is_number
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError, listed
 
@@ -78,7 +79,7 @@ def find_adapter(path: Path, locate: Callable[[str, str | None], Path]) -> Found
     means the base alone, which a warning says. Raises CheckpointError for another method than LoRA, by name.
     """
     folder = path.parent if path.name in ADAPTER_WEIGHTS and path.is_file() else path
-    found = {name: folder / name for name in FILES if (folder / name).is_file()}
+    found = {name: folder / name for name in FILES if os.path.lexists(folder / name)}
     if not found:
         if path.is_file() and (path.parent / ADAPTER_CONFIG).is_file():
             warnings.warn(f"{path}: loaded without the PEFT adapter beside it; open the folder", stacklevel=2)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from itertools import filterfalse
+from itertools import filterfalse, islice
 from typing import NamedTuple, TypeAlias, TypeGuard
 
 import torch
@@ -234,6 +234,7 @@ OTHERS = (DIALOGPT, *CLASSIFIERS, *AUXILIARY)
 HEADS = ("lm_head.", "out_head.", *OTHERS)
 SAVE_ONE = "Save the one that you want in a file of its own"
 TIED = ("tok_emb.weight", "out_head.weight")
+MAX_MODELS, MAX_COMPARED = 8, 200  # models in a file; names that are compared with those that are known
 # What an optimizer keeps: as large as the weights, and under their names or numbers.
 MOMENTS = re.compile(r"(?:^|[._])(?:opt(?:im(?:izers?)?)?|exp_avg|momentum)(?:[._]|$)|(?:^|\.)state\.\d+\.")
 
@@ -339,7 +340,7 @@ class _Model(NamedTuple):
 
 def _models(manifest: Manifest) -> list[_Model]:
     """Every model in a file; one that is stored twice counts once."""
-    distinct: dict[object, _Model] = {}
+    distinct, looked = dict[object, _Model](), 0
     for name in filterfalse(MOMENTS.search, manifest.tensors):
         container, shape = manifest.container_of(name), manifest.tensors[name].shape
         plain = _plain(name.removeprefix(container))
@@ -348,6 +349,8 @@ def _models(manifest: Manifest) -> list[_Model]:
                 model = _Model(container, plain.removesuffix(marker), _oriented(queries, shape))
                 own = ((model.behind(model.prefix, n), span.address) for n, span in manifest.tensors.items())
                 distinct.setdefault(frozenset(place for place in own if place[0] is not None), model)
+                if len(distinct) > MAX_MODELS or (looked := looked + 1) > MAX_MODELS**2:
+                    raise CheckpointError(manifest.path, f"holds more than {MAX_MODELS} models. {SAVE_ONE}")
     return [*distinct.values()]
 
 
@@ -361,7 +364,8 @@ def _one_model(manifest: Manifest) -> _Model:
     """The model that a file holds. Raises CheckpointError unless it is one."""
     found = _models(manifest)
     if not found:
-        nearest = {name for marker in MARKERS for name in get_close_matches(marker, manifest.tensors, 3, 0.5)}
+        some = [name for name in islice(manifest.tensors, MAX_COMPARED) if len(name) < MAX_COMPARED]
+        nearest = {name for marker in MARKERS for name in get_close_matches(marker, some, 3, 0.5)}
         what = "its nearest names are" if nearest else "it holds"
         said = f"not a GPT-2 with known names; {what} {shortened(nearest or manifest.tensors)}"
         wanted = f"Expected one of {', '.join(sorted(MARKERS))}, behind any prefix"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from gpt2lite.checkpoint.source import memory_of
+from gpt2lite.checkpoint.source import ByteSource, memory_of
 from gpt2lite.checkpoint.writing import Progress, full_disk_named, replacing
 from gpt2lite.config import GPTConfig
 from gpt2lite.errors import CheckpointError, UsageError
@@ -268,12 +268,13 @@ def open_tokens(path: Path, vocab_size: int) -> Tensor:
     no header and is text, or may be of another width: where the ids look like halves, pairs or floats, or 16
     bits cannot number the vocabulary.
     """
-    with open(path, "rb") as file:
+    with ByteSource(path).open() as file:
         return _mapped(file, path, vocab_size)
 
 
 def _mapped(file: BinaryIO, path: Path, vocab_size: int) -> Tensor:
-    head, nbytes = file.read(LLMC_HEADER), os.fstat(file.fileno()).st_size
+    nbytes = os.fstat(file.fileno()).st_size
+    head = file.read(LLMC_HEADER) if nbytes else b""
     kind, dtype, offset, count = _layout_of(path, head, nbytes)
     found, wanted = nbytes - offset, count * dtype.itemsize
     if found < 1 or found != wanted:

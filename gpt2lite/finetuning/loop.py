@@ -19,10 +19,12 @@ import torch
 from torch import nn
 
 from gpt2lite import parallel
+from gpt2lite.checkpoint.json_text import json_object
+from gpt2lite.checkpoint.source import ByteSource, read_all
 from gpt2lite.checkpoint.writing import replacing
 from gpt2lite.devices import peak_allocated
 from gpt2lite.dialects.configs import LABELS
-from gpt2lite.errors import CheckpointError, TrainingDivergedError, UsageError, listed
+from gpt2lite.errors import TrainingDivergedError, UsageError, listed
 from gpt2lite.finetuning import states, training
 from gpt2lite.finetuning.data import IGNORED, Batch, digest_of, own_copy, tensor_parts
 from gpt2lite.finetuning.distilling import load_teacher
@@ -34,6 +36,7 @@ from gpt2lite.finetuning.states import METRICS, Run, Task
 from gpt2lite.model import GPTModel
 
 TRAINED = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+MAX_LOG_BYTES = 1 << 30  # some million steps
 COMPUTES, SAID = ("forward", "hidden"), ("approximate", "n_heads")  # methods; what an instance says of itself
 
 
@@ -74,7 +77,7 @@ def _require_folder(out: Path, resume: bool, save_every: int) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; choose a folder")
     log = out / METRICS
-    is_begun = log.is_file() and log.read_bytes().count(b"\n") <= save_every  # and nothing saved yet
+    is_begun = log.exists() and _log(log).count(b"\n") <= save_every  # and nothing saved yet
     if resume and not states.state_files(out) and (not is_begun or (out / "model.pth").exists()):
         found = [name for name in (METRICS, "model.pth") if (out / name).exists()]
         lacks = f"{' and '.join(found)}, but no saved state (step-….pth)" if found else "no run"
@@ -105,11 +108,14 @@ def _locked(out: Path, resume: bool, save_every: int) -> Iterator[None]:
 def read_metrics(out: Path) -> list[dict[str, Any]]:
     """What was written to a run's folder, a dict a step; a last line that is being written is left out."""
     path = out / METRICS
-    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise CheckpointError(path, f"not a JSON object in each line ({error})") from None
+    lines = _log(path).split(b"\n")[:-1]
+    return [json_object(f"{path}, line {number}", line) for number, line in enumerate(lines, 1)]
+
+
+def _log(path: Path) -> bytes:
+    """What was written to a log; nothing where there is none, or nothing in it yet."""
+    is_there = os.path.lexists(path) and ByteSource(path).state().size
+    return read_all(ByteSource(path), MAX_LOG_BYTES) if is_there else b""
 
 
 def _computes_as(part: Any, like: nn.Module) -> bool:

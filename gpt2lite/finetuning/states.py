@@ -6,21 +6,23 @@ import json
 import re
 import warnings
 import zipfile
-import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from gpt2lite import parallel
-from gpt2lite.checkpoint.torch_zip import NO_CRC
+from gpt2lite.checkpoint.inert_pickle import shown
+from gpt2lite.checkpoint.source import ByteSource
+from gpt2lite.checkpoint.torch_zip import NO_CRC, open_torch_zip
 from gpt2lite.checkpoint.writing import CHUNK_BYTES, full_disk_named, replacing, require_space, tensors_of
 from gpt2lite.config import Purpose, wrong_labels
-from gpt2lite.errors import CheckpointError, UsageError, first_line, require_allowed
+from gpt2lite.dialects.reading import is_number
+from gpt2lite.errors import CheckpointError, UsageError, first_line, is_out_of_memory, require_allowed
 from gpt2lite.finetuning.data import Batch, Batches, digest_of, tensor_parts
 from gpt2lite.finetuning.interrupts import CtrlC
 from gpt2lite.finetuning.lora import LinearWithLoRA
@@ -32,12 +34,10 @@ from gpt2lite.quantization import Int8Linear
 
 METRICS = "metrics.jsonl"
 STATE_NAME = re.compile(r"step-(\d+)\.pth")
-STATE = ("step", "model", "optimizer", "scaler", "made_from", "last_batch", "metrics")
+MAX_WRONG = 5  # fields in a message
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter, beside its step
 UNSAID = {"validate_every", "save_every", "keep"}  # of a recipe: may change when a run is resumed
 MAY_CHANGE = UNSAID | {"steps", "learning_rate"}  # with a warning; steps may only grow
-BAD_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
-DAMAGE = (*BAD_ZIP, UnpicklingError, LookupError, TypeError, ValueError)
 OTHERS = {
     "base": "another model (give it as it was before the run, pruned by the same --keep-blocks)",
     "data": "other data",
@@ -130,21 +130,106 @@ def made_from(task: Task, recipe: Recipe, teacher: GPTModel | None = None) -> di
     }
 
 
-def _read(path: Path, keys: Collection[str], what: str) -> dict[str, Any]:
+# ---- what files hold ---------------------------------------------------------------------------------------
+
+Rules = Mapping[str, Callable[[Any], object]]  # by field; or by "", for all fields of a dict
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 < value < 2**63
+
+
+def _is_dict(rules: Rules) -> Callable[[Any], object]:
+    """Whether something is a dict whose fields are what rules say, named by texts."""
+
+    def follows(value: Any) -> bool:
+        return isinstance(value, dict) and not _wrong(value, rules)
+
+    return follows
+
+
+def _wrong(saved: dict[Any, Any], rules: Rules) -> list[str]:
+    """The fields of a dict that are missing or not as ruled, with what they are."""
+    each = dict.fromkeys(saved, rules[""]) if "" in rules else rules
+    return [
+        f"its {shown(key)} is {shown(saved[key]) if key in saved else 'missing'}"
+        for key, is_right in each.items()
+        if not isinstance(key, str) or key not in saved or not is_right(saved[key])
+    ]
+
+
+def _is_weight(value: object) -> bool:
+    """Whether this is a tensor whose numbers are all there: one that is expanded is larger than its file."""
+    return (
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.nbytes <= value.untyped_storage().nbytes()
+    )
+
+
+def _is_recipe(value: object) -> bool:
+    with suppress(TypeError, UsageError):
+        return isinstance(value, dict) and bool(Recipe(**value))
+    return False
+
+
+WEIGHTS, TEXTS = {"": _is_weight}, {"": _is_text}
+
+
+def _is_list_of_texts(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+IDENTITY: Rules = {
+    "base": _is_dict(TEXTS),
+    "data": _is_text,
+    "recipe": _is_recipe,
+    "labels": _is_list_of_texts,
+    "teacher": _is_dict(TEXTS),
+}
+STATE: Rules = {
+    "step": _is_size,
+    "model": _is_dict(WEIGHTS),
+    "optimizer": _is_dict({"": _is_dict({"": lambda value: isinstance(value, Tensor)})}),
+    "scaler": _is_dict({"": is_number}),
+    "made_from": _is_dict(IDENTITY),
+    "last_batch": _is_text,
+    "metrics": _is_text,
+}
+ADAPTERS: Rules = {
+    "lora_alpha": is_number,
+    "labels": _is_list_of_texts,
+    "lora": _is_dict(WEIGHTS),
+    "base": _is_dict(TEXTS),
+}
+
+
+def _read(path: Path, rules: Rules, what: str) -> dict[str, Any]:
     """A file's content, mapped; read once for its checksums, which torch.load passes over.
 
-    Raises CheckpointError for one that is damaged or lacks a key.
+    Opened first as any checkpoint is, which limits what it may take. Raises CheckpointError for one that is
+    damaged, or where a field is not as ruled.
     """
     try:
+        open_torch_zip(ByteSource(path))
         saved: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         with zipfile.ZipFile(path) as archive:
             for entry in (found for found in archive.infolist() if found.CRC != NO_CRC):
                 with archive.open(entry) as content:
                     while content.read(CHUNK_BYTES):
                         pass
-        return {key: saved[key] for key in keys}
-    except DAMAGE as error:
-        raise CheckpointError(path, f"not {what} of this version ({first_line(error)})") from None
+        wrong = _wrong(saved, rules) if isinstance(saved, dict) else [f"holds {shown(saved)}"]
+    except Exception as error:  # torch's own is none of ours, and a damaged pickle can make it any
+        if is_out_of_memory(error):
+            raise
+        wrong = [first_line(error).removeprefix(f"{path}: ")]
+    if wrong:
+        raise CheckpointError(path, f"not {what} of this version ({', '.join(wrong[:MAX_WRONG])})")
+    return cast("dict[str, Any]", saved)
 
 
 # ---- states ------------------------------------------------------------------------------------------------
@@ -296,7 +381,7 @@ def load_lora(model: nn.Module, path: Path) -> tuple[str, ...]:
     on, which reads them all. Raises CheckpointError, before anything is changed, for a damaged file, or one
     whose layers are not the model's.
     """
-    saved = _read(path, ("lora_alpha", "labels", "lora", "base"), "a file of LoRA adapters")
+    saved = _read(path, ADAPTERS, "a file of LoRA adapters")
     tensors, modules, own = saved["lora"], dict(model.named_modules()), dict(model.named_parameters())
     adapted = dict[str, LinearWithLoRA]()
     for name in sorted({name.rpartition(".lora.")[0] for name in tensors if ".lora." in name}):
@@ -304,6 +389,9 @@ def load_lora(model: nn.Module, path: Path) -> tuple[str, ...]:
         if not isinstance(layer, nn.Linear) or a is None or f"{name}.lora.B" not in tensors:
             found = NOT_ADAPTED.get(type(layer), "no linear layer")
             raise CheckpointError(path, f"has an adapter for {name}, which in the model is {found}")
+        if a.dim() != 2 or len(a) != layer.in_features:
+            what = f"{name}.lora.A is {tuple(a.shape)}, wanted ({layer.in_features}, rank)"
+            raise CheckpointError(path, what, name=f"{name}.lora.A")
         adapted[name] = LinearWithLoRA(layer, a.shape[-1], float(saved["lora_alpha"]))
         adapted[name].lora.to(torch.promote_types(layer.weight.dtype, a.dtype))  # fp32 on a base of 16 bits
         own |= {f"{name}.lora.{part}": p for part, p in adapted[name].lora.named_parameters()}
