@@ -192,7 +192,6 @@ def test_nanogpts_file_comes_back_with_the_same_logits(activation: str, tmp_path
 @pytest.mark.parametrize(
     ("config", "to", "said"),
     [
-        ({"n_classes": 2}, "huggingface", "language model only, and this one is a classifier; use book"),
         ({"n_classes": 2}, "nanogpt", "language model only, and this one is a classifier; use book"),
         ({"activation": "gelu"}, "book", "book computes gelu_tanh, this model gelu; choose another target"),
         ({"head_bias": True}, "huggingface", "no bias in its output head"),

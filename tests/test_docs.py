@@ -36,9 +36,10 @@ INSTEAD = {  # what is written: what is run
     r"=\"1GiB\"": '="1MiB"',
     r"--text book\.txt": "--text book.txt --steps 2 --seq-len 16 --batch-size 2",
     r"--instructions alpaca\.json": "--instructions alpaca.json --steps 2 --batch-size 2",
+    r"--classify spam\.csv": "--classify spam.csv --steps 2 --batch-size 2",
     r"--steps 500 --seq-len 256": "",
-    r"--steps=500": "--steps=2",
     r"steps=500, batch_size=4, seq_len=256": "steps=2, batch_size=2, seq_len=16",
+    r"steps=500": "steps=2, batch_size=2, seq_len=16",
 }
 NOT_RUN = {  # what a block or command holds: why it is not run
     ".venv": "sets up an environment: continuous integration runs it",
@@ -89,6 +90,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).write_text(story * 60, encoding="utf-8")
     rows = [{"instruction": f"Say {n}.", "input": "", "output": f"It is {n}."} for n in range(40)]
     (folder / "alpaca.json").write_text(json.dumps(rows), encoding="utf-8")
+    spam = [f"you have won {n},spam\nsee you at {n},ham" for n in range(20)]
+    (folder / "spam.csv").write_text("\n".join(["text,label", *spam]) + "\n", encoding="utf-8")
     (folder / "scripts").symlink_to(ROOT / "scripts")
     return folder
 

@@ -140,7 +140,7 @@ def test_a_config_that_lacks_sizes_names_them():
 
 
 def test_an_unknown_official_name_lists_the_known():
-    with pytest.raises(UsageError, match="gpt2, gpt2-medium, gpt2-large, gpt2-xl"):
+    with pytest.raises(UsageError, match="unknown GPT-2 size 'gpt3'; did you mean gpt2"):
         GPTConfig.named("gpt3")
 
 
