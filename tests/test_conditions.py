@@ -394,16 +394,14 @@ def test_batches_that_are_pairs_are_refused_before_anything_is_made(model: GPTMo
 # ---- a reader that goes away -------------------------------------------------------------------------------
 
 
-def unheard(words: list[str], *, lines: int = 0) -> tuple[int, str]:
-    """The exit code and the errors of a command whose reader takes so many lines and goes."""
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for _ in range(lines):
-        process.stdout.readline()
-    process.stdout.close()
-    assert process.stderr is not None
-    errors = process.stderr.read()
-    return process.wait(300), errors
+def unheard(words: list[str]) -> tuple[int, str]:
+    """The exit code and the errors of a command whose output nobody reads."""
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        errors = process.stderr.read()
+    return process.returncode, errors
 
 
 def test_a_run_that_nobody_listens_to_is_finished_and_saved(text: Path, tmp_path: Path):
