@@ -47,7 +47,7 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 class GPT2LiteError(Exception):
     """The root: catch this to catch everything that gpt2lite raises on purpose. Its message is `visible`."""
 
-    def __init__(self, message: object = "") -> None:
+    def __init__(self, message: object) -> None:
         super().__init__(visible(str(message)))
 
 

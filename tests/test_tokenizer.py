@@ -472,7 +472,7 @@ CONTRADICTIONS = {
     "damaged": (lambda folder: (folder / "tokenizer.json").write_text("<html>"), "not valid JSON"),
     "not an object": (
         lambda folder: (folder / "tokenizer.json").write_text("[]"),
-        "not a valid|expected vocab.json",
+        "expected an object|expected vocab.json",
     ),
 }
 

@@ -38,7 +38,7 @@ TENSOR_TYPES = ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Para
 FEW = 64  # arguments or names that are looked at
 MAX_ITEMS = 1000  # of a list, or a container within an object: what is longer is a vocabulary or data
 MAX_NAMED = 10_000  # of a dict: the same
-ROOM, PER_TENSOR, PER_VALUE = 16 << 20, 600, 100  # bytes for what is kept by name, beside the names
+ROOM, PER_TENSOR, PER_VALUE = 16 << 20, 600, 50  # bytes for what has a name, beside the names
 # Bytes that an opcode takes at most, beside those of the pickle itself.
 COSTS = [40] * 256
 for _cost, _codes in {
@@ -480,8 +480,7 @@ def _sort(tree: object, found: Described) -> None:
     visited, root, seen = count(), None, set[int]()  # of facts: too many do not matter, they end
     room = ROOM
     for name, node in manifest.walk(tree, count(), _contents):
-        if isinstance(node, (*TENSORS, *PLAIN)):
-            room -= len(name) + (PER_TENSOR if isinstance(node, TENSORS) else PER_VALUE)
+        room -= len(name) + (PER_TENSOR if type(node) in TENSORS else PER_VALUE)
         if room < 0:
             raise CheckpointError(f"names of tensors and values take over {ROOM >> 20} MiB; not weights")
         if isinstance(node, TensorRecord):

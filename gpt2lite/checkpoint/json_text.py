@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from gpt2lite.checkpoint.source import ByteSource, may_take, read_all
 from gpt2lite.errors import CheckpointError
 
 MAX_JSON_BYTES = 16 << 20
-MAX_NEST = 64
+MAX_NEST, NESTS = 64, frozenset((dict, list))
 COSTS = {"{": 256, "[": 80, ":": 192, ",": 64}  # bytes that parsing takes at most for each of these
 
 
@@ -23,10 +22,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _within(nodes: Iterable[Any]) -> list[Any]:
-    """The objects and lists in some others."""
-    inner = (node.values() if isinstance(node, dict) else node for node in nodes)
-    return [child for children in inner for child in children if isinstance(child, (dict, list))]
+def _is_deep(found: Any) -> bool:
+    """Whether objects and lists lie in more than MAX_NEST others; no recursion, which may end the process."""
+    level, levels = [found] if type(found) in NESTS else [], 0
+    while level and (levels := levels + 1) <= MAX_NEST:
+        inner = (node.values() if type(node) is dict else node for node in level)
+        level = [child for children in inner for child in children if type(child) in NESTS]
+    return bool(level)
 
 
 def _parsed(text: str) -> Any:
@@ -34,10 +36,7 @@ def _parsed(text: str) -> Any:
     if takes > may_take(len(text)):
         raise ValueError(f"its {len(text)} bytes would take {takes >> 20} MiB of memory")
     found = json.loads(text, object_pairs_hook=_unique)
-    level = [found] if isinstance(found, (dict, list)) else []
-    for _ in range(MAX_NEST):
-        level = _within(level)
-    if level:
+    if _is_deep(found):
         raise ValueError(f"nested more than {MAX_NEST} levels deep")
     return found
 

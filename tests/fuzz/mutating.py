@@ -160,9 +160,9 @@ def _operation(random: Random) -> bytes:
     size = random.choice(SIZES)
     where, name = random.choice(NAMES).split()
     return random.choice([
-        CANARY, CANARY, b"]", b"}", b")", b"(", b"0", b"1", b"2", b"R", b"b", b"s", b"u", b"a", b"e", b"t", b"Q",
-        b"\x85", b"\x81", b"\x93", b"\x94", b"N", b"\x88", b"K\x05", b"G" + struct.pack(">d", float("nan")),
-        b"\x8f", b"\x91",
+        CANARY, CANARY, b"]", b"}", b")", b"(", b"0", b"1", b"2", b"R", b"b", b"s", b"u", b"a", b"e", b"t",
+        b"Q", b"\x85", b"\x81", b"\x93", b"\x94", b"N", b"\x88", b"K\x05",
+        b"G" + struct.pack(">d", float("nan")), b"\x8f", b"\x91",
         b"h" + bytes([random.randrange(256)]), b"j" + struct.pack("<I", size & 0xFFFFFFFF),
         b"q" + bytes([random.randrange(256)]), b"r" + struct.pack("<I", size & 0xFFFFFFFF),
         b"X" + struct.pack("<I", size & 0xFFFFFFFF) + b"a", b"\x8d" + struct.pack("<Q", size),

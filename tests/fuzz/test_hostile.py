@@ -95,9 +95,8 @@ def test_what_is_no_plain_file_is_refused_and_not_waited_for(
         make(path)
         assert faults(format.read, tmp_path, 0) == [], kind
         if (file, kind) not in GOES_ON:
-            with pytest.raises(CheckpointError):
+            with pytest.raises(CheckpointError, match=str(tmp_path)):
                 format.read(tmp_path)
-                pytest.fail(f"a {kind} was read")
 
 
 # ---- what is small on disk and large in memory -------------------------------------------------------------
@@ -171,7 +170,7 @@ def many_layers(n: int) -> Callable[[Path], None]:
             for i in range(n)
             for name in ("ln_1.weight", "attn.c_attn.weight", "mlp.c_fc.weight")
         }
-            save_file(state | {"wte.weight": torch.zeros(1, 1)}, folder / "model.safetensors")
+        save_file(state | {"wte.weight": torch.zeros(1, 1)}, folder / "model.safetensors")
 
     return write
 
@@ -311,7 +310,7 @@ def test_what_is_small_on_disk_stays_small(write, read, tmp_path: Path, monkeypa
 def test_a_vocabulary_of_a_billion_rows_in_four_bytes_is_opened_and_not_loaded(tmp_path: Path):
     expanded(tmp_path)
     assert faults(opens("", n_heads=2), tmp_path, 0) == []
-    with pytest.raises(InsufficientMemoryError, match="will not fit|would take"):
+    with pytest.raises(InsufficientMemoryError, match="will not fit in memory"):
         GPTModel.from_checkpoint(tmp_path / "model.pth", config={"n_heads": 2}, strategy="stream")
 
 
