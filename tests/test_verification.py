@@ -156,10 +156,8 @@ def test_the_command_fails_with_1(
 ):
     other = pth.with_name("other.pth")
     write_random_checkpoint(TINY, other)
-    real = GPTModel.from_checkpoint.__func__
-    monkeypatch.setattr(
-        GPTModel, "from_checkpoint", classmethod(lambda cls, path, *a, **k: real(cls, other, *a, **k))
-    )
+    wrong = GPTModel.from_checkpoint(other, config={"n_heads": 4})
+    monkeypatch.setattr("gpt2lite.cli.checkpoints.load_to_read", lambda opened, args: wrong)
     assert main(["verify", str(pth), "--n-heads", "4"]) == 1
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == "FAIL"
