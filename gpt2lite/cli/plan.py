@@ -98,8 +98,8 @@ def _plan_training(args: argparse.Namespace, mesh: DeviceMesh | None) -> int:
             how = met if fits else "does not fit in any way; the least takes"
             print(f"\n{human(limit)}: {how}")
             for lever, cost in levers:
-                said = f"  {lever}: {cost}"
-                print(textwrap.fill(said, line_width(), subsequent_indent="    ", break_on_hyphens=False))
+                line = f"  {lever}: {cost}"
+                print(textwrap.fill(line, line_width(), subsequent_indent="    ", break_on_hyphens=False))
         print(_assumption(opened), end="")
     return 0 if fits else 1
 
