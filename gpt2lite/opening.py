@@ -224,7 +224,8 @@ def open_as(model: Callable[[GPTConfig], Model], path: Source, options: OpenOpti
     if options.get("lora_alpha") is not None:
         reading = with_lora_alpha(reading, options["lora_alpha"])
     found = configs.find_fields(reading, options.get("config"))
-    return Opened(reading, found, model, Beside.of(path, found.fields["vocab_size"]))
+    beside = Beside.of(path, found.fields["vocab_size"], adapter.base if adapter else None)
+    return Opened(reading, found, model, beside)
 
 
 @collector_paused()

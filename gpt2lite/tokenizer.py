@@ -452,8 +452,8 @@ KINDS: tuple[tuple[frozenset[str], Callable[[Files], Tokenizer]], ...] = (
 NAMES = sorted(frozenset().union(*(names for names, _ in KINDS)))
 
 
-def files_beside(checkpoint: Path) -> dict[str, Path]:
-    """The tokenizer's files by their own names: called after the checkpoint, in its folder, or its base's."""
+def _own_files(checkpoint: Path) -> dict[str, Path]:
+    """The tokenizer's files by their own names: called after the checkpoint, or in its folder."""
     folder = folder_of(checkpoint)
     levels = (
         {name: side_file(checkpoint, f".{name}") for name in NAMES},
@@ -463,8 +463,15 @@ def files_beside(checkpoint: Path) -> dict[str, Path]:
     for level in levels:
         if found := {name: path for name, path in level.items() if os.path.lexists(path)}:
             return found
+    return {}
+
+
+def files_beside(checkpoint: Path) -> dict[str, Path]:
+    """The same, else those of the base of an adapter."""
+    if found := _own_files(checkpoint):
+        return found
     adapter = find_adapter(checkpoint, _fetch)
-    return files_beside(adapter.base) if adapter and adapter.base != folder else {}
+    return files_beside(adapter.base) if adapter and adapter.base != folder_of(checkpoint) else {}
 
 
 def _fetch(name: str, revision: str | None) -> Path:
@@ -527,9 +534,12 @@ class Beside:
     states: Mapping[str, FileState]
 
     @classmethod
-    def of(cls, checkpoint: Path, vocab_size: int) -> Beside:
-        """What lies beside a checkpoint now. Some thirty looks into its folder; nothing is read."""
-        checkpoint = checkpoint.absolute()
+    def of(cls, checkpoint: Path, vocab_size: int, base: Path | None) -> Beside:
+        """What lies beside a checkpoint now, or beside the base of an adapter without files of its own.
+
+        Some thirty looks into its folder; nothing is read.
+        """
+        checkpoint = (base if base and not _own_files(checkpoint) else checkpoint).absolute()
         return cls(checkpoint, vocab_size, _states(files_beside(checkpoint)))
 
     def _require_unchanged(self) -> None:
