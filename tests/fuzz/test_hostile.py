@@ -28,7 +28,7 @@ from gpt2lite.cli import main
 from gpt2lite.cli.terminal import shown_text
 from gpt2lite.errors import visible
 
-CASES = 80  # of each format; benchmarks/fuzz.py runs any number
+CASES = 110  # of each format; benchmarks/fuzz.py runs any number
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -305,6 +305,29 @@ def test_what_is_small_on_disk_stays_small(write, read, tmp_path: Path, monkeypa
     write(tmp_path)
     nbytes = sum(file.stat().st_blocks * 512 for file in tmp_path.rglob("*"))
     assert faults(read, tmp_path, nbytes) == []
+
+
+def ids_twice(folder: Path) -> None:
+    FORMATS["lists"].write(folder)
+    vocab = json.loads((folder / "vocab.json").read_text())
+    (folder / "vocab.json").write_text(json.dumps(vocab | {"abc": vocab["ab"]}, ensure_ascii=False))
+
+
+# What chance found once, beside what the other tests name.
+FOUND: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = {
+    "dropouts without the first": (
+        beside("config.json", '{"n_head": 2, "attn_pdrop": 0.1, "embd_pdrop": 0.2}'),
+        opens(""),
+    ),
+    "more heads than a float holds": (beside("config.json", f'{{"n_head": 1{"0" * 400}}}'), opens("")),
+    "two tokens of one id": (ids_twice, opens("")),
+}
+
+
+@pytest.mark.parametrize(("write", "read"), FOUND.values(), ids=FOUND)
+def test_what_was_found_by_chance_stays_mended(write, read, tmp_path: Path):
+    write(tmp_path)
+    assert faults(read, tmp_path, 0) == []
 
 
 def test_a_vocabulary_of_a_billion_rows_in_four_bytes_is_opened_and_not_loaded(tmp_path: Path):
