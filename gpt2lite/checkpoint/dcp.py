@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, ClassVar
 import torch
 
 from gpt2lite.checkpoint.foreign import DAMAGED
-from gpt2lite.checkpoint.inert_pickle import DescribingUnpickler, Inert, describe, shown
+from gpt2lite.checkpoint.inert_pickle import DescribingUnpickler, Inert, describe
 from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, are_sizes, contiguous_span
 from gpt2lite.checkpoint.reading import map_tensors
 from gpt2lite.checkpoint.safetensors import fill_safetensors, open_safetensors
@@ -176,9 +176,9 @@ def open_dcp(folder: Path) -> Manifest:
     sources = {own, *files, *(span.source for span in tensors.values())}
     paths = paths if isinstance(paths, dict) else {}
     containers = {
-        name: ".".join(map(shown, path[:-1])).replace("'", "")
+        name: ".".join(map(str, path[:-1]))
         for name, path in paths.items()
-        if name in tensors and isinstance(path, tuple)
+        if name in tensors and isinstance(path, tuple) and all(type(part) in (str, int) for part in path)
     }
     states = {source: source.state() for source in sources}
     return Manifest(folder, "dcp", tensors, files=states, containers=containers)

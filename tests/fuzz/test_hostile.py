@@ -12,6 +12,7 @@ import socket
 import struct
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from gpt2lite.cli import main
 from gpt2lite.cli.terminal import shown_text
 from gpt2lite.errors import visible
 
-CASES = 80  # of each format; benchmarks/fuzz.py runs any number
+CASES = 110  # of each format; benchmarks/fuzz.py runs any number
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -163,16 +164,15 @@ def beside(file: str, content: str | int) -> Callable[[Path], None]:
     return write
 
 
-def many_layers(n: int) -> Callable[[Path], None]:
-    def write(folder: Path) -> None:
-        state = {
-            f"h.{i}.{name}": torch.zeros(1)
-            for i in range(n)
-            for name in ("ln_1.weight", "attn.c_attn.weight", "mlp.c_fc.weight")
-        }
-        save_file(state | {"wte.weight": torch.zeros(1, 1)}, folder / "model.safetensors")
-
-    return write
+def many_layers(folder: Path, n: int) -> None:
+    ends = ("ln_1.weight", "attn.c_attn.weight", "mlp.c_fc.weight")
+    names = ["wte.weight", *(f"h.{i}.{end}" for i in range(n) for end in ends)]
+    ranges = {name: [4 * i, 4 * i + 4] for i, name in enumerate(names)}
+    raw = json.dumps(
+        {n: {"dtype": "F32", "shape": [1], "data_offsets": at} for n, at in ranges.items()}
+    ).encode()
+    content = struct.pack("<Q", len(raw)) + raw + bytes(4 * len(names))
+    (folder / "model.safetensors").write_bytes(content)
 
 
 def many_models(folder: Path) -> None:
@@ -285,8 +285,8 @@ LARGE: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = {
     "a config's digits": (beside("config.json", '{"n_head":' + "1" * 5000 + "}"), opens("")),
     "a config's 4,000 digits": (beside("config.json", '{"n_head":' + "1" * 4000 + "}"), opens("")),
     "a config's layers": (beside("config.json", '{"n_layer": 20000, "n_head": 2}'), opens("")),
-    "20,000 layers": (many_layers(20_000), opens("")),
-    "10,000 layers": (many_layers(10_000), opens("")),
+    "20,000 layers": (partial(many_layers, n=20_000), opens("")),
+    "10,000 layers": (partial(many_layers, n=10_000), opens("")),
     "4,000 models": (many_models, opens("")),
     "10,000 strange names": (strange_names, opens("")),
     "expanded masks": (expanded_masks, opens("")),
@@ -305,6 +305,29 @@ def test_what_is_small_on_disk_stays_small(write, read, tmp_path: Path, monkeypa
     write(tmp_path)
     nbytes = sum(file.stat().st_blocks * 512 for file in tmp_path.rglob("*"))
     assert faults(read, tmp_path, nbytes) == []
+
+
+def ids_twice(folder: Path) -> None:
+    FORMATS["lists"].write(folder)
+    vocab = json.loads((folder / "vocab.json").read_text())
+    (folder / "vocab.json").write_text(json.dumps(vocab | {"abc": vocab["ab"]}, ensure_ascii=False))
+
+
+# What chance found once, beside what the other tests name.
+FOUND: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = {
+    "dropouts without the first": (
+        beside("config.json", '{"n_head": 2, "attn_pdrop": 0.1, "embd_pdrop": 0.2}'),
+        opens(""),
+    ),
+    "more heads than a float holds": (beside("config.json", f'{{"n_head": 1{"0" * 400}}}'), opens("")),
+    "two tokens of one id": (ids_twice, opens("")),
+}
+
+
+@pytest.mark.parametrize(("write", "read"), FOUND.values(), ids=FOUND)
+def test_what_was_found_by_chance_stays_mended(write, read, tmp_path: Path):
+    write(tmp_path)
+    assert faults(read, tmp_path, 0) == []
 
 
 def test_a_vocabulary_of_a_billion_rows_in_four_bytes_is_opened_and_not_loaded(tmp_path: Path):
