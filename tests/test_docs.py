@@ -14,9 +14,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -63,13 +62,13 @@ def as_run(text: str) -> str:
     return text
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    return [text for kind, text in BLOCK.findall(page.read_text(encoding="utf-8")) if kind == language]
-
-
-def commands(page: Path) -> list[str]:
-    lines = [line for text in blocks(page, "text") for line in text.splitlines()]
-    return [line[2:] for line in lines if line.startswith("$ ")]
+def examples(page: Path) -> list[tuple[str, str]]:
+    """(language, text) of what a page runs, in its order: blocks of Python, and commands behind a $."""
+    found = []
+    for language, text in BLOCK.findall(page.read_text(encoding="utf-8")):
+        lines = [line[2:] for line in text.splitlines() if line.startswith("$ ")]
+        found += [("python", text)] if language == "python" else [(language, line) for line in lines]
+    return [(language, text) for language, text in found if not not_run(text)]
 
 
 @pytest.fixture(scope="module")
@@ -104,17 +103,14 @@ def inside(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return copy
 
 
-def with_any(find: Callable[[Path], list[str]]) -> list[Any]:
-    return [
-        pytest.param(page, id=page.stem) for page in PAGES if any(not not_run(text) for text in find(page))
-    ]
-
-
-@pytest.mark.parametrize("page", with_any(lambda page: blocks(page, "python")))
-def test_the_python_of_a_page_runs_from_top_to_bottom(page: Path, inside: Path):
+@pytest.mark.parametrize("page", [pytest.param(page, id=page.stem) for page in PAGES if examples(page)])
+def test_a_page_runs_from_top_to_bottom(page: Path, inside: Path, capfd: pytest.CaptureFixture[str]):
     names: dict[str, object] = {}
-    for text in blocks(page, "python"):
-        for source, error in [] if not_run(text) else parts(as_run(text)):
+    for language, text in examples(page):
+        if language == "text":
+            run(as_run(text), inside, capfd)
+            continue
+        for source, error in parts(as_run(text)):
             expected = pytest.raises(gpt2lite.GPT2LiteError) if error else contextlib.nullcontext()
             with contextlib.redirect_stdout(io.StringIO()), expected as caught:
                 exec(compile(source, str(page), "exec"), names)
@@ -128,13 +124,6 @@ def parts(text: str) -> Iterator[tuple[str, str]]:
         return
     for example in doctest.DocTestParser().get_examples(text):
         yield example.source, example.want if re.match(r"[\w.]+Error", example.want) else ""
-
-
-@pytest.mark.parametrize("page", with_any(commands))
-def test_the_commands_of_a_page_run_as_written(page: Path, inside: Path, capfd: pytest.CaptureFixture[str]):
-    for command in commands(page):
-        if not not_run(command):
-            run(as_run(command), inside, capfd)
 
 
 def run(command: str, inside: Path, capfd: pytest.CaptureFixture[str]) -> None:
