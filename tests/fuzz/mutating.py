@@ -52,7 +52,10 @@ def of_bytes(data: bytes, random: Random) -> bytes:
             raw[at:at] = raw[at : at + random.choice([1, 4, 50, 1000])] * random.choice([1, 2, 50])
         case _:
             for _ in range(random.randrange(1, 9)):
-                raw[random.randrange(len(raw))] ^= 1 << random.randrange(8) if raw else 0
+                place = random.randrange(len(raw) + 1)
+                raw[place : place + 1] = bytes(
+                    byte ^ 1 << random.randrange(8) for byte in raw[place : place + 1]
+                )
     return bytes(raw)
 
 
