@@ -23,7 +23,6 @@ import torch
 from conftest import TINY, randomise
 from test_loading import HEADS, huggingface, save_pth
 
-import gpt2lite.cli.finetune as finetune_command
 from gpt2lite import (
     CheckpointError,
     GPTConfig,
@@ -58,6 +57,7 @@ from gpt2lite.finetuning.forecast import find_levers
 from gpt2lite.finetuning.loop import read_metrics, validate
 from gpt2lite.finetuning.losses import ROWS, summed_loss
 from gpt2lite.finetuning.training import Trainer, choose_trained
+from gpt2lite.tokenizer import Beside
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 MIB = 1 << 20
@@ -1444,13 +1444,13 @@ def classify(out: Path, labels: str, *words: object, data: str = "abc") -> int:
 
 
 def test_ctrl_c_before_the_tokenizer_is_written_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    plain = finetune_command.tokenizer_files
+    plain = Beside.save
 
-    def pressing(path: Path) -> dict[str, bytes]:
+    def pressing(beside: Beside, checkpoint: Path) -> None:
         press()
-        return plain(path)
+        plain(beside, checkpoint)
 
-    monkeypatch.setattr(finetune_command, "tokenizer_files", pressing)
+    monkeypatch.setattr(Beside, "save", pressing)
     with suppress(KeyboardInterrupt):
         classify(tmp_path / "1", "red sky tree", "--steps", 1)
     assert (tmp_path / "1" / "model.tiktoken").exists()

@@ -46,7 +46,7 @@ from gpt2lite.finetuning.examples import (
     split,
 )
 from gpt2lite.finetuning.recipe import Recipe
-from gpt2lite.finetuning.tasks import classifier_task, instruction_task, open_text, text_task
+from gpt2lite.finetuning.tasks import classifier_task, instruction_task, text_task, tokens_of
 from gpt2lite.tokenizer import (
     END_OF_TEXT,
     WORDS_AND_SPACES,
@@ -269,7 +269,7 @@ def test_llmcs_token_files_say_their_width(dtype: torch.dtype, tmp_path: Path):
 @pytest.mark.parametrize("kind", ["uint16", "uint32", "int32", "int64"])
 def test_numpys_files_say_their_width(kind: str, tmp_path: Path):
     numpy.save(tmp_path / "text.npy", numpy.array(IDS, kind))
-    assert open_text(tmp_path / "text.npy", tmp_path / "none", None, 1024).tolist() == IDS
+    assert tokens_of(tmp_path / "text.npy", None, 1024, tmp_path / "none").tolist() == IDS
 
 
 @pytest.mark.parametrize(
@@ -353,10 +353,10 @@ def test_tokens_are_not_tokenized_again(encoding: Encoding, tmp_path: Path):
     for name in ("train.BIN", "train.tok"):
         (tmp_path / name).write_bytes(array("H", [65, 66, 67, 65] * 9).tobytes())
     assert (
-        open_text(tmp_path / "train.BIN", tmp_path / "none", encoding, 1024).tolist() == [65, 66, 67, 65] * 9
+        tokens_of(tmp_path / "train.BIN", encoding, 1024, tmp_path / "none").tolist() == [65, 66, 67, 65] * 9
     )
     with pytest.raises(UsageError, match=r"train.tok: holds NUL, as token files do; call those .bin or .npy"):
-        open_text(tmp_path / "train.tok", tmp_path, encoding, 1024)
+        tokens_of(tmp_path / "train.tok", encoding, 1024, tmp_path)
 
 
 def test_a_large_vocabulary_gets_32_bits_and_needs_them(tmp_path: Path):
