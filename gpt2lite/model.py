@@ -222,6 +222,10 @@ class GPTModel(nn.Module):
         purpose = replace(self.purpose, labels=labels) if labels else self.purpose  # type: ignore[arg-type]
         with together(mesh):
             config, state = self.config.as_dict(purpose), state_of(self)
+            alphas = {part.alpha for part in self.modules() if hasattr(part, "alpha")}  # of LoRA layers
+            if len(alphas) > 1:
+                raise UsageError(f"{path}: LoRA layers of several alphas; call gpt2lite.merge_lora first")
+            config |= {"lora_alpha": alphas.pop()} if alphas else {}
             if any(isinstance(part, Int8Linear) for part in self.modules()):
                 raise UsageError(
                     f"{path}: cannot save an int8 model; quantize the checkpoint when loading it"

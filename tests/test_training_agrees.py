@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY, randomise
 from torch import Tensor
 from torch.func import functional_call
 
-from gpt2lite import Batch, GPTConfig, GPTModel, Recipe, Task, UsageError, finetune
+from gpt2lite import Batch, CheckpointError, GPTConfig, GPTModel, Recipe, Task, UsageError, finetune
 from gpt2lite.config import EMBEDDED
 from gpt2lite.finetuning.data import IGNORED
 from gpt2lite.finetuning.loop import read_metrics
+from gpt2lite.finetuning.lora import add_lora
 from gpt2lite.finetuning.training import choose_trained
 
 STEPS, BETAS, EPS = 10, (0.9, 0.95), 1e-8
@@ -240,3 +242,13 @@ def test_dropout_that_the_caller_set_is_drawn_again_by_the_seed_alone(tmp_path: 
     first = run("first")
     assert torch.equal(run("again"), first)
     torch.testing.assert_close(run("with the blocks run twice", recompute=True), first, rtol=0, atol=1e-6)
+
+
+def test_a_model_saved_with_adapters_says_their_alpha(tmp_path: Path):
+    model = randomise(GPTModel(TINY))
+    add_lora(model, Recipe(lora_rank=4, lora_alpha=8))
+    wanted = randomise(model)(IDS := torch.arange(5)[None])
+    path = model.save_checkpoint(tmp_path / "adapted.pth")
+    torch.testing.assert_close(GPTModel.from_checkpoint(path, lora_alpha=8)(IDS), wanted)
+    with pytest.raises(CheckpointError, match="lora_alpha=8, wanted 4"):
+        GPTModel.from_checkpoint(path, lora_alpha=4)

@@ -619,7 +619,8 @@ def _notes(reading: Reading, sources: list[Source], agreed: Mapping[str, Any]) -
     """What is worth a warning."""
     path, tensors = reading.manifest.path, reading.manifest.tensors
     wholes = [(where, words) for where, words, is_whole in sources[::-1] if is_whole]
-    unknown = {w: where for where, words in wholes for w in words.keys() - KNOWN if words[w] is not None}
+    known = KNOWN | ({"lora_alpha"} if reading.adapters else set())
+    unknown = {w: where for where, words in wholes for w in words.keys() - known if words[w] is not None}
     for first in dict.fromkeys(unknown.values()):
         ignored = sorted(w for w, where in unknown.items() if where == first)
         yield f"{first}: ignored {', '.join(ignored)}, which gpt2lite does not know"
