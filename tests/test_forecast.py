@@ -36,7 +36,7 @@ from gpt2lite import (
 from gpt2lite.benchmarking import write_random_checkpoint
 from gpt2lite.checkpoint import open_checkpoint
 from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, contiguous_stride
-from gpt2lite.checkpoint.source import FileState, memory_of
+from gpt2lite.checkpoint.source import ByteSource, FileState, memory_of
 from gpt2lite.cli import main
 from gpt2lite.config import OFFICIAL_SIZES
 from gpt2lite.dialects.reading import read_dialect, read_names
@@ -63,10 +63,10 @@ def articles_manifest(config: GPTConfig, format: str) -> Manifest:
     shapes |= {f"trf_blocks.{i}.att.mask": (size, size) for i in range(config.n_layers)}
     spans, offset = {}, 0
     for name, shape in shapes.items():
-        path = Path("model.pth") if format == "torch_zip" else Path(f"{name}.pt")
+        path = ByteSource(Path("model.pth" if format == "torch_zip" else f"{name}.pt"))
         spans[name] = TensorSpan(name, torch.float32, shape, contiguous_stride(shape), path, offset)
         offset += spans[name].nbytes
-    sizes = defaultdict[Path, list[int]](list)
+    sizes = defaultdict[ByteSource, list[int]](list)
     for span in spans.values():
         sizes[span.source].append(span.nbytes)
     files = {path: FileState(sum(each), 0, 0) for path, each in sizes.items()}
