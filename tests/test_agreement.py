@@ -1425,7 +1425,5 @@ def test_a_link_to_nowhere_is_not_taken_for_a_file_that_is_not_there(name: str, 
     folder = saved(hub_model(), tmp_path)
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to("blobs/gone")
-    with pytest.raises(
-        CheckpointError, match=rf"{name}: (cannot be read|not a valid tokenizer).*No such file"
-    ):
+    with pytest.raises(CheckpointError, match=rf"{name}: is a link to what is not there"):
         tokenizer_for(folder, open_model(folder, config=HEADS).config.vocab_size)

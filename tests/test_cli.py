@@ -222,7 +222,7 @@ def test_a_vocabulary_without_a_tokenizer_says_where_to_put_one(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "0 lines"),
+        (b"", "is empty; copy it again"),
         (b"aGk= 0\nYQ== 2\n", "must be 0, 1, 2"),
         (b"aGk=\n", "not a tiktoken file"),
         (b"!!! 0\n", "not a tiktoken file"),

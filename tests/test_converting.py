@@ -587,7 +587,10 @@ def test_a_model_on_meta_has_nothing_to_save(tmp_path: Path):
 # ---- the command -------------------------------------------------------------------------------------------
 
 
-def test_the_command_says_what_it_made(pth: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_command_says_what_it_made(
+    pth: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "500")
     words = ["convert", str(pth), str(pth.parent / "hf"), "--to", "hf", "--n-heads", "4"]
     assert main([*words, "--max-shard-size", "100KiB", "--dtype", "float16"]) == 0
     said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())

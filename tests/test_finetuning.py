@@ -629,6 +629,7 @@ def test_gradients_that_lie_there_do_not_count(tmp_path: Path):
     assert_same(weights(model), weights(wanted), 0.0)
 
 
+@pytest.mark.filterwarnings("ignore:.*has forward hooks")
 @pytest.mark.parametrize("levers", [{}, {"lora_rank": 2}, {"step_in_backward": True, "clip": 0.0}], ids=str)
 def test_after_a_run_that_failed_the_model_is_as_it_was_and_trains(levers: dict[str, Any], tmp_path: Path):
     model, calls = fresh(GPTConfig.of(TIED.as_dict() | {"drop_rate": 0.1})), []

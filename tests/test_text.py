@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -352,12 +351,3 @@ def test_the_tasks_are_public_and_take_the_models_own_tokenizer(model: GPTModel,
     assert tokenizer_for(trained, 1024).n_vocab == encoding.n_vocab
     with pytest.raises(UsageError, match="it has no tokenizer"):
         gpt2lite.text_task(text, GPTModel(model.config), recipe)
-
-
-def test_the_readmes_block_about_finetuning_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    (block,) = (part for part in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "text_task" in part)
-    monkeypatch.chdir(tmp_path)
-    Path("book.txt").write_text("Once upon a time there was a fox. " * 600)
-    exec(block.replace("steps=500", "steps=1"), {})
-    assert Path("book-model/model.pth").is_file()

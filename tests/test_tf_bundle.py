@@ -347,7 +347,7 @@ def test_an_index_cut_anywhere_is_a_checkpoint_error(copied: Path):
     data = path.read_bytes()
     for size in range(len(data)):
         path.write_bytes(data[:size])
-        with pytest.raises(CheckpointError, match="do not end as a TensorFlow index does"):
+        with pytest.raises(CheckpointError, match=r"do not end as a TensorFlow index does|is empty"):
             open_checkpoint(copied)
 
 

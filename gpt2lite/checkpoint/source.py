@@ -62,7 +62,9 @@ def _plain(path: str | Path | int) -> os.stat_result:
     try:
         found = os.stat(path)
     except FileNotFoundError:
-        raise CheckpointNotFoundError(path, "no such file or folder") from None
+        is_link = not isinstance(path, int) and os.path.islink(path)
+        said = "is a link to what is not there" if is_link else "no such file or folder"
+        raise CheckpointNotFoundError(path, said) from None
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
