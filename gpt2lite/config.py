@@ -21,6 +21,7 @@ OFFICIAL_SIZES = {
 # Other names of them: OpenAI's own, and what people say.
 ALSO_CALLED = {"gpt2-small": "gpt2", "124m": "gpt2", "355m": "gpt2-medium", "774m": "gpt2-large"}
 ALSO_CALLED |= dict.fromkeys(("1558m", "1.5b"), "gpt2-xl")
+NEW_TOKENS = 240  # that are written where nobody says how many, if they fit
 EMBEDDED = Path(__file__).resolve().parent / "data" / "embedded.pth"  # the model that ships with the package
 SLOTS = re.compile("{(instruction|input)}")
 TEMPLATES = ("prompt", "prompt_input")  # Alpaca's names of its two

@@ -298,7 +298,7 @@ def _beside(job: Conversion, source: Path) -> dict[str, bytes]:
     if is_hub and job.config.n_classes:
         fields.setdefault("id2label", {str(row): f"LABEL_{row}" for row in range(job.config.n_classes)})
         fields = _of_a_classifier(fields)
-        settings = json.loads(files.get(SETTINGS[1], b"{}"))
+        settings = json_object(SETTINGS[1], files.get(SETTINGS[1], b"{}"))
         said = {"model_max_length": job.purpose.seq_len or job.config.context_length}
         said |= {"pad_token": settings["eos_token"]} if "eos_token" in settings else {}
         files |= {SETTINGS[1]: json.dumps(settings | said).encode()} if settings else {}

@@ -72,13 +72,15 @@ class _JoinedReader(ExitStack):
             for (file, begin, nbytes), at in self.ranges:
                 low, high = max(offset, at), min(offset + len(memory), at + nbytes)
                 if low < high:
-                    if (
-                        file not in self.readers
-                    ):  # a thousand ranks wrote as many files, of which few are wanted
-                        self.readers[file] = self.enter_context(file.reader())
                     part = memory[low - offset : high - offset]
-                    self.readers[file].read_into([part], begin + low - at)
+                    self._reader(file).read_into([part], begin + low - at)
             offset += len(memory)
+
+    def _reader(self, file: ByteSource) -> FileReader:
+        """Opened when it is first wanted: a thousand ranks wrote as many files, of which few are."""
+        if file not in self.readers:
+            self.readers[file] = self.enter_context(file.reader())
+        return self.readers[file]
 
     def forget(self, offset: int, nbytes: int) -> None:
         """Do nothing: the whole is forgotten at the end."""
@@ -162,9 +164,9 @@ def open_dcp(folder: Path) -> Manifest:
     is_named = {name: isinstance(name, str) and are_sizes(shape) for name, shape in shapes.items()}
     chunks = {name: dict[Any, TensorSpan]() for name in shapes if is_named[name]}
     for index, stored in where.items():
-        name, place = (
-            index.attribute(key) if isinstance(index, Inert) else None for key in ("fqn", "offset")
-        )
+        if not isinstance(index, Inert):
+            continue
+        name, place = index.attribute("fqn"), index.attribute("offset")
         if isinstance(name, str) and name in chunks:
             if not are_sizes(place) or not isinstance(stored, Inert):
                 raise CheckpointError(own, f"says not where a chunk of {name[:100]!r} lies", name=name)

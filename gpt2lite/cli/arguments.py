@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpt2lite.config import ACTIVATIONS, EMBEDDED, OFFICIAL_SIZES, official_name
+from gpt2lite.config import ACTIVATIONS, EMBEDDED, NEW_TOKENS, OFFICIAL_SIZES, official_name
 from gpt2lite.finetuning.recipe import Recipe
 
 # Tables of the library, by their names: the tables themselves hold functions of torch.
@@ -24,7 +24,6 @@ DIALECTS = {"book": "book", "hf": "huggingface", "nanogpt": "nanogpt"}
 
 EMBEDDED_PROMPT = "Once upon a time"
 DEFAULT_PROMPT = "Hello, I am"
-DEFAULT_NEW_TOKENS = 240  # decoding.NEW_TOKENS, which is torch's
 CHECKPOINT = "a checkpoint, or a model on the Hub: gpt2 … gpt2-xl, owner/name"
 OR_EMBEDDED = f"{CHECKPOINT} (default: the embedded model)"
 
@@ -95,7 +94,7 @@ COMMANDS = {
             "--instruction": _text("for a model that was finetuned on instructions: what to do"),
             "--input": _text("with --instruction: what to do it with"),
             "--num-samples": _int("texts for each prompt (default: 1)", default=1),
-            "--max-new-tokens": _int(f"default: {DEFAULT_NEW_TOKENS}, or what fits in the context"),
+            "--max-new-tokens": _int(f"default: {NEW_TOKENS}, or what fits in the context"),
             "--temperature": _number("0 is greedy (default), 1 samples as trained", default=0.0),
             "--top-k": _int("sample from the N most probable tokens"),
             "--top-p": _number("sample from the most probable tokens that together reach X"),
@@ -127,9 +126,7 @@ COMMANDS = {
         "measure what every way of loading costs in memory and time",
         {
             "path": _arg(OR_EMBEDDED, nargs="?"),
-            "--size": _arg(
-                "write a random checkpoint of this size first", type=official_name, choices=OFFICIAL_SIZES
-            ),
+            "--size": _arg("write a random checkpoint of this size first", **SIZES),
             "--strategies": _arg("default: all", nargs="+", choices=STRATEGIES, default=STRATEGIES),
             "--json": _arg("save everything as JSON; - prints it instead", metavar="FILE.json"),
             "--plot": _path("draw memory over time (needs matplotlib)", metavar="FILE.png"),
@@ -142,9 +139,7 @@ COMMANDS = {
         "show what a load will cost, what fits, and what auto would choose, before loading",
         {
             "--device": _arg("cpu, cuda, cuda:1 …; it may be absent (default: what is here)", default="auto"),
-            "--size": _arg(
-                "plan for this size, without any file", type=official_name, choices=OFFICIAL_SIZES
-            ),
+            "--size": _arg("plan for this size, without any file", **SIZES),
             "--train": _switch("show what training would take instead"),
             "--fit": _size("with --train: find the cheapest settings that fit in SIZE"),
             "--classes": _int("with --train: a classifier of N classes"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +51,16 @@ def _panel(axes: Any, result: Measurement, unit: int) -> None:
         label = None if number else "planned peak"
         axes.axhline(value / unit, color=PLANNED, lw=1, ls="--", label=label)
     axes.axhline(result.model_bytes / unit, color="gray", lw=1, ls=":", label="the model's size")
-    for at, mark in ((result.seconds_to_load, "v"), (result.seconds_to_logits, "o")):
-        label = "ready" if mark == "v" else "first logits"
+    moments = ((result.seconds_to_load, "v", "ready"), (result.seconds_to_logits, "o", "first logits"))
+    for at, mark, label in moments:
         axes.plot(at, 0, mark, color="black", mfc="white", ms=7, clip_on=False, zorder=5, label=label)
     title = f"{result.strategy}: {_share(result):.2f} × the model, {result.seconds_to_load:.3g} s"
     axes.set_title(title, fontsize="medium", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _legend(axes: Any) -> Iterator[tuple[Any, str]]:
+    return zip(*axes.get_legend_handles_labels(), strict=True)
 
 
 def plot_strategies(measured: Sequence[Measurement], path: Path, subject: str) -> None:
@@ -79,7 +83,7 @@ def plot_strategies(measured: Sequence[Measurement], path: Path, subject: str) -
     most, least = max(measured, key=_share), min(measured, key=_share)
     finding = f"{most.strategy} takes {_share(most):.2f} × the model, {least.strategy} {_share(least):.2f} ×"
     figure.suptitle(f"{subject}: {finding}", fontweight="bold")
-    found = {label: line for axes in panels.flat for line, label in zip(*axes.get_legend_handles_labels())}  # noqa: B905
+    found = {label: line for axes in panels.flat for line, label in _legend(axes)}
     figure.legend(found.values(), found, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=120)
 

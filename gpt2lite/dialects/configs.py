@@ -108,13 +108,8 @@ FOLDER_CONFIGS, MAX_CONFIG_BYTES = ("config.json", "hparams.json"), 1 << 20
 EPSILONS = [f"{of}_{word}" for of in ("layer_norm", "layernorm", "norm", "ln") for word in ("epsilon", "eps")]
 ACTIVATION_WORDS = ("activation", *(word for word, name in OURS.items() if name == "activation"))
 HEAD_SIZES = ("head_dim", "head_size", "d_head", "n_embd_per_head")  # emb_dim / n_heads
-WINDOWS = (
-    "window",
-    "window_size",
-    "attention_window",
-    "sliding_window",
-    "sliding_window_size",
-)  # the context
+# The context, where attention says how far it sees.
+WINDOWS = ("window", "window_size", "attention_window", "sliding_window", "sliding_window_size")
 # What changes the computation, with the values that ours has; a refusal names the last.
 COMPUTED: dict[str, tuple[object, ...]] = {
     "model_type": (None, "gpt2"),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, overload
 import torch
 from torch import Tensor
 
-from gpt2lite.config import GPTConfig
+from gpt2lite.config import NEW_TOKENS, GPTConfig
 from gpt2lite.errors import UsageError, require_allowed
 from gpt2lite.generation.engines import ENGINES, KVCache, LanguageModel, choose_engine, require_threads
 from gpt2lite.generation.prompts import (
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 NOT_FINITE = "the model's {}: its weights are not finite, or {} is too narrow; try dtype=torch.float32"
 NEVER = float("-inf")
-NEW_TOKENS = 240  # unless the caller says how many, if they fit
 COLDEST = 1e-30  # a lower temperature gives the same, and would divide by what fp32 takes for 0
 
 
@@ -206,7 +205,7 @@ def require_language_model(model: LanguageModel) -> None:
     if model.pos_emb.weight.is_meta:
         raise UsageError("the model's weights are on meta, without memory; load or initialise them first")
     heads: object = getattr(model, "local_heads", 0) or model.config.n_heads
-    if others := {getattr(part, "n_heads", heads) for part in model.modules()} - {heads}:
+    if others := {vars(part).get("n_heads", heads) for part in model.modules()} - {heads}:
         raise UsageError(f"the model's attention has n_heads={others.pop()}, its config says {heads}")
 
 
