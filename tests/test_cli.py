@@ -421,6 +421,7 @@ assert (warnings.formatwarning, sys.stdout.errors) == before
         (["generat"], "argument COMMAND: unknown name 'generat'; did you mean generate?"),
         (["bench", "--strategies", "steam"], "unknown name 'steam'; did you mean stream?"),
         (["bench", "--strategies", "fast"], "unknown name 'fast'; choose from baseline, sequential, meta,"),
+        (["classify", "model.pth", "two", "words"], "unknown argument words; a text of several words needs"),
         (["generate", "--tempreture", "1"], "unknown argument --tempreture; did you mean --temperature?"),
         (["generate", "--dtype", "fp17"], "unknown name 'fp17'"),
         (["plan", "--size", "gpt2-xxl"], "unknown name 'gpt2-xxl'; did you mean gpt2-xl?"),

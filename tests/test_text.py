@@ -351,3 +351,23 @@ def test_the_tasks_are_public_and_take_the_models_own_tokenizer(model: GPTModel,
     assert tokenizer_for(trained, 1024).n_vocab == encoding.n_vocab
     with pytest.raises(UsageError, match="it has no tokenizer"):
         gpt2lite.text_task(text, GPTModel(model.config), recipe)
+
+
+def test_a_text_where_a_file_is_wanted_is_told_so():
+    model, recipe = gpt2lite.embedded(), Recipe(seq_len=16)
+    for make in (gpt2lite.text_task, gpt2lite.instruction_task, gpt2lite.classifier_task):
+        for text in ("Once upon a time", "Once upon a time there was a fox. " * 200):
+            with pytest.raises(UsageError, match=r"Once upon a time.*: no such file; texts and records"):
+                make(text, model, recipe)
+        with pytest.raises(UsageError, match="wanted a path, got list"):
+            make([{"text": "a", "label": "b"}], model, recipe)
+
+
+def test_a_command_without_a_text_or_with_one_in_the_wrong_place_says_so(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["generate", "Once upon a time"]) == 1
+    assert "no such file; a text to go on with stands behind --prompt" in capsys.readouterr().err
+    (tmp_path / "none.txt").write_text("\n\n")
+    assert main(["classify", str(classifier), "--file", str(tmp_path / "none.txt")]) == 1
+    assert "none.txt: holds no text to classify" in capsys.readouterr().err

@@ -72,8 +72,9 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     own = commands[args.command]
     if unknown:
         options = [option for option in own._option_string_actions if option.startswith("--")]
-        near = get_close_matches(unknown[0].partition("=")[0], options, 1)
-        own.error(f"unknown argument {unknown[0]}" + "".join(f"; did you mean {name}?" for name in near))
+        near = get_close_matches((word := unknown[0]).partition("=")[0], options, 1)
+        quotes = "" if word.startswith("-") else "; a text of several words needs quotes"
+        own.error(f"unknown argument {word}" + (f"; did you mean {near[0]}?" if near else quotes))
     check_needs(own, args)
     return args
 

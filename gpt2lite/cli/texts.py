@@ -83,6 +83,8 @@ def run_generate(args: argparse.Namespace) -> int:
     if args.model and args.path != EMBEDDED:
         raise UsageError(f"the model is said twice: {args.path} and --model {args.model}")
     args.path = args.model or args.path
+    if " " in str(args.path) and not Path(args.path).exists():
+        raise UsageError(f"{args.path:.60}: no such file; a text to go on with stands behind --prompt")
     path = locate(args.path, {"revision": args.revision})
     model, prompts = load_to_read(open_to_read(path, args), args), _prompts(args)
     options: Any = {name: getattr(args, name) for name in SAMPLING}
@@ -91,9 +93,9 @@ def run_generate(args: argparse.Namespace) -> int:
     if len(prompts) == 1:
         pieces = model.generate_tokens(prompts[0], room, seed=args.seed, **options)
         print(shown_text(prompts[0]) if isinstance(prompts[0], str) else "", end="", flush=True)
-        done = f"{_write_one(pieces)} tokens"
+        count, unit = _write_one(pieces), "tokens"
     else:
-        done = f"{len(prompts)} texts"
+        count, unit = len(prompts), "texts"
         with steps_bar(prompts, "writing", "text") as bar:
             for start in range(0, len(prompts), ROWS_AT_ONCE):
                 seed = None if args.seed is None else args.seed + start
@@ -103,7 +105,7 @@ def run_generate(args: argparse.Namespace) -> int:
                 bar.update(len(some))
     if is_watched():
         seconds = time.perf_counter() - began
-        print(f"\n{done}, {int(done.split()[0]) / seconds:.1f} {done.split()[1]}/s", file=sys.stderr)
+        print(f"\n{count} {unit}, {count / seconds:.1f} {unit}/s", file=sys.stderr)
     return 0
 
 
@@ -133,7 +135,10 @@ def _texts(args: argparse.Namespace) -> list[str]:
         return [typed_text("text", args.text)]
     if Path(args.file).suffix.lower() in READERS:
         return [record["text"] for record in read_records(Path(args.file), ("text",))]
-    return [line for _, line in filled_lines(read_text(args.file))]
+    texts = [line for _, line in filled_lines(read_text(args.file))]
+    if not texts:
+        raise UsageError(f"{args.file}: holds no text to classify")
+    return texts
 
 
 PROTOCOL = """\

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import warnings
 from dataclasses import replace
@@ -37,6 +38,20 @@ def held_out(tokens: Tensor, least: int = 2) -> Tensor:
     return tokens[-max(int(len(tokens) * HELD_OUT), least) :]
 
 
+def _file(data: object) -> Path:
+    """The file that is meant. Raises UsageError for what is its content, or nothing that has a name."""
+    if isinstance(data, Path):
+        return data
+    if not isinstance(data, str) or not os.path.exists(data):
+        said = (
+            f"{data:.60}: no such file"
+            if isinstance(data, str)
+            else f"wanted a path, got {type(data).__name__}"
+        )
+        raise UsageError(f"{said}; texts and records are read from a file, so save them as one")
+    return Path(data)
+
+
 def text_task(
     text: str | Path | Tensor, model: GPTModel, recipe: Recipe, *, encoding: Encoding | None = None
 ) -> Task:
@@ -46,8 +61,8 @@ def text_task(
     `encoding`. Raises UsageError for one that is too short for a window in each part.
     """
     seq_len, encoding = recipe.row_length(model.config.context_length), tokenizer_of(model, encoding)
-    path = None if isinstance(text, Tensor) else Path(text)
-    tokens: Any = tokens_of(path, encoding, model.config.vocab_size) if path else text
+    is_read = isinstance(text, Tensor)
+    tokens: Any = text if is_read else tokens_of(_file(text), encoding, model.config.vocab_size)
     held = held_out(tokens, seq_len + 1)
     if len(tokens) - len(held) <= seq_len:
         parts = f"training and validation need a window of {seq_len + 1} tokens each"
@@ -71,7 +86,7 @@ def instruction_task(
     A model that learned it answers a `gpt2lite.Instruction`. Raises UsageError for bad records.
     """
     seq_len, encoding = recipe.row_length(model.config.context_length), tokenizer_of(model, encoding)
-    records = examples.read_records(Path(path), ("instruction", "output"))
+    records = examples.read_records(_file(path), ("instruction", "output"))
     pairs = examples.instruction_examples(records, encoding, seq_len)
     training, held = examples.split(pairs, HELD_OUT, recipe.seed)
     shown = held[0][0]
@@ -98,7 +113,7 @@ def classifier_task(
     that learned it has `classify`. Raises UsageError for bad records, or fewer than two labels.
     """
     seq_len, encoding = recipe.row_length(model.config.context_length), tokenizer_of(model, encoding)
-    records = examples.read_records(Path(path), ("text", "label"))
+    records = examples.read_records(_file(path), ("text", "label"))
     labelled, labels = examples.classifier_examples(records, encoding, seq_len)
     training, held = examples.split(labelled, HELD_OUT, recipe.seed)
     parts = {"to learn from": training, "to validate with, so accuracy does not cover them": held}
