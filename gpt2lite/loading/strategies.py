@@ -293,6 +293,8 @@ def _needs(plan: LoadPlan) -> Iterator[tuple[str, str]]:
         yield "ranks", 'a model over several ranks is never built whole; use strategy="stream" or "auto"'
     if not all(span.source.can_map for span in plan.spans.values()):
         yield "joined", 'the parts of a distributed checkpoint cannot be mapped; use strategy="stream"'
+    if plan.away:
+        yield "offload", 'offload goes with strategy="stream" or "auto"'
     if plan.is_quantized:
         yield "quantize", 'quantize goes with strategy="stream" or "auto"'
     if not plan.tuning.keep_cached:
@@ -328,7 +330,7 @@ STRATEGIES: dict[str, Strategy] = {
     "stream": Strategy(
         stream.load,
         stream.forecast,
-        _beyond("files", "quantize", "keep_cached", "broadcast", "ranks", "joined"),
+        _beyond("files", "quantize", "keep_cached", "broadcast", "ranks", "joined", "offload"),
     ),
 }
 AUTO = ("stream", "mmap", "sequential", "baseline")  # the fastest first, and copying before mapping
