@@ -27,6 +27,8 @@ from gpt2lite import (
     convert,
     evaluate,
     finetune,
+    forecast,
+    load_module,
     open_model,
 )
 from gpt2lite.cli import main
@@ -241,3 +243,16 @@ def test_plan_says_what_stays_away_and_what_a_token_takes(folder: Path, capsys: 
     said = json.loads(capsys.readouterr().out)
     assert said["auto"] == "stream"
     assert said["a token"] > 0
+
+
+def test_a_forecast_is_of_what_stays(folder: Path):
+    path = folder / "book.pth"
+    whole, left = (forecast(path, max_host_memory=CAP, offload=place) for place in (None, "disk"))
+    assert left.keys() == {"stream"}
+    assert left["stream"].stays_host < 4 * MIB < whole["stream"].stays_host
+
+
+def test_a_module_of_ones_own_takes_no_offload(tmp_path: Path):
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "own.pth")
+    with pytest.raises(UsageError, match="offload knows the blocks of a GPTModel"):
+        load_module(lambda: torch.nn.Linear(2, 2), tmp_path / "own.pth", offload="disk")

@@ -27,6 +27,7 @@ from gpt2lite.loading import stream
 from gpt2lite.loading.forecast import Ledger
 from gpt2lite.loading.plan import LoadPlan, Target
 from gpt2lite.memory import MIB
+from gpt2lite.quantization import scale_of
 
 BLOCKS = "trf_blocks"
 SLOTS = 2  # one computes while the other is filled
@@ -256,11 +257,12 @@ def _in_file(block: LoadPlan) -> Fill:
 
 def _on_host(block: LoadPlan) -> Fill:
     """Read a block into host memory, page-locked where the device copies from that."""
-    on_host = replace(block, device=CPU)
-    held = stream.allocate(on_host)
-    stream.fill(on_host.schedule, on_host.tuning, CPU, held)
-    if copies_async(block.device):
-        held = {name: tensor.pin_memory() for name, tensor in held.items()}
+    empty = partial(torch.empty, device=CPU, pin_memory=copies_async(block.device))
+    held = {target.names[0]: empty(target.shape, dtype=target.dtype) for target in block.targets}
+    for target in block.targets:
+        if target.is_quantized:
+            held[scale_of(target.names[0])] = empty(target.shape[0], dtype=torch.float32)
+    stream.fill(replace(block, device=CPU).schedule, block.tuning, CPU, held)
 
     def fill(tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in held.items():
