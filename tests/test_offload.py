@@ -108,7 +108,7 @@ def batches(number: int) -> Batch:
 def test_a_refusal_does_not_name_it_where_another_strategy_holds_all(folder: Path):
     with pytest.raises(InsufficientMemoryError) as caught:
         GPTModel.from_checkpoint(folder / "book.pth", strategy="baseline", max_host_memory="12 MiB")
-    assert caught.value.fits == ['strategy="stream"']
+    assert caught.value.fits == ('strategy="stream"',)
 
 
 REFUSED: dict[str, Callable[[GPTModel], object]] = {
