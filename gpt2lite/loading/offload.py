@@ -73,8 +73,8 @@ class Offloaded(nn.Sequential):
             self.refuse()
         self.check_unchanged()
         with self._beginning:
-            self._pool.shutdown(cancel_futures=True)  # nobody else fills a slot
-            pool = self._pool = ThreadPoolExecutor(1, "gpt2lite-offload")
+            earlier, self._pool = self._pool, (pool := ThreadPoolExecutor(1, "gpt2lite-offload"))
+            earlier.shutdown(cancel_futures=True)  # nobody else fills a slot
             coming = deque(pool.submit(self._bring, number) for number in range(SLOTS))
         try:
             for block in self._blocks(pool, coming):
