@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from gpt2lite.checkpoint.manifest import Shaped
-from gpt2lite.checkpoint.source import memory_of
+from gpt2lite.checkpoint.source import in_memory, memory_of
 from gpt2lite.devices import caller_stream, on_stream
 from gpt2lite.errors import UsageError
 
@@ -68,7 +68,11 @@ def _turn(piece: Tensor, out: Tensor) -> None:
 
 
 def _joined(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Pieces side by side, cast, contiguous, on the host; a single one that already is, is not copied."""
+    """Pieces side by side, cast, contiguous, on the host; a single one that already is, is not copied.
+
+    Raises CheckpointError as `in_memory`.
+    """
+    pieces = [in_memory(piece) for piece in pieces]
     if len(pieces) == 1 and not _is_turned(pieces[0]):
         return pieces[0].to("cpu", dtype).contiguous()
     rows, widths = pieces[0].shape[0], [piece.shape[1] for piece in pieces]
@@ -81,8 +85,8 @@ def _joined(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 def chunks_of(parts: Sequence[Tensor], axis: int, dtype: torch.dtype) -> Iterator[memoryview]:
     """The bytes of `parts` joined along `axis` and cast, CHUNK_BYTES or a row at a time.
 
-    Allocates one chunk at a time, none for what lies ready in host memory; of a tensor that is divided over
-    ranks, which must all ask, the whole.
+    Allocates one chunk at a time, two where it is mapped and transposed or cast, none for what lies ready in
+    host memory; of a tensor that is divided over ranks, which must all ask, the whole.
     """
     parts = [part.full_tensor() if hasattr(part, "full_tensor") else part for part in parts]
     for sheet in [[part] for part in parts] if axis == 0 else [parts]:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from gpt2lite import parallel
 from gpt2lite.checkpoint.inert_pickle import shown
-from gpt2lite.checkpoint.source import ByteSource
+from gpt2lite.checkpoint.manifest import Manifest, flatten
+from gpt2lite.checkpoint.source import ByteSource, in_memory, note_mapping
 from gpt2lite.checkpoint.torch_zip import NO_CRC, open_torch_zip
 from gpt2lite.checkpoint.writing import CHUNK_BYTES, full_disk_named, replacing, require_space, tensors_of
 from gpt2lite.config import Purpose, wrong_labels
@@ -208,6 +209,15 @@ ADAPTERS: Rules = {
 }
 
 
+def _note_mapped(saved: object, opened: Manifest) -> None:
+    """Have `in_memory` know what torch.load has mapped, which reads no values."""
+    ((source, state),) = opened.files.items()
+    for tensor in flatten(saved, Tensor).values():
+        if type(tensor) is Tensor and tensor.numel():
+            storage = tensor.untyped_storage()
+            note_mapping(tensor, storage.data_ptr(), storage.nbytes(), source, state)
+
+
 def _read(path: Path, rules: Rules, what: str) -> dict[str, Any]:
     """A file's content, mapped; read once for its checksums, which torch.load passes over.
 
@@ -215,8 +225,9 @@ def _read(path: Path, rules: Rules, what: str) -> dict[str, Any]:
     damaged, or where a field is not as ruled.
     """
     try:
-        open_torch_zip(ByteSource(path))
+        opened = open_torch_zip(ByteSource(path))
         saved: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        _note_mapped(saved, opened)
         with zipfile.ZipFile(path) as archive:
             for entry in (found for found in archive.infolist() if found.CRC != NO_CRC):
                 with archive.open(entry) as content:
@@ -351,7 +362,8 @@ def restore(run: Run) -> None:
         raise CheckpointError(path, f"its moments do not fit {wrong[0]}; delete the file", name=wrong[0])
     with torch.no_grad():
         for name, parameter in run.trainer.trained.items():
-            parallel.local_of(parameter).copy_(parallel.local_of(own_part(parameter, saved["model"][name])))
+            values = in_memory(saved["model"][name])
+            parallel.local_of(parameter).copy_(parallel.local_of(own_part(parameter, values)))
     run.trainer.restore(saved["optimizer"], saved["scaler"])
     run.step = run.saved = saved["step"]
     run.lines = saved["metrics"].splitlines(keepends=True)
@@ -405,7 +417,7 @@ def load_lora(model: nn.Module, path: Path) -> tuple[str, ...]:
         said = f"these adapters were trained on another model, or in another dtype: {others[0]} … differs"
         warnings.warn(f"{path}: {said}", stacklevel=2)
     for name, tensor in tensors.items():
-        own[name].copy_(tensor)
+        own[name].copy_(in_memory(tensor))
     for name, added in adapted.items():
         model.set_submodule(name, added)
     return tuple(saved["labels"])

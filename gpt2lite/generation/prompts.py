@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gpt2lite.checkpoint.source import in_memory
 from gpt2lite.config import SLOTS, GPTConfig
 from gpt2lite.errors import UsageError
 from gpt2lite.reading_text import plain_text
@@ -79,7 +80,7 @@ def ids_of_text(model: Any, encoding: Tokenizer, prompt: object) -> tuple[str, l
 
 def ends_of(ids: Tensor) -> tuple[int, int]:
     """The least and the largest of integers of any shape, at least one; converts some at a time."""
-    ends = [part.long().aminmax() for part in ids.flatten().split(CHECKED_AT_ONCE)]
+    ends = [in_memory(part).long().aminmax() for part in ids.flatten().split(CHECKED_AT_ONCE)]
     return int(min(low for low, _ in ends)), int(max(high for _, high in ends))
 
 
