@@ -191,7 +191,7 @@ class Conversion:
     @property
     def nbytes(self) -> int:
         """Bytes of tensor data that will lie on disk."""
-        return sum(tensor.nbytes for tensor in self.tensors if not tensor.shares)
+        return writing.stored_bytes(self.tensors)
 
 
 def _format_of(destination: Path, format: str | None) -> tuple[str, bool]:
@@ -426,7 +426,7 @@ def run_conversion(job: Conversion, *, verified: bool = True, progress: Progress
     writing.require_space(job.destination, job.nbytes)
     digests = dict[str, bytes]()
     tensors = [_hashed(tensor, digests) if verified else tensor for tensor in job.tensors]
-    with writing.replacing(job.destination) as temporary:
+    with writing.replacing(job.destination, job.nbytes) as temporary:
         wrote = writing.counting(progress or (lambda done, total: None), tensors)
         WRITERS[job.format](job, tensors, temporary, wrote)
         for name, content in job.beside.items() if job.in_folder else ():
@@ -457,8 +457,8 @@ def convert(
     from the disk and its hash compared. `progress` is called with (bytes done, bytes in all).
 
     Raises CheckpointError for a source that is damaged or incomplete and for a result that is not what was
-    written, UsageError for a wrong argument or what the target cannot say, OSError for a full disk; all but
-    the second before anything is written.
+    written, UsageError for a wrong argument, what the target cannot say, or another process that writes
+    there, DiskFullError; all but the second before anything is written.
     """
     return run_conversion(plan_conversion(source, destination, **options), verified=verify, progress=progress)
 
@@ -477,6 +477,7 @@ def save_per_tensor(model_or_path: nn.Module | Source, folder: Source) -> Path:
         manifest = open_checkpoint(model_or_path)
         state = map_tensors(manifest.tensors.values())
         manifest.check_unchanged()  # since its headers were read; what is read from now on says so itself
-    with writing.replacing(folder) as temporary:
-        fill_tensor_folder(temporary, writing.tensors_of(state), lambda nbytes: None)
+    tensors = writing.tensors_of(state)
+    with writing.replacing(folder, writing.stored_bytes(tensors)) as temporary:
+        fill_tensor_folder(temporary, tensors, lambda nbytes: None)
     return folder

@@ -268,7 +268,7 @@ def open_tokens(path: Path, vocab_size: int) -> Tensor:
     """
     source = ByteSource(path)
     if not source.state().size:
-        raise CheckpointError(path, "0 bytes of tokens; truncated?")
+        raise CheckpointError(path, f"0 bytes of tokens ({NO_HEADER}), wanted 2; truncated?")
     return _checked(source.map(), path, vocab_size)
 
 

@@ -266,7 +266,14 @@ def write_log(run: Run) -> None:
     path, content = run.out / METRICS, "".join(run.lines).encode()
     is_first = parallel.is_first(run.trainer.mesh)
     if is_first and (not path.is_file() or path.read_bytes() != content):
-        path.write_bytes(content)
+        with replacing(path, len(content)) as temporary:
+            temporary.write_bytes(content)
+
+
+def _save_tree(content: dict[str, Any], path: Path) -> None:
+    """torch.save to an open file: opening it itself, it hides what the system says of a full disk."""
+    with open(path, "xb") as file:
+        torch.save(content, file)
 
 
 def save_state(run: Run) -> None:
@@ -278,7 +285,7 @@ def save_state(run: Run) -> None:
     parallel.rest(trainer.model)
     keyed: dict[str, Tensor] = {f"model {name}": p for name, p in trainer.trained.items()}
     keyed |= {f"{key} {name}": value for name, own in state.items() for key, value in own.items()}
-    with parallel.whole(keyed, mesh, run.out) as found, parallel.together(mesh):
+    with parallel.whole(keyed, mesh, run.out / METRICS) as found, parallel.together(mesh):
         if not parallel.is_first(mesh):
             return
         content = {
@@ -291,9 +298,10 @@ def save_state(run: Run) -> None:
             "last_batch": digest_of(tensor_parts(*run.last)),
             "metrics": "".join(run.lines),
         }
-        require_space(run.out, sum(tensor.nbytes for tensor in found.values()))
-        with replacing(run.out / f"step-{run.step:06}.pth") as temporary:
-            torch.save(content, temporary)
+        nbytes = sum(tensor.nbytes for tensor in found.values())
+        require_space(run.out, nbytes)
+        with replacing(run.out / f"step-{run.step:06}.pth", nbytes) as temporary:
+            _save_tree(content, temporary)
         write_log(run)
         older = [path for number, path in state_files(run.out).items() if number <= run.step]
         for path in older[: -trainer.recipe.keep]:
@@ -379,8 +387,9 @@ def save_lora(run: Run, path: Path) -> None:
     if not parallel.is_first(mesh := run.trainer.mesh):
         return
     said = {"lora_alpha": run.trainer.recipe.lora_alpha, "labels": list(run.task.labels)}
-    with parallel.telling(mesh), replacing(path) as temporary:
-        torch.save({**said, "lora": trained, "base": base}, temporary)
+    nbytes = sum(tensor.nbytes for tensor in trained.values())
+    with parallel.telling(mesh), replacing(path, nbytes) as temporary:
+        _save_tree({**said, "lora": trained, "base": base}, temporary)
 
 
 @torch.inference_mode(False)
