@@ -22,7 +22,7 @@ from gpt2lite.checkpoint.source import ByteSource, in_memory, mapped, memory_of
 from gpt2lite.checkpoint.writing import Progress, full_disk_named, replacing
 from gpt2lite.config import GPTConfig
 from gpt2lite.errors import CheckpointError, UsageError
-from gpt2lite.generation.prompts import ends_of
+from gpt2lite.generation.prompts import ends_of, is_dense
 from gpt2lite.reading_text import not_utf8, text_stream
 from gpt2lite.tokenizer import Encoding, Tokenizer, as_tokenizer
 
@@ -71,9 +71,9 @@ def _require_tensors(batch: object) -> None:
     if not isinstance(batch, Batch):
         raise UsageError(f"wanted Batch(ids, targets), got {type(batch).__name__}")
     for name, tensor in zip(Batch._fields, batch, strict=True):
-        is_dense = isinstance(tensor, Tensor) and not tensor.is_meta and tensor.layout == torch.strided
-        found = f"{tuple(tensor.shape)} {tensor.dtype}" if is_dense else f"{tensor!r:.60}"
-        is_one = is_dense and tensor.dtype == torch.int64 and tensor.dim() == 2 and tensor.numel()
+        has_values = isinstance(tensor, Tensor) and is_dense(tensor)
+        found = f"{tuple(tensor.shape)} {tensor.dtype}" if has_values else f"{tensor!r:.60}"
+        is_one = has_values and tensor.dtype == torch.int64 and tensor.dim() == 2 and tensor.numel()
         if not is_one or (tensor.shape, tensor.device) != (batch.ids.shape, batch.ids.device):
             wanted = "(B, T) torch.int64, dense, ids and targets alike and on one device"
             raise UsageError(f"Batch.{name} is {found}; wanted {wanted}")

@@ -106,18 +106,28 @@ class Batch:
         return Batch(self.ids[:, cut:], pads)
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor has a value in memory for each place of its shape."""
+    is_plain = tensor.layout == torch.strided and not tensor.is_quantized
+    return is_plain and not (tensor.is_meta or tensor.is_nested)
+
+
 def _row(row: object) -> Tensor:
     try:
         found = row if isinstance(row, Tensor) else torch.tensor(row, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise UsageError(f"{WANTED}, got a row of {type(row).__name__}") from None
-    if found.is_meta or found.dim() != 1 or not found.numel() or found.dtype not in INTEGERS:
+    if not is_dense(found):
+        raise UsageError(f"{WANTED}, got a row that is nested, sparse, quantized or on meta")
+    if found.dim() != 1 or not found.numel() or found.dtype not in INTEGERS:
         raise UsageError(f"{WANTED}, got a row of {found.dtype} {tuple(found.shape)}")
     return found.to("cpu", torch.int64)
 
 
 def as_batch(ids: Ids, config: GPTConfig, device: torch.device) -> Batch:
     """What to generate from. Raises UsageError for anything but ids of this model's vocabulary."""
+    if isinstance(ids, Tensor) and not is_dense(ids):
+        raise UsageError(f"{WANTED}, got one that is nested, sparse, quantized or on meta")
     has_rows = ids.dim() == 2 if isinstance(ids, Tensor) else isinstance(ids, Sequence)
     if not has_rows or not len(ids):
         raise UsageError(f"{WANTED}, got {getattr(ids, 'shape', ids)!r:.40}")
