@@ -8,6 +8,7 @@ from gpt2lite.converting import convert as convert
 from gpt2lite.converting import save_per_tensor as save_per_tensor
 from gpt2lite.errors import CheckpointError as CheckpointError
 from gpt2lite.errors import CheckpointNotFoundError as CheckpointNotFoundError
+from gpt2lite.errors import DiskFullError as DiskFullError
 from gpt2lite.errors import GPT2LiteError as GPT2LiteError
 from gpt2lite.errors import InsufficientMemoryError as InsufficientMemoryError
 from gpt2lite.errors import TrainingDivergedError as TrainingDivergedError

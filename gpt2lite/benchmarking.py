@@ -90,7 +90,7 @@ def write_random_checkpoint(
     """Write random fp32 weights as the article's `torch.save(model.state_dict(), path)` lays them out.
 
     The book's names, its 4 MiB mask in every block, an untied head unless the config ties it. Streamed: holds
-    16 MiB and a mask. Raises OSError before it begins where the disk is too small.
+    16 MiB and a mask. Raises DiskFullError before it begins where the disk is too small.
     """
     with torch.device("meta"):
         state = GPTModel(config).state_dict()

@@ -25,7 +25,7 @@ from gpt2lite.checkpoint.json_text import json_object
 from gpt2lite.checkpoint.manifest import Manifest
 from gpt2lite.checkpoint.reading import map_tensors
 from gpt2lite.checkpoint.safetensors import fill_safetensors, fill_safetensors_folder
-from gpt2lite.checkpoint.source import memory_of
+from gpt2lite.checkpoint.source import in_memory
 from gpt2lite.checkpoint.torch_zip import fill_tensor_folder, fill_torch_zip
 from gpt2lite.checkpoint.writing import Progress, TensorToWrite, Wrote
 from gpt2lite.config import PURPOSE, GPTConfig, Purpose
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 HEAD, EMBEDDING = "out_head.weight", "tok_emb.weight"
 HEAD_BIAS, SHIFT = "out_head.bias", "final_norm.shift"
 END_OF_TEXT = 50256  # GPT-2's own token
+ROWS = 1024  # of an embedding, compared at a time
 
 
 # ---- what programs expect ----------------------------------------------------------------------------------
@@ -190,7 +191,7 @@ class Conversion:
     @property
     def nbytes(self) -> int:
         """Bytes of tensor data that will lie on disk."""
-        return sum(tensor.nbytes for tensor in self.tensors if not tensor.shares)
+        return writing.stored_bytes(self.tensors)
 
 
 def _format_of(destination: Path, format: str | None) -> tuple[str, bool]:
@@ -225,7 +226,7 @@ def _target_config(found: GPTConfig, to: str, views: Mapping[str, Tensor]) -> GP
     if found.head_bias and not found.n_classes:
         raise UsageError(f"{to} has no bias in its output head, this model has one; keep it in its own file")
     config = target.fields(found)
-    if config.tied_head and not found.tied_head and not torch.equal(views[HEAD], views[EMBEDDING]):
+    if config.tied_head and not found.tied_head and not _are_equal(views[HEAD], views[EMBEDDING]):
         raise UsageError(f"{to} ties its output head to the token embedding; this model does not")
     if target.activation not in (None, found.activation):
         both = f"{to} computes {target.activation}, this model {found.activation}"
@@ -235,12 +236,19 @@ def _target_config(found: GPTConfig, to: str, views: Mapping[str, Tensor]) -> GP
     return config
 
 
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two mapped tensors are equal, looking at a piece of each at a time."""
+    pairs = zip(one.split(ROWS), other.split(ROWS), strict=True)
+    return all(torch.equal(in_memory(a), in_memory(b)) for a, b in pairs)
+
+
 def _without_head_bias(views: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same classifier with a head that has no bias: the last norm's shift gives the logits what it gave.
 
     Equal up to rounding. Raises UsageError where it is not, since rows of the head depend on each other.
     """
-    like, (head, bias, shift) = views[SHIFT], (views[name].double() for name in (HEAD, HEAD_BIAS, SHIFT))
+    taken = (in_memory(views[name]).double() for name in (HEAD, HEAD_BIAS, SHIFT))
+    like, (head, bias, shift) = views[SHIFT], taken
     moved = (shift + torch.linalg.pinv(head) @ bias).to(like.dtype)
     lacks = (head @ (moved.double() - shift) - bias).abs().max()
     if lacks > 32 * torch.finfo(like.dtype).eps * (head.abs() @ shift.abs() + bias.abs()).max():
@@ -382,6 +390,14 @@ def _hashed(tensor: TensorToWrite, digests: dict[str, bytes]) -> TensorToWrite:
     return replace(tensor, chunks=chunks)
 
 
+def digest(tensor: TensorToWrite) -> bytes:
+    """SHA-256 of its bytes."""
+    seen = hashlib.sha256()
+    for chunk in tensor.chunks():
+        seen.update(chunk)
+    return seen.digest()
+
+
 def verify(job: Conversion, path: Path, digests: Mapping[str, bytes]) -> None:
     """Read back what was written and compare names, dtypes, shapes and every byte's hash.
 
@@ -397,7 +413,7 @@ def verify(job: Conversion, path: Path, digests: Mapping[str, bytes]) -> None:
     for name in spans.keys() & wanted.keys():
         span, tensor = spans[name], wanted[name]
         same = (span.dtype, span.shape, span.is_contiguous) == (tensor.dtype, tensor.shape, True)
-        found = hashlib.sha256(memory_of(mapped[span.name])).digest()
+        found = digest(writing.join(name, [mapped[span.name]]))
         if not same or found != digests[tensor.shares or name]:
             wrong.append(name)
     if wrong:
@@ -410,7 +426,7 @@ def run_conversion(job: Conversion, *, verified: bool = True, progress: Progress
     writing.require_space(job.destination, job.nbytes)
     digests = dict[str, bytes]()
     tensors = [_hashed(tensor, digests) if verified else tensor for tensor in job.tensors]
-    with writing.replacing(job.destination) as temporary:
+    with writing.replacing(job.destination, job.nbytes) as temporary:
         wrote = writing.counting(progress or (lambda done, total: None), tensors)
         WRITERS[job.format](job, tensors, temporary, wrote)
         for name, content in job.beside.items() if job.in_folder else ():
@@ -441,8 +457,8 @@ def convert(
     from the disk and its hash compared. `progress` is called with (bytes done, bytes in all).
 
     Raises CheckpointError for a source that is damaged or incomplete and for a result that is not what was
-    written, UsageError for a wrong argument or what the target cannot say, OSError for a full disk; all but
-    the second before anything is written.
+    written, UsageError for a wrong argument, what the target cannot say, or another process that writes
+    there, DiskFullError; all but the second before anything is written.
     """
     return run_conversion(plan_conversion(source, destination, **options), verified=verify, progress=progress)
 
@@ -458,7 +474,10 @@ def save_per_tensor(model_or_path: nn.Module | Source, folder: Source) -> Path:
     if isinstance(model_or_path, nn.Module):
         state: Mapping[str, Tensor] = model_or_path.state_dict()
     else:
-        state = map_tensors(open_checkpoint(model_or_path).tensors.values())
-    with writing.replacing(folder) as temporary:
-        fill_tensor_folder(temporary, writing.tensors_of(state), lambda nbytes: None)
+        manifest = open_checkpoint(model_or_path)
+        state = map_tensors(manifest.tensors.values())
+        manifest.check_unchanged()  # since its headers were read; what is read from now on says so itself
+    tensors = writing.tensors_of(state)
+    with writing.replacing(folder, writing.stored_bytes(tensors)) as temporary:
+        fill_tensor_folder(temporary, tensors, lambda nbytes: None)
     return folder

@@ -6,6 +6,7 @@ is a capability here. Bytes throughout.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,6 +18,21 @@ from gpt2lite.errors import InsufficientMemoryError, UsageError, is_out_of_memor
 
 CPU = torch.device("cpu")
 _SEEDING = threading.Lock()
+IMPORTED_IN = os.getpid()
+
+
+@contextmanager
+def one_thread_after_fork() -> Iterator[None]:
+    """In a forked process torch computes in one thread: OpenMP would wait for ever for those it lacks."""
+    count = torch.get_num_threads()
+    is_forked = os.getpid() != IMPORTED_IN and count > 1
+    if is_forked:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if is_forked:
+            torch.set_num_threads(count)
 
 
 def free_accelerator() -> torch.device | None:

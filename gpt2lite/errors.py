@@ -4,6 +4,7 @@ GPT2LiteError
 ├── CheckpointError               a file is damaged, foreign or incomplete
 │   └── CheckpointNotFoundError   nothing is there (also FileNotFoundError)
 ├── InsufficientMemoryError       what was asked does not fit (also MemoryError)
+├── DiskFullError                 what is to be written does not fit (also OSError)
 ├── TrainingDivergedError         a loss is no longer a number
 └── UsageError                    an argument is wrong (also ValueError)
 
@@ -13,6 +14,7 @@ is an attribute, so that nobody has to parse English.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -87,6 +89,23 @@ class InsufficientMemoryError(GPT2LiteError, MemoryError):
     ) -> None:
         super().__init__(message)
         self.needed, self.available, self.fits = dict(needed), dict(available), tuple(fits)
+
+
+class DiskFullError(GPT2LiteError, OSError):
+    """A disk has no room for what is to be written; what lay at the destination is there, and nothing new.
+
+    `missing` and `free` are bytes; `missing` is the least, 0 where it is not known how much was to come.
+    """
+
+    __str__ = Exception.__str__
+
+    def __init__(self, folder: object, code: int, *, needed: int, free: int) -> None:
+        self.missing, self.free = max(needed - free, 0), free
+        known = [f"needs {needed:,} bytes"] if needed else []
+        said = [*known, f"{free:,} are free", *([f"{self.missing:,} are missing"] if self.missing else [])]
+        what = f"{os.strerror(code)}: {', '.join(said)}. Free some, or choose another disk."
+        super().__init__(f"{folder}: {what}")
+        self.errno, self.strerror, self.filename = code, what, str(folder)
 
 
 class TrainingDivergedError(GPT2LiteError):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gpt2lite.checkpoint.safetensors import fill_safetensors
 from gpt2lite.checkpoint.torch_zip import fill_torch_zip
-from gpt2lite.checkpoint.writing import counting, require_space, tensors_of, write_whole
+from gpt2lite.checkpoint.writing import counting, require_space, stored_bytes, tensors_of, write_whole
 from gpt2lite.config import ACTIVATIONS, EMBEDDED, GPTConfig, Purpose
 from gpt2lite.errors import UsageError
 from gpt2lite.generation import KVCache, classify, generate, generate_tokens
@@ -216,7 +216,7 @@ class GPTModel(nn.Module):
         tied head stays tied: in a `.pth` one storage, in safetensors no second copy. Holds two chunks of 8
         MiB on the host. Ranks of one mesh write one file together; a `.pth` takes its size on disk again
         for a moment. Raises UsageError for another suffix, a folder that is not there, weights on meta, or
-        labels that do not name each row of the head once, OSError for a full disk.
+        labels that do not name each row of the head once, DiskFullError for a full disk.
         """
         path, mesh, progress = Path(path), self.device_mesh, progress or (lambda done, total: None)
         purpose = replace(self.purpose, labels=labels) if labels else self.purpose  # type: ignore[arg-type]
@@ -234,12 +234,12 @@ class GPTModel(nn.Module):
                 raise UsageError(f"{path}: the name must end in {' or '.join(SAVERS)}")
             fill, ties = SAVERS[path.suffix]
             tensors = [tensor for tensor in tensors_of(state) if ties or not tensor.shares]
-            require_space(path, sum(tensor.nbytes for tensor in tensors if not tensor.shares))
+            require_space(path, stored_bytes(tensors))
             require_same(mesh, "paths", f"{path}")
         if not ties and any(map(is_divided, state.values())):
             save_divided(path, state, mesh, counting(progress, tensors), config)
         else:
-            with whole(state, mesh, path.parent) as undivided, together(mesh):
+            with whole(state, mesh, path) as undivided, together(mesh):
                 tensors = [tensor for tensor in tensors_of(undivided) if ties or not tensor.shares]
                 if is_first(mesh):
                     write_whole(fill, path, tensors, progress, config)

@@ -26,7 +26,7 @@ from gpt2lite.checkpoint.manifest import contiguous_stride
 from gpt2lite.checkpoint.source import ByteSource, FileState
 from gpt2lite.checkpoint.tf_bundle import index_of
 from gpt2lite.config import OFFICIAL_SIZES, GPTConfig, Purpose, official_name
-from gpt2lite.devices import name_device
+from gpt2lite.devices import name_device, one_thread_after_fork
 from gpt2lite.dialects import configs
 from gpt2lite.dialects.peft import find_adapter, with_adapter
 from gpt2lite.dialects.reading import DIALECTS, Reading, read_dialect, read_names, with_lora_alpha
@@ -148,6 +148,7 @@ class Opened(Generic[Model]):
             warnings.warn(note, UserWarning, stacklevel=3)
 
     @collector_paused()
+    @one_thread_after_fork()
     def load(self, device: Device = "cpu", strategy: str = "auto", **options: Unpack[LoadOptions]) -> Model:
         """The model, in eval mode; `GPTModel.from_checkpoint` says what strategies and options mean.
 
@@ -212,6 +213,7 @@ def open_to_plan(model: Callable[[GPTConfig], Model], source: Source, options: O
     return open_as(model, path, options)
 
 
+@one_thread_after_fork()
 def open_as(model: Callable[[GPTConfig], Model], path: Source, options: OpenOptions) -> Opened[Model]:
     """Open what lies at a path. Reads headers, the first block's attention mask, and two rows of equal ones.
 
@@ -234,6 +236,7 @@ def open_as(model: Callable[[GPTConfig], Model], path: Source, options: OpenOpti
 
 
 @collector_paused()
+@one_thread_after_fork()
 def load_module(
     build: Callable[[], nn.Module],
     path: Source,

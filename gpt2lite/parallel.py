@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from gpt2lite.checkpoint.reading import map_tensors
 from gpt2lite.checkpoint.safetensors import make_header, open_safetensors
 from gpt2lite.checkpoint.source import ByteSource
-from gpt2lite.checkpoint.writing import Config, TensorToWrite, Wrote, chunks_of, replacing
+from gpt2lite.checkpoint.writing import Config, TensorToWrite, Wrote, chunks_of, making, replacing
 from gpt2lite.dialects.reading import Narrow
 from gpt2lite.errors import GPT2LiteError, UsageError
 
@@ -407,17 +406,17 @@ def save_divided(
 
 @contextmanager
 def whole(
-    tensors: Mapping[str, Tensor], mesh: DeviceMesh | None, folder: Path
+    tensors: Mapping[str, Tensor], mesh: DeviceMesh | None, beside: Path
 ) -> Iterator[Mapping[str, Tensor]]:
-    """Tensors undivided: themselves, or mapped over a temporary file in `folder` to which all ranks write.
+    """Tensors undivided: themselves, or mapped over a temporary file `beside` to which all ranks write.
 
     Takes disk, no memory. All ranks must see the same file system.
     """
     if mesh is None or not any(map(is_divided, tensors.values())):
         yield tensors
         return
-    with shared(mesh, partial(TemporaryDirectory, ".part", ".", folder)) as made:
-        path, own = Path(made) / "whole.safetensors", distinct(tensors)
+    with shared(mesh, partial(making, beside.with_name(f"{beside.name}.whole"))) as made:
+        path, own = made / "whole.safetensors", distinct(tensors)
         _fill(path, own, mesh, lambda nbytes: None, None)
         mapped = map_tensors(open_safetensors(ByteSource(path)).tensors.values())
         first = {id(tensor): name for name, tensor in own.items()}

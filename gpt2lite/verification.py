@@ -60,6 +60,7 @@ def plain_model(opened: Opened[GPTModel], dtype: torch.dtype | None) -> GPTModel
     sources = {placement.source for placement in reading.placements.values()}
     factors = {factor.source for adapter in reading.adapters for factor in (adapter.a, adapter.b)}
     stored = read_tensors(reading.manifest, sources | factors, torch.device("cpu"))
+    reading.manifest.check_unchanged()
     state = {name: placement.of(stored[placement.source]) for name, placement in reading.placements.items()}
     for adapter in reading.adapters:
         assert adapter.scale is not None

@@ -18,8 +18,9 @@ import pytest
 import torch
 from conftest import randomise
 
-from gpt2lite import CheckpointError, GPTConfig, GPTModel, devices, save_per_tensor
+from gpt2lite import CheckpointError, GPTConfig, GPTModel, UsageError, devices, save_per_tensor
 from gpt2lite.cli import COMMANDS, arguments, main
+from gpt2lite.cli.terminal import read_text
 from gpt2lite.config import EMBEDDED
 from gpt2lite.tokenizer import read_encoding
 
@@ -555,3 +556,10 @@ def test_a_wrong_option_of_generate_is_one_line(
     assert out == ""
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_a_text_without_an_end_is_refused_at_its_beginning(tmp_path: Path):
+    with pytest.raises(UsageError, match="/dev/zero: holds NUL behind 0 characters, so it is no text"):
+        read_text("/dev/zero")
+    with pytest.raises(UsageError, match="/dev/urandom: "):
+        read_text("/dev/urandom")

@@ -695,3 +695,19 @@ def test_a_changed_model_is_computed_by_torch(change: str, long_model: GPTModel,
     assert choose_engine(long_model, 1, 20, "auto") == "torch"
     with pytest.raises(UsageError, match=r'engine="numba" cannot run this model: \S+ is not as in GPTModel'):
         long_model.generate([[1]], 20, engine="numba")
+
+
+NOT_DENSE = {
+    "sparse": lambda: torch.arange(3).to_sparse(),
+    "meta": lambda: torch.arange(3, device="meta"),
+    "nested": lambda: torch.nested.nested_tensor([torch.arange(3), torch.arange(4)]),
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.qint8),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("make", NOT_DENSE.values(), ids=NOT_DENSE)
+def test_ids_without_a_value_at_each_place_are_refused(make, model):
+    for ids, found in ((make(), "one"), ([make()], "a row")):
+        with pytest.raises(UsageError, match=f"got {found} that is nested, sparse, quantized or on meta"):
+            model.generate(ids, 2)

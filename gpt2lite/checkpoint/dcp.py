@@ -7,7 +7,7 @@ zips, one behind the other in one file. A source joins chunks of rows, going on 
 from __future__ import annotations
 
 import io
-import mmap
+import os
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -42,6 +42,23 @@ class _Unpickler(DescribingUnpickler):
             self.stack[-1].update((key, value) for key, value in pairs if isinstance(key, Inert))
 
 
+class _Until(FileReader):
+    """A file that ends at a byte, whatever follows."""
+
+    def __init__(self, path: Path, end: int) -> None:
+        super().__init__(path)
+        self.end = end
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return super().seek(*(self.end + offset, os.SEEK_SET) if whence == os.SEEK_END else (offset, whence))
+
+    def readinto(self, memory: Any) -> int:
+        return super().readinto(memoryview(memory)[: max(self.end - self.tell(), 0)])
+
+    def readall(self) -> bytes:
+        return self.read(max(self.end - self.tell(), 0))
+
+
 @dataclass(frozen=True, slots=True)
 class _Item(ByteSource):
     """A file up to the end of one of the zips in it, as a zip must end that others follow."""
@@ -54,8 +71,7 @@ class _Item(ByteSource):
 
     def open(self) -> BinaryIO:
         """For its headers."""
-        with ByteSource.open(self) as file:
-            return mmap.mmap(file.fileno(), max(self.end, 1), access=mmap.ACCESS_READ)  # type: ignore[return-value]
+        return io.BufferedReader(_Until(self.path, self.end))
 
 
 class _JoinedReader(ExitStack):

@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 
 import torch
 
-from gpt2lite.checkpoint.source import ByteSource, FileState
+from gpt2lite.checkpoint.source import CHANGED, ByteSource, FileState
 from gpt2lite.errors import CheckpointError
 
 BOUND_CONFIG = "gpt2lite"  # the value that is the model's config as JSON, in the weights' own file
@@ -134,7 +134,7 @@ class Manifest:
         """Raise CheckpointError if a file is not what it was when the manifest was made."""
         for source, state in self.files.items():
             if source.state() != state:
-                raise CheckpointError(source, "changed while it was being read. Load it again.")
+                raise CheckpointError(source, CHANGED)
 
 
 @dataclass(frozen=True, slots=True)

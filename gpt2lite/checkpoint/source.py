@@ -13,9 +13,12 @@ import mmap
 import os
 import stat
 import sys
+import weakref
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, ClassVar
@@ -33,6 +36,8 @@ SAMPLES = 16
 FREE_BYTES = 32 << 20  # of memory for what describes tensors, beside four times its size
 MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # Python names it from 3.13 on
 MAP_FIXED = 0x10
+CHANGED = "changed while it was being read. Load it again."
+MEMORY = "/proc/self/mem"  # this process's own
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:
@@ -55,6 +60,11 @@ class FileState:
     size: int
     modified_ns: int
     inode: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> FileState:
+        """What the system says of a file."""
+        return cls(found.st_size, found.st_mtime_ns, found.st_ino)
 
 
 def _plain(path: str | Path | int) -> os.stat_result:
@@ -161,8 +171,7 @@ class ByteSource:
 
     def state(self) -> FileState:
         """Its state now. Raises CheckpointNotFoundError, and CheckpointError for what is no plain file."""
-        found = _plain(self.path)
-        return FileState(found.st_size, found.st_mtime_ns, found.st_ino)
+        return FileState.of(_plain(self.path))
 
     def open(self) -> BinaryIO:
         """The file, buffered, for headers."""
@@ -194,12 +203,12 @@ class ByteSource:
     def map(self) -> torch.UntypedStorage:
         """A private mapping of the whole file, which may be larger than memory and swap (MAP_NORESERVE).
 
-        It keeps no descriptor: a model may have more files than a process may have open. Raises
-        InsufficientMemoryError where the address space is too small for it.
+        It keeps no descriptor: a model may have more files than a process may have open. `in_memory` reads
+        tensors over it. Raises InsufficientMemoryError where the address space is too small for it.
         """
         with self.open() as file:
             try:
-                return _mapped(file.fileno())
+                return mapped(file.fileno(), self)
             except OSError as error:
                 if error.errno != errno.ENOMEM:
                     raise
@@ -215,18 +224,95 @@ class ByteSource:
             file.forget()
 
 
-def _mapped(file: int) -> torch.UntypedStorage:
+# What is mapped: by its first byte's address, the one after its last, and of which file in which state.
+_mappings: dict[int, tuple[int, ByteSource, FileState]] = {}
+
+
+def mapped(file: int, source: ByteSource | None = None) -> torch.UntypedStorage:
     """A file's pages, put over empty ones that Python gives back in the end: its own mappings of a file keep
-    a descriptor as long as they live."""
-    nbytes, private = os.fstat(file).st_size, mmap.MAP_PRIVATE | MAP_NORESERVE
-    pages = mmap.mmap(-1, nbytes, flags=private | mmap.MAP_ANONYMOUS)
+    a descriptor as long as they live. Without a source, a file that nobody else can reach."""
+    found, private = os.fstat(file), mmap.MAP_PRIVATE | MAP_NORESERVE
+    pages = mmap.mmap(-1, found.st_size, flags=private | mmap.MAP_ANONYMOUS)
     storage = torch.frombuffer(pages, dtype=torch.uint8).untyped_storage()
-    address, place = ctypes.c_void_p(storage.data_ptr()), ctypes.CDLL(None, use_errno=True).mmap
+    address, place = storage.data_ptr(), ctypes.CDLL(None, use_errno=True).mmap
     place.restype, flags = ctypes.c_void_p, private | MAP_FIXED
-    size, begin = ctypes.c_size_t(nbytes), ctypes.c_long(0)
-    if place(address, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, file, begin) != address.value:
+    size, begin = ctypes.c_size_t(found.st_size), ctypes.c_long(0)
+    put = place(ctypes.c_void_p(address), size, mmap.PROT_READ | mmap.PROT_WRITE, flags, file, begin)
+    if put != address:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    if source:
+        note_mapping(pages, address, found.st_size, source, FileState.of(found))
     return storage
+
+
+def note_mapping(owner: object, address: int, nbytes: int, source: ByteSource, state: FileState) -> None:
+    """Have `in_memory` know that a file is mapped there as long as `owner` lives."""
+    weakref.finalize(owner, _mappings.pop, address, None).atexit = False
+    _mappings[address] = address + nbytes, source, state
+
+
+def in_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that lies in a mapping, copied out of it, its axes in the same order; any other as it is.
+
+    The kernel copies, about as fast as we would: where the file was truncated meanwhile it says so, while a
+    read of our own would end the process (SIGBUS). Raises CheckpointError then, and where the file was
+    written to.
+    """
+    if tensor.device.type != "cpu" or tensor.layout != torch.strided or not tensor.numel():
+        return tensor
+    address, around = tensor.data_ptr(), list(_mappings.items())
+    known = next((found for begin, found in around if begin <= address < found[0]), None)
+    try:
+        memory = open(MEMORY, "rb", buffering=0) if known else None  # noqa: SIM115  closed below
+    except OSError:  # no /proc
+        memory = None
+    if known is None or memory is None:
+        return tensor
+    with memory:
+        copied = _copied(tensor, partial(_fill, memory.fileno(), known[1]))
+    _require_same(*known[1:])
+    return copied
+
+
+def _copied(tensor: torch.Tensor, fill: Callable[[memoryview, int], None]) -> torch.Tensor:
+    """What `fill` puts into fresh memory from a tensor's address; row by row where they have gaps."""
+    address, size, stride = tensor.data_ptr(), tensor.element_size(), list(tensor.stride())
+    axis = max(range(tensor.dim()), key=lambda axis: (tensor.shape[axis] > 1) * stride[axis], default=None)
+    count = 1
+    if axis is not None and _extent(tensor) > tensor.numel():
+        count, row = tensor.shape[axis], _extent(tensor.select(axis, 0))
+        step, stride[axis] = stride[axis] * size, row
+        flat = torch.empty(count * row, dtype=tensor.dtype, device="cpu")
+    else:
+        step, flat = 0, torch.empty(_extent(tensor), dtype=tensor.dtype, device="cpu")
+    width = len(flat) * size // count
+    for number in range(count):
+        fill(memory_of(flat)[number * width : (number + 1) * width], address + number * step)
+    return flat.as_strided(tensor.shape, stride)
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Elements from the first to the last."""
+    return 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _fill(memory: int, source: ByteSource, place: memoryview, address: int) -> None:
+    while place:
+        try:
+            count = os.preadv(memory, [place], address)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            raise CheckpointError(source, "was truncated while it was being read. Load it again.") from None
+        place, address = place[count:], address + count
+
+
+def _require_same(source: ByteSource, state: FileState) -> None:
+    """Raise CheckpointError if a mapped file was written to; one that was replaced or deleted stays."""
+    with suppress(FileNotFoundError):
+        now = FileState.of(os.stat(source.path))
+        if now.inode == state.inode and now != state:
+            raise CheckpointError(source, CHANGED)
 
 
 def read_all(source: ByteSource, most: int) -> bytes:

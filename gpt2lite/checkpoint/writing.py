@@ -7,13 +7,15 @@ write where they are told, `replacing` gives them the place.
 from __future__ import annotations
 
 import errno
+import fcntl
+import hashlib
 import os
+import re
 import shutil
 import stat
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
@@ -23,9 +25,9 @@ import torch
 from torch import Tensor
 
 from gpt2lite.checkpoint.manifest import Shaped
-from gpt2lite.checkpoint.source import memory_of
+from gpt2lite.checkpoint.source import in_memory, memory_of
 from gpt2lite.devices import caller_stream, on_stream
-from gpt2lite.errors import UsageError
+from gpt2lite.errors import DiskFullError, UsageError
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 Wrote = Callable[[int], None]  # bytes that were just written
@@ -33,6 +35,7 @@ Config = Mapping[str, Any]  # the fields of a model's config
 MAX_PREFIX = 20  # characters of a temporary name that are the file's own: it must fit wherever the file does
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 NO_PLACE = {errno.ELOOP: "its links form a loop", errno.ENAMETOOLONG: "longer than the file system allows"}
+PART = re.compile(r"\..+\.[0-9a-f]{8}\.part")
 CHUNK_BYTES = 8 << 20
 TILE = (256, 112)  # of a transpose: fits the cache, and one thread does it (torch divides 32768 elements)
 
@@ -68,7 +71,11 @@ def _turn(piece: Tensor, out: Tensor) -> None:
 
 
 def _joined(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Pieces side by side, cast, contiguous, on the host; a single one that already is, is not copied."""
+    """Pieces side by side, cast, contiguous, on the host; a single one that already is, is not copied.
+
+    Raises CheckpointError as `in_memory`.
+    """
+    pieces = [in_memory(piece) for piece in pieces]
     if len(pieces) == 1 and not _is_turned(pieces[0]):
         return pieces[0].to("cpu", dtype).contiguous()
     rows, widths = pieces[0].shape[0], [piece.shape[1] for piece in pieces]
@@ -81,8 +88,8 @@ def _joined(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 def chunks_of(parts: Sequence[Tensor], axis: int, dtype: torch.dtype) -> Iterator[memoryview]:
     """The bytes of `parts` joined along `axis` and cast, CHUNK_BYTES or a row at a time.
 
-    Allocates one chunk at a time, none for what lies ready in host memory; of a tensor that is divided over
-    ranks, which must all ask, the whole.
+    Allocates one chunk at a time, two where it is mapped and transposed or cast, none for what lies ready in
+    host memory; of a tensor that is divided over ranks, which must all ask, the whole.
     """
     parts = [part.full_tensor() if hasattr(part, "full_tensor") else part for part in parts]
     for sheet in [[part] for part in parts] if axis == 0 else [parts]:
@@ -144,9 +151,14 @@ def tensors_of(state: Mapping[str, Tensor]) -> list[TensorToWrite]:
 Fill = Callable[[Path, Sequence[TensorToWrite], Wrote, Config | None], None]
 
 
-def counting(progress: Progress, tensors: Iterable[TensorToWrite]) -> Wrote:
+def stored_bytes(tensors: Iterable[TensorToWrite]) -> int:
+    """Bytes of all that will be written, those that share another's once."""
+    return sum(tensor.nbytes for tensor in tensors if not tensor.shares)
+
+
+def counting(progress: Progress, tensors: Sequence[TensorToWrite]) -> Wrote:
     """A callback that adds up the bytes written and reports them to `progress`."""
-    total, done = sum(tensor.nbytes for tensor in tensors if not tensor.shares), 0
+    total, done = stored_bytes(tensors), 0
 
     def wrote(nbytes: int) -> None:
         nonlocal done
@@ -157,10 +169,22 @@ def counting(progress: Progress, tensors: Iterable[TensorToWrite]) -> Wrote:
 
 
 def _flush(path: Path) -> None:
-    """Flush a file, or every file of a folder, to the disk before it gets its final name."""
-    for file in path.iterdir() if path.is_dir() else (path,):
-        with open(file, "rb") as opened:
-            os.fsync(opened.fileno())
+    """Have the disk take a file, or a folder and all in it."""
+    for inner in path.iterdir() if path.is_dir() else ():
+        _flush(inner)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Have the disk take a file's content, or which names a folder has."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of a folder, on a file system that keeps those otherwise
+            raise
+    finally:
+        os.close(opened)
 
 
 def state_of(path: Path) -> os.stat_result | None:
@@ -193,46 +217,138 @@ def destination_of(path: Path) -> Path:
     return followed
 
 
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what led to it; torch's writers put their own in the place of the system's."""
+    while error is not None:
+        yield error
+        for failed, *_ in getattr(error, "failures", {}).values():  # of torch.distributed.checkpoint's
+            yield from _causes(failed)
+        error = error.__cause__ or error.__context__
+
+
 @contextmanager
-def full_disk_named(folder: Path) -> Iterator[None]:
-    """Where writing fails for want of room, say where and what is free there, which the system does not."""
+def full_disk_named(folder: Path, left: Callable[[], int] = lambda: 0) -> Iterator[None]:
+    """Where writing fails for want of room, raise DiskFullError; `left` says how many bytes were to come."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in NO_ROOM or error.filename is not None:
+    except DiskFullError:
+        raise
+    except BaseException as error:
+        codes = (cause.errno for cause in _causes(error) if isinstance(cause, OSError))
+        if (code := next((code for code in codes if code in NO_ROOM), None)) is None:
             raise
-        free = shutil.disk_usage(folder).free
-        raise OSError(error.errno, f"{error.strerror}, {free:,} bytes are free", str(folder)) from error
+        raise DiskFullError(folder, code, needed=left(), free=shutil.disk_usage(folder).free) from error
+
+
+def _part_of(target: Path) -> Path:
+    """The folder beside a destination in which its next content is made: always the same."""
+    digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:8]
+    return target.with_name(f".{target.name[:MAX_PREFIX]}.{digest}.part")
+
+
+def _is_made(folder: Path) -> bool:
+    try:
+        folder.mkdir(0o700)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _is_locked(held: int, is_new: bool) -> bool:
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks: nobody knows whether the one who made it lives
+        return is_new
+    return True
+
+
+def _lock(folder: Path, target: Path) -> int:
+    """Make a folder that no other process or thread has; returns its descriptor, whose closing frees it.
+
+    The system frees it however a process ends, so that one which is there and free was left by one that was
+    killed. Raises UsageError where it is not free.
+    """
+    while True:
+        is_new = _is_made(folder)
+        with suppress(FileNotFoundError):  # whoever had it has just finished
+            held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            if not _is_locked(held, is_new):
+                os.close(held)
+                said = f"another process is writing it, in {folder.name}; wait, or choose another name"
+                raise UsageError(f"{target}: {said}")
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(held), os.stat(folder)):
+                    return held
+            os.close(held)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block succeeds and vanishes when not.
+def making(target: Path, folder: Path | None = None) -> Iterator[Path]:
+    """An empty folder beside a destination for its next content, which goes in the end with all in it.
 
-    A link is followed, and a file that is replaced hands on its mode. What is written there is on the disk
-    before it is renamed. A process that is killed leaves the old file and a folder `.<name>.….part` beside
-    it. Raises UsageError as `destination_of`, OSError for a full disk.
+    Raises UsageError where another process has it.
     """
-    target = destination_of(path)
-    prefix = f".{target.name[:MAX_PREFIX]}."
-    folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=".part", dir=target.parent))
-    temporary = folder / target.name
+    folder = folder or _part_of(target)
+    held = _lock(folder, target)
     try:
-        with full_disk_named(target.parent):
-            yield temporary
-            _flush(temporary)
-        if (replaced := state_of(target)) is not None:
-            os.chmod(temporary, stat.S_IMODE(replaced.st_mode))
-        os.replace(temporary, target)
+        for left in folder.iterdir():  # by one that was killed
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(held)
+
+
+def _hand_on(replaced: os.stat_result, path: Path) -> None:
+    """Give a file the owner, as far as that is allowed, and the mode of the one that it replaces."""
+    for owner, group in ((replaced.st_uid, -1), (-1, replaced.st_gid)):
+        with suppress(PermissionError):
+            os.chown(path, owner, group)
+    os.chmod(path, stat.S_IMODE(replaced.st_mode))
+
+
+def _size_of(path: Path) -> int:
+    return sum(file.lstat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove from a folder what killed processes left there of files that may never be written again."""
+    for found in filter(PART.fullmatch, os.listdir(folder)):
+        with suppress(UsageError), making(folder / found, folder / found):
+            pass
+
+
+@contextmanager
+def replacing(path: Path, nbytes: int = 0) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block succeeds and vanishes when not.
+
+    A link is followed, and a file that is replaced hands on its mode, and its owner where that is allowed.
+    What is written there is on the disk before it is renamed, and the new name before this returns. A process
+    that is killed leaves the old file, and beside it a folder `.<name>.….part`, which the next that writes
+    there removes. `nbytes` are about to be written, if it is known.
+
+    Raises UsageError as `destination_of`, and where another process is writing there; DiskFullError.
+    """
+    target = destination_of(path)
+    with making(target) as folder:
+        destination_of(path)  # again: another process may have finished meanwhile
+        temporary = folder / target.name
+        with full_disk_named(target.parent, lambda: nbytes and max(nbytes - _size_of(folder), 1)):
+            yield temporary
+            _flush(temporary)
+            if (replaced := state_of(target)) is not None:
+                _hand_on(replaced, temporary)
+            os.replace(temporary, target)
+        _sync(target.parent)
 
 
 def write_whole(
     fill: Fill, path: Path, tensors: Sequence[TensorToWrite], progress: Progress, config: Config | None = None
 ) -> None:
     """Write a file that appears whole or not at all."""
-    with replacing(path) as temporary:
+    with replacing(path, stored_bytes(tensors)) as temporary:
         fill(temporary, tensors, counting(progress, tensors), config)
 
 
@@ -244,12 +360,11 @@ def require_new_folder(folder: Path) -> None:
 
 
 def require_space(path: Path, nbytes: int) -> None:
-    """Raise OSError before writing `nbytes` into a folder, or a file, if the disk has no room.
+    """Raise DiskFullError before writing `nbytes` into a folder, or a file, if the disk has no room.
 
     Raises UsageError for a file as `destination_of`.
     """
     folder = path if os.path.isdir(path) else destination_of(path).parent
     free = shutil.disk_usage(folder).free
     if free < nbytes:
-        said = f"needs {nbytes:,} bytes, {free:,} are free, {nbytes - free:,} are missing"
-        raise OSError(errno.ENOSPC, said, str(folder))
+        raise DiskFullError(folder, errno.ENOSPC, needed=nbytes, free=free)

@@ -8,14 +8,14 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
-from gpt2lite.errors import visible
+from gpt2lite.errors import UsageError, visible
 from gpt2lite.reading_text import decode_text
 
+READ_BYTES = 1 << 20
 QUIET = ContextVar("quiet", default=False)
 
 
@@ -113,5 +113,15 @@ def bytes_bar(what: str, unit: str = "iB") -> Iterator[Callable[[int, int], None
 
 
 def read_text(name: str) -> str:
-    """A file's text, or standard input's for "-". Raises UsageError where it is not UTF-8."""
-    return decode_text(sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes(), name)
+    """A file's text, or standard input's for "-".
+
+    Raises UsageError where it is not UTF-8 or holds NUL, at once: /dev/zero has no end.
+    """
+    parts = []
+    with nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as source:
+        while part := source.read(READ_BYTES):
+            parts.append(part.partition(b"\0")[0])
+            if len(parts[-1]) < len(part):
+                read = decode_text(b"".join(parts), name)
+                raise UsageError(f"{name}: holds NUL behind {len(read)} characters, so it is no text")
+    return decode_text(b"".join(parts), name)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import codecs
 import hashlib
 import math
-import mmap
-import os
 import re
 import struct
 from array import array
@@ -20,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from gpt2lite.checkpoint.source import ByteSource, memory_of
+from gpt2lite.checkpoint.source import ByteSource, in_memory, mapped, memory_of
 from gpt2lite.checkpoint.writing import Progress, full_disk_named, replacing
 from gpt2lite.config import GPTConfig
 from gpt2lite.errors import CheckpointError, UsageError
-from gpt2lite.generation.prompts import ends_of
+from gpt2lite.generation.prompts import ends_of, is_dense
 from gpt2lite.reading_text import not_utf8, text_stream
 from gpt2lite.tokenizer import Encoding, Tokenizer, as_tokenizer
 
@@ -73,9 +71,9 @@ def _require_tensors(batch: object) -> None:
     if not isinstance(batch, Batch):
         raise UsageError(f"wanted Batch(ids, targets), got {type(batch).__name__}")
     for name, tensor in zip(Batch._fields, batch, strict=True):
-        is_dense = isinstance(tensor, Tensor) and not tensor.is_meta and tensor.layout == torch.strided
-        found = f"{tuple(tensor.shape)} {tensor.dtype}" if is_dense else f"{tensor!r:.60}"
-        is_one = is_dense and tensor.dtype == torch.int64 and tensor.dim() == 2 and tensor.numel()
+        has_values = isinstance(tensor, Tensor) and is_dense(tensor)
+        found = f"{tuple(tensor.shape)} {tensor.dtype}" if has_values else f"{tensor!r:.60}"
+        is_one = has_values and tensor.dtype == torch.int64 and tensor.dim() == 2 and tensor.numel()
         if not is_one or (tensor.shape, tensor.device) != (batch.ids.shape, batch.ids.device):
             wanted = "(B, T) torch.int64, dense, ids and targets alike and on one device"
             raise UsageError(f"Batch.{name} is {found}; wanted {wanted}")
@@ -137,7 +135,7 @@ def tensor_parts(*tensors: Tensor) -> Iterator[bytes | memoryview]:
     """Shapes and bytes, CHECKED numbers at a time."""
     for tensor in tensors:
         yield f"{tuple(tensor.shape)} {tensor.dtype}".encode()
-        yield from (memory_of(part.cpu().contiguous()) for part in tensor.flatten().split(CHECKED))
+        yield from (memory_of(in_memory(part).cpu().contiguous()) for part in tensor.flatten().split(CHECKED))
 
 
 # ---- token files -------------------------------------------------------------------------------------------
@@ -185,8 +183,8 @@ def map_text(text: Path, folder: Path, encoding: Encoding, vocab_size: int) -> T
     _require_text(text)
     with full_disk_named(folder), TemporaryFile(dir=folder) as written:
         _write_ids(text, written, as_tokenizer(encoding), True, None)
-        written.seek(0)
-        return _mapped(written, text, vocab_size)
+        written.flush()
+        return _checked(mapped(written.fileno()), text, vocab_size)
 
 
 def _require_text(text: Path) -> None:
@@ -268,25 +266,26 @@ def open_tokens(path: Path, vocab_size: int) -> Tensor:
     no header and is text, or may be of another width: where the ids look like halves, pairs or floats, or 16
     bits cannot number the vocabulary.
     """
-    with ByteSource(path).open() as file:
-        return _mapped(file, path, vocab_size)
+    source = ByteSource(path)
+    if not source.state().size:
+        raise CheckpointError(path, f"0 bytes of tokens ({NO_HEADER}), wanted 2; truncated?")
+    return _checked(source.map(), path, vocab_size)
 
 
-def _mapped(file: BinaryIO, path: Path, vocab_size: int) -> Tensor:
-    nbytes = os.fstat(file.fileno()).st_size
-    head = file.read(LLMC_HEADER) if nbytes else b""
+def _checked(file: torch.UntypedStorage, path: Path, vocab_size: int) -> Tensor:
+    content = torch.empty(0, dtype=torch.uint8, device="cpu").set_(file)
+    nbytes, head = len(content), bytes(memory_of(in_memory(content[:LLMC_HEADER])))
     kind, dtype, offset, count = _layout_of(path, head, nbytes)
     found, wanted = nbytes - offset, count * dtype.itemsize
     if found < 1 or found != wanted:
         raise CheckpointError(path, f"{found} bytes of tokens ({kind}), wanted {wanted}; truncated?")
-    content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    tokens = torch.frombuffer(content, dtype=dtype, count=count, offset=offset)
+    tokens = torch.empty(0, dtype=dtype, device="cpu").set_(file[offset:], 0, (count,), (1,))
     low, high = ends_of(tokens)
     if low < 0 or high >= vocab_size:
         said = f"holds the id {min(low, 0) or high}, the model's are below {vocab_size}"
         raise CheckpointError(path, f"{said}; tokenize the text for it: gpt2lite tokenize --model")
     is_large = vocab_size > MOST_IDS
-    why = f"{vocab_size} ids need more" if is_large else _other_width(tokens[:CHECKED].long())
+    why = f"{vocab_size} ids need more" if is_large else _other_width(in_memory(tokens[:CHECKED]).long())
     if kind == NO_HEADER and why:
         raise CheckpointError(path, f"has no header, which means 16 bits per id, but {why}; save it as .npy")
     return tokens
@@ -314,7 +313,7 @@ def _starts(tokens: Tensor, seq_len: int) -> int:
 
 
 def _windows(tokens: Tensor, starts: Sequence[int], seq_len: int) -> Batch:
-    rows = torch.stack([tokens[start : start + seq_len + 1].long() for start in starts])
+    rows = torch.stack([in_memory(tokens[start : start + seq_len + 1]).long() for start in starts])
     return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
 
 

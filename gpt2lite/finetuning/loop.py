@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from torch import nn
 from gpt2lite import parallel
 from gpt2lite.checkpoint.json_text import json_object
 from gpt2lite.checkpoint.source import ByteSource, read_all
-from gpt2lite.checkpoint.writing import replacing
+from gpt2lite.checkpoint.writing import remove_parts, replacing
 from gpt2lite.devices import peak_allocated
 from gpt2lite.dialects.configs import LABELS
 from gpt2lite.errors import TrainingDivergedError, UsageError, listed
@@ -99,8 +98,7 @@ def _locked(out: Path, resume: bool, save_every: int) -> Iterator[None]:
             except BlockingIOError:
                 raise UsageError(f"{out}: another run writes there; wait, or choose another folder") from None
         _require_folder(out, resume, save_every)
-        for cut in out.glob(".*.part") if resume else ():  # of a process that was killed
-            shutil.rmtree(cut, ignore_errors=True)
+        remove_parts(out)
         yield
     finally:
         os.close(folder)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from gpt2lite import parallel
 from gpt2lite.checkpoint.inert_pickle import shown
-from gpt2lite.checkpoint.source import ByteSource
+from gpt2lite.checkpoint.manifest import Manifest, flatten
+from gpt2lite.checkpoint.source import ByteSource, in_memory, note_mapping
 from gpt2lite.checkpoint.torch_zip import NO_CRC, open_torch_zip
 from gpt2lite.checkpoint.writing import CHUNK_BYTES, full_disk_named, replacing, require_space, tensors_of
 from gpt2lite.config import Purpose, wrong_labels
@@ -208,6 +209,15 @@ ADAPTERS: Rules = {
 }
 
 
+def _note_mapped(saved: object, opened: Manifest) -> None:
+    """Have `in_memory` know what torch.load has mapped, which reads no values."""
+    ((source, state),) = opened.files.items()
+    for tensor in flatten(saved, Tensor).values():
+        if type(tensor) is Tensor and tensor.numel():
+            storage = tensor.untyped_storage()
+            note_mapping(tensor, storage.data_ptr(), storage.nbytes(), source, state)
+
+
 def _read(path: Path, rules: Rules, what: str) -> dict[str, Any]:
     """A file's content, mapped; read once for its checksums, which torch.load passes over.
 
@@ -215,8 +225,9 @@ def _read(path: Path, rules: Rules, what: str) -> dict[str, Any]:
     damaged, or where a field is not as ruled.
     """
     try:
-        open_torch_zip(ByteSource(path))
+        opened = open_torch_zip(ByteSource(path))
         saved: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        _note_mapped(saved, opened)
         with zipfile.ZipFile(path) as archive:
             for entry in (found for found in archive.infolist() if found.CRC != NO_CRC):
                 with archive.open(entry) as content:
@@ -255,7 +266,14 @@ def write_log(run: Run) -> None:
     path, content = run.out / METRICS, "".join(run.lines).encode()
     is_first = parallel.is_first(run.trainer.mesh)
     if is_first and (not path.is_file() or path.read_bytes() != content):
-        path.write_bytes(content)
+        with replacing(path, len(content)) as temporary:
+            temporary.write_bytes(content)
+
+
+def _save_tree(content: dict[str, Any], path: Path) -> None:
+    """torch.save to an open file: opening it itself, it hides what the system says of a full disk."""
+    with open(path, "xb") as file:
+        torch.save(content, file)
 
 
 def save_state(run: Run) -> None:
@@ -267,7 +285,7 @@ def save_state(run: Run) -> None:
     parallel.rest(trainer.model)
     keyed: dict[str, Tensor] = {f"model {name}": p for name, p in trainer.trained.items()}
     keyed |= {f"{key} {name}": value for name, own in state.items() for key, value in own.items()}
-    with parallel.whole(keyed, mesh, run.out) as found, parallel.together(mesh):
+    with parallel.whole(keyed, mesh, run.out / METRICS) as found, parallel.together(mesh):
         if not parallel.is_first(mesh):
             return
         content = {
@@ -280,9 +298,10 @@ def save_state(run: Run) -> None:
             "last_batch": digest_of(tensor_parts(*run.last)),
             "metrics": "".join(run.lines),
         }
-        require_space(run.out, sum(tensor.nbytes for tensor in found.values()))
-        with replacing(run.out / f"step-{run.step:06}.pth") as temporary:
-            torch.save(content, temporary)
+        nbytes = sum(tensor.nbytes for tensor in found.values())
+        require_space(run.out, nbytes)
+        with replacing(run.out / f"step-{run.step:06}.pth", nbytes) as temporary:
+            _save_tree(content, temporary)
         write_log(run)
         older = [path for number, path in state_files(run.out).items() if number <= run.step]
         for path in older[: -trainer.recipe.keep]:
@@ -351,7 +370,8 @@ def restore(run: Run) -> None:
         raise CheckpointError(path, f"its moments do not fit {wrong[0]}; delete the file", name=wrong[0])
     with torch.no_grad():
         for name, parameter in run.trainer.trained.items():
-            parallel.local_of(parameter).copy_(parallel.local_of(own_part(parameter, saved["model"][name])))
+            values = in_memory(saved["model"][name])
+            parallel.local_of(parameter).copy_(parallel.local_of(own_part(parameter, values)))
     run.trainer.restore(saved["optimizer"], saved["scaler"])
     run.step = run.saved = saved["step"]
     run.lines = saved["metrics"].splitlines(keepends=True)
@@ -367,8 +387,9 @@ def save_lora(run: Run, path: Path) -> None:
     if not parallel.is_first(mesh := run.trainer.mesh):
         return
     said = {"lora_alpha": run.trainer.recipe.lora_alpha, "labels": list(run.task.labels)}
-    with parallel.telling(mesh), replacing(path) as temporary:
-        torch.save({**said, "lora": trained, "base": base}, temporary)
+    nbytes = sum(tensor.nbytes for tensor in trained.values())
+    with parallel.telling(mesh), replacing(path, nbytes) as temporary:
+        _save_tree({**said, "lora": trained, "base": base}, temporary)
 
 
 @torch.inference_mode(False)
@@ -405,7 +426,7 @@ def load_lora(model: nn.Module, path: Path) -> tuple[str, ...]:
         said = f"these adapters were trained on another model, or in another dtype: {others[0]} … differs"
         warnings.warn(f"{path}: {said}", stacklevel=2)
     for name, tensor in tensors.items():
-        own[name].copy_(tensor)
+        own[name].copy_(in_memory(tensor))
     for name, added in adapted.items():
         model.set_submodule(name, added)
     return tuple(saved["labels"])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gpt2lite import parallel
+from gpt2lite.checkpoint.source import in_memory
 from gpt2lite.devices import has_bfloat16, seeded
 from gpt2lite.dialects.reading import Placement
 from gpt2lite.errors import TrainingDivergedError, UsageError
@@ -307,8 +308,9 @@ class Trainer:
             self.scaler.load_state_dict(scaler)
         for name, parameter in self.trained.items():
             moments = state[name].items()
-            own = {key: own_part(parameter, value).to(parameter.device, copy=True) for key, value in moments}
-            self.optimizers[parameter].state[parameter] = own
+            own = {key: own_part(parameter, in_memory(value)) for key, value in moments}
+            there = {key: value.to(parameter.device, copy=True) for key, value in own.items()}
+            self.optimizers[parameter].state[parameter] = there
 
     def close(self) -> None:
         """Let go of the model."""

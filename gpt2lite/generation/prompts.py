@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gpt2lite.checkpoint.source import in_memory
 from gpt2lite.config import SLOTS, GPTConfig
 from gpt2lite.errors import UsageError
 from gpt2lite.reading_text import plain_text
@@ -79,7 +80,7 @@ def ids_of_text(model: Any, encoding: Tokenizer, prompt: object) -> tuple[str, l
 
 def ends_of(ids: Tensor) -> tuple[int, int]:
     """The least and the largest of integers of any shape, at least one; converts some at a time."""
-    ends = [part.long().aminmax() for part in ids.flatten().split(CHECKED_AT_ONCE)]
+    ends = [in_memory(part).long().aminmax() for part in ids.flatten().split(CHECKED_AT_ONCE)]
     return int(min(low for low, _ in ends)), int(max(high for _, high in ends))
 
 
@@ -105,18 +106,28 @@ class Batch:
         return Batch(self.ids[:, cut:], pads)
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor has a value in memory for each place of its shape."""
+    is_plain = tensor.layout == torch.strided and not tensor.is_quantized
+    return is_plain and not (tensor.is_meta or tensor.is_nested)
+
+
 def _row(row: object) -> Tensor:
     try:
         found = row if isinstance(row, Tensor) else torch.tensor(row, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise UsageError(f"{WANTED}, got a row of {type(row).__name__}") from None
-    if found.is_meta or found.dim() != 1 or not found.numel() or found.dtype not in INTEGERS:
+    if not is_dense(found):
+        raise UsageError(f"{WANTED}, got a row that is nested, sparse, quantized or on meta")
+    if found.dim() != 1 or not found.numel() or found.dtype not in INTEGERS:
         raise UsageError(f"{WANTED}, got a row of {found.dtype} {tuple(found.shape)}")
     return found.to("cpu", torch.int64)
 
 
 def as_batch(ids: Ids, config: GPTConfig, device: torch.device) -> Batch:
     """What to generate from. Raises UsageError for anything but ids of this model's vocabulary."""
+    if isinstance(ids, Tensor) and not is_dense(ids):
+        raise UsageError(f"{WANTED}, got one that is nested, sparse, quantized or on meta")
     has_rows = ids.dim() == 2 if isinstance(ids, Tensor) else isinstance(ids, Sequence)
     if not has_rows or not len(ids):
         raise UsageError(f"{WANTED}, got {getattr(ids, 'shape', ids)!r:.40}")

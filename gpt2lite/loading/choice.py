@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from gpt2lite.checkpoint.source import in_memory
 from gpt2lite.devices import CPU, name_device, resolve_device
 from gpt2lite.dialects.reading import Placement
 from gpt2lite.errors import InsufficientMemoryError, UsageError, did_you_mean, first_line, is_out_of_memory
@@ -208,6 +209,8 @@ def merge_adapters(plan: LoadPlan, module: nn.Module) -> None:
         assert adapter.scale is not None, "with_lora_alpha comes before a load"
         a, b = (_factor(plan, placement) for placement in (adapter.a, adapter.b))
         rows = max(WORKING_BYTES // (a.shape[1] * a.itemsize), 1)
+        if (own := in_memory(tensors[adapter.weight])) is not tensors[adapter.weight]:
+            tensors[adapter.weight].data = own
         for weight, b_part in zip(tensors[adapter.weight].split(rows), b.split(rows), strict=True):
             weight.add_(b_part @ a, alpha=adapter.scale)
 

@@ -7,6 +7,7 @@ when the article's code does, so that comparing them is honest; its gaps are clo
 
 from __future__ import annotations
 
+import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from gpt2lite.checkpoint.manifest import TensorSpan
 from gpt2lite.checkpoint.reading import map_tensors, prefetch, read_tensors, sizes_read, stored_versions
-from gpt2lite.checkpoint.source import ByteSource
+from gpt2lite.checkpoint.source import ByteSource, in_memory
 from gpt2lite.errors import CheckpointError, is_out_of_memory
 from gpt2lite.loading import stream
 from gpt2lite.loading.forecast import Ledger, Pool
@@ -32,6 +33,7 @@ from gpt2lite.loading.stream import forecast_allocated, forecast_unsaved_buffers
 from gpt2lite.parallel import local_of
 
 CPU = torch.device("cpu")
+COPIED_BYTES = 4 << 20  # of a mapped tensor, read at a time
 
 
 # ---- building the model with its initial values ------------------------------------------------------------
@@ -189,18 +191,36 @@ def mmap(plan: LoadPlan) -> nn.Module:
 
     On CPU nothing is read before it is used, and all of it can be reclaimed. **While the model lives, do not
     overwrite the file in place** (`torch.save` to the same path does): that kills the process. Elsewhere
-    each tensor is copied over once; device: the model, plus its largest tensor where that is cast or
-    transposed.
+    each tensor is copied over once, a few rows at a time; device: the model, plus its largest tensor where
+    that is cast or transposed.
     """
     mapped, done = map_tensors(plan.spans.values()), 0
     if plan.tuning.prefetch:
         prefetch(mapped.values(), plan.tuning.readers, plan.tuning.chunk_bytes)
     total = sum(span.nbytes for span in plan.spans.values())
     for name, targets in plan.filled.items():
-        _assign(plan, mapped.pop(name).to(plan.device), targets)
+        stored = mapped.pop(name)
+        _assign(plan, stored if plan.device == CPU else _copied(stored, stored.dtype, plan.device), targets)
         done += plan.spans[name].nbytes
         plan.progress(done, total)
     return plan.skeleton
+
+
+def _copied(mapped: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor in fresh memory; of a mapped one some rows are read at a time (`in_memory`)."""
+    found = torch.empty(mapped.shape, dtype=dtype, device=device)
+    rows, _ = _rows_copied(mapped.shape, mapped.dtype)
+    places, pieces = (torch.atleast_1d(tensor).split(rows) for tensor in (found, mapped))
+    for place, piece in zip(places, pieces, strict=True):
+        place.copy_(in_memory(piece))
+    return found
+
+
+def _rows_copied(shape: Sequence[int], dtype: torch.dtype) -> tuple[int, int]:
+    """How many rows of a mapped tensor are read at a time, and their bytes."""
+    row_bytes = max(math.prod(shape[1:]) * dtype.itemsize, 1)
+    rows = max(COPIED_BYTES // row_bytes, 1)
+    return rows, min(rows, *shape[:1]) * row_bytes if shape else row_bytes
 
 
 def _assign(plan: LoadPlan, stored: Tensor, targets: Iterable[Target]) -> None:
@@ -211,7 +231,7 @@ def _assign(plan: LoadPlan, stored: Tensor, targets: Iterable[Target]) -> None:
     for i, target in enumerate(targets):
         value = target.placement.of(stored)
         if not _is_view(plan, target, again=i > 0):
-            value = torch.empty(target.shape, dtype=target.dtype, device=plan.device).copy_(value)
+            value = _copied(value, target.dtype, plan.device)
         replace_tensor(plan.skeleton, target.names, value)
 
 
@@ -237,6 +257,10 @@ def _forecast_mmap(plan: LoadPlan, ledger: Ledger) -> None:
         block = 0 if ledger.on_cpu else ledger.device.take(plan.spans[name].nbytes)
         for target, is_view in zip(targets, are_views, strict=True):
             ledger.device.take(0 if is_view else target.nbytes)
+            if ledger.on_cpu and not is_view:
+                ledger.host.touch(_rows_copied(target.shape, target.span.dtype)[1])
+        if not ledger.on_cpu:
+            ledger.host.touch(_rows_copied(plan.spans[name].shape, plan.spans[name].dtype)[1])
         if not (any(are_views) or ledger.on_cpu):
             ledger.device.give(block)
         ledger.stays_mapped += fresh if ledger.on_cpu and any(are_views) else 0

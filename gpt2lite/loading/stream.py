@@ -249,12 +249,14 @@ def _read_all(schedule: Schedule, tuning: Tuning, ring: Ring) -> Generator[Read,
     try:
         with suppress(RuntimeError):
             for number in range(readers):
-                thread = Thread(target=report, name=f"gpt2lite-reader-{number}")
+                # a daemon: one that a disk keeps waiting must not keep a process that was told twice to end
+                thread = Thread(target=report, name=f"gpt2lite-reader-{number}", daemon=True)
+                started.append(thread)  # first, or Ctrl-C between the two would lose it
                 thread.start()
-                started.append(thread)
-        if not started:
+        has_readers = any(thread.ident for thread in started)
+        if not has_readers:
             yield from read()
-        for _ in chunks if started else ():
+        for _ in chunks if has_readers else ():
             found = done.get()
             if isinstance(found, BaseException):
                 try:
@@ -263,9 +265,10 @@ def _read_all(schedule: Schedule, tuning: Tuning, ring: Ring) -> Generator[Read,
                     del found  # break the cycle of error and frame, which keeps the parameters alive
             yield found
     finally:
-        ring.close(len(started))
+        ring.close(readers)
         for thread in started:
-            thread.join()
+            if thread.ident:
+                thread.join()
         while not done.empty():  # drop other readers' errors for the same reason
             done.get()
 

@@ -1,0 +1,120 @@
+"""Writers that are killed, that fill a disk, or that write to one place at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt2lite import GPTModel, UsageError
+from gpt2lite.checkpoint.writing import remove_parts, replacing
+
+SCRIPT = Path(__file__).with_name("dying.py")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder, environment = tmp_path_factory.mktemp("dying"), os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, SCRIPT, folder]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("kind", ["killed", "disk full", "at once"])
+def test_what_a_writer_replaces_is_whole_and_nothing_is_left(found: dict[str, Any], kind: str):
+    if None in found[kind].values():
+        pytest.skip("this process may not mount a small disk")
+    assert len(found[kind]) == 4
+    assert [fault for each in found[kind].values() for fault in each["faults"]] == []
+
+
+def leave(path: Path) -> Path:
+    """What a killed writer leaves."""
+    child = os.fork()
+    if not child:
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            os._exit(0)
+    os.waitpid(child, 0)
+    (left,) = path.parent.glob(f".{path.name}.*.part")
+    return left
+
+
+def test_only_what_a_killed_writer_of_the_same_destination_left_is_removed(tmp_path: Path):
+    left, others = leave(tmp_path / "a.txt"), leave(tmp_path / "b.txt")
+    mine = tmp_path / ".a.txt.12345678.part"
+    mine.mkdir()
+    with replacing(tmp_path / "a.txt") as temporary:
+        assert not any(left.iterdir())
+        temporary.write_text("whole")
+    assert (tmp_path / "a.txt").read_text() == "whole"
+    assert not left.exists()
+    assert mine.exists()
+    assert (others / "b.txt").read_text() == "half"
+
+
+def test_a_folder_is_cleared_of_what_killed_writers_left_but_not_of_what_is_written_now(tmp_path: Path):
+    left = leave(tmp_path / "a.txt")
+    (tmp_path / "notes.part").mkdir()
+    with replacing(tmp_path / "b.txt") as temporary:
+        temporary.write_text("whole")
+        remove_parts(tmp_path)
+        assert not left.exists()
+        assert temporary.exists()
+    assert sorted(os.listdir(tmp_path)) == ["b.txt", "notes.part"]
+
+
+def test_who_writes_where_another_one_writes_is_told(tmp_path: Path):
+    with replacing(tmp_path / "a.txt") as temporary:
+        temporary.write_text("first")
+        with pytest.raises(UsageError, match=r"a\.txt: another process is writing it, in \.a\.txt\."):
+            replacing(tmp_path / "a.txt").__enter__()
+    assert (tmp_path / "a.txt").read_text() == "first"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_folder_that_another_one_made_meanwhile_is_not_replaced(tmp_path: Path, monkeypatch: Any):
+    from gpt2lite.checkpoint import writing
+
+    lock = writing._lock
+
+    def lock_late(folder: Path, target: Path) -> int:
+        target.mkdir()  # between the first look and the lock
+        return lock(folder, target)
+
+    monkeypatch.setattr(writing, "_lock", lock_late)
+    with pytest.raises(UsageError, match="out: is a folder, which a file cannot replace"):
+        replacing(tmp_path / "out").__enter__()
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_a_replaced_file_keeps_its_owner(model: GPTModel, tmp_path: Path):
+    path = model.save_checkpoint(tmp_path / "model.pth")
+    os.chown(path, 1234, 4321)
+    path.chmod(0o640)
+    model.save_checkpoint(path)
+    found = path.stat()
+    assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (1234, 4321, 0o640)
+
+
+def test_file_and_folder_are_flushed_before_and_after_the_rename(tmp_path: Path):
+    """By what the system is asked for, in its order."""
+    if not (strace := next((p for p in ("/usr/bin/strace",) if os.access(p, os.X_OK)), None)):
+        pytest.skip("strace is not installed")
+    code = (
+        "import sys; from pathlib import Path; from gpt2lite.checkpoint.writing import replacing\n"
+        "with replacing(Path(sys.argv[1])) as t: t.write_text('x')"
+    )
+    log = tmp_path / "log"
+    traced = [strace, "-f", "-e", "trace=fsync,rename,renameat,renameat2", "-o", log]
+    subprocess.run([*traced, sys.executable, "-c", code, tmp_path / "out.txt"], check=True)
+    calls = [line for line in log.read_text().splitlines() if "out.txt" in line or "fsync" in line]
+    assert [("rename" in call) for call in calls] == [False, True, False]
