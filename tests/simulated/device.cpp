@@ -475,7 +475,7 @@ static at::Tensor& set_part(at::Tensor& t, at::Storage s, int64_t offset, IntArr
 }
 static at::Tensor& set_whole(at::Tensor& t, at::Storage s) { return at::native::set_(t, s); }
 static at::Tensor copy_from_resize(const at::Tensor& from, const at::Tensor& to) {
-  at::native::resize_(to, from.sizes(), std::nullopt);
+  if (to.sizes() != from.sizes()) at::native::resize_(to, from.sizes(), std::nullopt);
   return const_cast<at::Tensor&>(to).copy_(from);
 }
 
@@ -523,9 +523,10 @@ static void fallback(const OperatorHandle& op, torch::jit::Stack* stack) {
   }
   auto* recording = now(device).recording;
   if (!recording) return on_cpu(op, stack);
-  torch::jit::Stack given, made;
-  for (size_t i = stack->size() - n; i < stack->size(); i++) given.push_back(aliased((*stack)[i]));
+  torch::jit::Stack asked(stack->end() - n, stack->end()), given, made;
   on_cpu(op, stack);
+  for (const IValue& each : asked) given.push_back(aliased(each));  // what is written to has its size by now
+  asked.clear();
   for (size_t i = stack->size() - results; i < stack->size(); i++) made.push_back(aliased((*stack)[i]));
   recording->nodes.push_back([op, given, made, results] {
     torch::jit::Stack again = given;
@@ -580,7 +581,6 @@ struct Graph final : at::GraphImplInterface {
   }
   void instantiate() override {}
   void replay() override {
-    TORCH_CHECK(!recording.nodes.empty(), "the graph is empty");
     InferenceMode mode;
     DeviceGuard guard(Device(KIND, device));
     count("replays");

@@ -18,6 +18,13 @@ NEVER = 2**63 - 1
 SOURCE = Path(__file__).with_name("device.cpp")
 
 
+class CurrentDevice(torch.accelerator.device_index):
+    """`torch.simgpu.device(which)`, as torch.load uses it."""
+
+    def __init__(self, which: Any) -> None:
+        super().__init__(which.index if isinstance(which, torch.device) else which)
+
+
 class Properties:
     """What `get_device_properties` returns."""
 
@@ -36,6 +43,7 @@ def register() -> Any:
     extension = build()
     module = types.ModuleType(f"torch.{KIND}")
     own = {
+        "device": CurrentDevice,
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "_is_in_bad_fork": lambda: False,
