@@ -125,7 +125,7 @@ class CachingPool(Pool):
         if block < 0:
             return
         size, small = self.taken.pop(block)
-        super().give(size)
+        self.used -= size
         free = self.free[small]
         size += free.pop(block + size, 0)
         before = next((at for at, has in free.items() if at + has == block), block)

@@ -285,7 +285,10 @@ struct Allocator_ final : DeviceAllocator {
     int device = current_device;
     if (!n) return {nullptr, Device(KIND, device)};
     void* at = take(device, n);
-    if (!now(device).recording) now(device).put([at, n] { memset(at, 0xff, n); });
+    if (!now(device).recording) now(device).put([at, n, wait = !in_fallback] {
+      if (wait) std::this_thread::sleep_for(std::chrono::microseconds(late_within));
+      memset(at, 0xff, n);
+    });
     return {at, at, device ? give1 : give0, Device(KIND, device)};
   }
   DeleterFnPtr raw_deleter() const override { return nullptr; }
@@ -428,6 +431,7 @@ static at::Tensor copy_from(const at::Tensor& self, const at::Tensor& to, bool n
   Pinned* source = self.is_cpu() ? pinned_of(self.data_ptr()) : nullptr;
   at::Tensor a = self.is_cpu() && !source ? self.clone() : on_host(self), b = on_host(to);  // pageable: staged
   if (source) source->copies++;
+  if (self.is_cpu() && !source && non_blocking && !in_fallback) count("pageable");
   if (q.recording && !in_fallback)
     q.recording->nodes.push_back([a = on_host(self), b] { copy_now(a, b); });
   q.put([a, b, source, over_bus, wait = !in_fallback] {
@@ -468,6 +472,7 @@ static at::Scalar scalar(const at::Tensor& t) {
   return at::native::_local_scalar_dense_cpu(on_host(t));
 }
 static const at::Tensor& resize(const at::Tensor& t, SymIntArrayRef size, std::optional<MemoryFormat> format) {
+  DeviceGuard guard(t.device());
   return at::native::resize_(t, C10_AS_INTARRAYREF_SLOW(size), format);
 }
 static at::Tensor& set_part(at::Tensor& t, at::Storage s, int64_t offset, IntArrayRef size, IntArrayRef stride) {
@@ -475,6 +480,7 @@ static at::Tensor& set_part(at::Tensor& t, at::Storage s, int64_t offset, IntArr
 }
 static at::Tensor& set_whole(at::Tensor& t, at::Storage s) { return at::native::set_(t, s); }
 static at::Tensor copy_from_resize(const at::Tensor& from, const at::Tensor& to) {
+  DeviceGuard guard(to.is_cpu() ? from.device() : to.device());
   if (to.sizes() != from.sizes()) at::native::resize_(to, from.sizes(), std::nullopt);
   return const_cast<at::Tensor&>(to).copy_(from);
 }
