@@ -108,9 +108,10 @@ class CursorCache(KVCache):
     def __init__(self, cache: KVCache) -> None:
         self.memory, self.length = cache.memory, cache.length
         self.memory[:, :, :, :, self.length :] = 0  # a masked token weighs 0, and 0 × NaN would be NaN
-        self.cursor = torch.tensor([cache.length], device=cache.memory.device)
-        self.pads = torch.zeros(cache.memory.shape[2], dtype=torch.int64, device=cache.memory.device)
+        zeros = partial(torch.zeros, dtype=torch.int64, device=cache.memory.device)
+        self.cursor, self.pads = zeros(1), zeros(cache.memory.shape[2])
         self.followed: Tensor | None = None  # the cache's own pads, of which `pads` are a copy
+        self.follow(cache)
 
     def follow(self, cache: KVCache) -> None:
         """Stand where the cache stands, in the same memory."""
@@ -332,7 +333,6 @@ def _graph_step(model: LanguageModel, cache: KVCache) -> Step:
             return last_logits(model, ids, cache)
         if recorded is None:
             moving, own = CursorCache(cache), ids.clone()
-            moving.follow(cache)
             try:
                 recorded = moving, own, *record(ids.device, lambda: last_logits(model, own, moving))
             except RuntimeError as error:
