@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from gpt2lite.converting import ConvertOptions, convert
-from gpt2lite.dialects.reading import block_of
 from gpt2lite.devices import widest_float
+from gpt2lite.dialects.reading import block_of
 from gpt2lite.errors import UsageError
 from gpt2lite.evaluation import evaluate, loss_of, windows
 from gpt2lite.generation.engines import in_eval_mode

@@ -50,9 +50,9 @@ class Tuning:
 
     `readers` threads read at once, `chunk_bytes` at most before they look up (for progress, or an error).
     What cannot be read into its place goes through a ring of `ring_bytes` of host memory (made smaller where
-    that is short), in two slots a reader, an eighth of it at most. `keep_cached=False`, for containers that count it, leaves
-    nothing of what `stream` read in the page cache: a file that is not there is read past it, where the
-    system can, about as fast, and one that is there goes out of it.
+    that is short), two slots a reader, each an eighth of it at most. `keep_cached=False`, for containers that
+    count it, leaves nothing of what `stream` read in the page cache: a file that is not there is read past
+    it, where the system can, about as fast, and one that is there goes out of it.
     `prefetch` has `mmap` read and map everything before it returns, so that the first logits do not wait for
     the disk or for one fault a page; what it reads can be reclaimed like the rest.
     `broadcast`, for ranks that each hold all ("ddp"): the first one reads, and sends the others what they

@@ -51,7 +51,9 @@ def compared(path: str, dtype: torch.dtype | None) -> list[dict[str, Any]]:
         peaks = measured(path, strategy, dtype)
         wanted = predicted[strategy].peak_device, predicted[strategy].peak_reserved
         errors = [said / was - 1 for said, was in zip(wanted, peaks, strict=True)]
-        found.append({"strategy": strategy, "cast": str(dtype), "allocated": errors[0], "reserved": errors[1]})
+        found.append(
+            {"strategy": strategy, "cast": str(dtype), "allocated": errors[0], "reserved": errors[1]}
+        )
     return found
 
 
