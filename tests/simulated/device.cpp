@@ -4,6 +4,7 @@
 // torch's caching allocator's rules (c10/cuda/CUDACachingAllocator.cpp). Operations run on the CPU once their
 // stream is idle; recorded ones (at::GraphImplInterface) hold addresses, no references, as a CUDA graph does.
 #include <torch/extension.h>
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/CachingHostAllocator.h>
 #include <ATen/core/GraphImplInterface.h>
@@ -398,6 +399,10 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   DeviceIndex getCurrentDevice() const override { return current_device; }
   DeviceIndex exchangeDevice(DeviceIndex d) const override { return std::exchange(current_device, d); }
   DeviceIndex maybeExchangeDevice(DeviceIndex d) const override { return exchangeDevice(d); }
+  const at::Generator& getDefaultGenerator(DeviceIndex) const override {
+    return at::detail::getDefaultCPUGenerator();
+  }
+  at::Generator getNewGenerator(DeviceIndex) const override { return at::detail::createCPUGenerator(); }
   bool isPinnedPtr(const void* at) const override { return pinned_of(at) != nullptr; }
   Allocator* getPinnedMemoryAllocator() const override { return &host; }
 };
