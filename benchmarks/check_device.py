@@ -277,7 +277,7 @@ PARTS: dict[str, Callable[[Subject], Facts]] = {
     "two models": two_models,
     "out of memory": out_of_memory,
 }
-# What it takes, beside peers: the program, its arguments, seconds. Not of a simulated device, which has no speed.
+# What it takes, beside peers: the program, its arguments, seconds. A simulated device has no speed.
 TIMED = {
     "loaders": (["compare_loaders.py", "--runs", "3"], 150),
     "decoding": (["compare_decoding.py", "--runs", "3"], 150),
@@ -415,11 +415,11 @@ def main() -> int:
             why = str(found[part].get(state, "")).strip().splitlines()[-1:]
             print(f"{state:8} {part:15} {found[part]['seconds']:6.1f} s  {' '.join(why)}", flush=True)
     real = not args.simulated
-    said = f"{args.size} on {hardware}" if real else f"{args.size} on a simulated device: NO REAL DEVICE RAN"
+    title = f"{args.size} on {hardware}" if real else f"{args.size} on a simulated device: NO REAL DEVICE RAN"
     kept = {"device": hardware, "is_real": real, "size": args.size, "environment": environment()}
     stem = args.out / f"device-{re.sub(r'[^a-z0-9]+', '-', hardware.lower()).strip('-')}"
     stem.with_suffix(".json").write_text(as_json(kept | {"parts": found}) + "\n", encoding="utf-8")
-    drawn = draw(found, said, stem.with_suffix(".png"))
+    drawn = draw(found, title, stem.with_suffix(".png"))
     if facts := found["forecasts"].get("facts"):
         rows = [("strategy", "allocated", "forecast", "reserved", "forecast")]
         for strategy, f in facts.items():
@@ -431,7 +431,7 @@ def main() -> int:
             )
             rows.append((strategy, *(f"{nbytes / MIB:.1f} MiB" for nbytes in pairs)))
         print(f"\n{table(*rows)}")
-    print(f"\n{said}; {time.monotonic() - began:.0f} s; kept in {stem}.json{' and .png' if drawn else ''}")
+    print(f"\n{title}; {time.monotonic() - began:.0f} s; kept in {stem}.json{' and .png' if drawn else ''}")
     return 1 if any("failed" in each for each in found.values()) else 0
 
 

@@ -93,12 +93,16 @@ def ctranslate2(folder: Path, device: str, *, compute_type: str) -> Callable[[Ta
     return run
 
 
-def transformers(folder: Path, device: str, *, dtype: torch.dtype = torch.float32) -> Callable[[Task], Any]:
-    """`generate` with its defaults, greedy."""
+def transformers(
+    folder: Path, device: str, *, dtype: torch.dtype = torch.float32, static: bool = False
+) -> Callable[[Task], Any]:
+    """`generate` with its defaults, greedy; `static`: with a static cache, for which it compiles."""
     from transformers import GPT2LMHeadModel
 
     model = GPT2LMHeadModel.from_pretrained(folder / "hub", dtype=dtype).to(device).eval()
     model.generation_config.pad_token_id = 0
+    if static:
+        model.generation_config.cache_implementation = "static"
 
     @torch.inference_mode()
     def run(task: Task) -> Any:
@@ -144,6 +148,7 @@ CUDA: dict[str, Callable[[Path, str], Callable[[Task], Any]]] = {
     "ours, bfloat16, torch": partial(ours, dtype=torch.bfloat16, engine="torch"),
     "CTranslate2, bfloat16": partial(ctranslate2, compute_type="bfloat16"),
     "transformers, bfloat16": partial(transformers, dtype=torch.bfloat16),
+    "transformers, bfloat16, static": partial(transformers, dtype=torch.bfloat16, static=True),
     "memory": memory,
 }
 CONTENDERS = {"cpu": CPU, "cuda": CUDA}
