@@ -4,7 +4,8 @@
 
 Every contender is a process of its own that holds the same random weights; they take turns, one run each,
 and medians are compared. A run is a whole call: so many tokens greedily after so many. What one token costs
-is the long run less the one that only reads the prompt, over the tokens between. The roofline is the bytes of
+is the long run less one of two tokens, over the tokens between: both read the prompt, and both record or
+compile what later tokens replay. The roofline is the bytes of
 the weights that a token multiplies, over the rate at which a loop that only adds up reads memory.
 Peers come with `pip install -e '.[test,peers]'` and are left out, with the reason, where they cannot run.
 Exits with 1 where a ratio is not what is wanted.
@@ -48,6 +49,7 @@ class Task(NamedTuple):
 
 
 PROMPT = Task(1, 32, 1)
+BEGUN = Task(1, 32, 2)
 DECODE = Task(1, 32, 64)
 PREFILL = Task(1, 512, 1)
 
@@ -91,12 +93,16 @@ def ctranslate2(folder: Path, device: str, *, compute_type: str) -> Callable[[Ta
     return run
 
 
-def transformers(folder: Path, device: str, *, dtype: torch.dtype = torch.float32) -> Callable[[Task], Any]:
-    """`generate` with its defaults, greedy."""
+def transformers(
+    folder: Path, device: str, *, dtype: torch.dtype = torch.float32, static: bool = False
+) -> Callable[[Task], Any]:
+    """`generate` with its defaults, greedy; `static`: with a static cache, for which it compiles."""
     from transformers import GPT2LMHeadModel
 
     model = GPT2LMHeadModel.from_pretrained(folder / "hub", dtype=dtype).to(device).eval()
     model.generation_config.pad_token_id = 0
+    if static:
+        model.generation_config.cache_implementation = "static"
 
     @torch.inference_mode()
     def run(task: Task) -> Any:
@@ -142,6 +148,7 @@ CUDA: dict[str, Callable[[Path, str], Callable[[Task], Any]]] = {
     "ours, bfloat16, torch": partial(ours, dtype=torch.bfloat16, engine="torch"),
     "CTranslate2, bfloat16": partial(ctranslate2, compute_type="bfloat16"),
     "transformers, bfloat16": partial(transformers, dtype=torch.bfloat16),
+    "transformers, bfloat16, static": partial(transformers, dtype=torch.bfloat16, static=True),
     "memory": memory,
 }
 CONTENDERS = {"cpu": CPU, "cuda": CUDA}
@@ -155,7 +162,7 @@ def work(name: str, folder: Path, device: str, connection: Connection) -> None:
     """In a process of its own: build the contender, then run what is asked and say what it took."""
     try:
         run = CONTENDERS[device][name](folder, device)
-        run(PROMPT), run(DECODE)
+        run(PROMPT), run(BEGUN), run(DECODE)
     except (ImportError, RuntimeError, ValueError, OSError) as error:
         connection.send(f"{type(error).__name__}: {error}".splitlines()[0])
         return
@@ -170,7 +177,8 @@ def measure(
     args: argparse.Namespace, folder: Path
 ) -> tuple[dict[str, dict[Task, list[float]]], dict[str, str]]:
     """Seconds of every run of every task; and who was left out, and why."""
-    tasks = (PROMPT, DECODE, PREFILL, *(Task(batch, 32, new) for batch in args.batches for new in (1, 64)))
+    tasks = (PROMPT, BEGUN, DECODE, PREFILL)
+    tasks += tuple(Task(batch, 32, new) for batch in args.batches for new in (2, 64))
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     reasons, workers = {}, []
@@ -237,8 +245,9 @@ def figures(
     for name, by_task in seconds.items():
         if name == "memory":
             continue
-        prompt, decode, prefill = (median(by_task[task]) for task in (PROMPT, DECODE, PREFILL))
-        token = (decode - prompt) / (DECODE.new - 1)
+        kinds = (PROMPT, BEGUN, DECODE, PREFILL)
+        prompt, begun, decode, prefill = (median(by_task[task]) for task in kinds)
+        token = (decode - begun) / (DECODE.new - BEGUN.new)
         nbytes = n_weights * BYTES_A_WEIGHT[name.split(", ")[1]]
         found[name] = Figures(prompt, decode, prefill, token, nbytes / bandwidth / token)
     return found
@@ -314,8 +323,8 @@ def main() -> int:
     print(f"\n{args.size} on {args.device}, {args.runs} runs; memory read at {rate}")
     for batch in args.batches:
         for name in found:
-            prompt, decode = (median(seconds[name][Task(batch, 32, new)]) for new in (1, 64))
-            print(f"batch {batch:3}  {name:24}  {63 * batch / (decode - prompt):9.1f} tokens/s in decoding")
+            begun, decode = (median(seconds[name][Task(batch, 32, new)]) for new in (2, 64))
+            print(f"batch {batch:3}  {name:24}  {62 * batch / (decode - begun):9.1f} tokens/s in decoding")
     for name, reason in reasons.items():
         print(f"{name} was left out: {reason}")
     verdicts = [

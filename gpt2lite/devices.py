@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 
 import torch
 from torch import Tensor
@@ -17,7 +18,19 @@ from torch import Tensor
 from gpt2lite.errors import InsufficientMemoryError, UsageError, is_out_of_memory
 
 CPU = torch.device("cpu")
-_SEEDING = threading.Lock()
+# What a kind of device lacks. Any other kind has all of it: CUDA (which is ROCm's name, too), XPU, and what
+# registers with torch from outside.
+LACKS = {
+    "cpu": {"streams", "blocks"},
+    "meta": {"streams", "blocks"},
+    "mps": {"streams", "blocks", "float64"},
+}
+POLL_SECONDS = 5e-5  # between two looks at an event: half of what a slot's copy takes on a fast bus
+# A matrix product's workspace, which torch keeps for each stream that multiplied: 32 MiB on the newest cards,
+# 8 before. Source: `getChosenWorkspaceSize` of ATen/cuda/CublasHandlePool.cpp.
+WORKSPACE_BYTES = 32 << 20
+_SEEDING, _RECORDING = threading.Lock(), threading.Lock()
+_recording_streams: dict[torch.device, torch.Stream] = {}
 IMPORTED_IN = os.getpid()
 
 
@@ -36,9 +49,19 @@ def one_thread_after_fork() -> Iterator[None]:
 
 
 def free_accelerator() -> torch.device | None:
-    """The first accelerator with most of its memory free, None where there is none. Starts those it asks."""
-    here = accelerators()
-    return next((each for each in here if 2 * (free_memory(each) or 0) > total_memory(each)), None)
+    """The first accelerator with most of its memory free, None where there is none. Starts those it asks.
+
+    One whose memory cannot be asked for counts as free.
+    """
+    for each in accelerators():
+        free = free_memory(each)
+        if free is None or 2 * free > total_memory(each):
+            return each
+    return None
+
+
+def _has(device: torch.device, what: str) -> bool:
+    return what not in LACKS.get(device.type, ())
 
 
 def name_device(device: str | torch.device) -> torch.device:
@@ -88,7 +111,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
 def free_memory(device: torch.device) -> int | None:
     """Bytes that this process can still take on a device, None where that cannot be known.
 
-    What the driver has free and what torch's allocator holds unused, within this process's own fraction.
+    What the driver has free, within this process's own fraction, and what torch's allocator can give back to
+    it: not the free rests of segments that are in use.
     """
     if not is_here(device):
         return None
@@ -99,7 +123,17 @@ def free_memory(device: torch.device) -> int | None:
     reserved = torch.accelerator.memory_reserved(device)
     fraction = torch.cuda.get_per_process_memory_fraction(device) if device.type == "cuda" else 1.0
     granted = int(total * fraction) - reserved
-    return max(min(free, granted), 0) + reserved - torch.accelerator.memory_allocated(device)
+    held = torch.accelerator.memory_allocated(device)
+    held += torch.accelerator.memory_stats(device).get("inactive_split_bytes.all.current", 0)
+    return max(min(free, granted), 0) + reserved - held
+
+
+def shares_memory(device: torch.device) -> bool:
+    """Whether a device's memory is the host's: Apple's, Jetson, GB10, graphics inside the processor."""
+    if not is_here(device):
+        return device.type == "mps"
+    properties = getattr(torch.get_device_module(device), "get_device_properties", lambda device: None)
+    return device.type == "mps" or bool(getattr(properties(device), "is_integrated", False))
 
 
 def total_memory(device: torch.device) -> int:
@@ -117,17 +151,45 @@ def peak_allocated(device: torch.device) -> int:
     return torch.accelerator.max_memory_allocated(device) if is_here(device) else 0
 
 
-def restart_peak(device: torch.device) -> None:
-    """Give cached memory back to the device and count its peak anew; nothing on the CPU."""
+def peak_reserved(device: torch.device) -> int:
+    """The most that torch's allocator had taken of a device since `restart_peak`, used or not."""
+    return torch.accelerator.max_memory_reserved(device) if is_here(device) else 0
+
+
+def reserved(device: torch.device) -> int:
+    """Bytes that torch's allocator has taken of a device."""
+    return torch.accelerator.memory_reserved(device) if is_here(device) else 0
+
+
+def counts_peaks(device: torch.device) -> bool:
+    """Whether torch's allocator for a device keeps statistics of its own."""
+    return is_here(device) and bool(torch.accelerator.memory_stats(device))
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give cached memory back to the device once it has done all it was given; nothing on the CPU."""
     if is_here(device):
         synchronize(device)
         torch.accelerator.empty_cache()
-        torch.accelerator.reset_peak_memory_stats(device)
+
+
+def restart_peak(device: torch.device) -> None:
+    """Give cached memory back to the device and count its peak anew; nothing on the CPU."""
+    empty_cache(device)
+    if is_here(device):
+        with suppress(RuntimeError):  # a backend that does not count
+            torch.accelerator.reset_peak_memory_stats(device)
 
 
 def caches_in_blocks(device: torch.device) -> bool:
     """Whether memory there comes from torch's caching allocator, in the blocks that `CachingPool` models."""
-    return device.type == "cuda"
+    return _has(device, "blocks")
+
+
+def grows_segments() -> bool:
+    """Whether that allocator was told to let segments grow (`expandable_segments:True`)."""
+    said = (os.environ.get(f"PYTORCH_{kind}ALLOC_CONF", "") for kind in ("", "CUDA_", "HIP_"))
+    return any("expandable_segments:true" in each.lower().replace(" ", "") for each in said)
 
 
 # ---- streams -----------------------------------------------------------------------------------------------
@@ -135,7 +197,7 @@ def caches_in_blocks(device: torch.device) -> bool:
 
 def copies_async(device: torch.device) -> bool:
     """Whether copies to this kind of device can go on while this thread does: streams, pinned memory."""
-    return device.type not in ("cpu", "meta", "mps")
+    return _has(device, "streams")
 
 
 def synchronize(device: torch.device) -> None:
@@ -157,36 +219,63 @@ def current_stream(device: torch.device) -> torch.Stream | None:
 def caller_stream() -> torch.Stream | None:
     """This thread's stream on the current device, for another thread to continue on.
 
-    None where no accelerator was used yet: asking would start one.
+    None where no accelerator was used yet, since asking would start one, and where it has no streams.
     """
     kind = torch.accelerator.current_accelerator()
-    if kind is None or not getattr(torch, kind.type).is_initialized():
+    if kind is None or not copies_async(kind) or not torch.get_device_module(kind).is_initialized():
         return None
     return current_stream(torch.device(kind.type, torch.accelerator.current_device_index()))
 
 
+def wait_for(event: torch.Event) -> None:
+    """Wait until an event has happened. `event.synchronize()` would keep a processor busy meanwhile."""
+    while not event.query():
+        time.sleep(POLL_SECONDS)
+
+
 def has_graphs(device: torch.device) -> bool:
     """Whether work on a device can be recorded once and replayed."""
-    return device.type == "cuda" and is_here(device)
+    if device.type == "cuda" or not is_here(device):
+        return is_here(device)
+    try:
+        return torch.accelerator.Graph() is not None
+    except (AttributeError, RuntimeError):  # a torch, or a backend, without them
+        return False
+
+
+@contextmanager
+def _recorded_by(device: torch.device, side: torch.Stream) -> Iterator[Callable[[], None]]:
+    """Inside, work is recorded; gives what replays it. Other threads may go on using the device."""
+    if device.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):  # type: ignore[arg-type]
+            yield graph.replay
+    else:
+        general = torch.accelerator.Graph(capture_error_mode="thread_local")
+        with on_stream(side), general:
+            yield general.replay
 
 
 def record(device: torch.device, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     """Record `work` on a device; returns what replays it, and its result, which every replay fills anew.
 
     It runs twice before, so that libraries allocate their workspaces outside of the graph, on the stream that
-    records. Both must belong to that device: the current one's would record an empty graph.
+    records: one for each device, since its workspace stays, and one thread at a time. It must belong to that
+    device: the current one's would record an empty graph. A replay belongs to the thread's current stream.
     """
-    graph = torch.cuda.CUDAGraph()
-    with current_device(device):
-        side, current = torch.cuda.Stream(device), torch.accelerator.current_stream(device)
+    with _RECORDING, current_device(device), ExitStack() as recording:
+        if device not in _recording_streams:
+            kind = torch.get_device_module(device)
+            _recording_streams[device] = getattr(kind, "Stream", torch.Stream)(device)
+        side, current = _recording_streams[device], torch.accelerator.current_stream(device)
         side.wait_stream(current)
         with on_stream(side):
             work()
             work()
         current.wait_stream(side)
-        with torch.cuda.graph(graph, stream=side):
-            result = work()
-    return graph.replay, result
+        replay = recording.enter_context(_recorded_by(device, side))
+        result = work()
+    return replay, result
 
 
 # ---- arithmetic --------------------------------------------------------------------------------------------
@@ -195,6 +284,11 @@ def record(device: torch.device, work: Callable[[], Tensor]) -> tuple[Callable[[
 def has_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies in bfloat16 itself; cards before compute capability 8.0 emulate it."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """The floating dtype in which long sums are exact enough: float64 where a device has it."""
+    return torch.float64 if _has(device, "float64") else torch.float32
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt2lite.devices import widest_float
 from gpt2lite.errors import UsageError
 from gpt2lite.generation import LanguageModel
 from gpt2lite.generation.decoding import NOT_FINITE, require_language_model
@@ -50,7 +51,7 @@ def loss_of(model: LanguageModel, hidden: Tensor, targets: Tensor) -> Tensor:
     """
     parts = zip(hidden.split(POSITIONS_AT_ONCE), targets.split(POSITIONS_AT_ONCE), strict=True)
     losses = [F.cross_entropy(model.out_head(some).float(), ids, reduction="sum") for some, ids in parts]
-    return torch.stack(losses).double().sum()
+    return torch.stack(losses).to(widest_float(hidden.device)).sum()
 
 
 def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from gpt2lite.devices import free_memory
+from gpt2lite.devices import free_memory, shares_memory
 from gpt2lite.errors import UsageError
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -171,13 +171,17 @@ class Limit:
 class Budget:
     """What a load may take. `swap` comes on top of `host`, up to the caller's cap.
 
-    `virtual` limits allocated host memory and mapped files together.
+    `virtual` limits allocated host memory and mapped files together. Where the device's memory is the
+    host's (`is_shared`), `host` limits the sum of both, and `granted` is what torch's allocator may take of
+    the device.
     """
 
     host: Limit
     device: Limit
     swap: int = 0
     virtual: Limit = Limit(None, "not limited")
+    is_shared: bool = False
+    granted: int | None = None
 
     def of(self, place: str) -> Limit:
         """The limit of "host", "device" or "virtual"."""
@@ -217,7 +221,10 @@ def find_budget(
     memory = host_memory()
     host = _limit("host", memory.available, memory.limited_by, max_host_memory)
     room = NO_LIMIT if max_host_memory is None else parse_size(max_host_memory) - (host.nbytes or 0)
-    on_device = _limit("device", free_memory(device), str(device), max_device_memory)
+    free, is_shared = free_memory(device), shares_memory(device)
+    if is_shared:
+        free = min(memory.available, NO_LIMIT if free is None else free)
+    on_device = _limit("device", free, str(device), max_device_memory)
     granted, source = min(process_grants(), default=(None, ""))
     virtual = _limit("host", granted, source, None)
-    return Budget(host, on_device, min(memory.swap, room), virtual)
+    return Budget(host, on_device, min(memory.swap, room), virtual, is_shared, free)

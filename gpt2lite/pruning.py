@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2lite.converting import ConvertOptions, convert
+from gpt2lite.devices import widest_float
 from gpt2lite.dialects.reading import block_of
 from gpt2lite.errors import UsageError
 from gpt2lite.evaluation import evaluate, loss_of, windows
@@ -103,7 +104,8 @@ def choose_blocks(model: GPTModel, ids: Tensor, keep: int, progress: Progress | 
     kept, losses, done = list(range(n_layers)), [whole.nats / whole.tokens], 0
     total = (n_layers - keep) * len([*windows(len(ids), *[model.config.context_length] * 2)])
     while len(kept) > keep:
-        nats = torch.zeros(len(kept), dtype=torch.float64, device=model.pos_emb.weight.device)
+        device = model.pos_emb.weight.device
+        nats = torch.zeros(len(kept), dtype=widest_float(device), device=device)
         with in_eval_mode(model):
             for found in _losses_without(model, [model.trf_blocks[at] for at in kept], ids):
                 nats, done = nats + found, done + 1

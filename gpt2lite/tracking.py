@@ -22,7 +22,15 @@ import psutil
 import torch
 
 from gpt2lite import sampler
-from gpt2lite.devices import CPU, allocated, peak_allocated, resolve_device, restart_peak, synchronize
+from gpt2lite.devices import (
+    CPU,
+    allocated,
+    counts_peaks,
+    peak_allocated,
+    resolve_device,
+    restart_peak,
+    synchronize,
+)
 from gpt2lite.memory import GIB, ShownAsTable
 
 
@@ -185,7 +193,8 @@ def track_memory(device: str | torch.device = "cpu") -> Iterator[MemoryUse]:
         total = use.peak_host_total = kernel_peak.stop()
         how, (anonymous, file, samples) = stop()
     use.peak_device = peak_allocated(use.device) - device_baseline
-    use.method = f"{what} {how}"
+    uncounted = use.device != CPU and not counts_peaks(use.device)
+    use.method = f"{what} {how}{f'; torch does not count the memory of {use.device}' if uncounted else ''}"
     sampled_anonymous = max(anonymous, last_anonymous) - base_anonymous
     sampled_file = max(file, last_file) - base_file
     # What rose and fell between two samples is in the kernel's peak alone: counted as both, not as none.

@@ -129,6 +129,7 @@ def test_a_ring_of_one_slot_fills_every_bit(
 ):
     path, expected = case
     monkeypatch.setattr(schedule, "FEWEST_SLOTS", 1)
+    monkeypatch.setattr(schedule, "SLOTS_A_READER", 0)
     real, counts = stream_engine.Ring.__init__, []
 
     def counting(self: stream_engine.Ring, plan: schedule.Schedule, *args: Any) -> None:

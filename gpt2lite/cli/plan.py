@@ -36,7 +36,7 @@ LEGEND = """\
 Bytes that loading adds. device, host anon, host file: at the peak; anon cannot
 be reclaimed, file is what is read through a mapping. stays: after loading.
 mapped: pages of the file that the model then uses and the system can reclaim.
-fits: in available memory, and under the caps."""
+fits: in available memory, and under the caps; a device in whole segments."""
 OF_RANKS = """
 reads, gathers: bytes that stream reads for this rank; what FSDP needs to run."""
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt2lite.devices import widest_float
+
 ROWS = 256  # of logits in memory at a time: 51 MB of GPT-2's
 ROWS_TAUGHT = 64  # with a teacher's beside them, and the distributions of both
 WORDS = 4096  # of the head whose gradient is cast at a time: `fp32 += bf16` makes an fp32 copy on the CPU
@@ -63,7 +65,10 @@ def _hard(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Gradients are made beside the loss, from the same logits, and only scaled in backward."""
+    """Gradients are made beside the loss, from the same logits, and only scaled in backward.
+
+    `scale` is what they are multiplied with before they are of 16 bits: fp16 has no number below 6e-8.
+    """
 
     @staticmethod
     def forward(
@@ -74,13 +79,14 @@ class _ChunkedLoss(torch.autograd.Function):
         targets: Tensor,
         dtype: torch.dtype,
         teaching: Teaching | None,
+        scale: float,
     ) -> Tensor:
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         used, size = weight.to(dtype), ROWS_TAUGHT if teaching else ROWS
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight) if wants_weight else None
         grad_bias = torch.zeros_like(bias) if wants_bias and bias is not None else None
-        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        total = torch.zeros((), dtype=widest_float(hidden.device), device=hidden.device)
         for start in range(0, len(hidden), size):
             rows, ids = hidden[start : start + size].to(dtype), targets[start : start + size, None]
             logits = F.linear(rows, used, None if bias is None else bias.to(dtype))
@@ -94,7 +100,8 @@ class _ChunkedLoss(torch.autograd.Function):
             total += loss + near[0] if near else loss
             if not any(ctx.needs_input_grad):
                 continue
-            errors = errors.to(dtype)
+            errors = (errors if scale == 1 else errors.mul_(scale)).to(dtype)
+            near = (near[0], near[1].mul_(scale)) if near and scale != 1 else near
             if grad_hidden is not None:
                 grad_hidden[start : start + size] = errors @ used + near[1] if near else errors @ used
             if grad_weight is not None and grad_weight.dtype == dtype:
@@ -104,24 +111,31 @@ class _ChunkedLoss(torch.autograd.Function):
                     own_rows += some.t() @ rows
             if grad_bias is not None:
                 grad_bias += errors.sum(0)
-        ctx.grads = grad_hidden, grad_weight, grad_bias
+        ctx.grads, ctx.scale = (grad_hidden, grad_weight, grad_bias), scale
         return total.to(torch.promote_types(dtype, torch.float32))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        found = tuple(None if own is None else own.mul_(grads[0]) for own in ctx.grads)
+        found = tuple(None if own is None else own.mul_(grads[0] / ctx.scale) for own in ctx.grads)
         ctx.grads = None
-        return *found, None, None, None
+        return *found, None, None, None, None
 
 
 def summed_loss(
-    head: Any, hidden: Tensor, targets: Tensor, *, chunked: bool, teaching: Teaching | None = None
+    head: Any,
+    hidden: Tensor,
+    targets: Tensor,
+    *,
+    chunked: bool,
+    teaching: Teaching | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
     """Summed over rows, in nats: hidden (N, C) through a linear head, targets (N,) → ().
 
     The cross-entropy, or what `Teaching` says. Chunked, it costs ROWS × V fp32 numbers, twice (with a teacher
     ROWS_TAUGHT × V, six times), and the gradient of the head from forward on; gradients are those of the
-    whole to rounding, and can be asked for once. Else the logits cost N × V, three times.
+    whole to rounding, and can be asked for once; `scale` is what backward will be called with, if that is
+    known. Else the logits cost N × V, three times.
     """
     if not chunked:
         logits = head(hidden)
@@ -131,4 +145,4 @@ def summed_loss(
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else head.weight.dtype
     with torch.autocast(device, enabled=False):
-        return _ChunkedLoss.apply(hidden, head.weight, head.bias, targets, dtype, teaching)
+        return _ChunkedLoss.apply(hidden, head.weight, head.bias, targets, dtype, teaching, scale)

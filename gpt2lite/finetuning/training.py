@@ -158,15 +158,17 @@ def loss_sum(
     targets: Tensor,
     recipe: Recipe,
     teacher: GPTModel | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
-    """The loss of ids (B, T) at N places, in nats, summed: ()."""
+    """The loss of ids (B, T) at N places, in nats, summed: (). Backward is meant to begin with `scale`."""
     device, teaching = ids.device, says(teacher, ids, places, recipe) if teacher is not None else None
     # Without its cache of casts, which is emptied only where no autocast is left, such as a caller's: weights
     # of an earlier step would be used for ever.
     precision = precision_of(device)
     with torch.autocast(device.type, precision, enabled=recipe.autocast, cache_enabled=False):
         rows = rows_of(model, ids, places)
-        return summed_loss(model.out_head, rows, targets, chunked=recipe.chunked_loss, teaching=teaching)
+        how: Any = {"chunked": recipe.chunked_loss, "teaching": teaching, "scale": scale}
+        return summed_loss(model.out_head, rows, targets, **how)
 
 
 def own_rows(batch: Batch, model: GPTModel) -> Batch:
@@ -273,9 +275,11 @@ class Trainer:
         # what dropout draws depends on seed and step alone, and on whose rows it is for
         drawn = (self.recipe.seed << 32) + number * self.ranks + self.place
         draws = seeded(self.device, drawn) if dropout else nullcontext()
+        scale = self.scaler.get_scale() * self.ranks / count if self.scaler.is_enabled() else 1.0
+        given = self.recipe, self.teacher, scale
         with recomputed(blocks, dropout), draws:
             for ids, places, targets in there:
-                loss = self.loss_sum(self.model, ids, places, targets, self.recipe, self.teacher) / count
+                loss = self.loss_sum(self.model, ids, places, targets, *given) / count
                 summed += parallel.total(self.mesh, float(loss.detach()))
                 require_finite(summed, f"step {number}: the loss", self.recipe, NOTHING_CHANGED)
                 self.is_whole = not self.recipe.step_in_backward

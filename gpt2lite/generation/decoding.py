@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from gpt2lite.config import NEW_TOKENS, GPTConfig
-from gpt2lite.errors import UsageError, require_allowed
+from gpt2lite.devices import empty_cache, widest_float
+from gpt2lite.errors import (
+    InsufficientMemoryError,
+    UsageError,
+    first_line,
+    is_out_of_memory,
+    require_allowed,
+)
 from gpt2lite.generation.engines import ENGINES, KVCache, LanguageModel, choose_engine, require_threads
 from gpt2lite.generation.prompts import (
     Batch,
@@ -29,6 +36,7 @@ from gpt2lite.generation.prompts import (
     usable_vocabulary,
 )
 from gpt2lite.loading.options import check_names
+from gpt2lite.memory import find_budget, human
 from gpt2lite.parallel import computing_over, no_gradients, require_same, rest, together
 from gpt2lite.reading_text import HALVES
 from gpt2lite.tokenizer import Encoding, Tokenizer, as_tokenizer
@@ -83,7 +91,8 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     if p == 1:
         return logits
     ordered, order = logits.sort(descending=True)
-    shares = ordered.double().softmax(-1)  # fp32 sums of 50,000 shares pass p too early, or reach 1
+    # fp32 sums of 50,000 shares pass p too early, or reach 1
+    shares = ordered.to(widest_float(ordered.device)).softmax(-1)
     is_past = shares.cumsum(-1) - shares >= p  # those before it are enough
     return logits.masked_fill(is_past.scatter(-1, order, is_past), NEVER)
 
@@ -323,7 +332,29 @@ def _begin(
                     cache.length, cache.pads, ids = 0, batch.pads, batch.ids
 
     # Outside of inference mode, a clone is an ordinary tensor, which can be trained on.
-    return prompts, stops, (token.clone() for token in no_gradients(model)(tokens)(start))
+    found = (token.clone() for token in no_gradients(model)(tokens)(start))
+    return prompts, stops, _with_numbers(found, like.device, cache.memory.nbytes)
+
+
+def _with_numbers(tokens: Iterator[Tensor], device: torch.device, held: int) -> Iterator[Tensor]:
+    """The same tokens; where memory runs out, InsufficientMemoryError, and nothing is held any more."""
+    try:
+        yield from tokens
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, InsufficientMemoryError) or not is_out_of_memory(error):
+            raise
+        reason = first_line(error)
+    else:
+        return
+    # Raised out here, where the first error's frames are gone, and with them the cache.
+    del tokens
+    empty_cache(device)
+    place = "host" if device.type == "cpu" else "device"
+    limit = find_budget(device).of(place)
+    said = f"memory ran out on {device} while generating ({reason}); keys and values took {human(held)}"
+    do = "Generate for fewer prompts at once, or fewer tokens"
+    available = {place: limit.nbytes or 0}
+    raise InsufficientMemoryError(f"{said}, now available: {limit.said}. {do}", available=available)
 
 
 @overload

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from gpt2lite.config import GPTConfig
-from gpt2lite.devices import has_graphs, record
-from gpt2lite.errors import InsufficientMemoryError, UsageError, first_line
+from gpt2lite.devices import WORKSPACE_BYTES, has_graphs, record
+from gpt2lite.errors import InsufficientMemoryError, UsageError, first_line, is_out_of_memory
 from gpt2lite.loading.offload import Offloaded
-from gpt2lite.memory import find_budget, human
+from gpt2lite.memory import MIB, find_budget, human
 from gpt2lite.parallel import is_divided
 from gpt2lite.quantization import Int8Embedding, Int8Linear
 
@@ -103,13 +103,23 @@ class CursorCache(KVCache):
     """The memory of a `KVCache`, its length kept on the device: every step of one token is the same work.
 
     That is what a recorded graph needs; attention reads the whole capacity each time. Whoever runs a step
-    first moves the `cursor`, (1,) int64, to the number of tokens before it.
+    first has it `follow` the cache. `cursor`, (1,) int64, is the number of tokens before the step.
     """
 
     def __init__(self, cache: KVCache) -> None:
-        self.memory, self.pads, self.length = cache.memory, cache.pads, cache.length
+        self.memory, self.length = cache.memory, cache.length
         self.memory[:, :, :, :, self.length :] = 0  # a masked token weighs 0, and 0 × NaN would be NaN
-        self.cursor = torch.tensor([cache.length], device=cache.memory.device)
+        zeros = partial(torch.zeros, dtype=torch.int64, device=cache.memory.device)
+        self.cursor, self.pads = zeros(1), zeros(cache.memory.shape[2])
+        self.followed: Tensor | None = None  # the cache's own pads, of which `pads` are a copy
+        self.follow(cache)
+
+    def follow(self, cache: KVCache) -> None:
+        """Stand where the cache stands, in the same memory."""
+        self.cursor.fill_(cache.length)
+        if cache.pads is not self.followed:  # a window slid
+            self.pads.copy_(torch.zeros_like(self.pads) if cache.pads is None else cache.pads)
+            self.followed = cache.pads
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, H, 1, D) at the cursor and return the whole capacity."""
@@ -117,14 +127,13 @@ class CursorCache(KVCache):
         return keys.index_copy_(2, self.cursor, k), values.index_copy_(2, self.cursor, v)
 
     def positions(self, T: int) -> Tensor:
-        """The next position, (1,) or (B, 1)."""
-        return self.cursor if self.pads is None else self.cursor - self.pads[:, None]
+        """The next position, (B, 1)."""
+        return self.cursor - self.pads[:, None]
 
     def mask(self, T: int) -> Tensor:
-        """Which tokens are text, at the cursor or before it: (B or 1, 1, 1, capacity)."""
+        """Which tokens are text, at the cursor or before it: (B, 1, 1, capacity)."""
         columns = torch.arange(self.memory.shape[4], device=self.memory.device)
-        begin = torch.zeros_like(self.cursor) if self.pads is None else self.pads
-        return (columns <= self.cursor) & (columns >= begin[:, None, None, None])
+        return (columns <= self.cursor) & (columns >= self.pads[:, None, None, None])
 
     def advance(self, T: int) -> None:
         """Do nothing: replays run no Python."""
@@ -300,20 +309,43 @@ def _numba_step(model: Any, cache: KVCache) -> Step:
 # ---- graphs ------------------------------------------------------------------------------------------------
 
 
+def graph_bytes(model: LanguageModel, batch: int) -> int:
+    """What recording a step takes beside the cache, at most: its own memory, and a workspace.
+
+    Its pool has a segment for small tensors and one for large ones; logits, and what is made of them, may be
+    larger than that.
+    """
+    logits = 3 * 4 * batch * len(model.out_head.weight)
+    return WORKSPACE_BYTES + 22 * MIB + logits
+
+
 def _graph_step(model: LanguageModel, cache: KVCache) -> Step:
-    """Single tokens replay a recorded graph, without Python or launches; longer inputs go to torch."""
+    """Single tokens replay a recorded graph, without Python or launches; longer inputs go to torch.
+
+    It is recorded once: ids, cursor and pads lie where it reads them. Where its memory is not there, which it
+    says in a warning, torch goes on.
+    """
     recorded: tuple[CursorCache, Tensor, Callable[[], None], Tensor] | None = None
+    is_refused = False
 
     def step(ids: Tensor) -> Tensor:
-        nonlocal recorded
-        if ids.shape[1] > 1:
+        nonlocal recorded, is_refused
+        if ids.shape[1] > 1 or is_refused:
             return last_logits(model, ids, cache)
-        if recorded is None or recorded[0].pads is not cache.pads:  # new pads: window slid
+        if recorded is None:
             moving, own = CursorCache(cache), ids.clone()
-            recorded = moving, own, *record(ids.device, lambda: last_logits(model, own, moving))
+            try:
+                recorded = moving, own, *record(ids.device, lambda: last_logits(model, own, moving))
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                is_refused = True
+                said = f"no memory to record a graph ({first_line(error)}); torch generates instead"
+                warnings.warn(said, UserWarning, stacklevel=2)
+                return last_logits(model, ids, cache)
         moving, own, replay, logits = recorded
         own.copy_(ids)
-        moving.cursor.fill_(cache.length)
+        moving.follow(cache)
         replay()
         cache.advance(1)
         return logits
@@ -329,7 +361,13 @@ def _lacks_for_graph(model: LanguageModel, batch: int) -> str:
         return "the model is divided over ranks"
     if isinstance(getattr(model, "trf_blocks", None), Offloaded):
         return "some of its blocks come from elsewhere"
-    return "" if has_graphs(model.pos_emb.weight.device) else "the model is not on a GPU"
+    device = model.pos_emb.weight.device
+    if not has_graphs(device):
+        return "the model is not on a GPU"
+    needed, limit = graph_bytes(model, batch), find_budget(device).device
+    if not limit.admits(needed):
+        return f"recording takes {human(needed)} on {device}; available: {limit.said}"
+    return ""
 
 
 # Per engine: why it cannot run this model and batch ("" if it can), and what makes a step.

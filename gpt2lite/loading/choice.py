@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from gpt2lite.checkpoint.source import in_memory
-from gpt2lite.devices import CPU, name_device, resolve_device
+from gpt2lite.devices import CPU, empty_cache, name_device, resolve_device
 from gpt2lite.dialects.reading import Placement
 from gpt2lite.errors import InsufficientMemoryError, UsageError, did_you_mean, first_line, is_out_of_memory
 from gpt2lite.loading import offload
@@ -44,8 +44,8 @@ def forecasts(plan: LoadPlan) -> dict[str, Forecast]:
     return {name: _forecast(plan, name) for name, row in STRATEGIES.items() if not row.refuses(plan)}
 
 
-def _forecast(plan: LoadPlan, name: str) -> Forecast:
-    ledger = Ledger(plan.device)
+def _forecast(plan: LoadPlan, name: str, granted: int | None = None) -> Forecast:
+    ledger = Ledger(plan.device, granted)
     STRATEGIES[name].forecast(plan, ledger)
     if plan.reading.adapters:
         forecast_merged(plan, ledger)
@@ -60,7 +60,7 @@ def judge(plan: LoadPlan, name: str, budget: Budget) -> Verdict:
         raise UsageError(why)
 
     while True:
-        forecast = _forecast(plan, name)
+        forecast = _forecast(plan, name, budget.granted)
         verdict = Verdict(plan, forecast, _lacking(plan, forecast, budget))
         ring_bytes = plan.tuning.ring_bytes // 2
         if not verdict.lacking or ring_bytes < SMALLEST_RING:
@@ -69,7 +69,9 @@ def judge(plan: LoadPlan, name: str, budget: Budget) -> Verdict:
 
 
 def _lacking(plan: LoadPlan, forecast: Forecast, budget: Budget) -> dict[str, int]:
-    needed = {"device": forecast.peak_device, "host": forecast.peak_host_anonymous}
+    needed = {"device": forecast.peak_reserved, "host": forecast.peak_host_anonymous}
+    if budget.is_shared:
+        needed["host"] += needed["device"]
     if budget.host.admits(needed["host"]):
         needed["virtual"] = needed["host"]
         if forecast.peak_host_reclaimable or forecast.stays_mapped:  # a file that is mapped is mapped whole
@@ -80,13 +82,15 @@ def _lacking(plan: LoadPlan, forecast: Forecast, budget: Budget) -> dict[str, in
     return {place: nbytes for place, nbytes in needed.items() if not budget.of(place).admits(nbytes)}
 
 
-def choose(plan: LoadPlan, strategy: str, budget: Budget) -> tuple[str, LoadPlan]:
+def choose(
+    plan: LoadPlan, strategy: str, budget: Budget, without: Collection[str] = ()
+) -> tuple[str, LoadPlan]:
     """The strategy to take and the plan for it.
 
     "auto" is the first of AUTO (where ranks load the same, "mmap" comes first) that can do what is planned
-    and fits; a strategy that was named may count on swap. Raises UsageError for an unknown one and one that
-    cannot do it; InsufficientMemoryError, before
-    anything is allocated, where nothing fits.
+    and fits, but for those `without` which to do; a strategy that was named may count on swap. Raises
+    UsageError for an unknown one and one that cannot do it; InsufficientMemoryError, before anything is
+    allocated, where nothing fits.
     """
     if strategy not in ("auto", *STRATEGIES):
         raise UsageError(f"unknown strategy {strategy!r}{did_you_mean(strategy, ('auto', *STRATEGIES))}")
@@ -94,6 +98,7 @@ def choose(plan: LoadPlan, strategy: str, budget: Budget) -> tuple[str, LoadPlan
         budget = budget.with_swap()
     order = ("mmap", *AUTO) if plan.is_repeated else AUTO  # processes share the pages of a mapped file
     names = tuple(dict.fromkeys(order)) if strategy == "auto" else (strategy,)
+    names = tuple(name for name in names if name not in without)
     refused = {name: why for name in names if (why := STRATEGIES[name].refuses(plan))}
     if len(refused) == len(names):
         raise UsageError(f"{plan.manifest.path}: {'; '.join(dict.fromkeys(refused.values()))}")
@@ -261,29 +266,52 @@ def load(
 def _load(
     make: Callable[[torch.device], LoadPlan], device: str | torch.device, strategy: str, options: LoadOptions
 ) -> nn.Module:
-    resolved = resolve_device(device)
-    budget = find_budget(resolved, options.get("max_host_memory"), options.get("max_device_memory"))
-    plan = make(resolved)
-    require_same(options.get("mesh"), "files or options", plan.identity)
-    if place := options.get("offload"):
-        plan = with_offload(plan, strategy, place, budget)
-    name, plan = choose(plan, strategy, budget)
-    manifest = plan.manifest
-    try:
-        module = _filled(name, plan)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, InsufficientMemoryError) or not is_out_of_memory(error):
+    resolved, mesh = resolve_device(device), options.get("mesh")
+    caps = options.get("max_host_memory"), options.get("max_device_memory")
+    ran_out = dict[str, InsufficientMemoryError]()
+    while True:
+        budget = find_budget(resolved, *caps)
+        plan = make(resolved)
+        require_same(mesh, "files or options", plan.identity)
+        if place := options.get("offload"):
+            plan = with_offload(plan, strategy, place, budget)
+        try:
+            name, plan = choose(plan, strategy, budget, ran_out)
+        except (InsufficientMemoryError, UsageError):  # nothing else can do it
+            if ran_out:
+                break
             raise
-        reason = first_line(error)
-    else:
-        manifest.check_unchanged()
-        targets = () if plan.own_loading else plan.targets  # its loading may change dtypes, too
-        dtypes = {name: target.dtype for target in targets for name in target.names}
-        return prove_complete(module, dtypes, plan.device)
-    # Raised out here, where neither the plan's tensors nor the first error's frames are held any more.
-    del plan
-    said = f'memory ran out on {device} with strategy="{name}", though the forecast fits'
-    raise InsufficientMemoryError(f"{manifest.path}: {said}; another process may have taken it ({reason})")
+        try:
+            module = _filled(name, plan)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, InsufficientMemoryError) or not is_out_of_memory(error):
+                raise
+            ran_out[name] = _ran_out(plan, name, budget, first_line(error))
+        else:
+            plan.manifest.check_unchanged()
+            targets = () if plan.own_loading else plan.targets  # its loading may change dtypes, too
+            dtypes = {name: target.dtype for target in targets for name in target.names}
+            return prove_complete(module, dtypes, plan.device)
+        # Out here, neither the plan's tensors nor the error's frames are held any more.
+        del plan
+        empty_cache(resolved)
+        if strategy != "auto" or mesh is not None or ran_out.keys() >= {*AUTO}:
+            break
+    raise next(iter(ran_out.values()))
+
+
+def _ran_out(plan: LoadPlan, name: str, budget: Budget, reason: str) -> InsufficientMemoryError:
+    """What the forecast wanted and what there was; another process may have taken it since."""
+    forecast = _forecast(plan, name, budget.granted)
+    needed = {"host": forecast.peak_host_anonymous, "device": forecast.peak_reserved}
+    needed = {place: nbytes for place, nbytes in needed.items() if nbytes}
+    said = f'memory ran out on {plan.device} with strategy="{name}", though the forecast fits'
+    lines = [f"{plan.manifest.path}: {said}; another process may have taken it ({reason})"]
+    lines += [
+        f"{human(nbytes)} of {place} memory, of {budget.of(place).said}" for place, nbytes in needed.items()
+    ]
+    available = {place: budget.of(place).nbytes or 0 for place in needed}
+    return InsufficientMemoryError("\n  ".join(lines), needed=needed, available=available)
 
 
 def _filled(strategy: str, plan: LoadPlan) -> nn.Module:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 MAX_GAP = 4096  # between two pieces that one read takes together: a zip header, some padding
 FEWEST_SLOTS = 8
+SLOTS_A_READER = 2  # one is read into while the other is copied to the device
 LANE_BUFFERS = 2  # on a device with streams, each as large as a slot
 MAX_ITEM_BYTES = 16  # complex128; slots begin at multiples of it, so that bytes can be viewed as any dtype
 
@@ -49,9 +50,9 @@ class Tuning:
 
     `readers` threads read at once, `chunk_bytes` at most before they look up (for progress, or an error).
     What cannot be read into its place goes through a ring of `ring_bytes` of host memory (made smaller where
-    that is short), an eighth of it at a time. `keep_cached=False`, for containers that count it, leaves
-    nothing of what `stream` read in the page cache: a file that is not there is read past it, where the
-    system can, about as fast, and one that is there goes out of it.
+    that is short), two slots a reader, each an eighth of it at most. `keep_cached=False`, for containers that
+    count it, leaves nothing of what `stream` read in the page cache: a file that is not there is read past
+    it, where the system can, about as fast, and one that is there goes out of it.
     `prefetch` has `mmap` read and map everything before it returns, so that the first logits do not wait for
     the disk or for one fault a page; what it reads can be reclaimed like the rest.
     `broadcast`, for ranks that each hold all ("ddp"): the first one reads, and sends the others what they
@@ -132,7 +133,8 @@ def make_schedule(
 
     There are no more and no larger slots than the chunks need; one for a chunk that is larger than the ring.
     """
-    slot_bytes = min(tuning.chunk_bytes, tuning.ring_bytes // FEWEST_SLOTS) // MAX_ITEM_BYTES * MAX_ITEM_BYTES
+    fewest = max(FEWEST_SLOTS, SLOTS_A_READER * tuning.readers)
+    slot_bytes = min(tuning.chunk_bytes, tuning.ring_bytes // fewest) // MAX_ITEM_BYTES * MAX_ITEM_BYTES
     chunks: list[Chunk] = []
     for in_place, run in groupby(stored, lambda each: device.type == "cpu" and _is_direct(*each)):
         most = tuning.chunk_bytes if in_place else max(slot_bytes, MAX_ITEM_BYTES)

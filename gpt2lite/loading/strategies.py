@@ -45,7 +45,14 @@ def _built_for_real(plan: LoadPlan) -> nn.Module:
     tensors = saved_tensors(module)
     for target in plan.targets:
         tensor = tensors[target.names[0]]
-        tensor.data = tensor.data.to(plan.device, target.dtype)
+        moved = tensor.data.to(plan.device, target.dtype)
+        if torch._has_compatible_shallow_copy_type(tensor, moved):
+            tensor.data = moved
+            continue
+        replace_tensor(module, target.names, moved)  # a device that torch knows from outside alone
+        for name in target.names:
+            del tensors[name]
+        del tensor
     return module.to(plan.device)
 
 

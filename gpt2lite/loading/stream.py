@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from gpt2lite.checkpoint.manifest import contiguous_stride
 from gpt2lite.checkpoint.source import BUFFER_BYTES, ByteSource, memory_of
-from gpt2lite.devices import caches_in_blocks, copies_async, synchronize
+from gpt2lite.devices import caches_in_blocks, copies_async, synchronize, wait_for
 from gpt2lite.loading.forecast import Ledger, round_up
 from gpt2lite.loading.options import Progress
 from gpt2lite.loading.plan import LoadPlan, Target
@@ -148,29 +148,34 @@ class Lane:
         self.scattered[self.turn] = self.scattering.record_event()
 
 
-Slot = tuple[Tensor, torch.Event | None]  # a buffer of the ring, and when its last copy to the device is done
+# A buffer of the ring, None before it is first taken, and when its last copy to the device is done.
+Slot = tuple[Tensor | None, torch.Event | None]
 
 
 class Ring:
-    """Equal host buffers in one allocation, page-locked and with a lane to the device where that has streams.
+    """Equal host buffers, page-locked and with a lane to the device where that has streams.
 
-    Readers take and fill slots; the loading thread delivers their contents to the parameters, `tensors`.
+    Readers take and fill slots; the loading thread delivers their contents to the parameters, `tensors`. Each
+    slot is allocated by the reader that first takes it: page-locking takes longer than reading, and goes on
+    while the first slots are on their way.
     """
 
     def __init__(self, schedule: Schedule, device: torch.device, tensors: Mapping[str, Tensor]) -> None:
         self.tensors, self.closed = tensors, Event()
-        slots, nbytes, lanes = schedule.slots, schedule.slot_bytes, schedule.lane_buffers
-        self.lane = Lane(lanes, nbytes, device) if lanes else None
+        self.nbytes, lanes = schedule.slot_bytes, schedule.lane_buffers
+        self.lane = Lane(lanes, self.nbytes, device) if lanes else None
         self.free: SimpleQueue[Slot | None] = SimpleQueue()
-        for memory in allocate_ring(slots * nbytes, pinned=bool(lanes)).split(nbytes) if slots else ():
-            self.free.put((memory, None))
+        for _ in range(schedule.slots):
+            self.free.put((None, None))
 
     def take(self) -> Tensor | None:
         """The next free slot, once its last copy is done; None when the ring is closed."""
-        memory, copied = self.free.get() or (None, None)
+        if (slot := self.free.get()) is None:
+            return None
+        memory, copied = slot
         if copied is not None:
-            copied.synchronize()
-        return memory
+            wait_for(copied)
+        return allocate_slot(self.nbytes, pinned=self.lane is not None) if memory is None else memory
 
     @torch.no_grad()
     def deliver(self, chunk: Chunk, memory: Tensor) -> None:
@@ -196,8 +201,8 @@ class Ring:
             self.free.put(None)
 
 
-def allocate_ring(nbytes: int, *, pinned: bool) -> Tensor:
-    """Host memory for the ring, page-locked if asked and possible, else ordinary."""
+def allocate_slot(nbytes: int, *, pinned: bool) -> Tensor:
+    """Host memory for a slot, page-locked if asked and possible, else ordinary."""
     if pinned:
         with suppress(RuntimeError):  # a limit on locked memory: slower, still inside the cap
             return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
@@ -323,8 +328,8 @@ def forecast(plan: LoadPlan, ledger: Ledger) -> None:
     buffers = 0 if plan.tuning.keep_cached else schedule.readers * BUFFER_BYTES
     if copies_async(plan.device):
         ledger.device.touch(schedule.lane_buffers * schedule.slot_bytes + working)
-        ring = schedule.slots * schedule.slot_bytes  # page-locked memory comes as a power of two, and stays
-        ledger.host.take(1 << (ring - 1).bit_length() if ring else 0)
+        slot = schedule.slot_bytes  # page-locked memory comes as a power of two, and stays
+        ledger.host.take(schedule.slots << (slot - 1).bit_length() if slot else 0)
         ledger.host.touch(buffers)
     else:  # a slot is written to as far as the largest of its chunks
         staged = (chunk.nbytes for chunk in schedule.chunks if not chunk.in_place)
