@@ -51,7 +51,7 @@ def _planned(manifest: Manifest, names: Iterable[str]) -> tuple[list[tuple[ByteS
     The others lie in a format of its own, in an adapter's file, or in a pickle that torch.load may refuse. A
     state dict is read whole: it keeps its masks to the end.
     """
-    stored = manifest.storages if manifest.is_plain else {}
+    stored = manifest.storages if manifest.is_plain and all(s.is_local for s in manifest.files) else {}
     sources = [(manifest.tensors[name].source, name) for name in names]
     own = [(source, name) for source, name in sources if source in stored]
     beside = [name for source, name in sources if source not in stored]

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from gpt2lite.checkpoint import Manifest, TensorSpan
 from gpt2lite.checkpoint.manifest import Shaped, contiguous_stride
-from gpt2lite.checkpoint.source import ByteSource
 from gpt2lite.dialects.reading import Placement, Reading
 from gpt2lite.errors import CheckpointError, UsageError, listed
 from gpt2lite.loading.options import LoadOptions, Progress, check_values
@@ -229,7 +228,7 @@ def _targets(reading: Reading, groups: Groups, dtype: torch.dtype | None, own: b
     for names, tensor in groups:
         shape = tuple(tensor.shape)
         if own:
-            source, placement = ByteSource(reading.manifest.path), Placement(names[0])
+            source, placement = next(iter(reading.manifest.files)), Placement(names[0])
             span = TensorSpan(names[0], tensor.dtype, shape, contiguous_stride(shape), source, 0)
         else:
             placement = next(reading.placements[name] for name in names if name in reading.placements)

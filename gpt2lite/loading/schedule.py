@@ -101,6 +101,12 @@ class Chunk:
     pieces: tuple[Piece, ...]
     in_place: bool
 
+    @property
+    def end(self) -> int:
+        """The byte behind the last that is read."""
+        width, step = self.pieces[0].steps or (self.nbytes, 0)
+        return self.offset + (self.nbytes // width - 1) * step + width
+
     def reads(self, memories: Iterable[memoryview]) -> Iterator[tuple[int, Iterable[memoryview]]]:
         """Each read that fills the memories: where it begins, and into what."""
         if not (steps := self.pieces[0].steps):
