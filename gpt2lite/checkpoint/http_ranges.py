@@ -12,6 +12,7 @@ import time
 import urllib.request
 from base64 import b64encode
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from email.utils import parsedate_to_datetime
@@ -41,6 +42,8 @@ SKIP = 256 << 10  # between two ranges that one request takes together
 BUSY = frozenset((408, 425, 429, 500, 502, 503, 504))
 MOVED = frozenset((301, 302, 303, 307, 308, 401, 403, 404, 410))  # also how a signed address expires
 TRANSPORT = (OSError, HTTPException)
+OF_OPENSSL = ("SSL_CERT_FILE", "SSL_CERT_DIR")  # which it reads itself
+TRUSTED = (*OF_OPENSSL, "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 PORTS = {"http": 80, "https": 443}
 
 
@@ -57,7 +60,8 @@ def pause_of(headers: Mapping[str, str]) -> float:
 
 def certificates() -> ssl.SSLContext:
     """What is trusted: what SSL_CERT_FILE and SSL_CERT_DIR say, or what requests and curl are told."""
-    said = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or None
+    told = [name for name in TRUSTED if os.environ.get(name)]
+    said = os.environ[told[0]] if told and told[0] not in OF_OPENSSL else None
     is_folder = said is not None and os.path.isdir(said)
     return ssl.create_default_context(cafile=None if is_folder else said, capath=said if is_folder else None)
 
@@ -345,7 +349,12 @@ def at_address(address: str, beside: Iterable[str]) -> RemotePath:
         return locate(address if other == name else urljoin(folder, quote(other)), f"{folder}{other}")
 
     remote = Remote(folder.rstrip("/"), frozenset((name, *beside)), find, HttpReader)
-    for other in remote.names:
-        with suppress(*([] if other == name else [CheckpointNotFoundError])):
+    remote.tags[name] = remote.located(name).tag
+
+    def look(other: str) -> None:
+        with suppress(CheckpointNotFoundError):
             remote.tags[other] = remote.located(other).tag
+
+    with ThreadPoolExecutor(len(remote.names)) as pool:
+        list(pool.map(look, remote.names))
     return RemotePath(replace(remote, names=frozenset(remote.known)), PurePosixPath(name))

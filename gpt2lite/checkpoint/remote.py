@@ -408,6 +408,8 @@ def on_fsspec(address: str) -> RemotePath:
         is_file = filesystem.isfile(path)
         folder, name = path.rstrip("/").rpartition("/")[::2] if is_file else (path.rstrip("/"), "")
         found = filesystem.find(folder, maxdepth=1)
+    if not found:
+        raise CheckpointNotFoundError(address, "no such file or folder")
     where = address.rstrip("/").removesuffix(f"/{name}") if name else address.rstrip("/")
     names = frozenset(str(PurePosixPath(each).relative_to(folder)) for each in found)
     remote = Remote(where, names, find, partial(_FsspecReader, filesystem))

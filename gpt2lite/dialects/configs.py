@@ -23,7 +23,7 @@ from gpt2lite.checkpoint.foreign import shortened
 from gpt2lite.checkpoint.inert_pickle import CHANGES
 from gpt2lite.checkpoint.json_text import json_object, read_json
 from gpt2lite.checkpoint.manifest import BOUND_CONFIG, Unread, flatten
-from gpt2lite.checkpoint.reading import read_span
+from gpt2lite.checkpoint.reading import read_span, read_spans
 from gpt2lite.checkpoint.remote import Place, children, lies, source_of
 from gpt2lite.checkpoint.source import memory_of, read_all
 from gpt2lite.config import (
@@ -444,6 +444,8 @@ def check_masks(masks: Iterable[TensorSpan], *, is_opening: bool = False) -> tup
         else:
             wrong, checksum = _wrong_mask(span, only_ends=kind in known)
             known.add((checksum, *kind[1:]))
+            if not span.source.is_local:  # of the others of this kind two rows: they are megabytes each
+                known.add(kind)
         if wrong:
             raise CheckpointError(span.source, f"{span.name} {wrong}", name=span.name)
         known.add(span.address)
@@ -459,12 +461,13 @@ def _wrong_mask(span: TensorSpan, *, only_ends: bool) -> tuple[str | None, int |
     is_causal = span.shape[-2:] == (size, size) and span.numel == size * size > 0 and span.is_contiguous
     step, rows_of = (max(size - 1, 1), 1) if only_ends else (MASK_ROWS, MASK_ROWS)
     checksum = 0
-    for start in range(0, size if is_causal else 0, step):
-        rows = range(start, min(start + rows_of, size))
-        part = read_span(span.part([*map(range, outer[:-1]), rows, range(size)]))
+    starts = range(0, size if is_causal else 0, step)
+    runs = [range(start, min(start + rows_of, size)) for start in starts]
+    parts = read_spans(span.part([*map(range, outer[:-1]), rows, range(size)]) for rows in runs)
+    for rows, part in zip(runs, parts, strict=True):
         checksum = zlib.crc32(memory_of(part), checksum)
         stored = part.view(len(rows), size).float()
-        follows = torch.ones_like(stored).triu(start + 1)
+        follows = torch.ones_like(stored).triu(rows.start + 1)
         is_causal &= torch.equal(stored, follows if span.name.endswith(MASK) else 1 - follows)
     said = "is not GPT-2's causal mask, the only one supported. Use the program that wrote it"
     return None if is_causal else said, span.checksum if only_ends else checksum

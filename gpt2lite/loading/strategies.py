@@ -292,8 +292,8 @@ def _needs(plan: LoadPlan) -> Iterator[tuple[str, str]]:
         yield "ranks", 'a model over several ranks is never built whole; use strategy="stream" or "auto"'
     sources = {span.source for span in plan.spans.values()}
     if not all(source.is_local for source in sources):
-        said = f"{plan.manifest.path} is read where it lies"
-        yield "elsewhere", f'{said}, by strategy="stream" or "auto"; download it for the others'
+        said = "a file that lies elsewhere is read by ranges, with"
+        yield "elsewhere", f'{said} strategy="stream" or "auto"; download it for the others'
     elif not all(source.can_map for source in sources):
         yield "joined", 'the parts of a distributed checkpoint cannot be mapped; use strategy="stream"'
     if plan.is_quantized:
