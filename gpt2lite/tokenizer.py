@@ -26,8 +26,8 @@ from torch import Tensor
 from gpt2lite.checkpoint import side_file
 from gpt2lite.checkpoint.inert_pickle import DescribingUnpickler, describe
 from gpt2lite.checkpoint.json_text import json_object, read_json
-from gpt2lite.checkpoint.remote import Place, lies, source_of
-from gpt2lite.checkpoint.source import FileState, read_all
+from gpt2lite.checkpoint.remote import Place
+from gpt2lite.checkpoint.source import FileState, lies, read_all, source_of
 from gpt2lite.checkpoint.writing import replacing
 from gpt2lite.dialects.configs import folder_of
 from gpt2lite.dialects.peft import find_adapter

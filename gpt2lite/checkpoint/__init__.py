@@ -18,9 +18,9 @@ from gpt2lite.checkpoint import dcp, llmc_bin, tf_bundle, torch_zip
 from gpt2lite.checkpoint.foreign import READABLE, shortened, what_is, what_is_json
 from gpt2lite.checkpoint.json_text import read_json
 from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, joined, validate
-from gpt2lite.checkpoint.remote import Place, RemotePath, children, lies, source_of
+from gpt2lite.checkpoint.remote import Place, RemotePath
 from gpt2lite.checkpoint.safetensors import open_safetensors
-from gpt2lite.checkpoint.source import ByteSource
+from gpt2lite.checkpoint.source import ByteSource, children, lies, source_of
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError, listed
 
 # A folder from the Hub holds its weights under one of these names. The first that is there counts, as in

@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 from gpt2lite.checkpoint.foreign import DAMAGED
-from gpt2lite.checkpoint.remote import Place, source_of
-from gpt2lite.checkpoint.source import ByteSource, may_take, read_all
+from gpt2lite.checkpoint.remote import Place
+from gpt2lite.checkpoint.source import ByteSource, may_take, read_all, source_of
 from gpt2lite.errors import CheckpointError
 
 MAX_JSON_BYTES = 16 << 20

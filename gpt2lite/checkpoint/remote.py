@@ -7,7 +7,6 @@ addresses, `hub` for repositories, `on_fsspec` for what that package knows. Noth
 from __future__ import annotations
 
 import io
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -181,6 +180,11 @@ class RemotePath:
         """The same name with another suffix."""
         return self.with_name(PurePosixPath(self.name).with_suffix(suffix).name)
 
+    @property
+    def source(self) -> RemoteSource:
+        """What reads it."""
+        return RemoteSource(self)
+
     def absolute(self) -> RemotePath:
         """Itself."""
         return self
@@ -205,22 +209,6 @@ class RemotePath:
 
 
 Place = Path | RemotePath
-
-
-def lies(place: Place) -> bool:
-    """Whether something is there, be it a link to nothing."""
-    return place.exists() if isinstance(place, RemotePath) else os.path.lexists(place)
-
-
-def children(folder: Place, pattern: str = "*") -> list[Place]:
-    """What lies in a folder under a name of this pattern, in the order of the names."""
-    found: list[Place] = [*folder.glob(pattern)]
-    return sorted(found, key=str)
-
-
-def source_of(place: Place) -> ByteSource:
-    """What reads a file, wherever it lies."""
-    return RemoteSource(place) if isinstance(place, RemotePath) else ByteSource(place)
 
 
 @dataclass(frozen=True, slots=True, order=True)

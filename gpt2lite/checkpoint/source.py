@@ -18,11 +18,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, ClassVar
+from typing import TYPE_CHECKING, BinaryIO, ClassVar
 
 import torch
 
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError, InsufficientMemoryError
+
+if TYPE_CHECKING:
+    from gpt2lite.checkpoint.remote import Place
 
 STEP = 1 << 20
 MOST_MEMORIES = 512  # of one read; Linux takes 1024
@@ -243,6 +246,28 @@ def _mapped(file: int) -> torch.UntypedStorage:
     if place(address, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, file, begin) != address.value:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return storage
+
+
+# ---- places ------------------------------------------------------------------------------------------------
+
+
+def lies(place: Place) -> bool:
+    """Whether something is there, be it a link to nothing."""
+    return os.path.lexists(place) if isinstance(place, Path) else place.exists()
+
+
+def children(folder: Place, pattern: str = "*") -> list[Place]:
+    """What lies in a folder under a name of this pattern, in the order of the names."""
+    found: list[Place] = [*folder.glob(pattern)]
+    return sorted(found, key=str)
+
+
+def source_of(place: Place) -> ByteSource:
+    """What reads a file, wherever it lies."""
+    return ByteSource(place) if isinstance(place, Path) else place.source
+
+
+# ---- small reads -------------------------------------------------------------------------------------------
 
 
 def read_all(source: ByteSource, most: int) -> bytes:

@@ -16,8 +16,8 @@ import torch
 
 from gpt2lite.checkpoint.foreign import DAMAGED
 from gpt2lite.checkpoint.manifest import MAX_NAME, Manifest, TensorSpan, are_sizes, contiguous_span
-from gpt2lite.checkpoint.remote import Place, source_of
-from gpt2lite.checkpoint.source import ByteSource, read_all
+from gpt2lite.checkpoint.remote import Place
+from gpt2lite.checkpoint.source import ByteSource, read_all, source_of
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError
 
 FOOTER_BYTES = 48

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gpt2lite.checkpoint.remote import lies
+from gpt2lite.checkpoint.source import lies
 from gpt2lite.cli.arguments import recipe_of
 from gpt2lite.cli.loading import config_of, dtype_of
 from gpt2lite.cli.terminal import as_json, facts, line_width, table

@@ -24,8 +24,8 @@ from gpt2lite.checkpoint.inert_pickle import CHANGES
 from gpt2lite.checkpoint.json_text import json_object, read_json
 from gpt2lite.checkpoint.manifest import BOUND_CONFIG, Unread, flatten
 from gpt2lite.checkpoint.reading import read_span, read_spans
-from gpt2lite.checkpoint.remote import Place, children, lies, source_of
-from gpt2lite.checkpoint.source import memory_of, read_all
+from gpt2lite.checkpoint.remote import Place
+from gpt2lite.checkpoint.source import children, lies, memory_of, read_all, source_of
 from gpt2lite.config import (
     ACTIVATIONS,
     OFFICIAL_SIZES,

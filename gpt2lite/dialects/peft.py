@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from gpt2lite.checkpoint import FOLDER_FILES, Manifest, TensorSpan
 from gpt2lite.checkpoint.json_text import read_json
-from gpt2lite.checkpoint.remote import Place, lies
+from gpt2lite.checkpoint.remote import Place
+from gpt2lite.checkpoint.source import lies
 from gpt2lite.dialects.reading import TIED, Adapter, Placement, Reading, Transpose, block_of, is_number
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError, listed
 
