@@ -14,7 +14,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -29,6 +29,11 @@ PIECE = 64 << 10
 
 def commit_of(name: str, revision: str) -> str:
     return hashlib.sha1(f"{name}@{revision}".encode()).hexdigest()
+
+
+@lru_cache(8)
+def sha256_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 class Hub:
@@ -164,7 +169,7 @@ class Handler(BaseHTTPRequestHandler):
             302,
             Location=f"{self.hub.cdn}/{name}/{revision}/{file}{self.hub.signed}",
             X_Repo_Commit=commit_of(name, revision),
-            X_Linked_Etag=f'"{hashlib.sha256(content).hexdigest()}"',
+            X_Linked_Etag=f'"{sha256_of(content)}"',
             X_Linked_Size=str(len(content)),
         )
 
