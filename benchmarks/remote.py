@@ -64,7 +64,7 @@ WAYS = {
     "stream, in place": "run(lambda: REMOTE)",
     "stream, cast to bf16": "run(lambda: REMOTE, dtype=torch.bfloat16)",
     "stream, 1 reader": "run(lambda: REMOTE, tuning=Tuning(readers=1))",
-    "stream, 8 readers": "run(lambda: REMOTE, tuning=Tuning(readers=8))",
+    "stream, 4 readers": "run(lambda: REMOTE, tuning=Tuning(readers=4))",
     "download, then stream": "run(lambda: gpt2lite.hub.fetch(REPO))",
 }
 RAW = """
@@ -110,6 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--size", default="gpt2-medium", choices=OFFICIAL_SIZES)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--only", nargs="+", metavar="WAY", help="ways whose names begin so")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -127,6 +128,7 @@ def main() -> None:
             endpoint, cdn = server.stdout.readline().split()
             names = {"REMOTE": f"hf://{REPO}", "REPO": REPO, "CDN": cdn, "SIZE": path.stat().st_size}
             ways = {name: TRACKED + code for name, code in WAYS.items()} | {"http.client, 8 threads": RAW}
+            ways = {name: ways[name] for name in ways if name.startswith(tuple(args.only or [""]))}
             found: dict[str, list[list[float]]] = {name: [] for name in ways}
             for _ in range(args.runs):
                 for name, code in ways.items():

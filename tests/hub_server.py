@@ -24,7 +24,7 @@ from huggingface_hub import constants
 
 Repo = dict[str, dict[str, bytes]]  # revision → file name → content
 CUT = 11 << 20  # behind the client's first whole chunk of 10 MiB, which is all that it resumes from
-PIECE = 64 << 10
+PIECE = 256 << 10
 
 
 def commit_of(name: str, revision: str) -> str:

@@ -176,7 +176,11 @@ COMMANDS = {
     "inspect": Command(
         "checkpoints",
         "describe a checkpoint from its headers alone",
-        {"path": _arg("a file, a TensorFlow model.ckpt, a folder, a Hub model, or an address: hf://, https://")},
+        {
+            "path": _arg(
+                "a file, a TensorFlow model.ckpt, a folder, a Hub model, or an address: hf://, https://"
+            )
+        },
         ("--json", *CONFIG),
     ),
     "verify": Command(

@@ -22,6 +22,7 @@ from gpt2lite.parallel import DDP, divide, is_divided, is_first, local_of, views
 from gpt2lite.quantization import quantize_skeleton
 
 SMALLEST_RING = 2 * MIB
+REMOTE_READERS = 8  # connections at once: what each can carry, and how long it waits, is the network's
 COMPUTABLE = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
@@ -211,7 +212,8 @@ def make_plan(
         tensors = saved_tensors(skeleton)
         targets = tuple(_own_part(target, tensors[target.names[0]]) for target in targets)
     report = options.get("progress") or (lambda done, total: None)
-    tuning = options.get("tuning") or Tuning()
+    is_local = all(source.is_local for source in reading.manifest.files)
+    tuning = options.get("tuning") or (Tuning() if is_local else Tuning(readers=REMOTE_READERS))
     is_repeated = mesh is not None and mesh.mesh_dim_names == (DDP,)
     if tuning.broadcast and not is_repeated:
         raise UsageError(

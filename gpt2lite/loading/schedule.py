@@ -47,11 +47,12 @@ def _readers() -> int:
 class Tuning:
     """How `stream` and `mmap` read; `benchmarks/sweep_stream.py` shows what the numbers do.
 
-    `readers` threads read at once, `chunk_bytes` at most before they look up (for progress, or an error).
-    What cannot be read into its place goes through a ring of `ring_bytes` of host memory (made smaller where
-    that is short), an eighth of it at a time. `keep_cached=False`, for containers that count it, leaves
-    nothing of what `stream` read in the page cache: a file that is not there is read past it, where the
-    system can, about as fast, and one that is there goes out of it.
+    `readers` threads read at once (eight of a file that lies elsewhere, unless said), `chunk_bytes` at most
+    before they look up (for progress, or an error). What cannot be read into its place goes through a ring of
+    `ring_bytes` of host memory (made smaller where that is short), an eighth of it at a time.
+    `keep_cached=False`, for containers that count it, leaves nothing of what `stream` read in the page cache:
+    a file that is not there is read past it, where the system can, about as fast, and one that is there goes
+    out of it.
     `prefetch` has `mmap` read and map everything before it returns, so that the first logits do not wait for
     the disk or for one fault a page; what it reads can be reclaimed like the rest.
     `broadcast`, for ranks that each hold all ("ddp"): the first one reads, and sends the others what they
