@@ -216,11 +216,11 @@ def _views(opened: Opened[GPTModel], dtype: torch.dtype | None) -> dict[str, Ten
     Raises CheckpointError where one is missing or does not fit.
     """
     plan = opened.plan(dtype=dtype)
-    check_masks(opened.found.masks)
     if not all(source.is_local for source in plan.manifest.files):
         with warnings.catch_warnings():  # of the same once more
             warnings.simplefilter("ignore")
-            return dict(opened.load("cpu", "stream").state_dict())
+            return dict(opened.load("cpu", "stream", dtype=dtype).state_dict())
+    check_masks(opened.found.masks)
     mapped = map_tensors(plan.spans.values())
     return {name: t.placement.of(mapped[t.span.name]) for t in plan.targets for name in t.names}
 

@@ -25,7 +25,7 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 from gpt2lite.checkpoint import FOLDER_FILES
 from gpt2lite.checkpoint.foreign import shortened
-from gpt2lite.checkpoint.http_ranges import BUSY, HttpReader, at_address, pause_of
+from gpt2lite.checkpoint.http_ranges import BUSY, HttpReader, at_address, pause_of, require_as_safe
 from gpt2lite.checkpoint.json_text import read_json
 from gpt2lite.checkpoint.remote import Located, Remote, RemotePath, TransientError, on_fsspec
 from gpt2lite.config import official_name
@@ -176,6 +176,7 @@ def _find(repo: str, commit: str, token: str | bool | None, name: str) -> Locate
         if status is None or status in BUSY:
             raise TransientError(error, pause=pause_of(getattr(answer, "headers", {}))) from None
         raise _explained(error, repo, commit, None) from error
+    require_as_safe(address, found.location, f"hf://{repo}/{name}")
     hosts = {urlsplit(each).netloc for each in (found.location, constants.ENDPOINT)}
     headers = {key: value for key, value in build_hf_headers(token=token).items() if len(hosts) == 1}
     tag = found.etag or ""

@@ -177,6 +177,8 @@ def locate(name: Source, options: Mapping[str, Any]) -> Place:
 
     if is_there or not (is_address or options.get("cache") is False):
         return hub.fetch(name, **{key: options[key] for key in HUB_OPTIONS if key in options})
+    if options.get("local_files_only"):
+        raise UsageError(f"{name}: is read from the network, which local_files_only=True forbids")
     own = {key: options[key] for key in ("revision", "token") if key in options}
     return hub.elsewhere(os.fspath(name), **own)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
@@ -25,6 +26,7 @@ import pytest
 import torch
 from conftest import TINY, randomise
 from hub_server import Fault, Handler, Hub, Server, as_the_hub, commit_of
+from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
 import gpt2lite
@@ -32,6 +34,7 @@ from gpt2lite import CheckpointError, CheckpointNotFoundError, GPTConfig, GPTMod
 from gpt2lite.checkpoint import http_ranges, remote
 from gpt2lite.checkpoint.source import STEP
 from gpt2lite.cli import main
+from gpt2lite.config import EMBEDDED
 from gpt2lite.loading.schedule import Tuning
 
 REPO = "owner/tiny"
@@ -243,6 +246,27 @@ def test_an_address_that_leads_nowhere_says_why(hub: Hub, address: str, said: st
     with pytest.raises((CheckpointError, UsageError), match=said) as caught:
         open_model(address)
     assert "secret" not in str(caught.value)
+
+
+def test_the_network_can_be_forbidden(hub: Hub, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(UsageError, match="which local_files_only=True forbids"):
+        open_model(f"hf://{REPO}/model.safetensors", local_files_only=True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE forbids fetching"):
+        open_model(f"hf://{REPO}/model.safetensors")
+
+
+@pytest.mark.parametrize("block", [0, CONFIG.n_layers - 1])
+def test_a_mask_that_is_not_causal_is_refused_when_it_is_loaded(hub: Hub, big: GPTModel, block: int):
+    mask = torch.ones(CONFIG.context_length, CONFIG.context_length).triu(1)
+    masks = {f"trf_blocks.{i}.att.mask": mask.clone() for i in range(CONFIG.n_layers)}
+    masks[f"trf_blocks.{block}.att.mask"][-1, :8] = 1  # a window
+    buffer = io.BytesIO()
+    torch.save(big.state_dict() | masks, buffer)
+    hub.repos[REPO]["main"]["window.pth"] = buffer.getvalue()
+    opened = open_model(f"hf://{REPO}/window.pth", config=HEADS)
+    with pytest.raises(CheckpointError, match=f"{block}.att.mask is not GPT-2's causal mask"):
+        opened.load()
 
 
 def test_an_address_in_a_file_is_not_followed(hub: Hub, files: dict[str, bytes]):
@@ -606,6 +630,31 @@ def test_every_command_takes_an_address(
     assert "bench compares ways to load a local file; download it" in capsys.readouterr().err
 
 
+def test_text_is_written_with_the_tokenizer_that_lies_there(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = gpt2lite.convert(EMBEDDED, tmp_path / "embedded", to="huggingface", dtype=torch.float32)
+    hub.repos["owner/embedded"] = {"main": {path.name: path.read_bytes() for path in folder.iterdir()}}
+    told = ["--max-new-tokens", "5", "--prompt", "Once upon a time", "--device", "cpu"]
+    texts = []
+    for path in (str(folder), "hf://owner/embedded"):
+        assert main(["generate", path, *told]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != ""
+    model = GPTModel.from_pretrained("owner/embedded", cache=False)
+    assert copy.deepcopy(model).generate("Once", 3) == model.generate("Once", 3)
+
+
+def test_a_model_from_elsewhere_is_finetuned(hub: Hub, tmp_path: Path):
+    (tmp_path / "text.txt").write_text("Once upon a time there was a girl. " * 60, encoding="utf-8")
+    folder = gpt2lite.convert(EMBEDDED, tmp_path / "embedded", to="huggingface", dtype=torch.float32)
+    hub.repos["owner/embedded"] = {"main": {path.name: path.read_bytes() for path in folder.iterdir()}}
+    told = ["--steps", "2", "--seq-len", "16", "--batch-size", "2", "--device", "cpu", "--quiet"]
+    out = ["--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run")]
+    assert main(["finetune", "hf://owner/embedded", *out, *told]) == 0
+    assert GPTModel.from_checkpoint(tmp_path / "run" / "model.pth").config.n_layers > 0
+
+
 # ---- processes ---------------------------------------------------------------------------------------------
 
 
@@ -671,7 +720,7 @@ print(tracked.peak_host_anonymous - forecast.peak_host_anonymous, opened.plan(dt
 def test_ctrl_c_ends_a_load_whose_server_says_nothing(hub: Hub, tmp_path: Path):
     """Nobody would answer for an hour: a reader that is not woken keeps the process."""
     code = f"""
-import threading, psutil, signal
+import threading, signal
 from gpt2lite import open_model
 from gpt2lite.checkpoint import http_ranges
 http_ranges.TIMEOUT = 3600
@@ -682,8 +731,6 @@ input()
 try:
     opened.load()
 except KeyboardInterrupt:
-    port = {hub.server.server_port}
-    ends = [c for c in psutil.Process().net_connections() if c.raddr and c.raddr.port == port and c.raddr.ip]
     mine = [t.name for t in threading.enumerate() if "reader" in t.name]
     print("stopped", mine, flush=True)
 """

@@ -94,6 +94,12 @@ def _shown(address: str) -> str:
     return address.partition("?")[0]
 
 
+def require_as_safe(address: str, found: str, where: object) -> None:
+    """Raise CheckpointError where https leads to what is not."""
+    if urlsplit(address).scheme == "https" != urlsplit(found).scheme:
+        raise CheckpointError(where, f"https leads to {_shown(found)}, which anybody can change on the way")
+
+
 # ---- reading -----------------------------------------------------------------------------------------------
 
 
@@ -124,7 +130,7 @@ class HttpReader:
         self.located = source.located
         self.connection: HTTPConnection | None = None
         self.response: HTTPResponse | None = None
-        self.came, self.since = 0, 0.0  # bytes of this answer, counted since when
+        self.came, self.waited = 0, 0.0  # bytes, and seconds in which they were waited for
         self.at = self.end = 0  # the next byte of the answer, and its last plus 1
         self.patience, self.has_moved, self.stopped = Patience(), False, Event()
         self.socket: socket.socket | None = None
@@ -209,16 +215,17 @@ class HttpReader:
     def _take(self, memory: memoryview) -> int:
         """What has come of the answer. Raises TransientError where it ends early or hardly comes."""
         assert self.response is not None
+        began = time.monotonic()
         count: int = self.response.fp.readinto1(memory)
         if not count:
             raise TransientError(f"the answer broke off at byte {self.at} of {self.end}")
         self.at += count
         self.came += count
-        elapsed = time.monotonic() - self.since
-        if elapsed > TIMEOUT:
-            if self.came < SLOWEST * elapsed:
-                raise TransientError(f"{self.came} bytes came in {elapsed:.0f} seconds")
-            self.came, self.since = 0, time.monotonic()
+        self.waited += time.monotonic() - began
+        if self.waited > TIMEOUT:
+            if self.came < SLOWEST * self.waited:
+                raise TransientError(f"{self.came} bytes came in {self.waited:.0f} seconds")
+            self.came, self.waited = 0, 0.0
         if self.at == self.end:  # all of it: the connection is free
             response, self.response = self.response, None
             response.close()
@@ -245,7 +252,7 @@ class HttpReader:
         self.socket.settimeout(TIMEOUT)
         self.connection.request("GET", self.target, headers=headers)
         self.response = self.connection.getresponse()
-        self.came, self.since = 0, time.monotonic()
+        self.came, self.waited = 0, 0.0
         self.at, self.end = offset, self._checked(self.response, offset, end, is_whole=is_whole)
 
     def _checked(self, response: HTTPResponse, offset: int, end: int, *, is_whole: bool) -> int:
@@ -322,8 +329,7 @@ def locate(address: str, where: object) -> Located:
         raise TransientError(error.reason) from None
     except TRANSPORT as error:
         raise TransientError(first_line(error)) from None
-    if urlsplit(address).scheme == "https" != urlsplit(found).scheme:
-        raise CheckpointError(where, f"https leads to {_shown(found)}, which anybody can change on the way")
+    require_as_safe(address, found, where)
     total = headers.get("Content-Range", "").rpartition("/")[2]
     if status != 206 or not total.isdigit():
         kind = headers.get("Content-Type", "nothing it names")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -341,7 +341,7 @@ class _FsspecReader:
         return [self._read(offset, nbytes) for offset, nbytes in ranges]
 
     def _read(self, offset: int, nbytes: int) -> bytes:
-        with _said(self.source):
+        with _explained(self.source):
             found: bytes = self.filesystem.cat_file(self.source.located.address, offset, offset + nbytes)
         if len(found) != nbytes:
             said = f"{len(found)} of {nbytes} bytes came from byte {offset}; it was changed or truncated"
@@ -355,20 +355,17 @@ class _FsspecReader:
         """Do nothing: a step ends by itself."""
 
 
-class _said:
+@contextmanager
+def _explained(where: object) -> Iterator[None]:
     """Errors of a file system, whose classes nobody knows, as CheckpointError."""
-
-    def __init__(self, where: object) -> None:
-        self.where = where
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        if isinstance(error, FileNotFoundError):
-            raise CheckpointNotFoundError(self.where, "no such file or folder") from None
-        if isinstance(error, Exception) and not isinstance(error, (CheckpointError, MemoryError)):
-            raise CheckpointError(self.where, f"cannot be read ({first_line(error)}); {INSTEAD}") from error
+    try:
+        yield
+    except FileNotFoundError:
+        raise CheckpointNotFoundError(where, "no such file or folder") from None
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:
+        raise CheckpointError(where, f"cannot be read ({first_line(error)}); {INSTEAD}") from error
 
 
 def on_fsspec(address: str) -> RemotePath:
@@ -386,13 +383,13 @@ def on_fsspec(address: str) -> RemotePath:
         raise UsageError(f"{address}: {first_line(error)}; {do}") from None
 
     def find(name: str) -> Located:
-        with _said(f"{where}/{name}"):
+        with _explained(f"{where}/{name}"):
             info = filesystem.info(f"{folder}/{name}")
         said = (info.get(key) for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created"))
         tag = next((f"{value}" for value in said if value), "")
         return Located(info["name"], info["size"], tag)
 
-    with _said(address):
+    with _explained(address):
         is_file = filesystem.isfile(path)
         folder, name = path.rstrip("/").rpartition("/")[::2] if is_file else (path.rstrip("/"), "")
         found = filesystem.find(folder, maxdepth=1)
