@@ -2,11 +2,15 @@
 
     python benchmarks/containers.py budgets --size gpt2 --runs 100 --json budgets.json
     python benchmarks/containers.py mapped --size gpt2-xl --limit 1GiB --json mapped.json
+    python benchmarks/containers.py offload --size gpt2-large --json offload.json
 
 `budgets`: each run has a cgroup of its own whose limit is what the process holds there after its imports and
 a tiny load, plus a random cap between 0.1 and 3 × the model. It must load, or raise InsufficientMemoryError.
 `mapped`: strategy="mmap" and a forward pass inside a limit far below the model, logits compared with those of
-a copying load outside. Needs root and cgroup v1's memory controller; exit code 3 where they are not there.
+a copying load outside.
+`offload`: greedy tokens of a model that is four times what may be added, by blocks on disk, by a mapping, and
+by accelerate's blocks on disk, beside how fast one thread reads what a token moves.
+Needs root and cgroup v1's memory controller; exit code 3 where they are not there.
 """
 
 from __future__ import annotations
@@ -24,21 +28,26 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from forecast_accuracy import SIZES
 
-from gpt2lite import GPTConfig, GPTModel, InsufficientMemoryError, forecast, save_per_tensor
+from gpt2lite import GPTConfig, GPTModel, InsufficientMemoryError, convert, forecast, save_per_tensor
 from gpt2lite.benchmarking import write_random_checkpoint
 from gpt2lite.checkpoint.source import ByteSource
 from gpt2lite.cli.bench import environment
 from gpt2lite.cli.terminal import steps_bar
+from gpt2lite.generation import KVCache
 from gpt2lite.loading.strategies import STRATEGIES
 from gpt2lite.memory import human, parse_size
 
 LIMIT, USAGE, PEAK = "memory.limit_in_bytes", "memory.usage_in_bytes", "memory.max_usage_in_bytes"
 NO_CGROUP = 3
+PROMPT, TOKENS = [15496, 11, 314, 716], 4
+READ = 16 << 20
+IO = Path("/proc/self/io")
 
 
 @contextmanager
@@ -104,7 +113,7 @@ def fresh(job: str, **arguments: Any) -> Any:
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         killed = result.returncode == -signal.SIGKILL
-        return {"outcome": "killed" if killed else "error", "said": result.stderr}
+        return {"outcome": "killed" if killed else "error", "said": result.stderr[-2000:]}
     return json.loads(result.stdout)
 
 
@@ -183,11 +192,108 @@ def mapped(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {"size": args.size, "limit": limit, "file_bytes": path.stat().st_size, **found, "good": good}
 
 
+def limited(folder: str, tiny: str, added: int) -> Path:
+    """Enter a cgroup in which this process may add so much to what it holds after a tiny load."""
+    cgroup = enter(folder)
+    GPTModel.from_checkpoint(tiny, config=SIZES["tiny"])
+    (cgroup / LIMIT).write_text(str(held(cgroup) + added))
+    return cgroup
+
+
+def timed(step: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+    """Greedy tokens and the seconds that each took; the first is the prompt's."""
+    ids, tokens, seconds = torch.tensor([PROMPT]), list[int](), list[float]()
+    with torch.inference_mode():
+        for _ in range(TOKENS):
+            began = time.perf_counter()
+            ids = step(ids)[:, -1].argmax(-1, keepdim=True)
+            seconds.append(time.perf_counter() - began)
+            tokens.append(int(ids))
+    return {"tokens": tokens, "seconds": seconds}
+
+
+def generate_within(folder: str, tiny: str, added: int, path: str, **options: Any) -> dict[str, Any]:
+    """Tokens of our own model, and how many bytes each moves."""
+    cgroup = limited(folder, tiny, added)
+    model = GPTModel.from_checkpoint(path, **options)
+    cache = KVCache(model.config, 1, len(PROMPT) + TOKENS, model.pos_emb.weight)
+    read = int(IO.read_text().split("rchar: ")[1].split()[0])
+    found = timed(lambda ids: model(ids, cache))
+    moved = (int(IO.read_text().split("rchar: ")[1].split()[0]) - read) // TOKENS
+    return found | {"moved": moved, "peak": int((cgroup / PEAK).read_text())}
+
+
+def accelerate_within(folder: str, tiny: str, added: int, path: str) -> dict[str, Any]:
+    """Tokens of transformers' model whose blocks accelerate keeps in the file."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    cgroup, n_layers = limited(folder, tiny, added), AutoConfig.from_pretrained(path).n_layer
+    places: dict[str, str] = {f"transformer.h.{i}": "disk" for i in range(n_layers)}
+    places |= dict.fromkeys(("transformer.wte", "transformer.wpe", "transformer.ln_f", "lm_head"), "cpu")
+    model = AutoModelForCausalLM.from_pretrained(
+        path, device_map=places, offload_folder=f"{path}-away", dtype=torch.float32
+    )
+    seen: dict[str, Any] = {}
+
+    def step(ids: torch.Tensor) -> torch.Tensor:
+        result = model(ids, past_key_values=seen.get("cache"), use_cache=True)
+        seen["cache"] = result.past_key_values
+        return torch.as_tensor(result.logits)
+
+    return timed(step) | {"peak": int((cgroup / PEAK).read_text())}
+
+
+def read_within(folder: str, tiny: str, added: int, path: str) -> dict[str, Any]:
+    """Bytes a second at which one thread reads a file past the page cache."""
+    limited(folder, tiny, added)
+    memory, source = memoryview(bytearray(READ)), ByteSource(Path(path))
+    with source.reader(past_cache=True) as reader:
+        began = time.perf_counter()
+        for at in range(0, source.state().size - READ, READ):
+            reader.read_into([memory], at)
+    return {"rate": at / (time.perf_counter() - began)}
+
+
+def offload(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The same tokens from a model four times as large as what may be added."""
+    path, hub, tiny = folder / "model.pth", folder / "hub", folder / "tiny.pth"
+    write(str(path), SIZES[args.size].as_dict())
+    write(str(tiny), SIZES["tiny"].as_dict())
+    convert(path, hub, to="huggingface")
+    size = path.stat().st_size
+    ways = {
+        "offload": ("generate", {"path": str(path), "offload": "disk"}),
+        "mmap": ("generate", {"path": str(path), "strategy": "mmap"}),
+        "accelerate": ("accelerate", {"path": str(hub)}),
+    }
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in (*ways, "read")}
+    for _ in range(args.runs):
+        for name, (job, arguments) in {**ways, "read": ("read", {"path": str(path)})}.items():
+            for file in (path, hub):
+                forget(file)
+            found = contained(job, tiny=str(tiny), added=size // 4, **arguments)
+            runs[name].append(found)
+            print(f"{name}: {found}")
+    tokens = {tuple(run.get("tokens", ())) for name in ways for run in runs[name]}
+    a_token = {name: median(median(run["seconds"][1:]) for run in runs[name]) for name in ways}
+    rate, moved = median(run["rate"] for run in runs["read"]), runs["offload"][0]["moved"]
+    ratio = moved / rate / a_token["offload"]
+    print(f"{args.size}, {human(size)} within {human(size // 4)}: {a_token} s a token; {human(moved)} move")
+    print(f"{ratio:.2f} of the {human(int(rate))}/s of one thread; same tokens: {len(tokens) == 1}")
+    found = {"size": args.size, "file_bytes": size, "added": size // 4, "seconds_a_token": a_token}
+    return found | {"moved": moved, "rate": rate, "ratio": ratio, "runs": runs, "good": len(tokens) == 1}
+
+
 JOBS: dict[str, Callable[..., Any]] = {"load": load_within, "mapped": mapped_within, "logits": first_logits}
+JOBS |= {"generate": generate_within, "accelerate": accelerate_within, "read": read_within}
+
+
+WAYS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]]
+WAYS = {"budgets": budgets, "mapped": mapped, "offload": offload}
 
 
 def main() -> int:
-    """Run one of the two; 1 if a process was killed, or raised or gave something else."""
+    """Run one of them; 1 if a process was killed, or raised or gave something else."""
     if sys.argv[1:2] == ["job"]:
         arguments = json.loads(sys.argv[2])
         print(json.dumps(JOBS[arguments.pop("job")](**arguments)))
@@ -195,7 +301,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("budgets", "mapped"))
+    parser.add_argument("what", choices=WAYS)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
@@ -210,7 +316,7 @@ def main() -> int:
         print(f"no memory cgroup can be made here: {error}", file=sys.stderr)
         return NO_CGROUP
     with tempfile.TemporaryDirectory(prefix="gpt2lite-", dir=args.folder) as folder:
-        found = {"budgets": budgets, "mapped": mapped}[args.what](args, Path(folder))
+        found = WAYS[args.what](args, Path(folder))
     if args.json:
         args.json.write_text(
             json.dumps(found | {"environment": environment()}, indent=1) + "\n", encoding="utf-8"

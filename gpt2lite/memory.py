@@ -183,6 +183,12 @@ class Budget:
         """The limit of "host", "device" or "virtual"."""
         return {"host": self.host, "device": self.device, "virtual": self.virtual}[place]
 
+    def less(self, place: str, nbytes: int) -> Budget:
+        """The budget without so many bytes of "host" or "device"."""
+        limit = self.of(place)
+        left = None if limit.nbytes is None else max(limit.nbytes - nbytes, 0)
+        return replace(self, **{place: replace(limit, nbytes=left)})  # type: ignore[arg-type]
+
     def with_swap(self) -> Budget:
         """The budget if swap counts, too."""
         return replace(self, host=replace(self.host, nbytes=(self.host.nbytes or 0) + self.swap), swap=0)

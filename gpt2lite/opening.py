@@ -33,11 +33,12 @@ from gpt2lite.dialects import configs
 from gpt2lite.dialects.peft import find_adapter, with_adapter
 from gpt2lite.dialects.reading import DIALECTS, Reading, read_dialect, read_names, with_lora_alpha
 from gpt2lite.errors import CheckpointError, UsageError
-from gpt2lite.loading.choice import forecasts, load
+from gpt2lite.loading.choice import forecasts, load, with_offload
 from gpt2lite.loading.forecast import Forecast
 from gpt2lite.loading.options import HUB_OPTIONS, LoadOptions, OpenOptions, check_names
 from gpt2lite.loading.plan import LoadPlan, make_plan, require_one_dtype
 from gpt2lite.loading.skeleton import sketch
+from gpt2lite.memory import find_budget
 from gpt2lite.tokenizer import Beside
 
 if TYPE_CHECKING:
@@ -137,7 +138,11 @@ class Opened(Generic[Model]):
         checkpoint is left out (per_tensor reads folders only). Raises CheckpointError for a file that does
         not fit the model, UsageError for a wrong argument.
         """
-        return forecasts(self.plan(device, **options))
+        plan = self.plan(device, **options)
+        if place := options.get("offload"):
+            caps = options.get("max_host_memory"), options.get("max_device_memory")
+            plan = with_offload(plan, "auto", place, find_budget(plan.device, *caps))
+        return forecasts(plan)
 
     def warn(self) -> None:
         """Warn of what is ignored in the file, as `load` does."""

@@ -232,6 +232,12 @@ def test_other_strategies_are_refused_with_those_that_can(hub: Hub, strategy: st
         open_model(f"hf://{REPO}/model.safetensors").load(strategy=strategy)
 
 
+@pytest.mark.parametrize("place", ["auto", "disk"])
+def test_offload_is_refused(hub: Hub, place: str):
+    with pytest.raises(UsageError, match=f'offload="{place}" does not go with a file that lies elsewhere'):
+        open_model(f"hf://{REPO}/model.safetensors").load("cpu", offload=place)
+
+
 @pytest.mark.parametrize(
     ("address", "said"),
     [

@@ -20,6 +20,7 @@ SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "floa
 FORMATS = ("pth", "safetensors", "per-tensor", "dcp")
 REFERENCES = ("torch", "transformers")
 PARALLEL = ("fsdp", "tp", "ddp")
+OFFLOAD = ("auto", "disk", "host")
 DIALECTS = {"book": "book", "hf": "huggingface", "nanogpt": "nanogpt"}
 
 EMBEDDED_PROMPT = "Once upon a time"
@@ -60,6 +61,7 @@ SHARED: Rows = {
     "--lora-alpha": _number("alpha of the book's LoRA layers, if the file has any"),
     "--dtype": _arg("cast the weights (default: as in the file)", type=_dtype, choices=DTYPES),
     "--quantize": _arg("int8 weights with one scale per row", choices=("int8",)),
+    "--offload": _arg("where blocks stay that do not fit", choices=OFFLOAD),
     "--parallel": _arg("under torchrun: how its processes share the model", choices=PARALLEL),
     "--max-host-memory": _size("cap on what loading adds to host memory: 512MiB, 2GiB"),
     "--max-device-memory": _size("cap on what loading adds to device memory"),
@@ -105,7 +107,7 @@ COMMANDS = {
             "--window": _int("when the context is full, go on from the last N tokens"),
             "--engine": _arg("default: the fastest that can run", choices=("auto", *ENGINES), default="auto"),
         },
-        ("path", *LOADING, "--parallel", "--quantize"),
+        ("path", *LOADING, "--parallel", "--quantize", "--offload"),
         one_of=("--prompt", "--prompts", "--instruction"),
         needs=(("input", "instruction"),),
     ),
@@ -146,7 +148,7 @@ COMMANDS = {
             "--ranks": _int("what the first of N processes would take, none of which need be there"),
             "--parallel": _arg("how they share the model (default: fsdp)", choices=PARALLEL),
         },
-        ("path", "--json", *CONFIG, "--dtype", "--quantize", *CAPS),
+        ("path", "--json", *CONFIG, "--dtype", "--quantize", "--offload", *CAPS),
         one_of=("path", "--size"),
         with_recipe=True,
         needs=(("fit", "train"), ("classes", "train"), ("parallel", "ranks")),
@@ -197,7 +199,7 @@ COMMANDS = {
             "--context": _int("tokens in each window (default: the model's context)"),
             "--stride": _int("tokens from one window to the next (default: half the context)"),
         },
-        ("path", "--json", *LOADING, "--parallel", "--quantize"),
+        ("path", "--json", *LOADING, "--parallel", "--quantize", "--offload"),
     ),
     "finetune": Command(
         "finetune",

@@ -53,6 +53,7 @@ def load_options(args: argparse.Namespace, progress: Progress) -> LoadOptions:
         "max_host_memory": args.max_host_memory,
         "max_device_memory": args.max_device_memory,
         "progress": progress,
+        "offload": getattr(args, "offload", None),
         "mesh": getattr(args, "mesh", None),
     }
 
@@ -90,7 +91,8 @@ def ranks(args: argparse.Namespace) -> Iterator[None]:
 
 def strategy_of(opened: Opened[GPTModel], args: argparse.Namespace) -> str:
     """--strategy; on the CPU auto maps what can be: a command that only reads never writes to the file."""
-    maps = resolve_device(args.device).type == "cpu" and not getattr(args, "quantize", None)
+    copies = getattr(args, "quantize", None) or getattr(args, "offload", None)
+    maps = resolve_device(args.device).type == "cpu" and not copies
     maps = maps and all(span.source.can_map for span in opened.reading.manifest.tensors.values())
     return "mmap" if maps and args.strategy == "auto" else str(args.strategy)
 

@@ -14,11 +14,14 @@ from gpt2lite.cli.arguments import recipe_of
 from gpt2lite.cli.loading import config_of, dtype_of
 from gpt2lite.cli.terminal import as_json, facts, line_width, table
 from gpt2lite.devices import CPU, name_device
+from gpt2lite.dialects.reading import block_of
 from gpt2lite.errors import InsufficientMemoryError
 from gpt2lite.finetuning.forecast import TrainingForecast, find_levers, forecast_training
 from gpt2lite.finetuning.recipe import Recipe
-from gpt2lite.loading.choice import Verdict, choose, judge
+from gpt2lite.loading.choice import Verdict, choose, judge, with_offload
+from gpt2lite.loading.offload import bytes_a_pass, rate
 from gpt2lite.loading.options import OpenOptions
+from gpt2lite.loading.plan import LoadPlan
 from gpt2lite.loading.strategies import STRATEGIES
 from gpt2lite.memory import find_budget, human, parse_size
 from gpt2lite.model import GPTModel
@@ -44,7 +47,7 @@ def _size(nbytes: int) -> str:
 
 def _row(name: str, verdict: Verdict | str) -> list[str]:
     if isinstance(verdict, str):
-        whys = {"quantize": "not int8", "a model over": "not ranks"}
+        whys = {"quantize": "not int8", "a model over": "not ranks", "offload": "not offload"}
         why = next((said for start, said in whys.items() if verdict.startswith(start)), "not this file")
         return [name, *["–"] * (len(HEADER) - 2), why]
     forecast = verdict.forecast
@@ -113,11 +116,24 @@ def run_plan(args: argparse.Namespace) -> int:
         return run(args, mesh)
 
 
+def _away(plan: LoadPlan) -> dict[str, str | int]:
+    """Which blocks stay away, what each pass moves, and how long that takes if the file can be read."""
+    layers = sorted({block_of(target.names[0]) for target in plan.away})
+    found: dict[str, str | int] = {f"on {plan.offload}": f"blocks {layers[0]} to {layers[-1]}"}
+    found["a token"] = nbytes = bytes_a_pass(plan)
+    if plan.offload == "disk" and plan.manifest.path.exists():
+        speed = rate(plan)
+        found["takes"] = f"about {nbytes / speed:.2g} s at the {human(int(speed))}/s measured"
+    return found
+
+
 def _plan(args: argparse.Namespace, mesh: DeviceMesh | None) -> int:
     device = name_device(args.device)
     budget = find_budget(device, args.max_host_memory, args.max_device_memory)
     opened = _opened(args)
     plan = opened.plan(device, dtype=dtype_of(args), quantize=args.quantize, mesh=mesh)
+    if args.offload:
+        plan = with_offload(plan, "auto", args.offload, budget)
     verdicts = {name: row.refuses(plan) or judge(plan, name, budget) for name, row in STRATEGIES.items()}
     auto, fits, ranks = "", list[str](), dict[str, int]()
     try:
@@ -127,10 +143,11 @@ def _plan(args: argparse.Namespace, mesh: DeviceMesh | None) -> int:
     if plan.is_divided:  # what stream reads for this rank, and what FSDP then takes in order to compute
         ranks["reads"] = sum(chunk.nbytes for chunk in plan.schedule.chunks)
         ranks["gathers"] = forecast_gathered(plan.skeleton, plan.targets[0].dtype.itemsize)
+    away = _away(plan) if plan.away else {}
     if args.json:
         rows = [_as_dict(name, verdict) for name, verdict in verdicts.items()]
         content = {"path": str(plan.manifest.path), "device": str(device), "budget": asdict(budget)}
-        print(as_json(content | ranks | {"strategies": rows, "auto": auto or None}))
+        print(as_json(content | ranks | away | {"strategies": rows, "auto": auto or None}))
         return 0 if auto else 1
     print(f"{plan.manifest.path}: {human(plan.model_bytes)} of parameters to {device}\n")
     print(table(HEADER, *(_row(name, verdict) for name, verdict in verdicts.items())))
@@ -142,6 +159,7 @@ def _plan(args: argparse.Namespace, mesh: DeviceMesh | None) -> int:
         ("auto", auto or "nothing fits"),
         *(("would fit", change) for change in fits),
         *((name, human(nbytes)) for name, nbytes in ranks.items()),
+        *((name, human(value) if isinstance(value, int) else value) for name, value in away.items()),
     ]))  # fmt: skip
     print(_assumption(opened), end="")
     return 0 if auto else 1

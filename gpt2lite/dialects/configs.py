@@ -678,7 +678,8 @@ def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
     # of the book's layers, or of those that divide it by their rank
     alphas = (None, *(alpha for scale, rank in scales for alpha in (scale * rank, scale)))
     of_adapters = dict.fromkeys(("alpha", "lora_alpha") if scales else (), alphas)
-    sizes = {"n_inner": 4 * reading.size[1], **dict.fromkeys(WINDOWS, weights.words["context_length"])}
+    sizes = dict.fromkeys(WINDOWS, weights.words["context_length"])
+    sizes["n_inner"] = 4 * weights.words["emb_dim"]
     of_sizes = {word: (None, size) for word, size in sizes.items()}
     _require_computed(reading, sources, COMPUTED | of_adapters | of_sizes)
     masks = check_masks(reading.mask_spans, is_opening=True)
@@ -689,8 +690,9 @@ def find_fields(reading: Reading, config: GPTConfig | Mapping[str, Any] | None =
         if said[name] != binding[name]:
             where = f"{places.get(name, 'the program that wrote it')} says {binding[name]!r}"
             raise CheckpointError(path, f"{name}={said[name]!r} was passed, but {where}")
-    if official := [heads for *size, heads in OFFICIAL_SIZES.values() if tuple(size) == reading.size]:
-        defaults["n_heads"] = official[0]
+    official = {tuple(size): heads for *size, heads in OFFICIAL_SIZES.values()}
+    if (size := (weights.words["n_layers"], weights.words["emb_dim"])) in official:
+        defaults["n_heads"] = official[size]
     known = defaults | agreed | dict(said)
     notes = [*_notes_of_unsaid(reading, known, said), *_notes(reading, sources, agreed)]
     if "n_heads" in defaults.keys() - {*agreed, *said}:

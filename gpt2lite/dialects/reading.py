@@ -224,8 +224,9 @@ for _key, _dialect in DIALECTS.items():
 # ---- readings ----------------------------------------------------------------------------------------------
 
 # What wrappers put into every name (DataParallel, torch.compile, DeepSpeed, FSDP), and LoRA before a leaf.
-NOISE = ("module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+NOISE = {"module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 BEFORE_LEAF = re.compile(r"\.(linear|base_layer)(?=\.[^.]*$)")
+IN_BLOCK = re.compile(r"(?:^|[./])(?:trf_blocks\.|h\.|h)(\d+)[./]")
 # Heads other than the language model's: the first that is there is a classifier's, the rest are left out.
 CLASSIFIERS = ("score.", "classifier.")
 DIALOGPT = "lm_head.decoder."
@@ -304,7 +305,8 @@ def above_of(prefix: str) -> str:
 
 def unwrapped(name: str) -> str:
     """A name without what wrappers of modules put into it."""
-    return ".".join(part for part in name.split(".") if part not in NOISE)
+    parts = name.split(".")
+    return name if NOISE.isdisjoint(parts) else ".".join(part for part in parts if part not in NOISE)
 
 
 def _plain(name: str) -> str:
@@ -326,16 +328,19 @@ class _Model(NamedTuple):
 
     def behind(self, prefix: str, name: str) -> str | None:
         """A stored name of the container without prefix and wrappers; None for one that lies elsewhere."""
+        if not name.startswith(self.container):
+            return None
         plain = _plain(name.removeprefix(self.container))
-        is_behind = name.startswith(self.container) and plain.startswith(prefix)
-        return plain.removeprefix(prefix) if is_behind else None
+        return plain.removeprefix(prefix) if plain.startswith(prefix) else None
 
     def own(self, name: str) -> str | None:
         """`behind` with the model's own prefix, or for a head beside the model or beside its container."""
+        if inside := self.behind(self.prefix, name):
+            return inside
         is_inside = name.startswith(self.container)
         beside = self if is_inside else _Model(above_of(self.container), "", self.dialect)
         head = beside.behind(above_of(beside.prefix), name) or ""
-        return self.behind(self.prefix, name) or (head if head.startswith(HEADS) else None)
+        return head if head.startswith(HEADS) else None
 
 
 def _models(manifest: Manifest) -> list[_Model]:
@@ -412,7 +417,7 @@ def _with_heads(names: Mapping[str, str], dialect: str) -> tuple[dict[str, str],
 
 def block_of(name: str) -> int:
     """The number of the block that a name belongs to, -1 for none."""
-    found = re.search(r"(?:^|[./])(?:trf_blocks\.|h\.|h)(\d+)[./]", name)
+    found = IN_BLOCK.search(name)
     return int(found.group(1)) if found else -1
 
 
@@ -432,7 +437,7 @@ def read_dialect(manifest: Manifest) -> Reading:
     places = dialect.places(n_layers)
     _require_readable(manifest, model, {*places, *TIED, "lm_head.weight"})
     rows = ((names[theirs], *row) for theirs in places if theirs in names for row in places[theirs])
-    placements = {ours: replace(placement, source=stored) for stored, ours, placement in rows}
+    placements = {ours: Placement(stored, placement.views) for stored, ours, placement in rows}
     passengers = tuple(manifest.tensors.keys() - {*inside.values(), *beside})
     strays = tuple(_strays(manifest, placements, passengers))
     if strays and not placements.keys() >= set(TIED):

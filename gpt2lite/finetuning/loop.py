@@ -33,6 +33,7 @@ from gpt2lite.finetuning.lora import LinearWithLoRA, merge_lora
 from gpt2lite.finetuning.losses import rows_of
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.finetuning.states import METRICS, Run, Task
+from gpt2lite.loading.offload import require_whole
 from gpt2lite.model import GPTModel
 
 TRAINED = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
@@ -156,6 +157,7 @@ def _require_trainable(model: GPTModel) -> None:
     if not isinstance(model, GPTModel):
         what = "unwrap it (model.module), or load it with GPTModel.from_checkpoint"
         raise UsageError(f"finetune trains a GPTModel, got {type(model).__name__}; {what}")
+    require_whole(model)
     dtypes = {p.dtype for p in model.parameters()}
     if torch.int8 in dtypes:
         raise UsageError("an int8 model does not train; load it without quantize")

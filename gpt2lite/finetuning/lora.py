@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gpt2lite.errors import UsageError
 from gpt2lite.finetuning.interrupts import held
 from gpt2lite.finetuning.recipe import Recipe
+from gpt2lite.loading.offload import require_whole
 
 
 class LoRA(nn.Module):
@@ -59,6 +60,7 @@ def add_lora(model: nn.Module, recipe: Recipe) -> list[nn.Parameter]:
     numbers for each. Adapters that are there already and are as asked for stay, to be trained further. Raises
     UsageError where they are others.
     """
+    require_whole(model)
     rank, alpha = recipe.lora_rank, recipe.lora_alpha
     ends = tuple(f".{name}" for name in recipe.lora_targets)
     wanted = {

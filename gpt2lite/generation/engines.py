@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gpt2lite.config import GPTConfig
 from gpt2lite.devices import has_graphs, record
 from gpt2lite.errors import InsufficientMemoryError, UsageError, first_line
+from gpt2lite.loading.offload import Offloaded
 from gpt2lite.memory import find_budget, human
 from gpt2lite.parallel import is_divided
 from gpt2lite.quantization import Int8Embedding, Int8Linear
@@ -326,6 +327,8 @@ def _graph_step(model: LanguageModel, cache: KVCache) -> Step:
 def _lacks_for_graph(model: LanguageModel, batch: int) -> str:
     if any(map(is_divided, model.parameters())):
         return "the model is divided over ranks"
+    if isinstance(getattr(model, "trf_blocks", None), Offloaded):
+        return "some of its blocks come from elsewhere"
     return "" if has_graphs(model.pos_emb.weight.device) else "the model is not on a GPU"
 
 

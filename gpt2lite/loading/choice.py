@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gpt2lite.devices import CPU, name_device, resolve_device
 from gpt2lite.dialects.reading import Placement
 from gpt2lite.errors import InsufficientMemoryError, UsageError, did_you_mean, first_line, is_out_of_memory
+from gpt2lite.loading import offload
 from gpt2lite.loading.forecast import Forecast, Ledger
 from gpt2lite.loading.options import LoadOptions
 from gpt2lite.loading.plan import SMALLEST_RING, LoadPlan
@@ -47,6 +48,8 @@ def _forecast(plan: LoadPlan, name: str) -> Forecast:
     STRATEGIES[name].forecast(plan, ledger)
     if plan.reading.adapters:
         forecast_merged(plan, ledger)
+    if plan.away:
+        offload.forecast(plan, ledger)
     return ledger.balance()
 
 
@@ -102,6 +105,31 @@ def choose(plan: LoadPlan, strategy: str, budget: Budget) -> tuple[str, LoadPlan
     raise _refusal(plan, strategy, budget, verdicts)
 
 
+def with_offload(plan: LoadPlan, strategy: str, place: str, budget: Budget) -> LoadPlan:
+    """The plan with as few blocks left away as fit, and room to compute; as it is where nothing fits.
+
+    "auto" tries the host beside a GPU, then the disk. Raises UsageError for a plan that cannot do it.
+    """
+    offload.require_able(plan, place)
+    if strategy not in ("auto", "stream"):
+        raise UsageError(f'offload goes with strategy="stream" or "auto", not {strategy!r}')
+    places = ("disk",) if plan.device == CPU else ("host", "disk")
+    for where in places if place == "auto" else (place,):
+        if found := _smallest(plan, where, budget):
+            return found
+    return plan
+
+
+def _smallest(plan: LoadPlan, where: str, budget: Budget) -> LoadPlan | None:
+    """`offload.smallest` of what fits; read past the page cache if that cannot hold what is away."""
+    to_compute = budget.less("host" if plan.device == CPU else "device", offload.room(plan))
+    found = offload.smallest(plan, where, lambda each: not judge(each, "stream", to_compute).lacking)
+    cache = find_budget(plan.device).host.nbytes
+    if not (found and found.away) or cache is None or offload.bytes_a_pass(found) < cache - found.model_bytes:
+        return found
+    return replace(found, tuning=replace(found.tuning, keep_cached=False))
+
+
 def _refusal(
     plan: LoadPlan, strategy: str, budget: Budget, verdicts: Mapping[str, Verdict]
 ) -> InsufficientMemoryError:
@@ -117,9 +145,23 @@ def _refusal(
         lines.append(f"swap: {human(budget.swap)}, not counted")
     fits = [*helps(plan, strategy, budget)]
     lines += [f"would fit: {change}" for change in fits]
+    if found := _by_offload(plan, budget):
+        speed = offload.rate(found)
+        seconds = f"{offload.bytes_a_pass(found) / speed:.2g} s a token at the {human(int(speed))}/s measured"
+        lines.append(f'would fit: offload="disk" (about {seconds})')
+        fits.append('offload="disk"')
     needed = min((v.lacking for v in verdicts.values()), key=lambda lacking: sum(lacking.values()))
     available = {place: budget.of(place).nbytes or 0 for place in needed}
     return InsufficientMemoryError("\n  ".join(lines), needed=needed, available=available, fits=fits)
+
+
+def _by_offload(plan: LoadPlan, budget: Budget) -> LoadPlan | None:
+    """The plan that fits with blocks on disk, if it can be done at all and was not asked for."""
+    try:
+        offload.require_able(plan, "disk")
+    except UsageError:
+        return None
+    return None if plan.away else _smallest(plan, "disk", budget)
 
 
 def helps(plan: LoadPlan, strategy: str, budget: Budget) -> Iterator[str]:
@@ -219,6 +261,8 @@ def _load(
     budget = find_budget(resolved, options.get("max_host_memory"), options.get("max_device_memory"))
     plan = make(resolved)
     require_same(options.get("mesh"), "files or options", plan.identity)
+    if place := options.get("offload"):
+        plan = with_offload(plan, strategy, place, budget)
     name, plan = choose(plan, strategy, budget)
     manifest = plan.manifest
     try:
@@ -244,4 +288,4 @@ def _filled(strategy: str, plan: LoadPlan) -> nn.Module:
     if plan.reading.adapters and not plan.receives:
         merge_adapters(plan, module)
     restore_unsaved_buffers(module, plan.build, plan.device)
-    return module
+    return offload.attach(plan, module) if plan.away else module

@@ -28,6 +28,9 @@ class LoadOptions(TypedDict, total=False):
     max_host_memory, max_device_memory: bytes, or "512MiB": caps on what the load adds at its peak; the host's
     stays below the cap plus 24 MiB or 3 %. tuning: how bytes are read where the machine's own choice will not
     do. progress: called with (bytes done, bytes in all).
+    offload: where blocks stay that do not fit: "disk", "host" (beside a GPU) or "auto", host before disk;
+    they come in one by one whenever the model computes. None leaves out nothing, and refuses what does not
+    fit. Such a model generates, and is neither trained nor saved.
     mesh: a DeviceMesh of this process and others, whose `mesh_dim_names` say how they share the model: "fsdp"
     by rows (FSDP2; without names, too), "tp" by layers, ("fsdp", "tp") both, "ddp" not at all. Each rank
     reads its own part. parallelize: called with (module on meta, mesh) instead, to divide it otherwise.
@@ -39,6 +42,7 @@ class LoadOptions(TypedDict, total=False):
     max_device_memory: int | str | None
     tuning: Tuning | None
     progress: Progress | None
+    offload: str | None
     mesh: DeviceMesh | None
     parallelize: Divide | None
 

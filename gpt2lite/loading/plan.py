@@ -58,7 +58,8 @@ class LoadPlan:
 
     `lost` names what only a build with real memory gives, `own_loading` the hooks by which the module loads
     itself; then a target's span describes the module's tensor, not a place in the file. `is_repeated`: other
-    processes load the same; `receives`: the first of them sends it to this one.
+    processes load the same; `receives`: the first of them sends it to this one. What `away` fills is
+    no part of the load, and stays where `offload` says.
     """
 
     reading: Reading
@@ -72,6 +73,8 @@ class LoadPlan:
     own_loading: tuple[str, ...]
     is_repeated: bool = False
     receives: bool = False
+    away: tuple[Target, ...] = ()
+    offload: str = ""
 
     @property
     def manifest(self) -> Manifest:

@@ -262,14 +262,27 @@ def _to_meta(module: nn.Module, tensors: Iterable[Tensor]) -> None:
 def _named_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(what a checkpoint holds, what none does): parameters, then buffers, under each of their names."""
     saved, unsaved = dict[str, Tensor](), dict[str, Tensor]()
-    parts = [*module.named_modules(remove_duplicate=False)]
+    parts = [*_parts(module)]
     for registry in ("_parameters", "_buffers"):
         for path, part in parts:
-            for name, tensor in getattr(part, registry).items():
+            for name, tensor in vars(part)[registry].items():
                 named = unsaved if name in part._non_persistent_buffers_set else saved
                 if tensor is not None:
-                    named[f"{path}.{name}".lstrip(".")] = tensor
+                    named[path + name] = tensor
     return saved, unsaved
+
+
+def _parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What precedes the names of each module's tensors, and the module; one in two places comes twice.
+
+    A quarter of what `named_modules` takes, whose every step passes through a generator a level.
+    """
+    pending = [("", module)]
+    while pending:
+        prefix, part = pending.pop()
+        yield prefix, part
+        children = reversed(part._modules.items())
+        pending += [(f"{prefix}{name}.", child) for name, child in children if child is not None]
 
 
 def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -293,13 +306,13 @@ def own_loading(module: nn.Module, stored: Collection[str]) -> tuple[str, ...]:
     state = module.state_dict().keys()
     found = [f"state_dict() with {name}" for name in sorted(saved_tensors(module).keys() ^ state)]
     odd = state ^ set(stored)
-    for path, part in module.named_modules():
+    for prefix, part in _parts(module):
         methods = (getattr(part, name) for name in LOADING)
         changes = [method for method in methods if getattr(method, "__func__", None) not in NOT_OVERRIDDEN]
         changes += [*part._load_state_dict_pre_hooks.values(), *part._load_state_dict_post_hooks.values()]
         is_torchs = all(str(getattr(c, "__module__", "")).startswith("torch.nn.") for c in changes)
-        if not is_torchs or any(name.startswith(f"{path}." if path else "") for name in odd):
-            found += [f"{path}.{getattr(c, '__name__', c)}".lstrip(".") for c in changes]
+        if changes and (not is_torchs or any(name.startswith(prefix) for name in odd)):
+            found += [f"{prefix}{getattr(c, '__name__', c)}" for c in changes]
     return tuple(found)
 
 
@@ -384,14 +397,16 @@ def _is_fsdps(value: object) -> bool:
 
 def _in_attributes(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """The tensors in plain attributes and hooks of a module and in attributes of its `tensors`, each once."""
-    seen = {id(part) for part in module.modules()}
-    for path, part in module.named_modules():
+    parts = [*_parts(module)]
+    seen = {id(part) for _, part in parts}
+    for prefix, part in parts:
         for key, value in vars(part).items():
             if key in REGISTRIES or type(value) in ATOMS or (type(value) in CONTAINERS and not value):
                 continue
-            yield from ((f"{path}.{key}".lstrip("."), found) for found in _within(value, seen))
+            yield from ((prefix + key, found) for found in _within(value, seen))
     for name, tensor in tensors.items():
-        yield from ((name, found) for found in _within(vars(tensor), seen))
+        if attributes := vars(tensor):
+            yield from ((name, found) for found in _within(attributes, seen))
 
 
 def _has_more(tensor: Tensor) -> bool:

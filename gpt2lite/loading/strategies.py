@@ -217,9 +217,10 @@ def _assign(plan: LoadPlan, stored: Tensor, targets: Iterable[Target]) -> None:
 
 def _is_view(plan: LoadPlan, target: Target, *, again: bool) -> bool:
     """Whether a parameter can be a view of its stored tensor; not one that the file ties and we do not."""
-    stays_itself = target.dtype == target.span.dtype and (not again or bool(target.placement.narrows))
-    is_straight = target.placement.is_contiguous and target.span.is_contiguous
-    return stays_itself and (is_straight or (plan.device == CPU and not plan.is_divided))
+    if target.dtype != target.span.dtype or (again and not target.placement.narrows):
+        return False
+    can_turn = plan.device == CPU and not plan.is_divided
+    return can_turn or (target.placement.is_contiguous and target.span.is_contiguous)
 
 
 def _forecast_mmap(plan: LoadPlan, ledger: Ledger) -> None:
@@ -296,6 +297,8 @@ def _needs(plan: LoadPlan) -> Iterator[tuple[str, str]]:
         yield "elsewhere", f'{said} strategy="stream" or "auto"; download it for the others'
     elif not all(source.can_map for source in sources):
         yield "joined", 'the parts of a distributed checkpoint cannot be mapped; use strategy="stream"'
+    if plan.away:
+        yield "offload", 'offload goes with strategy="stream" or "auto"'
     if plan.is_quantized:
         yield "quantize", 'quantize goes with strategy="stream" or "auto"'
     if not plan.tuning.keep_cached:
@@ -331,7 +334,9 @@ STRATEGIES: dict[str, Strategy] = {
     "stream": Strategy(
         stream.load,
         stream.forecast,
-        _beyond("files", "quantize", "keep_cached", "broadcast", "ranks", "joined", "elsewhere"),
+        _beyond(
+            *("files", "quantize", "keep_cached", "broadcast", "ranks", "joined", "elsewhere", "offload")
+        ),
     ),
 }
 AUTO = ("stream", "mmap", "sequential", "baseline")  # the fastest first, and copying before mapping

@@ -24,8 +24,9 @@ from gpt2lite.checkpoint.manifest import contiguous_stride
 from gpt2lite.checkpoint.source import BUFFER_BYTES, ByteSource, memory_of
 from gpt2lite.devices import caches_in_blocks, copies_async, synchronize
 from gpt2lite.loading.forecast import Ledger, round_up
+from gpt2lite.loading.options import Progress
 from gpt2lite.loading.plan import LoadPlan, Target
-from gpt2lite.loading.schedule import MAX_GAP, Chunk, Schedule, landings, places, shares
+from gpt2lite.loading.schedule import MAX_GAP, Chunk, Schedule, Tuning, landings, places, shares
 from gpt2lite.loading.skeleton import replace_tensor, storage_bytes, unsaved_buffers
 from gpt2lite.memory import MIB
 from gpt2lite.quantization import WORKING_BYTES, quantize_into, scale_of
@@ -76,7 +77,7 @@ def _large_bytes(plan: LoadPlan) -> int:
     return sum(n for n in (round_up(target.nbytes, 512) for target in plan.targets) if n > MIB)
 
 
-def _allocate(plan: LoadPlan) -> dict[str, Tensor]:
+def allocate(plan: LoadPlan) -> dict[str, Tensor]:
     """Give the skeleton memory, one piece on the host; returns tensors and scales by their first names.
 
     CUDA's caching allocator fetches it at once, to split it: fetched tensor by tensor, each large one would
@@ -210,7 +211,7 @@ Read = tuple[Chunk, Tensor | None]  # a chunk that was read, and its slot; None:
 
 
 def _read(
-    plan: LoadPlan, ring: Ring, todo: Iterator[list[Chunk]], past_cache: Mapping[ByteSource, bool]
+    tuning: Tuning, ring: Ring, todo: Iterator[list[Chunk]], past_cache: Mapping[ByteSource, bool]
 ) -> Iterator[Read]:
     """What one reader reads: shares of `todo`, each in order, so that the system can read ahead for it."""
     between = memoryview(bytearray(MAX_GAP))
@@ -227,21 +228,21 @@ def _read(
                     staged = [] if slot is None else [memory_of(slot)[: chunk.nbytes]]
                     for offset, memories in chunk.reads(staged or places(chunk, between, ring.tensors)):
                         reader.read_into(memories, offset)
-                    if not plan.tuning.keep_cached:
+                    if not tuning.keep_cached:
                         reader.forget(chunk.offset, chunk.nbytes)
                     yield chunk, slot
                 ring.reading.discard(reader)
 
 
-def _read_all(plan: LoadPlan, ring: Ring) -> Generator[Read, None, None]:
+def _read_all(schedule: Schedule, tuning: Tuning, ring: Ring) -> Generator[Read, None, None]:
     """Every chunk, as soon as it has been read. Stops all readers when one fails, and raises its error.
 
     If the system grants fewer threads than wanted, each reads more; if it grants none, the caller reads.
     """
-    chunks, readers, keep_cached = plan.schedule.chunks, plan.schedule.readers, plan.tuning.keep_cached
+    chunks, readers = schedule.chunks, schedule.readers
     sources = {chunk.source for chunk in chunks}
-    past_cache = {source: not keep_cached and source.is_best_past_cache() for source in sources}
-    read = partial(_read, plan, ring, iter(shares(chunks, readers)), past_cache)
+    past_cache = {source: not tuning.keep_cached and source.is_best_past_cache() for source in sources}
+    read = partial(_read, tuning, ring, iter(shares(chunks, readers)), past_cache)
     started, done = list[Thread](), SimpleQueue[Read | BaseException]()
 
     def report() -> None:
@@ -287,23 +288,33 @@ def load(plan: LoadPlan) -> nn.Module:
     which a cold file is read past the page cache. Raises CheckpointError where a file ends early; the error
     of a reader is raised as it is.
     """
-    tensors, chunks = _allocate(plan), plan.schedule.chunks
-    done, total = 0, sum(chunk.nbytes for chunk in chunks)
+    fill(plan.schedule, plan.tuning, plan.device, allocate(plan), plan.progress)
+    return plan.skeleton
+
+
+def fill(
+    schedule: Schedule,
+    tuning: Tuning,
+    device: torch.device,
+    tensors: Mapping[str, Tensor],
+    progress: Progress = lambda done, total: None,
+) -> None:
+    """Read what is scheduled into tensors on a device, by the names of its targets; then it is there."""
+    done, total = 0, sum(chunk.nbytes for chunk in schedule.chunks)
     try:
-        ring = Ring(plan.schedule, plan.device, tensors)
-        with closing(_read_all(plan, ring)) as reads:
+        ring = Ring(schedule, device, tensors)
+        with closing(_read_all(schedule, tuning, ring)) as reads:
             for chunk, slot in reads:
                 if slot is not None:
                     ring.deliver(chunk, slot)
                 done += chunk.nbytes
-                plan.progress(done, total)
+                progress(done, total)
     finally:
-        synchronize(plan.device)
-        if not plan.tuning.keep_cached:  # again: pages that two reads share, and what the system read ahead
-            for source in {chunk.source for chunk in chunks}:
+        synchronize(device)
+        if not tuning.keep_cached:  # again: pages that two reads share, and what the system read ahead
+            for source in {chunk.source for chunk in schedule.chunks}:
                 with suppress(OSError):
                     source.forget()
-    return plan.skeleton
 
 
 def forecast(plan: LoadPlan, ledger: Ledger) -> None:
