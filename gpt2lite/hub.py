@@ -45,6 +45,8 @@ BESIDE = (
 )
 
 REPO_ID = re.compile(r"(?!.*(--|\.\.)|.{97})\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
+ADDRESS = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/?(?P<file>.*)")
+RESOLVED = re.compile(r"/(?P<repo>[^/]+/[^/]+)/(resolve|blob|raw)/(?P<revision>[^/]+)/(?P<file>.+)")
 FILE_SUFFIXES = (".bin", ".ckpt", ".gguf", ".h5", ".index", ".json", ".pt", ".pth", ".safetensors", ".zip")
 
 # HTTPError is the root of the client's HTTP library; a captive portal's answer, no JSON, is a ValueError.
@@ -109,10 +111,6 @@ def fetch(
         raise _explained(error, repo, revision, cache) from error
 
 
-ADDRESS = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/?(?P<file>.*)")
-RESOLVED = re.compile(r"/(?P<repo>[^/]+/[^/]+)/(resolve|blob|raw)/(?P<revision>[^/]+)/(?P<file>.+)")
-
-
 def elsewhere(address: str, *, revision: str | None = None, token: str | bool | None = None) -> RemotePath:
     """The place that an address or a model's name stands for, to be read there; nothing is written to disk.
 
@@ -123,23 +121,16 @@ def elsewhere(address: str, *, revision: str | None = None, token: str | bool | 
     Raises CheckpointNotFoundError where nothing lies there, CheckpointError where it cannot be reached,
     UsageError for an address that cannot be read.
     """
+    if "://" not in address:
+        address = f"hf://{OFFICIAL.get(official_name(address), address)}"
     parts = urlsplit(address)
-    if parts.scheme == "hf":
-        found = ADDRESS.fullmatch(address)
-    elif f"{parts.scheme}://{parts.netloc}" == constants.ENDPOINT:
-        found = RESOLVED.fullmatch(parts.path)
-    else:
-        found = None
-    if found:
+    is_hub = f"{parts.scheme}://{parts.netloc}" == constants.ENDPOINT
+    found = RESOLVED.fullmatch(parts.path) if is_hub else ADDRESS.fullmatch(address)
+    if found and REPO_ID.fullmatch(found["repo"]):
         said = found["revision"] and unquote(found["revision"])
         if said and revision and said != revision:
             raise UsageError(f"{address}: names the revision {said}, and revision={revision!r} was passed")
         return _on_hub(found["repo"], said or revision, token, unquote(found["file"]))
-    if "://" not in address:
-        repo = OFFICIAL.get(official_name(address), address)
-        if not REPO_ID.fullmatch(repo):
-            raise CheckpointNotFoundError(address, "no such file or folder, and not the name of a Hub model")
-        return _on_hub(repo, revision, token, "")
     if parts.scheme == "hf":
         raise UsageError(f"{address}: not an address on the Hub; wanted hf://owner/name[@revision]/file")
     if revision is not None:

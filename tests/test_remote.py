@@ -764,6 +764,37 @@ except KeyboardInterrupt:
         assert out == "stopped []\n", err
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_read_that_waits_is_woken(hub: Hub, secure: Hub, monkeypatch: pytest.MonkeyPatch, scheme: str):
+    monkeypatch.setenv("SSL_CERT_FILE", str(PEM))
+    place = {"http": hub, "https": secure}[scheme]
+    (source,) = open_model(f"{place.cdn}/{REPO}/main/model.safetensors").reading.manifest.files
+    monkeypatch.setattr(http_ranges, "TIMEOUT", 3600)
+    arrived, release, errors = threading.Event(), threading.Event(), list[Exception]()
+
+    def hold(handler: Handler, content: bytes, start: int, stop: int) -> None:
+        handler.send(content, start, stop, most=10)
+        arrived.set()
+        release.wait(120)
+
+    def read() -> None:
+        try:
+            reader.read_into([memoryview(bytearray(STEP))], 0)
+        except CheckpointError as error:
+            errors.append(error)
+
+    place.faults = [Fault(hold, lasts=True)]
+    with source.reader() as reader:
+        thread = threading.Thread(target=read)
+        thread.start()
+        assert arrived.wait(60)
+        reader.stop()
+        thread.join(60)
+        release.set()
+    assert not thread.is_alive()
+    assert len(errors) == 1
+
+
 def test_an_error_in_the_middle_leaves_no_thread_and_no_socket(hub: Hub):
     class Stop(Exception):
         pass
