@@ -522,7 +522,8 @@ def tokenizer_for(checkpoint: Place, vocab_size: int) -> Tokenizer:
 
 
 def _states(files: Files) -> dict[str, FileState]:
-    return {str(path): source_of(path).state() for path in files.values()}
+    """Of local files; what reads those that lie elsewhere sees for itself that they are what they were."""
+    return {str(path): source_of(path).state() for path in files.values() if isinstance(path, Path)}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -31,7 +32,7 @@ from huggingface_hub.utils import close_session
 
 import gpt2lite
 from gpt2lite import CheckpointError, CheckpointNotFoundError, GPTConfig, GPTModel, UsageError, open_model
-from gpt2lite.checkpoint import http_ranges, remote
+from gpt2lite.checkpoint import http_ranges, remote, torch_zip
 from gpt2lite.checkpoint.source import STEP
 from gpt2lite.cli import main
 from gpt2lite.config import EMBEDDED
@@ -181,6 +182,16 @@ def test_opening_takes_a_few_requests_and_the_forecast_no_more(hub: Hub, name: s
     assert hub.sent <= 2 * remote.BLOCK
 
 
+def test_a_model_with_its_tokenizer_opens_with_six_requests(hub: Hub, tmp_path: Path):
+    folder = gpt2lite.convert(EMBEDDED, tmp_path / "embedded", to="huggingface")
+    hub.repos[REPO] = {"main": {path.name: path.read_bytes() for path in folder.iterdir()}}
+    opened = open_model(REPO, cache=False)
+    asked = [path for _, path, _ in hub.asked if "agent-harnesses" not in path]
+    assert len(asked) <= 6
+    assert not any("vocab.json" in path for path in asked)
+    assert opened.beside.tokenizer.n_vocab == opened.config.vocab_size
+
+
 def test_headers_of_the_size_of_gpt2_xl_take_less_than_a_mebibyte(hub: Hub, tmp_path: Path):
     with torch.device("meta"):
         state = GPTModel(GPTConfig.named("gpt2-xl")).state_dict()
@@ -207,9 +218,9 @@ def test_a_pickle_from_elsewhere_runs_nothing(hub: Hub, tmp_path: Path):
     assert not (tmp_path / "sang").exists()
 
 
-def test_a_zip_of_another_layout_is_read_by_its_own_headers(hub: Hub, big: GPTModel, tmp_path: Path):
-    import zipfile
-
+def test_a_zip_of_another_layout_is_read_by_its_own_headers(
+    hub: Hub, big: GPTModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     path = tmp_path / "repacked.pth"
     with (
         zipfile.ZipFile(io.BytesIO(hub.repos[REPO]["main"]["plain.pth"])) as was,
@@ -221,6 +232,9 @@ def test_a_zip_of_another_layout_is_read_by_its_own_headers(hub: Hub, big: GPTMo
             now.start_dir = now.fp.tell()  # type: ignore[union-attr,attr-defined]
     hub.repos[REPO]["main"]["repacked.pth"] = path.read_bytes()
     require_same(GPTModel.from_checkpoint(f"hf://{REPO}/repacked.pth", config=HEADS), big)
+    monkeypatch.setattr(torch_zip, "MAX_ASKED", 10)
+    with pytest.raises(CheckpointError, match="a request for each would take long; download it"):
+        open_model(f"hf://{REPO}/repacked.pth")
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------
@@ -371,6 +385,7 @@ FAULTS: dict[str, tuple[list[Fault], str]] = {
     "503 twice": ([Fault(answers(503))] * 2, RIGHT),
     "503 for ever": ([Fault(answers(503), lasts=True)], "answered 503. Check the network and try again"),
     "429 with Retry-After": ([Fault(answers(429, Retry_After="1"))], RIGHT),
+    "429 with a date": ([Fault(answers(429, Retry_After="Wed, 21 Oct 2015 07:28:00 GMT"))], RIGHT),
     "429 for an hour": ([Fault(answers(429, Retry_After="3600"))], "answered 429. Check the network"),
     "a short body": ([Fault(hangs_up_after(3000))], RIGHT),
     "no answer": ([Fault(silence)], RIGHT),

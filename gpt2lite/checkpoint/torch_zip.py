@@ -51,6 +51,7 @@ STORAGES = torch.storage._dtype_to_storage_type_map()  # newer dtypes than these
 MAX_PADDING = 256  # bytes of an entry's own header after its name, as torch pads it
 DESCRIPTOR_BYTES = (16, 24)  # behind the data where a flag says so; longer where sizes have 64 bits
 DESCRIBED = 8  # that flag
+MAX_ASKED = 1000  # entries of a zip elsewhere whose own headers are read, a request each
 
 Entries = dict[str, tuple[int, zipfile.ZipInfo]]  # where the data begin, by name
 
@@ -70,11 +71,13 @@ def _entries(source: ByteSource, archive: zipfile.ZipFile) -> Entries:
     for info in infos:
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & ENCRYPTED:
             raise CheckpointError(source, f"{info.filename} is compressed or encrypted; save it again")
-    if not source.is_local and (laid_out := _laid_out(infos, archive.start_dir)):
-        return {
-            info.filename.partition("/")[2]: (begin, info)
-            for info, begin in zip(infos, laid_out, strict=True)
-        }
+    if not source.is_local:
+        if laid_out := _laid_out(infos, archive.start_dir):
+            pairs = zip(infos, laid_out, strict=True)
+            return {info.filename.partition("/")[2]: (begin, info) for info, begin in pairs}
+        if len(infos) > MAX_ASKED:
+            said = f"torch did not lay out its {len(infos)} entries, and a request for each would take long"
+            raise CheckpointError(source, f"{said}; download it and pass the file")
     last = source.state().size - LOCAL_HEADER.size
     encoded = [i.orig_filename.encode("utf-8" if i.flag_bits & UTF8_NAME else "cp437") for i in infos]
     begins = [min(max(info.header_offset, 0), last) for info in infos]
