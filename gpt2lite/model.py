@@ -198,8 +198,8 @@ class GPTModel(nn.Module):
 
         A path that is there wins over a name. Fetches config and weights into the client's cache once
         (`gpt2lite.hub.fetch` says what `revision`, `token`, `cache_dir` and `local_files_only` mean), which
-        takes disk, no memory; with cache=False they are read where they lie, and nothing is written. The rest is
-        `from_checkpoint`, with its arguments, costs and errors.
+        takes disk, no memory; with cache=False they are read where they lie, and nothing is written. The rest
+        is `from_checkpoint`, with its arguments, costs and errors.
 
         Raises CheckpointNotFoundError where nothing has this name, CheckpointError also where the Hub
         cannot be reached and the cache does not have it.
