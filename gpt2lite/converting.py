@@ -24,6 +24,7 @@ from gpt2lite.checkpoint.dcp import fill_dcp
 from gpt2lite.checkpoint.json_text import json_object
 from gpt2lite.checkpoint.manifest import Manifest
 from gpt2lite.checkpoint.reading import map_tensors
+from gpt2lite.checkpoint.remote import Place
 from gpt2lite.checkpoint.safetensors import fill_safetensors, fill_safetensors_folder
 from gpt2lite.checkpoint.source import in_memory
 from gpt2lite.checkpoint.torch_zip import fill_tensor_folder, fill_torch_zip
@@ -36,7 +37,7 @@ from gpt2lite.loading.options import check_names
 from gpt2lite.loading.skeleton import sketch
 from gpt2lite.memory import parse_size
 from gpt2lite.model import GPTModel, open_model
-from gpt2lite.opening import Opened, Source
+from gpt2lite.opening import Opened, Source, place_of
 from gpt2lite.tokenizer import GENERATION, SETTINGS, hub_files, tokenizer_files, write_beside
 
 if TYPE_CHECKING:
@@ -211,8 +212,15 @@ def _format_of(destination: Path, format: str | None) -> tuple[str, bool]:
 
 
 def _views(opened: Opened[GPTModel], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Every parameter by our name, mapped. Raises CheckpointError where one is missing or does not fit."""
+    """Every parameter by our name, mapped, or loaded where that cannot be.
+
+    Raises CheckpointError where one is missing or does not fit.
+    """
     plan = opened.plan(dtype=dtype)
+    if not all(source.is_local for source in plan.manifest.files):
+        with warnings.catch_warnings():  # of the same once more
+            warnings.simplefilter("ignore")
+            return dict(opened.load("cpu", "stream", dtype=dtype).state_dict())
     check_masks(opened.found.masks)
     mapped = map_tensors(plan.spans.values())
     return {name: t.placement.of(mapped[t.span.name]) for t in plan.targets for name in t.names}
@@ -288,7 +296,7 @@ def _stored(
         yield from (writing.join(target.mask.format(i=i), [mask]) for i in range(config.n_layers))
 
 
-def _beside(job: Conversion, source: Path) -> dict[str, bytes]:
+def _beside(job: Conversion, source: Place) -> dict[str, bytes]:
     """The tokenizer's files, which go where the weights go, and in a folder its config.json."""
     if not job.in_folder:
         return tokenizer_files(source)
@@ -341,14 +349,15 @@ def plan_conversion(
     if in_folder:
         writing.require_new_folder(destination)
     followed, sources = writing.destination_of(destination), [file.path for file in manifest.files]
-    if followed.exists() and any(map(followed.samefile, [manifest.path, *sources])):
+    local = [path for path in (manifest.path, *sources) if isinstance(path, Path)]
+    if followed.exists() and any(map(followed.samefile, local)):
         raise UsageError(f"{destination}: is the source itself; choose another place")
     views = _views(opened, dtype)
     config = _target_config(opened.config, to, views)
     tensors = tuple(_stored(to, format, config, views, dtype))
     rest = (to, format, in_folder, config, tensors, max_shard_bytes, opened.purpose)
     job = Conversion(manifest, destination, opened.reading.dialect, *rest)
-    beside = opened.path if isinstance(source, Opened) or not Path(source).exists() else Path(source)
+    beside = Path(source) if not isinstance(source, Opened) and Path(source).exists() else opened.path
     return replace(job, beside=_beside(job, beside))
 
 
@@ -452,9 +461,10 @@ def convert(
     `ConvertOptions` says what can be chosen. Files that are not folders carry the config in themselves;
     biases that a target has and the source lacks are zeros.
 
-    Maps the source and holds two chunks of 8 MiB in memory, whatever the model. The destination appears
-    whole or not at all, an old file stays until then; with `verify` only after every tensor was read back
-    from the disk and its hash compared. `progress` is called with (bytes done, bytes in all).
+    Maps the source (one that lies elsewhere is loaded) and holds two chunks of 8 MiB in memory. The
+    destination appears whole or not at all, an old file stays until then; with `verify` only after every
+    tensor was read back from the disk and its hash compared. `progress` is called with (bytes done, bytes in
+    all).
 
     Raises CheckpointError for a source that is damaged or incomplete and for a result that is not what was
     written, UsageError for a wrong argument, what the target cannot say, or another process that writes
@@ -474,7 +484,7 @@ def save_per_tensor(model_or_path: nn.Module | Source, folder: Source) -> Path:
     if isinstance(model_or_path, nn.Module):
         state: Mapping[str, Tensor] = model_or_path.state_dict()
     else:
-        manifest = open_checkpoint(model_or_path)
+        manifest = open_checkpoint(place_of(model_or_path))
         state = map_tensors(manifest.tensors.values())
         manifest.check_unchanged()  # since its headers were read; what is read from now on says so itself
     tensors = writing.tensors_of(state)

@@ -1,4 +1,6 @@
-"""A model's name → local files, through huggingface_hub: its cache, tokens, bars and offline mode."""
+"""A model's name or address → files, local or where they lie, through huggingface_hub: its cache, tokens,
+bars and offline mode.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,25 @@ import os
 import re
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
 
-from huggingface_hub import HfApi, constants, errors, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import (
+    HfApi,
+    constants,
+    errors,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
+from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 from gpt2lite.checkpoint import FOLDER_FILES
 from gpt2lite.checkpoint.foreign import shortened
+from gpt2lite.checkpoint.http_ranges import BUSY, HttpReader, at_address, pause_of, require_as_safe
 from gpt2lite.checkpoint.json_text import read_json
+from gpt2lite.checkpoint.remote import Located, Remote, RemotePath, TransientError, on_fsspec
 from gpt2lite.config import official_name
 from gpt2lite.dialects.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError, GPT2LiteError, UsageError
@@ -31,6 +45,8 @@ BESIDE = (
 )
 
 REPO_ID = re.compile(r"(?!.*(--|\.\.)|.{97})\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
+ADDRESS = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/?(?P<file>.*)")
+RESOLVED = re.compile(r"/(?P<repo>[^/]+/[^/]+)/(resolve|blob|raw)/(?P<revision>[^/]+)/(?P<file>.+)")
 FILE_SUFFIXES = (".bin", ".ckpt", ".gguf", ".h5", ".index", ".json", ".pt", ".pth", ".safetensors", ".zip")
 
 # HTTPError is the root of the client's HTTP library; a captive portal's answer, no JSON, is a ValueError.
@@ -93,6 +109,72 @@ def fetch(
         if folder := _cached(names, revision, cache):
             return folder
         raise _explained(error, repo, revision, cache) from error
+
+
+def elsewhere(address: str, *, revision: str | None = None, token: str | bool | None = None) -> RemotePath:
+    """The place that an address or a model's name stands for, to be read there; nothing is written to disk.
+
+    `hf://owner/name[@revision]/file`, or without a file the whole model; `https://…/model.safetensors`, which
+    of the Hub itself is the same as hf://; what else fsspec knows, if that is installed. Costs one request of
+    a model on the Hub, of other addresses one for the file and one for each of BESIDE.
+
+    Raises CheckpointNotFoundError where nothing lies there, CheckpointError where it cannot be reached,
+    UsageError for an address that cannot be read.
+    """
+    if "://" not in address:
+        address = f"hf://{OFFICIAL.get(official_name(address), address)}"
+    parts = urlsplit(address)
+    is_hub = f"{parts.scheme}://{parts.netloc}" == constants.ENDPOINT
+    found = RESOLVED.fullmatch(parts.path) if is_hub else ADDRESS.fullmatch(address)
+    if found and REPO_ID.fullmatch(found["repo"]):
+        said = found["revision"] and unquote(found["revision"])
+        if said and revision and said != revision:
+            raise UsageError(f"{address}: names the revision {said}, and revision={revision!r} was passed")
+        return _on_hub(found["repo"], said or revision, token, unquote(found["file"]))
+    if parts.scheme == "hf":
+        raise UsageError(f"{address}: not an address on the Hub; wanted hf://owner/name[@revision]/file")
+    if revision is not None:
+        raise UsageError(f"{address}: only a model on the Hub has a revision; leave it out")
+    if parts.scheme in ("http", "https"):
+        return at_address(address, BESIDE)
+    return on_fsspec(address)
+
+
+def _on_hub(repo: str, revision: str | None, token: str | bool | None, file: str) -> RemotePath:
+    """A file, or all of them, of a repository as it is now: a commit, which cannot change."""
+    try:
+        info = HfApi(token=token).model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except CLIENT_ERRORS as error:
+        raise _explained(error, repo, revision, None) from error
+    names = frozenset(sibling.rfilename for sibling in info.siblings or ())
+    if file and not any(name == file or name.startswith(f"{file}/") for name in names):
+        where = f"hf://{repo}/{file}"
+        raise CheckpointNotFoundError(where, f"not in the repository, which holds {shortened(names)}")
+    remote = Remote(f"hf://{repo}", names, partial(_find, repo, f"{info.sha}", token), HttpReader)
+    return RemotePath(remote, PurePosixPath(file))
+
+
+def _find(repo: str, commit: str, token: str | bool | None, name: str) -> Located:
+    """Where a file of a commit lies. Its token goes to the Hub's own host alone."""
+    address = hf_hub_url(repo, name, revision=commit, endpoint=constants.ENDPOINT)
+    try:
+        found = get_hf_file_metadata(address, token=token)
+    except errors.EntryNotFoundError:
+        raise CheckpointNotFoundError(f"hf://{repo}/{name}", "no such file in the repository") from None
+    except CLIENT_ERRORS as error:
+        answer = getattr(error, "response", None)
+        status = getattr(answer, "status_code", None)
+        if status is None or status in BUSY:
+            raise TransientError(error, pause=pause_of(getattr(answer, "headers", {}))) from None
+        raise _explained(error, repo, commit, None) from error
+    require_as_safe(address, found.location, f"hf://{repo}/{name}")
+    hosts = {urlsplit(each).netloc for each in (found.location, constants.ENDPOINT)}
+    headers = {key: value for key, value in build_hf_headers(token=token).items() if len(hosts) == 1}
+    tag = found.etag or ""
+    stated = tag if re.fullmatch("[0-9a-f]{64}", tag) else None
+    if found.size is None:
+        raise CheckpointError(f"hf://{repo}/{name}", f"the Hub does not say its size; {ELSEWHERE}")
+    return Located(found.location, found.size, tag, headers, stated)
 
 
 def fetch_file(repo: str, filename: str) -> Path:

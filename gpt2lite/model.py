@@ -172,6 +172,7 @@ class GPTModel(nn.Module):
     ) -> GPTModel:
         """A GPT-2 from any checkpoint that `gpt2lite.dialects` knows, in eval mode.
 
+        `path` may be an address, `hf://owner/name@revision/file` or `https://…`: read there, by ranges.
         The config is found; `config` may say what the file does not, such as {"n_heads": 12}, and must agree
         with what it does. `strategy` is one of `gpt2lite.STRATEGIES`, each of which says there what it costs
         on host and device, or auto: the fastest whose forecast fits into the memory that this process has,
@@ -197,7 +198,8 @@ class GPTModel(nn.Module):
 
         A path that is there wins over a name. Fetches config and weights into the client's cache once
         (`gpt2lite.hub.fetch` says what `revision`, `token`, `cache_dir` and `local_files_only` mean), which
-        takes disk, no memory; the rest is `from_checkpoint`, with its arguments, costs and errors.
+        takes disk, no memory; with cache=False they are read where they lie, and nothing is written. The rest
+        is `from_checkpoint`, with its arguments, costs and errors.
 
         Raises CheckpointNotFoundError where nothing has this name, CheckpointError also where the Hub
         cannot be reached and the cache does not have it.
@@ -281,7 +283,7 @@ class GPTModel(nn.Module):
 
 
 def open_model(source: Source, **options: Unpack[OpenOptions]) -> Opened[GPTModel]:
-    """Open a checkpoint by its path, or a model by its name on the Hub, and look before loading it.
+    """Open a checkpoint by its path or address, or a model by its Hub name, and look before loading it.
 
     `open_model("model.pth").config`, `.forecast("cuda")`, `.load("cuda")`; `options` are those of
     `gpt2lite.OpenOptions`. Reads headers; raises as `GPTModel.from_pretrained`, but for memory.

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from torch import nn
 from gpt2lite import parallel
 from gpt2lite.checkpoint import Manifest, TensorSpan, open_checkpoint
 from gpt2lite.checkpoint.manifest import contiguous_stride
+from gpt2lite.checkpoint.remote import Place, RemotePath
 from gpt2lite.checkpoint.source import ByteSource, FileState
 from gpt2lite.checkpoint.tf_bundle import index_of
 from gpt2lite.config import OFFICIAL_SIZES, GPTConfig, Purpose, official_name
@@ -87,8 +89,8 @@ class Opened(Generic[Model]):
         return f"Opened({str(self.path)!r}, {', '.join(f'{k}={v!r}' for k, v in self.found.fields.items())})"
 
     @property
-    def path(self) -> Path:
-        """The file or folder that was opened."""
+    def path(self) -> Place:
+        """The file or folder that was opened, wherever it lies."""
         return self.reading.manifest.path
 
     @cached_property
@@ -166,14 +168,38 @@ class Opened(Generic[Model]):
         return model  # type: ignore[return-value]
 
 
-def locate(name: Source, options: Mapping[str, Any]) -> Path:
-    """An existing path unchanged, else the local path of the Hub model, fetched."""
-    path = Path(name)
-    if options.get("revision") is None and (path.exists() or index_of(path).is_file()):
-        return path
-    from gpt2lite.hub import fetch  # here, since the client takes half a second to import
+def locate(name: Source, options: Mapping[str, Any]) -> Place:
+    """An existing path unchanged, an address (`hf://`, `https://` …) as the place that it names.
 
-    return fetch(name, **{key: options[key] for key in HUB_OPTIONS if key in options})
+    Else a model on the Hub: fetched, or with cache=False the place where it lies.
+    """
+    if isinstance(name, RemotePath):
+        return name
+    path, is_address = Path(name), "://" in os.fspath(name)
+    is_there = not is_address and (path.exists() or index_of(path).is_file())
+    if is_there and options.get("revision") is None:
+        return path
+    from gpt2lite import hub  # here, since the client takes half a second to import
+
+    if is_there or not (is_address or options.get("cache") is False):
+        return hub.fetch(name, **{key: options[key] for key in HUB_OPTIONS if key in options})
+    if options.get("local_files_only"):
+        raise UsageError(f"{name}: is read from the network, which local_files_only=True forbids")
+    own = {key: options[key] for key in ("revision", "token") if key in options}
+    return hub.elsewhere(os.fspath(name), **own)
+
+
+def place_of(path: Source, options: Mapping[str, Any] = MappingProxyType({})) -> Place:
+    """A path as it is, an address as the place that it names; no name of a model."""
+    is_address = isinstance(path, RemotePath) or "://" in os.fspath(path)
+    return locate(path, options) if is_address else Path(path)
+
+
+def _locate_base(name: str, options: Mapping[str, Any]) -> Place:
+    """What a file names, which can be no address: only the caller says who is asked."""
+    if "://" in name:
+        raise CheckpointError(f"{name:.80}: an address in a file is not followed; pass a merged model")
+    return locate(name, options)
 
 
 def assumed(model: Callable[[GPTConfig], Model], name: str) -> Opened[Model]:
@@ -203,7 +229,7 @@ def assumed(model: Callable[[GPTConfig], Model], name: str) -> Opened[Model]:
 
 def open_to_plan(model: Callable[[GPTConfig], Model], source: Source, options: OpenOptions) -> Opened[Model]:
     """`open_as` for a path that is there or lies in the Hub's cache; else an official size is `assumed`."""
-    name, is_asked = os.fspath(source), options.get("config") or options.get("revision")
+    name, is_asked = str(source), options.get("config") or options.get("revision") or "cache" in options
     if official_name(name) not in OFFICIAL_SIZES or Path(name).exists() or is_asked:
         return open_as(model, locate(source, options), options)
     try:
@@ -221,8 +247,9 @@ def open_as(model: Callable[[GPTConfig], Model], path: Source, options: OpenOpti
     run code, contradicts itself or computes something else; UsageError for a wrong argument.
     """
     check_names(options, OpenOptions)
-    path = Path(path)
-    adapter = find_adapter(path, lambda name, revision: locate(name, {**options, "revision": revision}))
+    path = place_of(path, options)
+    of_base = options if isinstance(path, Path) else {**options, "cache": False}
+    adapter = find_adapter(path, lambda name, revision: _locate_base(name, {**of_base, "revision": revision}))
     manifest = open_checkpoint(adapter.base if adapter else path)
     configs.check_model_type(manifest.path)
     reading = read_dialect(manifest)
@@ -255,7 +282,7 @@ def load_module(
     if options.get("quantize") is not None:
         raise UsageError("quantize is for GPTModel; load_module keeps every layer as it is built")
     with parallel.together(options.get("mesh")):
-        reading = read_names(open_checkpoint(path), sketch(build).module.state_dict().keys())
+        reading = read_names(open_checkpoint(place_of(path)), sketch(build).module.state_dict().keys())
     return load(partial(make_plan, reading, build, options=options), device, strategy, options)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -27,7 +26,8 @@ from torch import Tensor
 from gpt2lite.checkpoint import side_file
 from gpt2lite.checkpoint.inert_pickle import DescribingUnpickler, describe
 from gpt2lite.checkpoint.json_text import json_object, read_json
-from gpt2lite.checkpoint.source import ByteSource, FileState, read_all
+from gpt2lite.checkpoint.remote import Place
+from gpt2lite.checkpoint.source import FileState, lies, read_all, source_of
 from gpt2lite.checkpoint.writing import replacing
 from gpt2lite.dialects.configs import folder_of
 from gpt2lite.dialects.peft import find_adapter
@@ -40,7 +40,7 @@ END_OF_TEXT = "<|endoftext|>"
 HAS_BORDER = re.compile(r"\S[ \n]").search
 UNKNOWN = "\ufffd".encode()
 Allowed: TypeAlias = Literal["all"] | AbstractSet[str]
-Files: TypeAlias = Mapping[str, Path]
+Files: TypeAlias = Mapping[str, Place]
 Said: TypeAlias = dict[str, Any]  # a JSON object
 
 
@@ -172,7 +172,7 @@ def as_encoding(
     return _encoding(name, {unspelled(token): id for token, id in tokens.items()}, special)
 
 
-def read_encoding(path: Path) -> tiktoken.Encoding:
+def read_encoding(path: Place) -> tiktoken.Encoding:
     """The byte-pair encoding in a `.tiktoken` file: per line the base64 of a token's bytes, and its rank.
 
     `<|endoftext|>` takes the id after the last rank. Raises CheckpointError for a damaged file.
@@ -241,11 +241,11 @@ def _json(files: Files, name: str) -> Any:
     return read_json(files[name], most=MAX_BYTES) if name in files else {}
 
 
-def _bytes(path: Path) -> bytes:
-    return read_all(ByteSource(path), MAX_BYTES)
+def _bytes(path: Place) -> bytes:
+    return read_all(source_of(path), MAX_BYTES)
 
 
-def _merges(path: Path) -> list[list[str]]:
+def _merges(path: Place) -> list[list[str]]:
     """The pairs of a merges.txt."""
     lines = _bytes(path).decode().split("\n")
     return [line.split(" ") for line in lines if line and not line.startswith("#version")]
@@ -426,7 +426,7 @@ def _from_hub(files: Files) -> Tokenizer:
 def _from_characters(files: Files) -> Tokenizer:
     """nanoGPT's meta.pkl: one id per character, and no token that ends a text."""
     path = files[META]
-    raw = read_all(ByteSource(path), MAX_META_BYTES)
+    raw = read_all(source_of(path), MAX_META_BYTES)
     found: Any = describe(path, DescribingUnpickler(io.BytesIO(raw), len(raw)))
     itos, ids = found["itos"], found["stoi"]
     # types first: what a pickle nests can take forever to compare or to hash
@@ -452,7 +452,7 @@ KINDS: tuple[tuple[frozenset[str], Callable[[Files], Tokenizer]], ...] = (
 NAMES = sorted(frozenset().union(*(names for names, _ in KINDS)))
 
 
-def _own_files(checkpoint: Path) -> dict[str, Path]:
+def _own_files(checkpoint: Place) -> dict[str, Place]:
     """The tokenizer's files by their own names: called after the checkpoint, or in its folder."""
     folder = folder_of(checkpoint)
     levels = (
@@ -461,12 +461,12 @@ def _own_files(checkpoint: Path) -> dict[str, Path]:
         {VOCAB: folder / "encoder.json", MERGES: folder / "vocab.bpe"},  # as OpenAI calls them
     )
     for level in levels:
-        if found := {name: path for name, path in level.items() if os.path.lexists(path)}:
+        if found := {name: path for name, path in level.items() if lies(path)}:
             return found
     return {}
 
 
-def files_beside(checkpoint: Path) -> dict[str, Path]:
+def files_beside(checkpoint: Place) -> dict[str, Place]:
     """The same, else those of the base of an adapter."""
     if found := _own_files(checkpoint):
         return found
@@ -474,7 +474,7 @@ def files_beside(checkpoint: Path) -> dict[str, Path]:
     return files_beside(adapter.base) if adapter and adapter.base != folder_of(checkpoint) else {}
 
 
-def _fetch(name: str, revision: str | None) -> Path:
+def _fetch(name: str, revision: str | None) -> Place:
     from gpt2lite.hub import fetch
 
     return fetch(name, revision=revision)
@@ -497,7 +497,7 @@ def _read(files: Files) -> Tokenizer:
         raise CheckpointError(first, f"not a valid tokenizer ({type(error).__name__}: {error})") from None
 
 
-def tokenizer_for(checkpoint: Path, vocab_size: int) -> Tokenizer:
+def tokenizer_for(checkpoint: Place, vocab_size: int) -> Tokenizer:
     """The tokenizer that lies beside a checkpoint; where none does and the vocabulary is GPT-2's, GPT-2's.
 
     Reads `<stem>.tiktoken`, `tokenizer.json`, `vocab.json` with `merges.txt`, and nanoGPT's `meta.pkl`. A
@@ -522,19 +522,20 @@ def tokenizer_for(checkpoint: Path, vocab_size: int) -> Tokenizer:
 
 
 def _states(files: Files) -> dict[str, FileState]:
-    return {str(path): ByteSource(path).state() for path in files.values()}
+    """Of local files; what reads those that lie elsewhere sees for itself that they are what they were."""
+    return {str(path): source_of(path).state() for path in files.values() if isinstance(path, Path)}
 
 
 @dataclass(frozen=True)
 class Beside:
     """The tokenizer beside a checkpoint, as it lay there when that was opened; read when it is asked for."""
 
-    checkpoint: Path
+    checkpoint: Place
     vocab_size: int
     states: Mapping[str, FileState]
 
     @classmethod
-    def of(cls, checkpoint: Path, vocab_size: int, base: Path | None) -> Beside:
+    def of(cls, checkpoint: Place, vocab_size: int, base: Place | None) -> Beside:
         """What lies beside a checkpoint now, or beside the base of an adapter without files of its own.
 
         Some thirty looks into its folder; nothing is read.
@@ -587,7 +588,7 @@ def _hub_lists(bpe: tiktoken.Encoding) -> dict[str, bytes]:
     }
 
 
-def tokenizer_files(checkpoint: Path, *, in_folder: bool = False) -> dict[str, bytes]:
+def tokenizer_files(checkpoint: Place, *, in_folder: bool = False) -> dict[str, bytes]:
     """The files of the tokenizer beside a checkpoint, {} where there is none: a few MB.
 
     In a folder, a .tiktoken file becomes vocab.json and merges.txt, which give the same ids for every text.
@@ -601,13 +602,13 @@ def tokenizer_files(checkpoint: Path, *, in_folder: bool = False) -> dict[str, b
 def write_beside(checkpoint: Path, files: Mapping[str, bytes]) -> None:
     """Write a tokenizer's files, called after a checkpoint; nothing stays of an older tokenizer there."""
     for name in set(NAMES) - files.keys() if files else ():
-        side_file(checkpoint, f".{name}").unlink(missing_ok=True)
+        Path(side_file(checkpoint, f".{name}")).unlink(missing_ok=True)
     for name in files.keys() & set(NAMES):
-        with replacing(side_file(checkpoint, f".{name}")) as temporary:
+        with replacing(Path(side_file(checkpoint, f".{name}"))) as temporary:
             temporary.write_bytes(files[name])
 
 
-def hub_files(checkpoint: Path, vocab_size: int) -> dict[str, bytes]:
+def hub_files(checkpoint: Place, vocab_size: int) -> dict[str, bytes]:
     """What transformers needs beside weights and config.json to make text: tokenizer, generation_config.json.
 
     {} where the checkpoint has no tokenizer, with a warning where it should have one. As `tokenizer_files`;

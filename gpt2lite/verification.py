@@ -89,7 +89,9 @@ def _transformers(opened: Opened[GPTModel], dtype: torch.dtype, folder: Path) ->
     except ImportError as error:
         raise UsageError(f"transformers cannot be imported ({error}): pip install transformers") from None
     logging.disable_progress_bar()
-    path, kind, shared = folder_of(opened.path), "AutoModelForCausalLM", ""
+    if not isinstance(opened.path, Path):
+        raise UsageError(f"{opened.path}: transformers reads no remote files; use torch, or download it")
+    path, kind, shared = Path(folder_of(opened.path)), "AutoModelForCausalLM", ""
     said, config = folder_configs(opened.path).get("config.json", {}), opened.config
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
     is_theirs = opened.reading.dialect == "huggingface" and opened.path.name in FOLDER_FILES
@@ -143,6 +145,8 @@ def verify(
     """
     if against not in REFERENCES:
         raise UsageError(f"against must be {' or '.join(REFERENCES)}, got {against!r}")
+    for source in opened.reading.manifest.files:
+        source.check_sha256()
     model = load()
     config, like = model.config, model.pos_emb.weight
     prompt = torch.tensor([PROMPT], device=like.device)[:, : config.context_length] % config.vocab_size

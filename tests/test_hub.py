@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -10,17 +9,14 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from functools import cached_property
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
+from hub_server import Hub, Repo, as_the_hub, commit_of
 from huggingface_hub import constants
 from test_cli import has_gpt2_encoding
 
@@ -28,137 +24,8 @@ from gpt2lite import CheckpointError, CheckpointNotFoundError, GPTModel, UsageEr
 from gpt2lite.cli import main
 from gpt2lite.hub import OFFICIAL, fetch, fetch_file
 
-Repo = dict[str, dict[str, bytes]]  # revision → file name → content
 HEADS = {"n_heads": 4}
 NO_USE = {"tf_model.h5": b"tensorflow", "onnx/model.onnx": b"onnx", "flax_model.msgpack": b"flax"}
-CUT = 11 << 20  # behind the client's first whole chunk of 10 MiB, which is all that it resumes from
-
-
-def commit_of(name: str, revision: str) -> str:
-    return hashlib.sha1(f"{name}@{revision}".encode()).hexdigest()
-
-
-class Hub:
-    """What the server has, what it refuses, and what it was asked for."""
-
-    def __init__(self) -> None:
-        self.repos: dict[str, Repo] = {}
-        self.gated: set[str] = set()
-        self.private: dict[str, str] = {}  # repository → the token that opens it
-        self.status: int | None = None  # answer everything with it
-        self.cuts = 0  # connections still to be cut in the middle of a file
-        self.asked: list[tuple[str, str, str | None]] = []  # method, path, Range
-
-    def fetched(self) -> set[str]:
-        return {
-            path.rsplit("/", 1)[1] for method, path, _ in self.asked if method == "GET" and "/cdn/" in path
-        }
-
-    def serve(self) -> None:
-        hub = self
-        handler = type("Handler", (Handler,), {"hub": hub})
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.server.daemon_threads = True
-        threading.Thread(
-            target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
-        ).start()
-
-    @cached_property
-    def cdn(self) -> str:
-        """Another host, as the Hub's is: a redirect to its own host the client follows without a look."""
-        return f"http://localhost:{self.server.server_port}/cdn"
-
-    @cached_property
-    def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_port}"
-
-    def stop(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-
-
-class Handler(BaseHTTPRequestHandler):
-    """`/api/models/R[/revision/V]`, and `/R/resolve/V/F`, which leads to `/cdn/R/V/F` and its byte ranges."""
-
-    hub: Hub
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        self.hub.asked.append((self.command, self.path, self.headers.get("Range")))
-        path = unquote(urlsplit(self.path).path)
-        if self.hub.status:
-            return self.answer(self.hub.status)
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
-            return self.info(match[1], match[2] or "main")
-        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            return self.resolve(*match.groups())
-        if match := re.fullmatch(r"/cdn/([^/]+/[^/]+)/([^/]+)/(.+)", path):
-            return self.content(self.hub.repos[match[1]][match[2]][match[3]])
-        return self.answer(404)
-
-    do_HEAD = do_GET
-
-    def answer(self, status: int, content: bytes = b"", **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def refuse(self, status: int, code: str) -> None:
-        self.answer(status, json.dumps({"error": code}).encode(), X_Error_Code=code, X_Error_Message=code)
-
-    def revision(self, name: str, wanted: str) -> str | None:
-        """The revision's name, or None and a refusal."""
-        bearer = self.headers.get("Authorization")
-        if name not in self.hub.repos or self.hub.private.get(name, bearer) not in (bearer, str(bearer)[7:]):
-            self.refuse(404 if bearer else 401, "RepoNotFound")
-            return None
-        for revision in self.hub.repos[name]:
-            if wanted in (revision, commit_of(name, revision)):
-                return revision
-        return self.refuse(404, "RevisionNotFound")
-
-    def info(self, name: str, wanted: str) -> None:
-        if revision := self.revision(name, wanted):
-            siblings = [{"rfilename": file} for file in self.hub.repos[name][revision]]
-            found = {"id": name, "sha": commit_of(name, revision), "siblings": siblings}
-            self.answer(200, json.dumps(found).encode(), Content_Type="application/json")
-
-    def resolve(self, name: str, wanted: str, file: str) -> None:
-        if not (revision := self.revision(name, wanted)):
-            return None
-        if name in self.hub.gated:
-            return self.refuse(403 if self.headers.get("Authorization") else 401, "GatedRepo")
-        if file not in self.hub.repos[name][revision]:
-            return self.refuse(404, "EntryNotFound")
-        content = self.hub.repos[name][revision][file]
-        return self.answer(
-            302,
-            Location=f"{self.hub.cdn}/{name}/{revision}/{file}",
-            X_Repo_Commit=commit_of(name, revision),
-            X_Linked_Etag=f'"{hashlib.sha256(content).hexdigest()}"',
-            X_Linked_Size=str(len(content)),
-        )
-
-    def content(self, content: bytes) -> None:
-        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
-        status, part = (206, content[start:]) if "Range" in self.headers else (200, content)
-        ranged = (
-            {"Content_Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if status == 206 else {}
-        )
-        if self.hub.cuts and len(part) > CUT and self.command == "GET":
-            self.hub.cuts -= 1
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(part)))
-            self.end_headers()
-            self.wfile.write(part[:CUT])
-            self.close_connection = True
-            return
-        self.answer(status, part, ETag='"x"', Accept_Ranges="bytes", **ranged)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -192,19 +59,7 @@ def hub() -> Iterator[Hub]:
 @pytest.fixture
 def client(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The client of this process turned to the server, with an empty cache; no other host can be reached."""
-    connect = socket.socket.connect
-
-    def only_loopback(self: socket.socket, address: Any) -> None:
-        assert address[0] in ("127.0.0.1", "::1"), f"a test wanted to reach {address}"
-        connect(self, address)
-
-    monkeypatch.setattr(socket.socket, "connect", only_loopback)
-    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-    template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
+    as_the_hub(hub, monkeypatch, tmp_path)
     return tmp_path / "cache"
 
 

@@ -18,8 +18,9 @@ from gpt2lite.checkpoint import dcp, llmc_bin, tf_bundle, torch_zip
 from gpt2lite.checkpoint.foreign import READABLE, shortened, what_is, what_is_json
 from gpt2lite.checkpoint.json_text import read_json
 from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, joined, validate
+from gpt2lite.checkpoint.remote import Place, RemotePath
 from gpt2lite.checkpoint.safetensors import open_safetensors
-from gpt2lite.checkpoint.source import ByteSource
+from gpt2lite.checkpoint.source import ByteSource, children, lies, source_of
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError, listed
 
 # A folder from the Hub holds its weights under one of these names. The first that is there counts, as in
@@ -146,76 +147,76 @@ def open_sharded(source: ByteSource) -> Manifest:
 # ---- a folder ----------------------------------------------------------------------------------------------
 
 
-def _candidates(folder: Path, tensors: Container[Path]) -> list[Path]:
+def _candidates(folder: Place, tensors: Container[Place]) -> list[Place]:
     """The files of a folder that may be a checkpoint, by their names; else one that can only be named."""
-    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file not in tensors]
+    files = [file for file in children(folder) if file.is_file() and file not in tensors]
     found = [file for file in files if file.suffix in SUFFIXES and not PASSENGER.fullmatch(file.name)]
     return found or [file for file in files if file.suffix in NOT_READ][:1]
 
 
-def _without_weights(folder: Path) -> CheckpointError:
+def _without_weights(folder: Place) -> CheckpointError:
     """The error for a folder that holds no checkpoint, with the folder in it that is likely meant."""
-    names = [child.name for child in folder.iterdir()]
-    inner = sorted((child for child in folder.iterdir() if child.is_dir()), key=_number)
+    names = [child.name for child in children(folder)]
+    inner = sorted((child for child in children(folder) if child.is_dir()), key=_number)
     likely = f". Did you mean {inner[-1]}?" if inner and (_number(inner[-1]) >= 0 or not inner[1:]) else ""
     wanted = f"{', '.join(FOLDER_FILES)}, one file ending in {', '.join(SUFFIXES)}"
     more = f"one .pt file per tensor, or a .index of TensorFlow; found {shortened(names)}{likely}"
     return CheckpointError(folder, f"a folder without weights; wanted {wanted}, {more}")
 
 
-def _number(folder: Path) -> int:
+def _number(folder: Place) -> int:
     """The step at the end of a folder's name, `checkpoint-500` or `global_step1`; -1 where there is none."""
     found = re.search(r"\d+$", folder.name)
     return int(found.group()) if found else -1
 
 
-def _open_tensors(folder: Path) -> dict[Path, Manifest]:
+def _open_tensors(folder: Place) -> dict[Place, Manifest]:
     """The `.pt` files of a folder that are one tensor each, named as its file is. Reads all headers."""
-    found = {}
-    for file in sorted(folder.glob("*.pt")):
+    found = dict[Place, Manifest]()
+    for file in children(folder, "*.pt"):
         with suppress(CheckpointError):  # a damaged file is not one of them
-            manifest = torch_zip.open_torch_zip(ByteSource(file))
+            manifest = torch_zip.open_torch_zip(source_of(file))
             if list(manifest.tensors) == [""]:
                 tensors = {file.stem: replace(manifest.tensors[""], name=file.stem)}
                 found[file] = replace(manifest, path=folder, format="tensor_folder", tensors=tensors)
     return found
 
 
-def _open_folder(path: Path) -> Manifest:
+def _open_folder(path: Place) -> Manifest:
     """The checkpoint that a folder is or holds. Raises CheckpointError where none or more than one does."""
-    if named := next((path / name for name in FOLDER_FILES if os.path.lexists(path / name)), None):
-        return _open_file(ByteSource(named))
-    if os.path.lexists(path / dcp.METADATA):
+    if named := next((path / name for name in FOLDER_FILES if lies(path / name)), None):
+        return _open_file(source_of(named))
+    if lies(path / dcp.METADATA) and isinstance(path, Path):
         return dcp.open_dcp(path)
     for (pattern, least), said in DIVIDED.items():
-        if len(list(path.glob(pattern))) >= least:
+        if len(children(path, pattern)) >= least:
             raise CheckpointError(path, said)
     tensors = _open_tensors(path)
     files = _candidates(path, tensors)
     if len(files) == 1 and len(tensors) < 2:
-        return _open_file(ByteSource(files[0]))
+        return _open_file(source_of(files[0]))
     if files:
         found = f"{len(tensors)} files of exactly one tensor each and " if len(tensors) > len(files) else ""
         names = shortened(file.name for file in files)
         raise CheckpointError(path, f"holds {found}{names}; pass the one that is the checkpoint")
     if tensors:
         return joined(list(tensors.values()))
-    if indices := sorted(path.glob("*.index")):
-        return tf_bundle.open_tf_bundle(ByteSource(tf_bundle.current_index(path, indices)))
+    if indices := children(path, "*.index"):
+        return tf_bundle.open_tf_bundle(source_of(tf_bundle.current_index(path, indices)))
     raise _without_weights(path)
 
 
 # ---- a path ------------------------------------------------------------------------------------------------
 
 
-def side_file(path: Path, suffix: str) -> Path:
+def side_file(path: Place, suffix: str) -> Place:
     """What lies beside a checkpoint and belongs to it: `model.pth` → `model.json`, `hub/` → `hub.json`.
 
     Beside an index it has the name that it would have beside the whole: `model.safetensors.index.json` →
     `model.json`.
     """
     path = path.absolute()
-    if os.path.isdir(path):
+    if path.is_dir():
         return path.with_name(path.name + suffix)
     return path.with_name(path.name.removesuffix(INDEX_SUFFIX)).with_suffix(suffix)
 
@@ -227,11 +228,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Manifest:
     a file. Reads no tensor data and allocates none. Raises CheckpointNotFoundError, or CheckpointError for a
     file that is damaged, of an unknown kind, or wants to run code, and for a folder that holds two.
     """
-    path = Path(path)
-    if os.path.exists(path):
-        manifest = _open_folder(path) if path.is_dir() else _open_file(ByteSource(path))
-    elif os.path.isfile(index := tf_bundle.index_of(path)):
-        manifest = tf_bundle.open_tf_bundle(ByteSource(index))
+    place = path if isinstance(path, RemotePath) else Path(path)
+    if lies(place):
+        manifest = _open_folder(place) if place.is_dir() else _open_file(source_of(place))
+    elif (index := tf_bundle.index_of(place)).is_file():
+        manifest = tf_bundle.open_tf_bundle(source_of(index))
     else:
         raise CheckpointNotFoundError(path, "no such file or folder")
     if manifest.tensors and all(map(OPTIMIZER.fullmatch, manifest.tensors)):

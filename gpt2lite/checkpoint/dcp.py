@@ -101,6 +101,9 @@ class _JoinedReader(ExitStack):
     def forget(self, offset: int, nbytes: int) -> None:
         """Do nothing: the whole is forgotten at the end."""
 
+    def stop(self) -> None:
+        """Do nothing: what a disk reads ends by itself."""
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Joined(ByteSource):
@@ -113,7 +116,9 @@ class Joined(ByteSource):
         """Its size; the files' own states are in the manifest beside it."""
         return FileState(sum(nbytes for *_, nbytes in self.ranges), 0, 0)
 
-    def reader(self, *, past_cache: bool = False) -> _JoinedReader:  # type: ignore[override]
+    def reader(  # type: ignore[override]
+        self, *, past_cache: bool = False, ahead: Sequence[tuple[int, int]] = ()
+    ) -> _JoinedReader:
         """Through the page cache."""
         return _JoinedReader(self.ranges)
 

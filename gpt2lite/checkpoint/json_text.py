@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from gpt2lite.checkpoint.foreign import DAMAGED
-from gpt2lite.checkpoint.source import ByteSource, may_take, read_all
+from gpt2lite.checkpoint.remote import Place
+from gpt2lite.checkpoint.source import ByteSource, may_take, read_all, source_of
 from gpt2lite.errors import CheckpointError
 
 MAX_JSON_BYTES = 16 << 20
@@ -56,7 +56,7 @@ def json_object(where: object, raw: bytes | str, what: str = "", kind: type = di
     return found
 
 
-def read_json(file: Path | ByteSource, kind: type = dict, most: int = MAX_JSON_BYTES) -> Any:
+def read_json(file: Place | ByteSource, kind: type = dict, most: int = MAX_JSON_BYTES) -> Any:
     """The object, or list, that a JSON file of at most `most` bytes holds. Raises CheckpointError."""
-    source = ByteSource(file) if isinstance(file, Path) else file
+    source = file if isinstance(file, ByteSource) else source_of(file)
     return json_object(source, read_all(source, most), kind=kind)

@@ -6,11 +6,11 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
 
+from gpt2lite.checkpoint.remote import Place
 from gpt2lite.checkpoint.source import CHANGED, ByteSource, FileState
 from gpt2lite.errors import CheckpointError
 
@@ -114,7 +114,7 @@ class Manifest:
     not there lies in the outermost. `unsaved` are tensors of pickled modules that a state dict leaves out.
     """
 
-    path: Path
+    path: Place
     format: str
     tensors: Mapping[str, TensorSpan]
     values: Mapping[str, object] = field(default_factory=dict)

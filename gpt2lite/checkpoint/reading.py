@@ -6,15 +6,16 @@ import ctypes
 import mmap
 import sys
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gpt2lite.checkpoint.manifest import Manifest, TensorSpan, flatten
-from gpt2lite.checkpoint.source import STEP, ByteSource, memory_of
+from gpt2lite.checkpoint.source import STEP, ByteSource, FileReader, memory_of
 from gpt2lite.errors import CheckpointError, first_line, is_out_of_memory
 
 MADV_WILLNEED, MADV_POPULATE_READ = 3, 22  # Python does not name the latter yet
@@ -27,10 +28,20 @@ def as_strided(flat: Tensor, span: TensorSpan) -> Tensor:
 
 def read_span(span: TensorSpan) -> Tensor:
     """One tensor in fresh host memory. Raises CheckpointError where the file ends first."""
-    flat = torch.empty(span.extent, dtype=torch.uint8, device="cpu")
-    with span.source.reader() as reader:
-        reader.read_into([memory_of(flat)], span.offset)
-    return as_strided(flat, span)
+    (found,) = read_spans([span])
+    return found
+
+
+def read_spans(spans: Iterable[TensorSpan]) -> Iterator[Tensor]:
+    """One tensor after the other in fresh host memory; each of their files is opened once."""
+    with ExitStack() as opened:
+        readers: dict[ByteSource, FileReader] = {}
+        for span in spans:
+            if span.source not in readers:
+                readers[span.source] = opened.enter_context(span.source.reader())
+            flat = torch.empty(span.extent, dtype=torch.uint8, device="cpu")
+            readers[span.source].read_into([memory_of(flat)], span.offset)
+            yield as_strided(flat, span)
 
 
 def _torch_load(path: Path, device: torch.device, *, mmap: bool = False) -> object:
@@ -51,7 +62,7 @@ def _planned(manifest: Manifest, names: Iterable[str]) -> tuple[list[tuple[ByteS
     The others lie in a format of its own, in an adapter's file, or in a pickle that torch.load may refuse. A
     state dict is read whole: it keeps its masks to the end.
     """
-    stored = manifest.storages if manifest.is_plain else {}
+    stored = manifest.storages if manifest.is_plain and all(s.is_local for s in manifest.files) else {}
     sources = [(manifest.tensors[name].source, name) for name in names]
     own = [(source, name) for source, name in sources if source in stored]
     beside = [name for source, name in sources if source not in stored]

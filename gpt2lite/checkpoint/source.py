@@ -21,11 +21,14 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, ClassVar
+from typing import TYPE_CHECKING, BinaryIO, ClassVar
 
 import torch
 
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError, InsufficientMemoryError
+
+if TYPE_CHECKING:
+    from gpt2lite.checkpoint.remote import Place
 
 STEP = 1 << 20
 MOST_MEMORIES = 512  # of one read; Linux takes 1024
@@ -60,6 +63,7 @@ class FileState:
     size: int
     modified_ns: int
     inode: int
+    tag: str = ""  # what a server says of the content
 
     @classmethod
     def of(cls, found: os.stat_result) -> FileState:
@@ -128,6 +132,13 @@ class FileReader(io.FileIO):
         self.seek(offset)
         return self.readinto(memories[0])
 
+    def read_each(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Small ranges from all over the file; see the function of this name."""
+        return read_each(self.fileno(), ranges)
+
+    def stop(self) -> None:
+        """Do nothing: what a disk reads ends by itself."""
+
     def forget(self, offset: int = 0, nbytes: int = 0) -> None:
         """Give back the cached pages of a range (0 bytes: to the end), where the system can be told so."""
         _advise(self.fileno(), "POSIX_FADV_DONTNEED", *(_pages(offset, nbytes) if nbytes else (offset, 0)))
@@ -163,6 +174,7 @@ class PastCache(FileReader):
 class ByteSource:
     """Where bytes lie, read by ranges: a local file. `str` is what messages say."""
 
+    is_local: ClassVar[bool] = True
     can_map: ClassVar[bool] = True
     path: Path
 
@@ -181,9 +193,16 @@ class ByteSource:
         """The file of this name, relative to its folder, there or not."""
         return ByteSource(self.path.parent / name)
 
-    def reader(self, *, past_cache: bool = False) -> FileReader:
-        """The file for one thread, unbuffered; past the page cache, which takes BUFFER_BYTES, if asked to."""
+    def reader(self, *, past_cache: bool = False, ahead: Sequence[tuple[int, int]] = ()) -> FileReader:
+        """The file for one thread, unbuffered; past the page cache, which takes BUFFER_BYTES, if asked to.
+
+        `ahead` are the ranges (begin, end) that will be read, in order, for sources whose requests are dear.
+        """
         return (PastCache if past_cache else FileReader)(self.path)
+
+    def check_sha256(self) -> bool:
+        """Whether its content was compared with a hash that is stated of it: of a local file none is."""
+        return False
 
     def is_best_past_cache(self) -> bool:
         """Whether most of it is not in the page cache, and reading past that (O_DIRECT) is as fast here."""
@@ -313,6 +332,28 @@ def _require_same(source: ByteSource, state: FileState) -> None:
         now = FileState.of(os.stat(source.path))
         if now.inode == state.inode and now != state:
             raise CheckpointError(source, CHANGED)
+
+
+# ---- places ------------------------------------------------------------------------------------------------
+
+
+def lies(place: Place) -> bool:
+    """Whether something is there, be it a link to nothing."""
+    return os.path.lexists(place) if isinstance(place, Path) else place.exists()
+
+
+def children(folder: Place, pattern: str = "*") -> list[Place]:
+    """What lies in a folder under a name of this pattern, in the order of the names."""
+    found: list[Place] = [*folder.glob(pattern)]
+    return sorted(found, key=str)
+
+
+def source_of(place: Place) -> ByteSource:
+    """What reads a file, wherever it lies."""
+    return ByteSource(place) if isinstance(place, Path) else place.source
+
+
+# ---- small reads -------------------------------------------------------------------------------------------
 
 
 def read_all(source: ByteSource, most: int) -> bytes:

@@ -16,7 +16,8 @@ import torch
 
 from gpt2lite.checkpoint.foreign import DAMAGED
 from gpt2lite.checkpoint.manifest import MAX_NAME, Manifest, TensorSpan, are_sizes, contiguous_span
-from gpt2lite.checkpoint.source import ByteSource, read_all
+from gpt2lite.checkpoint.remote import Place
+from gpt2lite.checkpoint.source import ByteSource, read_all, source_of
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError
 
 FOOTER_BYTES = 48
@@ -210,17 +211,18 @@ def open_tf_bundle(source: ByteSource) -> Manifest:
     return Manifest(source.path, "tf_bundle", spans, files=files, unreadable=unreadable)
 
 
-def index_of(prefix: Path) -> Path:
+def index_of(prefix: Place) -> Place:
     """The index of what TensorFlow's users call a checkpoint, `model.ckpt`, which is not a file itself."""
     return prefix.with_name(prefix.name + ".index")
 
 
-def current_index(folder: Path, indices: list[Path]) -> Path:
+def current_index(folder: Place, indices: list[Place]) -> Place:
     """The only index of a folder, or the one that TensorFlow's own note `checkpoint` says is current."""
     note = folder / "checkpoint"
     if len(indices) > 1 and note.is_file():
-        with open(note, encoding="utf-8", errors="replace") as file:
-            said = re.search(r'^model_checkpoint_path: "([^"\n]*)"', file.read(MAX_NOTE), re.MULTILINE)
+        with source_of(note).open() as file:
+            text = file.read(MAX_NOTE).decode("utf-8", "replace")
+        said = re.search(r'^model_checkpoint_path: "([^"\n]*)"', text, re.MULTILINE)
         indices = [index for index in indices if said and index.stem == Path(said[1]).name] or indices
     if len(indices) == 1:
         return indices[0]

@@ -32,7 +32,7 @@ from gpt2lite.checkpoint.inert_pickle import (
     shown,
 )
 from gpt2lite.checkpoint.manifest import BOUND_CONFIG, Manifest, TensorSpan, contiguous_stride
-from gpt2lite.checkpoint.source import ByteSource, FileState, read_each
+from gpt2lite.checkpoint.source import ByteSource, FileState
 from gpt2lite.checkpoint.writing import Config, TensorToWrite, Wrote, made_ahead, state_of
 from gpt2lite.errors import CheckpointError, UsageError
 
@@ -47,6 +47,11 @@ LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature … name length, extra len
 ZIP64_EXTRA_BYTES = 20
 ALIGNMENT = 64  # torch.save's own, so that mapped tensors are aligned
 STORAGES = torch.storage._dtype_to_storage_type_map()  # newer dtypes than these have no class of their own
+
+MAX_PADDING = 256  # bytes of an entry's own header after its name, as torch pads it
+DESCRIPTOR_BYTES = (16, 24)  # behind the data where a flag says so; longer where sizes have 64 bits
+DESCRIBED = 8  # that flag
+MAX_ASKED = 1000  # entries of a zip elsewhere whose own headers are read, a request each
 
 Entries = dict[str, tuple[int, zipfile.ZipInfo]]  # where the data begin, by name
 
@@ -66,13 +71,20 @@ def _entries(source: ByteSource, archive: zipfile.ZipFile) -> Entries:
     for info in infos:
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & ENCRYPTED:
             raise CheckpointError(source, f"{info.filename} is compressed or encrypted; save it again")
+    if not source.is_local:
+        if laid_out := _laid_out(infos, archive.start_dir):
+            pairs = zip(infos, laid_out, strict=True)
+            return {info.filename.partition("/")[2]: (begin, info) for info, begin in pairs}
+        if len(infos) > MAX_ASKED:
+            said = f"torch did not lay out its {len(infos)} entries, and a request for each would take long"
+            raise CheckpointError(source, f"{said}; download it and pass the file")
     last = source.state().size - LOCAL_HEADER.size
     encoded = [i.orig_filename.encode("utf-8" if i.flag_bits & UTF8_NAME else "cp437") for i in infos]
     begins = [min(max(info.header_offset, 0), last) for info in infos]
     ranges = [(at, LOCAL_HEADER.size + len(name)) for at, name in zip(begins, encoded, strict=True)]
     found = {}
     with source.reader() as reader:
-        heads = read_each(reader.fileno(), ranges)
+        heads = reader.read_each(ranges)
     for info, name, begin, head in zip(infos, encoded, begins, heads, strict=True):
         signature, name_length, extra_length = LOCAL_HEADER.unpack(head[: LOCAL_HEADER.size])
         is_its_own = (signature, head[LOCAL_HEADER.size :], name_length) == (b"PK\x03\x04", name, len(name))
@@ -80,6 +92,26 @@ def _entries(source: ByteSource, archive: zipfile.ZipFile) -> Entries:
             raise CheckpointError(source, f"{info.filename} does not begin where the zip directory says")
         found[info.filename.partition("/")[2]] = begin + len(head) + extra_length, info
     return found
+
+
+def _laid_out(infos: Sequence[zipfile.ZipInfo], end: int) -> list[int]:
+    """Where the data of entries begin by torch's own layout, without their headers: a request for each.
+
+    One entry behind the other up to the directory, data at multiples of ALIGNMENT or right behind the name.
+    [] where an entry leaves room for none or two such places.
+    """
+    begins = dict[int, int]()
+    for info in sorted(infos, key=lambda info: info.header_offset, reverse=True):
+        header = info.header_offset + LOCAL_HEADER.size + len(info.orig_filename.encode())
+        descriptors = DESCRIPTOR_BYTES if info.flag_bits & DESCRIBED else (0,)
+        places = {end - descriptor - info.file_size for descriptor in descriptors}
+        places = {at for at in places if 0 <= at - header <= MAX_PADDING and at % ALIGNMENT == 0} or (
+            places & {header}
+        )
+        if len(places) != 1:
+            return []
+        (begins[info.header_offset],), end = places, info.header_offset
+    return [begins[info.header_offset] for info in infos]
 
 
 def _read_small(source: ByteSource, file: BinaryIO, entries: Entries, name: str) -> bytes:

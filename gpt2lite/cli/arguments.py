@@ -25,7 +25,7 @@ DIALECTS = {"book": "book", "hf": "huggingface", "nanogpt": "nanogpt"}
 
 EMBEDDED_PROMPT = "Once upon a time"
 DEFAULT_PROMPT = "Hello, I am"
-CHECKPOINT = "a checkpoint, or a model on the Hub: gpt2 … gpt2-xl, owner/name"
+CHECKPOINT = "a checkpoint, a model on the Hub (gpt2 … gpt2-xl, owner/name), or an address: hf://, https://"
 OR_EMBEDDED = f"{CHECKPOINT} (default: the embedded model)"
 
 Rows = dict[str, dict[str, Any]]
@@ -178,7 +178,11 @@ COMMANDS = {
     "inspect": Command(
         "checkpoints",
         "describe a checkpoint from its headers alone",
-        {"path": _arg("a .pth, .safetensors or TensorFlow model.ckpt, a folder, or a Hub model: gpt2 …")},
+        {
+            "path": _arg(
+                "a file, a TensorFlow model.ckpt, a folder, a Hub model, or an address: hf://, https://"
+            )
+        },
         ("--json", *CONFIG),
     ),
     "verify": Command(

@@ -147,6 +147,8 @@ def run_bench(args: argparse.Namespace) -> int:
     _check(args)
     subject = f"random {args.size}" if args.size else str(args.path or "the embedded model")
     path = locate(args.path or EMBEDDED, {"revision": args.revision})
+    if not isinstance(path, Path):
+        raise UsageError(f"{path}: bench compares ways to load a local file; download it")
     results = _measure_random(args) if args.size else _measure(path, args)
     measured = [result for result in results if isinstance(result, Measurement)]
     rows = [asdict(result) for result in results]

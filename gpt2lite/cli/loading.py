@@ -7,13 +7,13 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gpt2lite import parallel
+from gpt2lite.checkpoint.remote import Place
 from gpt2lite.cli.arguments import PARALLEL
 from gpt2lite.cli.terminal import bytes_bar, is_watched
 from gpt2lite.config import EMBEDDED
@@ -97,7 +97,7 @@ def strategy_of(opened: Opened[GPTModel], args: argparse.Namespace) -> str:
     return "mmap" if maps and args.strategy == "auto" else str(args.strategy)
 
 
-def open_to_read(path: Path, args: argparse.Namespace) -> Opened[GPTModel]:
+def open_to_read(path: Place, args: argparse.Namespace) -> Opened[GPTModel]:
     """What lies at a path, with what the arguments say of it."""
     with parallel.together(getattr(args, "mesh", None)):
         return open_model(path, config=config_of(args), lora_alpha=args.lora_alpha)

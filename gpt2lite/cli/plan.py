@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import textwrap
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gpt2lite.checkpoint.source import lies
 from gpt2lite.cli.arguments import recipe_of
 from gpt2lite.cli.loading import config_of, dtype_of
 from gpt2lite.cli.terminal import as_json, facts, line_width, table
@@ -72,7 +72,7 @@ def _opened(args: argparse.Namespace) -> Opened[GPTModel]:
 
 def _assumption(opened: Opened[GPTModel]) -> str:
     said = "no file was looked at; float32 and a tied head, as on the Hub"
-    return "" if os.path.lexists(opened.path) else f"\n{opened.path}: {said}\n"
+    return "" if lies(opened.path) else f"\n{opened.path}: {said}\n"
 
 
 def _plan_training(args: argparse.Namespace, mesh: DeviceMesh | None) -> int:

@@ -8,13 +8,12 @@ writing program puts beside its weights, `<stem>.json`, the folder's config.json
 from __future__ import annotations
 
 import math
-import os
 import re
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +23,9 @@ from gpt2lite.checkpoint.foreign import shortened
 from gpt2lite.checkpoint.inert_pickle import CHANGES
 from gpt2lite.checkpoint.json_text import json_object, read_json
 from gpt2lite.checkpoint.manifest import BOUND_CONFIG, Unread, flatten
-from gpt2lite.checkpoint.reading import read_span
-from gpt2lite.checkpoint.source import ByteSource, memory_of, read_all
+from gpt2lite.checkpoint.reading import read_span, read_spans
+from gpt2lite.checkpoint.remote import Place
+from gpt2lite.checkpoint.source import children, lies, memory_of, read_all, source_of
 from gpt2lite.config import (
     ACTIVATIONS,
     OFFICIAL_SIZES,
@@ -303,18 +303,18 @@ def _beside_the_file(reading: Reading, has_heads: bool) -> Iterator[Source]:
         yield Source(str(folder_of(path) / name), words, is_whole=name == "config.json")
 
 
-def _side_json(path: Path) -> Path | None:
+def _side_json(path: Place) -> Place | None:
     """`<stem>.json`, if it is there and not the folder's config.json."""
     beside = side_file(path, ".json")
-    return beside if os.path.lexists(beside) and beside.name != "config.json" else None
+    return beside if lies(beside) and beside.name != "config.json" else None
 
 
-def folder_of(path: Path) -> Path:
+def folder_of(path: Place) -> Place:
     """The folder of a checkpoint, which may be a folder itself."""
     return path if path.is_dir() else path.absolute().parent
 
 
-def folder_configs(path: Path) -> dict[str, dict[str, Any]]:
+def folder_configs(path: Place) -> dict[str, dict[str, Any]]:
     """What config.json and hparams.json of a checkpoint's folder say, unless they are about others.
 
     They are about model.safetensors or pytorch_model.bin if the folder has one, else about any file in it.
@@ -324,13 +324,13 @@ def folder_configs(path: Path) -> dict[str, dict[str, Any]]:
     is_named = path.is_dir() or not {path.name, without_variant}.isdisjoint(FOLDER_FILES)
     if not is_named and any((folder / name).exists() for name in FOLDER_FILES):
         return {}
-    return {name: read_json(folder / name) for name in FOLDER_CONFIGS if os.path.lexists(folder / name)}
+    return {name: read_json(folder / name) for name in FOLDER_CONFIGS if lies(folder / name)}
 
 
 def _labels_of(reading: Reading, sources: Sequence[Source], n_classes: int) -> dict[str, list[str]]:
     """A classifier's labels by who says them: its file, the config beside it, labels.json."""
     said = {where: _in_order(words["id2label"]) for where, words, _ in sources if words.get("id2label")}
-    if os.path.lexists(beside := folder_of(reading.manifest.path) / LABELS):
+    if lies(beside := folder_of(reading.manifest.path) / LABELS):
         said[str(beside)] = read_json(beside, kind=list)
     for where, labels in said.items():
         if labels is not None and (wrong := wrong_labels(labels, n_classes)):
@@ -383,7 +383,7 @@ def _in_order(labels: Any) -> Any:
     return None if names == [f"LABEL_{row}" for row in range(len(labels))] else names
 
 
-def check_model_type(path: Path) -> None:
+def check_model_type(path: Place) -> None:
     """Raise CheckpointError where a checkpoint's own config.json says that it is no GPT-2."""
     kind = folder_configs(path).get("config.json", {}).get("model_type")
     if kind not in COMPUTED["model_type"]:
@@ -433,7 +433,8 @@ def check_masks(masks: Iterable[TensorSpan], *, is_opening: bool = False) -> tup
     known, left = set[tuple[object, ...]](), list[TensorSpan]()
     for span in masks:
         kind = (span.checksum, span.dtype, span.shape, span.name.endswith(MASK))
-        if is_opening and block_of(span.name) and known.isdisjoint((kind, span.address)):
+        is_dear = block_of(span.name) or not span.source.is_local
+        if is_opening and is_dear and known.isdisjoint((kind, span.address)):
             left.append(span)
             continue
         if span.address in known:  # blocks may share their bytes
@@ -443,6 +444,8 @@ def check_masks(masks: Iterable[TensorSpan], *, is_opening: bool = False) -> tup
         else:
             wrong, checksum = _wrong_mask(span, only_ends=kind in known)
             known.add((checksum, *kind[1:]))
+            if not span.source.is_local:  # of the others of this kind two rows: they are megabytes each
+                known.add(kind)
         if wrong:
             raise CheckpointError(span.source, f"{span.name} {wrong}", name=span.name)
         known.add(span.address)
@@ -458,12 +461,13 @@ def _wrong_mask(span: TensorSpan, *, only_ends: bool) -> tuple[str | None, int |
     is_causal = span.shape[-2:] == (size, size) and span.numel == size * size > 0 and span.is_contiguous
     step, rows_of = (max(size - 1, 1), 1) if only_ends else (MASK_ROWS, MASK_ROWS)
     checksum = 0
-    for start in range(0, size if is_causal else 0, step):
-        rows = range(start, min(start + rows_of, size))
-        part = read_span(span.part([*map(range, outer[:-1]), rows, range(size)]))
+    starts = range(0, size if is_causal else 0, step)
+    runs = [range(start, min(start + rows_of, size)) for start in starts]
+    parts = read_spans(span.part([*map(range, outer[:-1]), rows, range(size)]) for rows in runs)
+    for rows, part in zip(runs, parts, strict=True):
         checksum = zlib.crc32(memory_of(part), checksum)
         stored = part.view(len(rows), size).float()
-        follows = torch.ones_like(stored).triu(start + 1)
+        follows = torch.ones_like(stored).triu(rows.start + 1)
         is_causal &= torch.equal(stored, follows if span.name.endswith(MASK) else 1 - follows)
     said = "is not GPT-2's causal mask, the only one supported. Use the program that wrote it"
     return None if is_causal else said, span.checksum if only_ends else checksum
@@ -575,14 +579,14 @@ def _require_no_text(reading: Reading, n_heads: int) -> None:
     """Raise CheckpointError if a text in or beside a file names heads that no place that is read says."""
     path = reading.manifest.path
     texts = {f"{path}, {place}": said for place, said in _said_in(reading.manifest).items()}
-    for file in sorted(folder_of(path).iterdir()):
+    for file in children(folder_of(path)):
         is_read = file.name in FOLDER_CONFIGS
         if (
             MAY_BE_CONFIG.fullmatch(file.name)
             and not is_read
-            and 0 < ByteSource(file).state().size < MAX_CONFIG_BYTES
+            and 0 < source_of(file).state().size < MAX_CONFIG_BYTES
         ):
-            texts[str(file)] = read_all(ByteSource(file), MAX_CONFIG_BYTES).decode("utf-8", "replace")
+            texts[str(file)] = read_all(source_of(file), MAX_CONFIG_BYTES).decode("utf-8", "replace")
     for place, text in texts.items():
         if isinstance(text, str) and IN_TEXT.search(text):
             what = f"names heads in text, where gpt2lite would assume {n_heads=}"
@@ -641,11 +645,11 @@ def _notes(reading: Reading, sources: list[Source], agreed: Mapping[str, Any]) -
 
 def _others_beside(manifest: Manifest) -> list[str]:
     """Weights of accelerate's other models (model_1.safetensors), and shards that the index does not name."""
-    whole = Path(manifest.path.name.removesuffix(".index.json"))
+    whole = PurePosixPath(manifest.path.name.removesuffix(".index.json"))
     if whole.name not in FOLDER_FILES:
         return []
     numbered = re.compile(rf"{whole.stem}(_\d+|-\d+-of-\d+)\{whole.suffix}")
-    names = {file.name for file in folder_of(manifest.path).iterdir()}
+    names = {file.name for file in children(folder_of(manifest.path))}
     return [*filter(numbered.fullmatch, names - {source.path.name for source in manifest.files})]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import filecmp
 import itertools
 import math
-import os
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -15,6 +14,8 @@ from typing import Any, NamedTuple
 
 from gpt2lite.checkpoint import FOLDER_FILES, Manifest, TensorSpan
 from gpt2lite.checkpoint.json_text import read_json
+from gpt2lite.checkpoint.remote import Place
+from gpt2lite.checkpoint.source import lies
 from gpt2lite.dialects.reading import TIED, Adapter, Placement, Reading, Transpose, block_of, is_number
 from gpt2lite.errors import CheckpointError, CheckpointNotFoundError, listed
 
@@ -67,11 +68,11 @@ class Found(NamedTuple):
     """An adapter's own config and weights, and the file or folder of its base."""
 
     said: Mapping[str, Any]
-    weights: Path
-    base: Path
+    weights: Place
+    base: Place
 
 
-def find_adapter(path: Path, locate: Callable[[str, str | None], Path]) -> Found | None:
+def find_adapter(path: Place, locate: Callable[[str, str | None], Place]) -> Found | None:
     """The adapter that a path is, or is a file of; None for other checkpoints. Reads its config.
 
     The base lies in the adapter's folder where that holds weights, else where `base_model_name_or_path` says:
@@ -79,7 +80,7 @@ def find_adapter(path: Path, locate: Callable[[str, str | None], Path]) -> Found
     means the base alone, which a warning says. Raises CheckpointError for another method than LoRA, by name.
     """
     folder = path.parent if path.name in ADAPTER_WEIGHTS and path.is_file() else path
-    found = {name: folder / name for name in FILES if os.path.lexists(folder / name)}
+    found = {name: folder / name for name in FILES if lies(folder / name)}
     if not found:
         if path.is_file() and (path.parent / ADAPTER_CONFIG).is_file():
             warnings.warn(f"{path}: loaded without the PEFT adapter beside it; open the folder", stacklevel=2)
@@ -93,7 +94,7 @@ def find_adapter(path: Path, locate: Callable[[str, str | None], Path]) -> Found
     return Found(said, weights, folder if has_base else _base_of(folder, said, locate))
 
 
-def _base_of(folder: Path, said: Mapping[str, Any], locate: Callable[[str, str | None], Path]) -> Path:
+def _base_of(folder: Place, said: Mapping[str, Any], locate: Callable[[str, str | None], Place]) -> Place:
     name: Any = said.get("base_model_name_or_path") or None
     try:
         local = next((at for at in (Path(name), folder / name) if at.exists()), None)
@@ -103,10 +104,17 @@ def _base_of(folder: Path, said: Mapping[str, Any], locate: Callable[[str, str |
         raise CheckpointNotFoundError(folder, f"a PEFT adapter without its base: {said_here}") from error
     for file in FILES:
         own, other = folder / file, base / file
-        if other.is_file() and not (own.is_file() and filecmp.cmp(own, other, shallow=False)):
+        if other.is_file() and not (own.is_file() and _are_same(own, other)):
             do = "merge that one first (peft's merge_and_unload), or remove it if it is unused"
             raise CheckpointError(folder, f"a PEFT adapter whose base, {base}, holds another adapter; {do}")
     return base
+
+
+def _are_same(own: Place, other: Place) -> bool:
+    """Whether two files have one content; of those that lie elsewhere, whether they are one file."""
+    if isinstance(own, Path) and isinstance(other, Path):
+        return filecmp.cmp(own, other, shallow=False)
+    return own == other
 
 
 def with_adapter(reading: Reading, said: Mapping[str, Any], manifest: Manifest) -> Reading:
@@ -138,7 +146,7 @@ def with_adapter(reading: Reading, said: Mapping[str, Any], manifest: Manifest) 
     return replace(reading, manifest=both, placements=placements, adapters=(*reading.adapters, *adapters))
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _config(path: Place) -> dict[str, Any]:
     """The adapter's config, in which no field is unknown or asks for what is not computed here."""
     said = dict.fromkeys(READ) | {"r": 8, "lora_alpha": 8} | read_json(path)
     if wrong := [key for key in said.keys() - INERT if not READ.get(key, OFF.__contains__)(said[key])]:

@@ -145,6 +145,7 @@ def require_able(plan: LoadPlan, place: object) -> None:
         "LoRA layers, which are merged at loading": plan.reading.adapters,
         "int8 weights, which are made at loading": plan.is_quantized and place == "disk",
         "a model over several ranks": plan.is_divided or plan.is_repeated,
+        "a file that lies elsewhere": not all(source.is_local for source in plan.manifest.files),
     }
     if found := [name for name, is_there in lacks.items() if is_there]:
         raise UsageError(

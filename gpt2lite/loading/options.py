@@ -53,6 +53,7 @@ class OpenOptions(TypedDict, total=False):
     config: a part of the config, such as {"n_heads": 12}, or all of it; what the file says must agree.
     lora_alpha: what the book's LoRA layers were made with; they are merged on the way.
     revision, token, cache_dir, local_files_only: of a model on the Hub, see `gpt2lite.hub.fetch`.
+    cache: False reads a model on the Hub where it lies; nothing is written to disk.
     """
 
     config: GPTConfig | Mapping[str, object] | None
@@ -61,6 +62,7 @@ class OpenOptions(TypedDict, total=False):
     token: str | bool | None
     cache_dir: str | os.PathLike[str] | None
     local_files_only: bool
+    cache: bool
 
 
 class Options(OpenOptions, LoadOptions, total=False):

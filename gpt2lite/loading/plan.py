@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from gpt2lite.checkpoint import Manifest, TensorSpan
 from gpt2lite.checkpoint.manifest import Shaped, contiguous_stride
-from gpt2lite.checkpoint.source import ByteSource
 from gpt2lite.dialects.reading import Placement, Reading
 from gpt2lite.errors import CheckpointError, UsageError, listed
 from gpt2lite.loading.options import LoadOptions, Progress, check_values
@@ -23,6 +22,7 @@ from gpt2lite.parallel import DDP, divide, is_divided, is_first, local_of, views
 from gpt2lite.quantization import quantize_skeleton
 
 SMALLEST_RING = 2 * MIB
+REMOTE_READERS = 8  # connections at once: what each can carry, and how long it waits, is the network's
 COMPUTABLE = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
@@ -215,7 +215,8 @@ def make_plan(
         tensors = saved_tensors(skeleton)
         targets = tuple(_own_part(target, tensors[target.names[0]]) for target in targets)
     report = options.get("progress") or (lambda done, total: None)
-    tuning = options.get("tuning") or Tuning()
+    is_local = all(source.is_local for source in reading.manifest.files)
+    tuning = options.get("tuning") or (Tuning() if is_local else Tuning(readers=REMOTE_READERS))
     is_repeated = mesh is not None and mesh.mesh_dim_names == (DDP,)
     if tuning.broadcast and not is_repeated:
         raise UsageError(
@@ -232,7 +233,7 @@ def _targets(reading: Reading, groups: Groups, dtype: torch.dtype | None, own: b
     for names, tensor in groups:
         shape = tuple(tensor.shape)
         if own:
-            source, placement = ByteSource(reading.manifest.path), Placement(names[0])
+            source, placement = next(iter(reading.manifest.files)), Placement(names[0])
             span = TensorSpan(names[0], tensor.dtype, shape, contiguous_stride(shape), source, 0)
         else:
             placement = next(reading.placements[name] for name in names if name in reading.placements)

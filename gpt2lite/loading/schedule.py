@@ -48,11 +48,12 @@ def _readers() -> int:
 class Tuning:
     """How `stream` and `mmap` read; `benchmarks/sweep_stream.py` shows what the numbers do.
 
-    `readers` threads read at once, `chunk_bytes` at most before they look up (for progress, or an error).
-    What cannot be read into its place goes through a ring of `ring_bytes` of host memory (made smaller where
-    that is short), two slots a reader, each an eighth of it at most. `keep_cached=False`, for containers that
-    count it, leaves nothing of what `stream` read in the page cache: a file that is not there is read past
-    it, where the system can, about as fast, and one that is there goes out of it.
+    `readers` threads read at once (eight of a file that lies elsewhere, unless said), `chunk_bytes` at most
+    before they look up (for progress, or an error). What cannot be read into its place goes through a ring of
+    `ring_bytes` of host memory (made smaller where that is short), two slots a reader, each an eighth of it
+    at most. `keep_cached=False`, for containers that count it, leaves nothing of what `stream` read in the
+    page cache: a file that is not there is read past it, where the system can, about as fast, and one that is
+    there goes out of it.
     `prefetch` has `mmap` read and map everything before it returns, so that the first logits do not wait for
     the disk or for one fault a page; what it reads can be reclaimed like the rest.
     `broadcast`, for ranks that each hold all ("ddp"): the first one reads, and sends the others what they
@@ -101,6 +102,12 @@ class Chunk:
     nbytes: int
     pieces: tuple[Piece, ...]
     in_place: bool
+
+    @property
+    def end(self) -> int:
+        """The byte behind the last that is read."""
+        width, step = self.pieces[0].steps or (self.nbytes, 0)
+        return self.offset + (self.nbytes // width - 1) * step + width
 
     def reads(self, memories: Iterable[memoryview]) -> Iterator[tuple[int, Iterable[memoryview]]]:
         """Each read that fills the memories: where it begins, and into what."""

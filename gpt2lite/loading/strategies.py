@@ -322,7 +322,11 @@ def _needs(plan: LoadPlan) -> Iterator[tuple[str, str]]:
         yield "building", f'{what} needs strategy="sequential", "baseline" or "auto"'
     if plan.is_divided:
         yield "ranks", 'a model over several ranks is never built whole; use strategy="stream" or "auto"'
-    if not all(span.source.can_map for span in plan.spans.values()):
+    sources = {span.source for span in plan.spans.values()}
+    if not all(source.is_local for source in sources):
+        said = "a file that lies elsewhere is read by ranges, with"
+        yield "elsewhere", f'{said} strategy="stream" or "auto"; download it for the others'
+    elif not all(source.can_map for source in sources):
         yield "joined", 'the parts of a distributed checkpoint cannot be mapped; use strategy="stream"'
     if plan.away:
         yield "offload", 'offload goes with strategy="stream" or "auto"'
@@ -361,7 +365,9 @@ STRATEGIES: dict[str, Strategy] = {
     "stream": Strategy(
         stream.load,
         stream.forecast,
-        _beyond("files", "quantize", "keep_cached", "broadcast", "ranks", "joined", "offload"),
+        _beyond(
+            *("files", "quantize", "keep_cached", "broadcast", "ranks", "joined", "elsewhere", "offload")
+        ),
     ),
 }
 AUTO = ("stream", "mmap", "sequential", "baseline")  # the fastest first, and copying before mapping

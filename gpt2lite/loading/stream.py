@@ -15,6 +15,7 @@ from heapq import nlargest
 from itertools import groupby
 from queue import SimpleQueue
 from threading import Event, Thread
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -161,7 +162,7 @@ class Ring:
     """
 
     def __init__(self, schedule: Schedule, device: torch.device, tensors: Mapping[str, Tensor]) -> None:
-        self.tensors, self.closed = tensors, Event()
+        self.tensors, self.closed, self.reading = tensors, Event(), set[Any]()
         self.nbytes, lanes = schedule.slot_bytes, schedule.lane_buffers
         self.lane = Lane(lanes, self.nbytes, device) if lanes else None
         self.free: SimpleQueue[Slot | None] = SimpleQueue()
@@ -197,6 +198,8 @@ class Ring:
     def close(self, readers: int) -> None:
         """Stop the readers, and wake those that wait for a slot."""
         self.closed.set()
+        for reader in tuple(self.reading):
+            reader.stop()
         for _ in range(readers):
             self.free.put(None)
 
@@ -218,8 +221,11 @@ def _read(
     """What one reader reads: shares of `todo`, each in order, so that the system can read ahead for it."""
     between = memoryview(bytearray(MAX_GAP))
     for share in todo:
-        for source, chunks in groupby(share, lambda chunk: chunk.source):
-            with source.reader(past_cache=past_cache[source]) as reader:
+        for source, run in groupby(share, lambda chunk: chunk.source):
+            chunks = list(run)
+            ahead = [(chunk.offset, chunk.end) for chunk in chunks]
+            with source.reader(past_cache=past_cache[source], ahead=ahead) as reader:
+                ring.reading.add(reader)
                 for chunk in chunks:
                     slot = None if chunk.in_place else ring.take()
                     if ring.closed.is_set():
@@ -230,6 +236,7 @@ def _read(
                     if not tuning.keep_cached:
                         reader.forget(chunk.offset, chunk.nbytes)
                     yield chunk, slot
+                ring.reading.discard(reader)
 
 
 def _read_all(schedule: Schedule, tuning: Tuning, ring: Ring) -> Generator[Read, None, None]:
