@@ -105,6 +105,12 @@ def batches(number: int) -> Batch:
     return Batch(texts()[:, :-1], texts()[:, 1:])
 
 
+def test_a_refusal_does_not_name_it_where_another_strategy_holds_all(folder: Path):
+    with pytest.raises(InsufficientMemoryError) as caught:
+        GPTModel.from_checkpoint(folder / "book.pth", strategy="baseline", max_host_memory="12 MiB")
+    assert caught.value.fits == ('strategy="stream"',)
+
+
 REFUSED: dict[str, Callable[[GPTModel], object]] = {
     "state_dict": lambda model: model.state_dict(),
     "load_state_dict": lambda model: model.load_state_dict({}),
@@ -117,6 +123,10 @@ REFUSED: dict[str, Callable[[GPTModel], object]] = {
     "gradients": lambda model: model.requires_grad_(True)(texts()),
     "finetune": lambda model: finetune(model, Task(batches, []), "run"),
     "a pass within one": lambda model: [next(iter(model.trf_blocks)) for _ in model.trf_blocks],
+    "blocks that were kept": lambda model: [
+        block(torch.zeros(1, 1, 128)) for block in list(model.trf_blocks)
+    ],
+    "trace": lambda model: torch.jit.trace(model, texts(), check_trace=False),
 }
 
 
@@ -180,16 +190,43 @@ def test_nothing_is_open_between_two_passes(folder: Path):
     assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
 
 
-def test_two_threads_take_turns(folder: Path):
+@torch.no_grad()
+def test_of_two_passes_at_once_one_is_right_and_one_an_error(folder: Path):
     model, whole = load(folder / "book.pth"), GPTModel.from_checkpoint(folder / "book.pth")
-    with torch.no_grad():
-        wanted = whole(texts())
+    wanted = whole(texts())
+    found = list[torch.Tensor | UsageError]()
 
     @torch.no_grad()
-    def work() -> bool:
-        return all(torch.equal(model(texts()), wanted) for _ in range(5))
+    def work() -> None:
+        for _ in range(20):
+            try:
+                found.append(model(texts()))
+            except UsageError as error:
+                found.append(error)
 
-    assert all(in_threads(3, work))
+    in_threads(3, work)
+    right = [logits for logits in found if isinstance(logits, torch.Tensor)]
+    assert right
+    assert all(torch.equal(logits, wanted) for logits in right)
+    assert torch.equal(model(texts()), wanted)
+
+
+@torch.no_grad()
+def test_an_error_that_is_kept_hinders_no_later_pass(folder: Path):
+    model, kept = load(folder / "book.pth"), list[Exception]()
+    try:
+        model(texts(), cache="no cache")
+    except Exception as error:
+        kept.append(error)
+    for number, block in enumerate(model.trf_blocks):
+        block.register_forward_pre_hook(lambda *_: 1 / 0) if number == 8 else None
+    try:
+        model(texts())
+    except ZeroDivisionError as error:
+        kept.append(error)
+    blocks = iter(model.trf_blocks)
+    assert len([next(blocks) for _ in range(9)]) == 9
+    assert len(kept) == 2
 
 
 def test_dropout_is_off_where_the_model_is_evaluated(tmp_path: Path):

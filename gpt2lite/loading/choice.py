@@ -156,12 +156,13 @@ def _refusal(
 
 
 def _by_offload(plan: LoadPlan, budget: Budget) -> LoadPlan | None:
-    """The plan that fits with blocks on disk, if it can be done at all and was not asked for."""
+    """The plan that fits only with blocks on disk, if it can be done at all and was not asked for."""
     try:
         offload.require_able(plan, "disk")
     except UsageError:
         return None
-    return None if plan.away else _smallest(plan, "disk", budget)
+    found = None if plan.away else _smallest(plan, "disk", budget)
+    return found if found and found.away else None
 
 
 def helps(plan: LoadPlan, strategy: str, budget: Budget) -> Iterator[str]:

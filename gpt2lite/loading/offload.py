@@ -10,10 +10,10 @@ import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from threading import Lock, get_ident
+from threading import Lock
 from typing import Any, NoReturn
 
 import torch
@@ -36,6 +36,7 @@ CHUNK_BYTES = 4 * MIB  # so that one block keeps all readers busy
 TRIAL_BYTES = 64 * MIB  # that are read to find out how fast a file comes
 TOKENS = 256  # whose keys and values, of one text, are left room for
 PLACES = ("disk", "host")
+INTERRUPTED = "a model with offload began another pass before this one had ended; use one thread at a time"
 
 Fill = Callable[[Mapping[str, Tensor]], None]  # of one block's tensors, by their names in the model
 
@@ -43,7 +44,9 @@ Fill = Callable[[Mapping[str, Tensor]], None]  # of one block's tensors, by thei
 class Offloaded(nn.Sequential):
     """The blocks of a model, of which only the first are its own: the others are here while they compute.
 
-    Iterating gives all of them in order. Nothing is open, and no thread runs, between two passes.
+    Iterating is a pass, and gives all of them in order; each is what it is until the next one is asked for.
+    Nothing is open, and no thread runs, between two passes. A second pass, also in another thread, ends one
+    that is not at its end: that one then raises UsageError.
     """
 
     def __init__(
@@ -53,59 +56,68 @@ class Offloaded(nn.Sequential):
         self.place, self.away = place, tuple(fills)
         self.slots: tuple[Any, ...] = tuple(slots)  # no children: they are no part of the model's state
         self.check_unchanged: Callable[[], None] = lambda: None
-        self._pass, self._owner = Lock(), 0
+        self._beginning, self._pool, self._latest = Lock(), ThreadPoolExecutor(1), [*slots]
+        self._pool.shutdown()
         for slot in slots:
-            slot.register_forward_pre_hook(_refuse_gradients)
+            slot.register_forward_pre_hook(self._require_computable)
 
     def extra_repr(self) -> str:
         """What is not in the model's own memory."""
         return f"(blocks {len(self._modules)} to {len(self) - 1} on {self.place})"
 
-    def __iter__(self) -> Iterator[nn.Module]:
-        if self._owner == get_ident():
-            raise UsageError("a model with offload computes one pass at a time; end the one that is begun")
-        with self._pass:  # another thread waits: there is one set of slots
-            self._owner = get_ident()
-            try:
-                yield from self._blocks()
-            finally:
-                self._owner = 0
+    def __len__(self) -> int:
+        return len(self._modules) + len(self.away)
 
-    def _blocks(self) -> Iterator[nn.Module]:
+    def __iter__(self) -> Iterator[nn.Module]:
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():  # type: ignore[attr-defined]
+            self.refuse()
         self.check_unchanged()
-        coming = deque[Future[nn.Module]]()
-        pool = ThreadPoolExecutor(1, "gpt2lite-offload")
+        with self._beginning:
+            earlier, self._pool = self._pool, (pool := ThreadPoolExecutor(1, "gpt2lite-offload"))
+            earlier.shutdown(cancel_futures=True)  # nobody else fills a slot
+            coming = deque(pool.submit(self._bring, number) for number in range(SLOTS))
         try:
-            coming.extend(pool.submit(self._bring, number) for number in range(SLOTS))
-            yield from self.children()
-            for number in range(len(self.away)):
-                yield coming.popleft().result().train(self.training)
-                if number + SLOTS < len(self.away):
-                    coming.append(pool.submit(self._bring, number + SLOTS))
+            for block in self._blocks(pool, coming):
+                self._latest = [block]
+                yield block
+                if self._pool is not pool:
+                    raise UsageError(INTERRUPTED)
+        except (RuntimeError, CancelledError):  # it was ended between the check and its next fill
+            if self._pool is pool:
+                raise
+            raise UsageError(INTERRUPTED) from None
         finally:
             pool.shutdown(cancel_futures=True)
         self.check_unchanged()
+
+    def _blocks(self, pool: ThreadPoolExecutor, coming: deque[Future[nn.Module]]) -> Iterator[nn.Module]:
+        yield from self.children()
+        for number in range(len(self.away)):
+            yield coming.popleft().result().train(self.training)
+            if number + SLOTS < len(self.away):
+                coming.append(pool.submit(self._bring, number + SLOTS))
 
     @torch.no_grad()
     def _bring(self, number: int) -> nn.Module:
         """The slot that holds the `number`-th of the blocks that are away."""
         slot, layer = self.slots[number % SLOTS], len(self._modules) + number
-        tensors = {
-            f"{BLOCKS}.{layer}.{name}": t for name, t in (*slot.named_parameters(), *slot.named_buffers())
-        }
-        synchronize(next(iter(tensors.values())).device)  # whatever reads its last content is done
-        self.away[number](tensors)
+        found = [*slot.named_parameters(), *slot.named_buffers()]
+        synchronize(found[0][1].device)  # whatever reads the slot's last content is done
+        self.away[number]({f"{BLOCKS}.{layer}.{name}": tensor for name, tensor in found})
         slot.att.layer = layer
         return slot
 
-    def __len__(self) -> int:
-        return len(self._modules) + len(self.away)
+    def _require_computable(self, slot: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if [slot] != self._latest:
+            raise UsageError("a block of a model with offload was kept, and is another one by now")
+        if torch.is_grad_enabled() and inputs[0].requires_grad:
+            self.refuse()
 
     def refuse(self, *_: object, **__: object) -> NoReturn:
         """Raise UsageError: what was tried needs all blocks at once."""
         raise UsageError(
             f"the model has {len(self.away)} blocks on {self.place}: it computes and generates, and is "
-            "neither saved, copied, moved nor trained. Load it without offload"
+            "neither saved, copied, moved, recorded nor trained. Load it without offload"
         )
 
     __deepcopy__ = __reduce_ex__ = __getitem__ = refuse
@@ -115,13 +127,6 @@ def require_whole(model: object) -> None:
     """Raise UsageError for a model that has blocks elsewhere."""
     if isinstance(blocks := getattr(model, BLOCKS, None), Offloaded):
         blocks.refuse()
-
-
-def _refuse_gradients(slot: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    if torch.is_grad_enabled() and inputs[0].requires_grad:
-        raise UsageError(
-            "a model with offload has no gradients: its blocks change under them. Load it without"
-        )
 
 
 # ---- planning ----------------------------------------------------------------------------------------------
