@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import pytest
 import torch
@@ -556,6 +556,7 @@ def test_a_damaged_llm_c_header_is_a_checkpoint_error_or_harmless(tmp_path):
 class Elsewhere:
     """A source that only it can open."""
 
+    is_local: ClassVar[bool] = True  # whose zips are read by their own headers
     path: Path
 
     def __str__(self) -> str:

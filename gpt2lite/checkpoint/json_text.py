@@ -58,5 +58,5 @@ def json_object(where: object, raw: bytes | str, what: str = "", kind: type = di
 
 def read_json(file: Place | ByteSource, kind: type = dict, most: int = MAX_JSON_BYTES) -> Any:
     """The object, or list, that a JSON file of at most `most` bytes holds. Raises CheckpointError."""
-    source = file if isinstance(file, ByteSource) else source_of(file)
+    source = source_of(file) if isinstance(file, Place) else file
     return json_object(source, read_all(source, most), kind=kind)
