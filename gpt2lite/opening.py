@@ -49,7 +49,15 @@ Source = str | os.PathLike[str]
 Device = str | torch.device
 
 _lock = Lock()
-_pauses: list[bool] = []  # one per running load: whether the first one found the collector on
+_pauses: dict[object, bool] = {}  # one per running load: whether the first one found the collector on
+
+
+def _resume(own: object) -> None:
+    """End a pause; may be called again where Ctrl-C came in between."""
+    with _lock:
+        if _pauses.get(own) and len(_pauses) == 1:
+            gc.enable()
+        _pauses.pop(own, None)
 
 
 @contextmanager
@@ -60,15 +68,18 @@ def collector_paused() -> Iterator[None]:
     it, reading the headers of gpt2-xl makes the collector walk all of torch's objects: 85 of the 170 ms of
     mapping it.
     """
-    with _lock:
-        _pauses.append(_pauses[0] if _pauses else gc.isenabled())
-        gc.disable()
+    own = object()
     try:
+        with _lock:
+            _pauses[own] = next(iter(_pauses.values()), gc.isenabled())
+            gc.disable()
         yield
     finally:
-        with _lock:
-            if _pauses.pop() and not _pauses:
-                gc.enable()
+        try:
+            _resume(own)
+        except KeyboardInterrupt:
+            _resume(own)
+            raise
 
 
 @dataclass(frozen=True)

@@ -858,7 +858,7 @@ def test_a_state_without_checksums_is_read(tmp_path: Path):
 
 def test_what_a_killed_process_left_half_written_goes_when_its_run_is_resumed(tmp_path: Path):
     wanted = finetune(fresh(), task(QUICK), tmp_path / "whole", QUICK)
-    cut = tmp_path / "out" / ".step-000004.pth.x1y2.part"
+    cut = tmp_path / "out" / ".step-000004.pth.0a1b2c3d.part"
 
     def stop(metrics: Any) -> None:
         raise EOFError

@@ -132,8 +132,8 @@ def map_tensors(spans: Iterable[TensorSpan]) -> dict[str, Tensor]:
 
     Each has a storage of its own (torch.save of one view would else write the whole file) and need not be
     aligned. Costs address space only; what is touched lies in the page cache and can be reclaimed. A file
-    that is overwritten in place while mapped kills the process (SIGBUS): replace files instead, as
-    `os.replace` does.
+    that is truncated while mapped kills the process that reads it (SIGBUS), unless `in_memory` does: replace
+    files instead, as `os.replace` does.
     """
     mapped: dict[ByteSource, torch.UntypedStorage] = {}
     tensors = {}

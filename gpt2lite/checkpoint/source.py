@@ -294,19 +294,19 @@ def in_memory(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _copied(tensor: torch.Tensor, fill: Callable[[memoryview, int], None]) -> torch.Tensor:
-    """What `fill` puts into fresh memory from a tensor's address; row by row where they have gaps."""
+    """What `fill` puts into fresh memory from a tensor's address; row by row where half of it is gaps."""
     address, size, stride = tensor.data_ptr(), tensor.element_size(), list(tensor.stride())
     axis = max(range(tensor.dim()), key=lambda axis: (tensor.shape[axis] > 1) * stride[axis], default=None)
     count = 1
-    if axis is not None and _extent(tensor) > tensor.numel():
+    if axis is not None and _extent(tensor) > 2 * tensor.numel():
         count, row = tensor.shape[axis], _extent(tensor.select(axis, 0))
         step, stride[axis] = stride[axis] * size, row
         flat = torch.empty(count * row, dtype=tensor.dtype, device="cpu")
     else:
         step, flat = 0, torch.empty(_extent(tensor), dtype=tensor.dtype, device="cpu")
-    width = len(flat) * size // count
+    memory, width = memory_of(flat), len(flat) * size // count
     for number in range(count):
-        fill(memory_of(flat)[number * width : (number + 1) * width], address + number * step)
+        fill(memory[number * width : (number + 1) * width], address + number * step)
     return flat.as_strided(tensor.shape, stride)
 
 

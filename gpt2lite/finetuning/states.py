@@ -303,9 +303,14 @@ def save_state(run: Run) -> None:
         with replacing(run.out / f"step-{run.step:06}.pth", nbytes) as temporary:
             _save_tree(content, temporary)
         write_log(run)
-        older = [path for number, path in state_files(run.out).items() if number <= run.step]
-        for path in older[: -trainer.recipe.keep]:
-            path.unlink()
+        drop_older(run)
+
+
+def drop_older(run: Run) -> None:
+    """Delete all but the newest states."""
+    older = [path for number, path in state_files(run.out).items() if number <= run.step]
+    for path in older[: -run.trainer.recipe.keep] if parallel.is_first(run.trainer.mesh) else ():
+        path.unlink()
 
 
 def newest_state(out: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -375,6 +380,7 @@ def restore(run: Run) -> None:
     run.trainer.restore(saved["optimizer"], saved["scaler"])
     run.step = run.saved = saved["step"]
     run.lines = saved["metrics"].splitlines(keepends=True)
+    drop_older(run)  # one that was killed may have written a state and deleted none
 
 
 # ---- adapters ----------------------------------------------------------------------------------------------

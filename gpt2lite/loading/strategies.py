@@ -33,7 +33,7 @@ from gpt2lite.loading.stream import forecast_allocated, forecast_unsaved_buffers
 from gpt2lite.parallel import local_of
 
 CPU = torch.device("cpu")
-COPIED_BYTES = 4 << 20  # of a mapped tensor, read at a time
+COPIED_BYTES = 1 << 20  # of a mapped tensor, read at a time
 
 
 # ---- building the model with its initial values ------------------------------------------------------------
@@ -214,20 +214,26 @@ def mmap(plan: LoadPlan) -> nn.Module:
 
 
 def _copied(mapped: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor in fresh memory; of a mapped one some rows are read at a time (`in_memory`)."""
+    """A tensor in fresh memory; of a mapped one a part is read at a time (`in_memory`), as it lies there."""
     found = torch.empty(mapped.shape, dtype=dtype, device=device)
-    rows, _ = _rows_copied(mapped.shape, mapped.dtype)
-    places, pieces = (torch.atleast_1d(tensor).split(rows) for tensor in (found, mapped))
+    axis, rows, _ = _copied_at_once(mapped.shape, mapped.stride(), mapped.dtype)
+    places, pieces = (torch.atleast_1d(tensor).split(rows, axis) for tensor in (found, mapped))
     for place, piece in zip(places, pieces, strict=True):
         place.copy_(in_memory(piece))
     return found
 
 
-def _rows_copied(shape: Sequence[int], dtype: torch.dtype) -> tuple[int, int]:
-    """How many rows of a mapped tensor are read at a time, and their bytes."""
-    row_bytes = max(math.prod(shape[1:]) * dtype.itemsize, 1)
+def _copied_at_once(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> tuple[int, int, int]:
+    """How much of a mapped tensor is read at once: so many of its slowest axis, and their bytes."""
+    sizes = list(shape) or [1]
+    axis = max(range(len(shape)), key=lambda axis: (sizes[axis] > 1) * stride[axis], default=0)
+    row_bytes = max(math.prod(sizes) // max(sizes[axis], 1) * dtype.itemsize, 1)
     rows = max(COPIED_BYTES // row_bytes, 1)
-    return rows, min(rows, *shape[:1]) * row_bytes if shape else row_bytes
+    return axis, rows, min(rows, sizes[axis]) * row_bytes
+
+
+def _forecast_copied(span: TensorSpan) -> int:
+    return _copied_at_once(span.shape, span.stride, span.dtype)[2]
 
 
 def _assign(plan: LoadPlan, stored: Tensor, targets: Iterable[Target]) -> None:
@@ -265,9 +271,9 @@ def _forecast_mmap(plan: LoadPlan, ledger: Ledger) -> None:
         for target, is_view in zip(targets, are_views, strict=True):
             ledger.device.take(0 if is_view else target.nbytes)
             if ledger.on_cpu and not is_view:
-                ledger.host.touch(_rows_copied(target.shape, target.span.dtype)[1])
+                ledger.host.touch(_forecast_copied(target.span.part(target.placement.box(target.span.shape))))
         if not ledger.on_cpu:
-            ledger.host.touch(_rows_copied(plan.spans[name].shape, plan.spans[name].dtype)[1])
+            ledger.host.touch(_forecast_copied(plan.spans[name]))
         if not (any(are_views) or ledger.on_cpu):
             ledger.device.give(block)
         ledger.stays_mapped += fresh if ledger.on_cpu and any(are_views) else 0
