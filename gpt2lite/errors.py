@@ -101,8 +101,12 @@ class DiskFullError(GPT2LiteError, OSError):
 
     def __init__(self, folder: object, code: int, *, needed: int, free: int) -> None:
         self.missing, self.free = max(needed - free, 0), free
-        known = [f"needs {needed:,} bytes"] if needed else []
-        said = [*known, f"{free:,} bytes are free", *([f"{self.missing:,} bytes are missing"] if self.missing else [])]
+        counts = {
+            f"needs {needed:,} bytes": needed,
+            f"{free:,} bytes are free": 1,
+            f"{self.missing:,} bytes are missing": self.missing,
+        }
+        said = [words for words, is_known in counts.items() if is_known]
         what = f"{os.strerror(code)}: {', '.join(said)}. Free some, or choose another disk."
         super().__init__(f"{folder}: {what}")
         self.errno, self.strerror, self.filename = code, what, str(folder)
