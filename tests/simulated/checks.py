@@ -29,6 +29,7 @@ SIM = device.register()
 FIRST, SECOND = torch.device(device.KIND, 0), torch.device(device.KIND, 1)
 TINY = GPTConfig(vocab_size=101, context_length=32, emb_dim=48, n_heads=4, n_layers=3)
 LARGE = GPTConfig(vocab_size=7001, context_length=64, emb_dim=384, n_heads=4, n_layers=2)
+DEEP = GPTConfig(vocab_size=101, context_length=32, emb_dim=384, n_heads=4, n_layers=8)
 SMALL = Tuning(readers=3, chunk_bytes=4096, ring_bytes=1 << 14)
 HALF = (None, torch.bfloat16)
 MIB = 1 << 20
@@ -100,6 +101,25 @@ def check_late_copies_within_the_device_change_no_bit() -> None:
     with late(0, 2000):
         model = streamed(FIRST)
     assert_right(model)
+
+
+def check_blocks_that_come_in_as_it_computes_are_right() -> None:
+    ids = torch.randint(101, (2, 9), generator=torch.Generator().manual_seed(0)).to(FIRST)
+    whole = GPTModel.from_checkpoint(saved(DEEP), FIRST)
+    for place in ("disk", "host"):
+        options: dict[str, Any] = {"offload": place, "max_device_memory": "44MiB", "tuning": SMALL}
+        before = allocated(FIRST)
+        model = GPTModel.from_checkpoint(saved(DEEP), FIRST, **options)
+        took, kept = allocated(FIRST) - before, len([*model.trf_blocks.children()])
+        assert kept < DEEP.n_layers - 2, kept
+        with torch.no_grad(), late(1000, 1000):
+            for _ in range(3):
+                assert torch.equal(model(ids).cpu(), whole(ids).cpu()), place
+        wanted = whole.generate([[1, 2, 3]], 8, engine="torch")
+        assert torch.equal(model.generate([[1, 2, 3]], 8)[0].cpu(), wanted[0].cpu()), place
+        stays = forecast(saved(DEEP), FIRST, **options)["stream"].stays_device
+        assert abs(took - stays) <= 0.01 * stays, (place, took, stays)
+        del model
 
 
 def check_another_stream_finds_what_was_loaded() -> None:

@@ -33,7 +33,14 @@ class Fault(NamedTuple):
 
 
 STREAM, GRAPHS = "gpt2lite.loading.stream:", "gpt2lite.generation.engines:"
+OFFLOAD = "gpt2lite.loading.offload:"
 FAULTS = {
+    "a block is overwritten while it computes": Fault(
+        f"{OFFLOAD}Offloaded._bring",
+        "synchronize(found[0][1].device)",
+        "pass",
+        "blocks that come in as it computes are right",
+    ),
     "a buffer on the device is refilled before it was read": Fault(
         f"{STREAM}Lane.carry",
         "if self.turn in self.scattered:",
