@@ -195,7 +195,9 @@ class Budget:
 
     def with_swap(self) -> Budget:
         """The budget if swap counts, too."""
-        return replace(self, host=replace(self.host, nbytes=(self.host.nbytes or 0) + self.swap), swap=0)
+        if self.host.nbytes is None:
+            return self
+        return replace(self, host=replace(self.host, nbytes=self.host.nbytes + self.swap), swap=0)
 
 
 def _limit(kind: str, available: int | None, source: str, cap: int | str | None) -> Limit:

@@ -446,7 +446,8 @@ def test_a_run_that_is_stopped_says_what_is_saved_and_how_to_go_on(number: signa
     out = text.parent / "out"
     words = training(text, out, "--steps", 4000, "--save-every", 100_000, "--validate-every", 100_000)
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (out / "metrics.jsonl").exists():
+    metrics = out / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):  # a step is done
         time.sleep(0.01)
     process.send_signal(number)
     output, errors = process.communicate(timeout=300)

@@ -151,7 +151,7 @@ def _refusal(
         lines.append(f"swap: {human(budget.swap)}, not counted")
     fits = [*helps(plan, strategy, budget)]
     lines += [f"would fit: {change}" for change in fits]
-    if found := _by_offload(plan, budget):
+    if (found := _by_offload(plan, budget)) and plan.manifest.path.exists():
         speed = offload.rate(found)
         seconds = f"{offload.bytes_a_pass(found) / speed:.2g} s a token at the {human(int(speed))}/s measured"
         lines.append(f'would fit: offload="disk" (about {seconds})')

@@ -6,6 +6,7 @@ import io
 import json
 import pickletools
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable
 from itertools import pairwise
@@ -224,7 +225,8 @@ def of_zip(data: bytes, random: Random) -> bytes:
             name, content = entries[pickles[0]]
             entries[pickles[0]] = name, of_pickle(content, random)
     out = io.BytesIO()
-    with zipfile.ZipFile(out, "w") as archive:
+    with zipfile.ZipFile(out, "w") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of two entries of one name
         for name, content in entries:
             archive.writestr(zipfile.ZipInfo(name or "a"), content)
     return out.getvalue()

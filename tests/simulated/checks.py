@@ -29,7 +29,7 @@ SIM = device.register()
 FIRST, SECOND = torch.device(device.KIND, 0), torch.device(device.KIND, 1)
 TINY = GPTConfig(vocab_size=101, context_length=32, emb_dim=48, n_heads=4, n_layers=3)
 LARGE = GPTConfig(vocab_size=7001, context_length=64, emb_dim=384, n_heads=4, n_layers=2)
-DEEP = GPTConfig(vocab_size=101, context_length=32, emb_dim=384, n_heads=4, n_layers=8)
+DEEP = GPTConfig(vocab_size=101, context_length=32, emb_dim=96, n_heads=4, n_layers=20)
 SMALL = Tuning(readers=3, chunk_bytes=4096, ring_bytes=1 << 14)
 HALF = (None, torch.bfloat16)
 MIB = 1 << 20
@@ -107,13 +107,14 @@ def check_blocks_that_come_in_as_it_computes_are_right() -> None:
     ids = torch.randint(101, (2, 9), generator=torch.Generator().manual_seed(0)).to(FIRST)
     whole = GPTModel.from_checkpoint(saved(DEEP), FIRST)
     for place in ("disk", "host"):
-        options: dict[str, Any] = {"offload": place, "max_device_memory": "44MiB", "tuning": SMALL}
+        options: dict[str, Any] = {"offload": place, "max_device_memory": "8MiB"}
+        options["tuning"] = Tuning(readers=3, chunk_bytes=1 << 16, ring_bytes=1 << 19)
         before = allocated(FIRST)
         model = GPTModel.from_checkpoint(saved(DEEP), FIRST, **options)
         took, kept = allocated(FIRST) - before, len([*model.trf_blocks.children()])
         assert kept < DEEP.n_layers - 2, kept
-        with torch.no_grad(), late(1000, 1000):
-            for _ in range(3):
+        with torch.no_grad(), late(300, 300):
+            for _ in range(2):
                 assert torch.equal(model(ids).cpu(), whole(ids).cpu()), place
         wanted = whole.generate([[1, 2, 3]], 8, engine="torch")
         assert torch.equal(model.generate([[1, 2, 3]], 8)[0].cpu(), wanted[0].cpu()), place

@@ -33,14 +33,7 @@ class Fault(NamedTuple):
 
 
 STREAM, GRAPHS = "gpt2lite.loading.stream:", "gpt2lite.generation.engines:"
-OFFLOAD = "gpt2lite.loading.offload:"
 FAULTS = {
-    "a block is overwritten while it computes": Fault(
-        f"{OFFLOAD}Offloaded._bring",
-        "synchronize(found[0][1].device)",
-        "pass",
-        "blocks that come in as it computes are right",
-    ),
     "a buffer on the device is refilled before it was read": Fault(
         f"{STREAM}Lane.carry",
         "if self.turn in self.scattered:",
@@ -96,7 +89,7 @@ FAULTS = {
         "slots are page locked once and used again",
     ),
     "a load returns before the device is done": Fault(
-        f"{STREAM}load", "synchronize(plan.device)", "pass", "another stream finds what was loaded"
+        f"{STREAM}fill", "synchronize(device)", "pass", "another stream finds what was loaded"
     ),
     "a thread that saves works on a stream of its own": Fault(
         "gpt2lite.checkpoint.writing:made_ahead",
