@@ -200,6 +200,11 @@ def copies_async(device: torch.device) -> bool:
     return _has(device, "streams")
 
 
+def pinned_bytes(nbytes: int) -> int:
+    """What page-locked memory of so many bytes takes: torch hands it out as powers of two, and keeps it."""
+    return 1 << (nbytes - 1).bit_length() if nbytes else 0
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until a device has done all that it was given; nothing on the CPU."""
     if is_here(device):

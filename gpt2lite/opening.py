@@ -184,6 +184,8 @@ def locate(name: Source, options: Mapping[str, Any]) -> Place:
 
     Else a model on the Hub: fetched, or with cache=False the place where it lies.
     """
+    if type(cache := options.get("cache", True)) is not bool:
+        raise UsageError(f"cache must be True or False, got {cache!r}")
     if isinstance(name, RemotePath):
         return name
     path, is_address = Path(name), "://" in os.fspath(name)
@@ -192,7 +194,7 @@ def locate(name: Source, options: Mapping[str, Any]) -> Place:
         return path
     from gpt2lite import hub  # here, since the client takes half a second to import
 
-    if is_there or not (is_address or options.get("cache") is False):
+    if is_there or not (is_address or not cache):
         return hub.fetch(name, **{key: options[key] for key in HUB_OPTIONS if key in options})
     if options.get("local_files_only"):
         raise UsageError(f"{name}: is read from the network, which local_files_only=True forbids")

@@ -829,3 +829,8 @@ def test_a_commit_is_pinned_when_it_is_opened(hub: Hub, big: GPTModel, files: di
     asked = [path for method, path, _ in hub.asked if method == "HEAD"]
     assert all(commit_of(REPO, "main") in path for path in asked)
     require_same(opened.load(), big)
+
+
+def test_a_word_where_yes_or_no_is_wanted_is_refused():
+    with pytest.raises(UsageError, match="cache must be True or False, got 'no'"):
+        GPTModel.from_pretrained("gpt2", cache="no")  # type: ignore[arg-type]

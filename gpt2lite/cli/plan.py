@@ -19,7 +19,7 @@ from gpt2lite.errors import InsufficientMemoryError
 from gpt2lite.finetuning.forecast import TrainingForecast, find_levers, forecast_training
 from gpt2lite.finetuning.recipe import Recipe
 from gpt2lite.loading.choice import Verdict, choose, judge, with_offload
-from gpt2lite.loading.offload import bytes_a_pass, rate
+from gpt2lite.loading.offload import bytes_a_pass, takes
 from gpt2lite.loading.options import OpenOptions
 from gpt2lite.loading.plan import LoadPlan
 from gpt2lite.loading.strategies import STRATEGIES
@@ -120,10 +120,9 @@ def _away(plan: LoadPlan) -> dict[str, str | int]:
     """Which blocks stay away, what each pass moves, and how long that takes if the file can be read."""
     layers = sorted({block_of(target.names[0]) for target in plan.away})
     found: dict[str, str | int] = {f"on {plan.offload}": f"blocks {layers[0]} to {layers[-1]}"}
-    found["a token"] = nbytes = bytes_a_pass(plan)
+    found["a token"] = bytes_a_pass(plan)
     if plan.offload == "disk" and plan.manifest.path.exists():
-        speed = rate(plan)
-        found["takes"] = f"about {nbytes / speed:.2g} s at the {human(int(speed))}/s measured"
+        found["takes"] = takes(plan)
     return found
 
 

@@ -152,9 +152,7 @@ def _refusal(
     fits = [*helps(plan, strategy, budget)]
     lines += [f"would fit: {change}" for change in fits]
     if (found := _by_offload(plan, budget)) and plan.manifest.path.exists():
-        speed = offload.rate(found)
-        seconds = f"{offload.bytes_a_pass(found) / speed:.2g} s a token at the {human(int(speed))}/s measured"
-        lines.append(f'would fit: offload="disk" (about {seconds})')
+        lines.append(f'would fit: offload="disk" ({offload.takes(found)})')
         fits.append('offload="disk"')
     needed = min((v.lacking for v in verdicts.values()), key=lambda lacking: sum(lacking.values()))
     available = {place: budget.of(place).nbytes or 0 for place in needed}

@@ -14,19 +14,19 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from threading import Lock
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from gpt2lite.checkpoint.source import memory_of
-from gpt2lite.devices import CPU, copies_async, synchronize
+from gpt2lite.devices import CPU, copies_async, pinned_bytes, synchronize
 from gpt2lite.dialects.reading import block_of
 from gpt2lite.errors import UsageError
 from gpt2lite.loading import stream
 from gpt2lite.loading.forecast import Ledger
 from gpt2lite.loading.plan import LoadPlan, Target
-from gpt2lite.memory import MIB
+from gpt2lite.memory import MIB, human
 from gpt2lite.quantization import scale_of
 
 BLOCKS = "trf_blocks"
@@ -35,7 +35,6 @@ FEWEST_AWAY = SLOTS + 1  # of fewer the places would take as much as the blocks
 CHUNK_BYTES = 4 * MIB  # so that one block keeps all readers busy
 TRIAL_BYTES = 64 * MIB  # that are read to find out how fast a file comes
 TOKENS = 256  # whose keys and values, of one text, are left room for
-PLACES = ("disk", "host")
 INTERRUPTED = "a model with offload began another pass before this one had ended; use one thread at a time"
 
 Fill = Callable[[Mapping[str, Tensor]], None]  # of one block's tensors, by their names in the model
@@ -191,13 +190,11 @@ def _blocks_away(plan: LoadPlan) -> list[LoadPlan]:
 
 def bytes_a_pass(plan: LoadPlan) -> int:
     """Bytes that move onto the device whenever the model computes."""
-    if plan.offload == "host":
-        return sum(target.nbytes + target.scale_bytes for target in plan.away)
-    return sum(chunk.nbytes for block in _blocks_away(plan) for chunk in block.schedule.chunks)
+    return sum(PLACES[plan.offload].moved(block) for block in _blocks_away(plan))
 
 
-def rate(plan: LoadPlan) -> float:
-    """Bytes a second at which one thread reads what is away, past the page cache if it would be."""
+def takes(plan: LoadPlan) -> str:
+    """What a token takes, at the rate at which one thread reads what is away, measured now."""
     source = plan.away[0].span.source
     begin = min(target.span.offset for target in plan.away)
     nbytes = min(TRIAL_BYTES, source.state().size - begin)
@@ -205,30 +202,30 @@ def rate(plan: LoadPlan) -> float:
     with source.reader(past_cache=source.is_best_past_cache()) as reader:
         began = time.perf_counter()
         reader.read_into([memory], begin)
-        seconds = time.perf_counter() - began
-    return nbytes / seconds
+        rate = nbytes / (time.perf_counter() - began)
+    return f"about {bytes_a_pass(plan) / rate:.2g} s a token at the {human(int(rate))}/s measured"
 
 
 def forecast(plan: LoadPlan, ledger: Ledger) -> None:
-    """What blocks that are away add: their slots, what reading one takes, and on the host the blocks."""
+    """What blocks that are away add: their slots, and what their place takes of the host."""
     blocks = _blocks_away(plan)
     for _ in range(SLOTS):
         stream.forecast_allocated(blocks[0], ledger)
-    if plan.offload == "disk":
-        reading = Ledger(plan.device)
-        stream.forecast(blocks[0], reading)
-        ledger.host.touch(reading.host.peak - (blocks[0].model_bytes if ledger.on_cpu else 0))
-        return
-    for block in blocks:
-        ledger.host.take(_as_pinned(block))
+    PLACES[plan.offload].enter(blocks, ledger)
 
 
-def _as_pinned(block: LoadPlan) -> int:
-    """Page-locked memory comes as powers of two."""
-    sizes = [nbytes for target in block.targets for nbytes in (target.nbytes, target.scale_bytes) if nbytes]
-    return (
-        sum(1 << (nbytes - 1).bit_length() for nbytes in sizes) if copies_async(block.device) else sum(sizes)
-    )
+def _enter_disk(blocks: Sequence[LoadPlan], ledger: Ledger) -> None:
+    """What reading a block takes for as long as that goes on."""
+    first, reading = blocks[0], Ledger(blocks[0].device)
+    stream.forecast(first, reading)
+    ledger.host.touch(reading.host.peak - (first.model_bytes if ledger.on_cpu else 0))
+    ledger.device.touch(first.schedule.lane_buffers * first.schedule.slot_bytes)
+
+
+def _enter_host(blocks: Sequence[LoadPlan], ledger: Ledger) -> None:
+    for target in (target for block in blocks for target in block.targets):
+        for nbytes in (target.nbytes, target.scale_bytes):
+            ledger.host.take(pinned_bytes(nbytes) if copies_async(blocks[0].device) else nbytes)
 
 
 # ---- the load ----------------------------------------------------------------------------------------------
@@ -237,7 +234,7 @@ def _as_pinned(block: LoadPlan) -> int:
 def attach(plan: LoadPlan, model: nn.Module) -> nn.Module:
     """The model, whose blocks that are away come in as it computes; the others have been loaded."""
     blocks, every = _blocks_away(plan), _blocks_of(model)
-    fills: list[Fill] = [_on_host(block) if plan.offload == "host" else _in_file(block) for block in blocks]
+    fills = [PLACES[plan.offload].keep(block) for block in blocks]
     own, slots = every[: -len(blocks)], every[-len(blocks) :][:SLOTS]
     for block in blocks[:SLOTS]:
         stream.allocate(block)
@@ -276,3 +273,17 @@ def _on_host(block: LoadPlan) -> Fill:
         synchronize(block.device)
 
     return fill
+
+
+class Place(NamedTuple):
+    """Where blocks stay: what keeps one and fills a slot with it, what of it moves, what enters the cost."""
+
+    keep: Callable[[LoadPlan], Fill]
+    moved: Callable[[LoadPlan], int]
+    enter: Callable[[Sequence[LoadPlan], Ledger], None]
+
+
+PLACES = {
+    "disk": Place(_in_file, lambda block: sum(chunk.nbytes for chunk in block.schedule.chunks), _enter_disk),
+    "host": Place(_on_host, lambda block: block.model_bytes, _enter_host),
+}

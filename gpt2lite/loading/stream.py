@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from gpt2lite.checkpoint.manifest import contiguous_stride
 from gpt2lite.checkpoint.source import BUFFER_BYTES, ByteSource, memory_of
-from gpt2lite.devices import caches_in_blocks, copies_async, synchronize, wait_for
+from gpt2lite.devices import caches_in_blocks, copies_async, pinned_bytes, synchronize, wait_for
 from gpt2lite.loading.forecast import Ledger, round_up
 from gpt2lite.loading.options import Progress
 from gpt2lite.loading.plan import LoadPlan, Target
@@ -335,8 +335,7 @@ def forecast(plan: LoadPlan, ledger: Ledger) -> None:
     buffers = 0 if plan.tuning.keep_cached else schedule.readers * BUFFER_BYTES
     if copies_async(plan.device):
         ledger.device.touch(schedule.lane_buffers * schedule.slot_bytes + working)
-        slot = schedule.slot_bytes  # page-locked memory comes as a power of two, and stays
-        ledger.host.take(schedule.slots << (slot - 1).bit_length() if slot else 0)
+        ledger.host.take(schedule.slots * pinned_bytes(schedule.slot_bytes))
         ledger.host.touch(buffers)
     else:  # a slot is written to as far as the largest of its chunks
         staged = (chunk.nbytes for chunk in schedule.chunks if not chunk.in_place)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 import subprocess
@@ -11,20 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from answers import answer
 
 from gpt2lite import GPTModel, UsageError
 from gpt2lite.checkpoint.writing import remove_parts, replacing
 
-SCRIPT = Path(__file__).with_name("dying.py")
-
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder, environment = tmp_path_factory.mktemp("dying"), os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, SCRIPT, folder]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return answer("dying.py", tmp_path_factory.mktemp("dying"), threads=1)
 
 
 @pytest.mark.parametrize("kind", ["killed", "disk full", "at once"])

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-SCRIPT = Path(__file__).with_name("lasting.py")
+from answers import answer
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder, environment = tmp_path_factory.mktemp("lasting"), os.environ | {"OMP_NUM_THREADS": "2"}
-    command = [sys.executable, SCRIPT, folder]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return answer("lasting.py", tmp_path_factory.mktemp("lasting"), threads=2)
 
 
 WHAT = ["loads", "generations", "failed loads", "eight threads", "after fork", "Ctrl-C", "Ctrl-C twice"]
