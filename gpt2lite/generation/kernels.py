@@ -11,13 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 import torch
+from llvmlite import binding as llvm
+from llvmlite import ir
 from numba import njit, prange, types
-from numba.extending import overload
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
 from torch import Tensor
 
 if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
@@ -30,6 +34,11 @@ NONE, GELU_TANH, GELU_EXACT, ADD = range(4)
 # numpy's division: 0 / 0 is NaN, where Python's would raise from inside of a pool that cannot carry it
 FAST: Any = {"fastmath": True, "cache": True, "error_model": "numpy"}
 Array = Any  # np.ndarray of numba's choosing
+LANES = 16 if "+avx512f" in str(numba.config.CPU_FEATURES or llvm.get_host_cpu_features().flatten()) else 8
+FLOATS, INTS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
+INT, BYTES = ir.IntType(32), ir.IntType(8).as_pointer()
+WHOLE, BLOCK, AHEAD = 4 * LANES, 32, 4096
+_integer = partial(ir.Constant, ir.IntType(64))
 
 
 class Matrix(NamedTuple):
@@ -111,29 +120,105 @@ def _store_of(number, into, d):  # type: ignore[no-untyped-def]
     return nearest if into.dtype == types.uint16 else same
 
 
+# ---- dot products in registers -----------------------------------------------------------------------------
+
+
+def _widened(builder: Any, address: Any, stored: Any) -> Any:
+    """LANES stored numbers as fp32."""
+    size = stored.bitwidth // 8
+    kind = ir.FloatType() if stored == types.float32 else ir.IntType(stored.bitwidth)
+    numbers = builder.load(builder.bitcast(address, ir.VectorType(kind, LANES).as_pointer()), align=size)
+    if stored == types.float32:
+        return numbers
+    if stored == types.int8:
+        return builder.sitofp(builder.sext(numbers, INTS), FLOATS)
+    upper = builder.shl(builder.zext(numbers, INTS), ir.Constant(INTS, [16] * LANES))
+    return builder.bitcast(upper, FLOATS)
+
+
+def _tile(outs: int, rows: int, unrolled: int) -> Any:
+    """What multiplies so many rows of a weight with so many of x, all of their sums in registers.
+
+    Of (flat, at, step, x, row, n, y, out): y[row + r, out + o] is the product of `flat[at + o * step :]` and
+    `x[row + r]` over n numbers, a multiple of `unrolled` × LANES. What LLVM makes of Python's loops uses half
+    of a wide register, and waits for memory; this one asks for each row AHEAD bytes before it is read.
+    """
+
+    @intrinsic
+    def products(typing, flat, at, step, x, row, n, y, out):  # type: ignore[no-untyped-def]
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            kinds, (_, at, step, _, row, n, _, out) = signature.args, args
+            arrays = {k: context.make_array(kinds[k])(context, builder, args[k]) for k in (0, 3, 6)}
+            weight, given, made = (builder.bitcast(array.data, BYTES) for array in arrays.values())
+            given_step, made_step = (builder.extract_value(arrays[k].strides, 0) for k in (3, 6))
+            size = _integer(kinds[0].dtype.bitwidth // 8)
+            called = partial(cgutils.get_or_insert_function, builder.module)
+
+            def moved(address: Any, count: Any, nbytes: Any) -> Any:
+                return builder.gep(address, [builder.mul(count, nbytes)])
+
+            def next_rows(address: Any, first: Any, count: int, nbytes: Any) -> list[Any]:
+                return [moved(address, builder.add(first, _integer(k)), nbytes) for k in range(count)]
+
+            weights = next_rows(moved(weight, at, size), _integer(0), outs, builder.mul(step, size))
+            inputs = next_rows(given, row, rows, given_step)
+            cells = [(o, r, u) for o in range(outs) for r in range(rows) for u in range(unrolled)]
+            sums = {cell: cgutils.alloca_once(builder, FLOATS) for cell in cells}
+            for cell in cells:
+                builder.store(ir.Constant(FLOATS, None), sums[cell])
+            multiply_add = called(ir.FunctionType(FLOATS, [FLOATS] * 3), f"llvm.fma.v{LANES}f32")
+            prefetch = called(ir.FunctionType(ir.VoidType(), [BYTES, INT, INT, INT]), "llvm.prefetch.p0")
+            stride = unrolled * LANES
+            with cgutils.for_range_slice(builder, _integer(0), n, _integer(stride), _integer(0).type) as (i, _):
+                for address in weights:
+                    for line in range(0, stride * kinds[0].dtype.bitwidth // 8, 64):
+                        early = moved(moved(address, i, size), _integer(AHEAD + line), _integer(1))
+                        builder.call(prefetch, [early, *(ir.Constant(INT, flag) for flag in (0, 3, 1))])
+                for u in range(unrolled):
+                    at_u = builder.add(i, _integer(u * LANES))
+                    wide = [_widened(builder, moved(address, at_u, size), kinds[0].dtype) for address in weights]
+                    for r, address in enumerate(inputs):
+                        vector = _widened(builder, moved(address, at_u, _integer(4)), types.float32)
+                        for o in range(outs):
+                            total = builder.load(sums[o, r, u])
+                            builder.store(builder.call(multiply_add, [wide[o], vector, total]), sums[o, r, u])
+            add_up = ir.FunctionType(ir.FloatType(), [ir.FloatType(), FLOATS])
+            add_up = called(add_up, f"llvm.vector.reduce.fadd.v{LANES}f32")
+            for r, address in enumerate(next_rows(made, row, rows, made_step)):
+                for o, into in enumerate(next_rows(address, out, outs, _integer(4))):
+                    whole = reduce(builder.fadd, [builder.load(sums[o, r, u]) for u in range(unrolled)])
+                    zero = ir.Constant(ir.FloatType(), 0.0)
+                    whole = builder.call(add_up, [zero, whole], fastmath=("fast",))
+                    builder.store(whole, builder.bitcast(into, ir.FloatType().as_pointer()))
+            return context.get_dummy_value()
+
+        integers = types.int64, types.int64
+        return types.none(flat, *integers, x, *integers, y, types.int64), generate
+
+    return products
+
+
+_one, _sixteen = _tile(1, 1, 4), _tile(4, 4, 1)
+
+
 @njit(**FAST)
 def _rows(flat: Array, step: int, x: Array, y: Array, start: int, stop: int) -> None:
-    """y[:, start:stop] of a weight that is stored row by row: dot products, of four rows of x with two."""
+    """y[:, start:stop] of a weight that is stored row by row, BLOCK of its rows at a time: they stay cached."""
     n_rows, n = x.shape
-    fours, even = n_rows // 4 * 4, start + (stop - start) // 2 * 2
-    for o in range(start, even, 2):
-        w, v = flat[o * step : o * step + n], flat[(o + 1) * step : (o + 1) * step + n]
+    fours, whole = n_rows // 4 * 4, n // WHOLE * WHOLE
+    for first in range(start, stop, BLOCK):
+        last = min(first + BLOCK, stop)
+        even = first + (last - first) // 4 * 4
         for r in range(0, fours, 4):
-            x0, x1, x2, x3 = x[r], x[r + 1], x[r + 2], x[r + 3]
-            w0 = w1 = w2 = w3 = v0 = v1 = v2 = v3 = np.float32(0)
-            for i in range(n):
-                a, b = _number(w[i]), _number(v[i])
-                w0, w1, w2, w3 = w0 + a * x0[i], w1 + a * x1[i], w2 + a * x2[i], w3 + a * x3[i]
-                v0, v1, v2, v3 = v0 + b * x0[i], v1 + b * x1[i], v2 + b * x2[i], v3 + b * x3[i]
-            y[r, o], y[r + 1, o], y[r + 2, o], y[r + 3, o] = w0, w1, w2, w3
-            y[r, o + 1], y[r + 1, o + 1], y[r + 2, o + 1], y[r + 3, o + 1] = v0, v1, v2, v3
-    for o in range(start, stop):
-        row = flat[o * step : o * step + n]
-        for r in range(fours if o < even else 0, n_rows):
-            vector, total = x[r], np.float32(0)
-            for i in range(n):
-                total += _number(row[i]) * vector[i]
-            y[r, o] = total
+            for o in range(first, even, 4):
+                _sixteen(flat, o * step, step, x, r, whole, y, o)
+        for r in range(n_rows):
+            for o in range(even if r < fours else first, last):
+                _one(flat, o * step, step, x, r, whole, y, o)
+    for r in range(n_rows if whole < n else 0):
+        for o in range(start, stop):
+            for i in range(whole, n):
+                y[r, o] += _number(flat[o * step + i]) * x[r, i]
 
 
 @njit(**FAST)
