@@ -21,6 +21,7 @@ from gpt2lite.checkpoint.safetensors import fill_safetensors
 from gpt2lite.checkpoint.torch_zip import fill_torch_zip
 from gpt2lite.checkpoint.writing import counting, require_space, stored_bytes, tensors_of, write_whole
 from gpt2lite.config import ACTIVATIONS, EMBEDDED, GPTConfig, Purpose
+from gpt2lite.devices import emulates
 from gpt2lite.errors import UsageError
 from gpt2lite.generation import KVCache, classify, generate, generate_tokens
 from gpt2lite.loading.forecast import Forecast
@@ -28,12 +29,13 @@ from gpt2lite.loading.options import OpenOptions, Options, Progress, check_names
 from gpt2lite.loading.skeleton import state_of
 from gpt2lite.opening import Device, Opened, Source, locate, open_as, open_to_plan
 from gpt2lite.parallel import is_divided, is_first, require_same, save_divided, together, whole
-from gpt2lite.quantization import Int8Linear
+from gpt2lite.quantization import Int8Linear, multiply
 from gpt2lite.tokenizer import Beside
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+FEWEST_TO_WIDEN = 32  # rows for which it is faster to widen a weight than to let the CPU emulate its dtype
 SAVERS = {".pth": (fill_torch_zip, True), ".safetensors": (fill_safetensors, False)}  # whether it can tie
 
 
@@ -42,6 +44,14 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Do nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) → (..., out); many rows in a dtype that the CPU emulates are multiplied in fp32."""
+        is_plain = x.dtype != self.weight.dtype or not emulates(x.device, x.dtype) or is_divided(self.weight)
+        if is_plain or torch.is_grad_enabled() or x.numel() < FEWEST_TO_WIDEN * self.in_features:
+            return super().forward(x)
+        y = multiply(x, self.weight)
+        return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
 
 
 class Embedding(nn.Embedding):

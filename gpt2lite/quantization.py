@@ -8,9 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt2lite.devices import emulates
+
 LARGEST = 127
 BLOCK_ELEMENTS = 1 << 19  # worked on at a time, on the CPU: what stays in a core's cache
 OTHERS_BLOCK_ELEMENTS = 1 << 24
+MANY_ROWS, LARGER_BLOCK_ELEMENTS = 256, 1 << 21  # for a product of so many rows, which wants wide blocks
 WORKING_BYTES = 16 * BLOCK_ELEMENTS  # of `quantize_into`
 
 
@@ -32,6 +35,23 @@ def quantize_into(weight: Tensor, scale: Tensor, values: Tensor) -> None:
         weight.narrow(across, start, rows).copy_((block / torch.where(found > 0, found, 1.0)).round_())
 
 
+def multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., in) times a narrower or emulated weight (out, in) → (..., out), in fp32 or the dtype of x.
+
+    Some rows of the weight are widened at a time: on the CPU that costs 8 MiB at most, elsewhere 64.
+    """
+    x = x.float() if emulates(x.device, x.dtype) else x
+    elements = BLOCK_ELEMENTS if x.numel() < MANY_ROWS * x.shape[-1] else LARGER_BLOCK_ELEMENTS
+    elements = elements if x.device.type == "cpu" else OTHERS_BLOCK_ELEMENTS
+    n_out, n_in = weight.shape
+    step = min(max(elements // n_in, 1), n_out)
+    block, y = x.new_empty(step, n_in), x.new_empty(*x.shape[:-1], n_out)
+    for start in range(0, n_out, step):
+        part = weight[start : start + step]
+        y[..., start : start + step] = F.linear(x, block[: len(part)].copy_(part))
+    return y
+
+
 class Int8Linear(nn.Module):
     """A linear layer whose weight is int8 (out, in), with `scale` (out,) in fp32."""
 
@@ -41,13 +61,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) → (..., out), some rows of the weight at a time."""
-        elements = BLOCK_ELEMENTS if x.device.type == "cpu" else OTHERS_BLOCK_ELEMENTS
-        n_out, n_in = self.weight.shape
-        step = min(max(elements // n_in, 1), n_out)
-        block, y = x.new_empty(step, n_in), x.new_empty(*x.shape[:-1], n_out)
-        for start in range(0, n_out, step):
-            part = self.weight[start : start + step]
-            y[..., start : start + step] = F.linear(x, block[: len(part)].copy_(part))
+        y = multiply(x, self.weight)
         y = (y * self.scale).to(x.dtype)
         return y if self.bias is None else y + self.bias
 

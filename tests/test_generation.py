@@ -197,7 +197,7 @@ def test_a_wrapped_layer_a_hook_and_a_large_batch_are_left_to_torch(
     assert choose_engine(model, 1, 5, "auto") == "torch"  # not worth numba's start
     monkeypatch.setattr("gpt2lite.generation.engines.FEWEST_FOR_NUMBA", 1)
     assert choose_engine(model, 1, 5, "auto") == "numba"
-    assert choose_engine(model, 129, 5, "auto") == "torch"
+    assert choose_engine(model, 65, 5, "auto") == "torch"
     handle = model.trf_blocks[0].register_forward_hook(lambda *_: None)
     assert choose_engine(model, 1, 5, "auto") == "torch"
     handle.remove()

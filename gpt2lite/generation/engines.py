@@ -26,7 +26,7 @@ from gpt2lite.quantization import Int8Embedding, Int8Linear
 
 Step = Callable[[Tensor], Tensor]  # ids (B, T) → logits (B, V) of the last; the cache grows by T tokens
 FLOATS = (torch.float32, torch.bfloat16)  # in which numba's loops compute
-MOST_ROWS = 128  # texts × tokens per step for numba; above it torch's matmuls are faster
+MOST_ROWS = 64  # texts × tokens per step for numba; above it torch's matmuls are faster
 # Worth starting from this many tokens (graph), or weights × tokens (numba, which takes
 # half a second to start: 20 tokens of gpt2).
 FEWEST_FOR_GRAPH, FEWEST_FOR_NUMBA = 16, 25 * 10**8

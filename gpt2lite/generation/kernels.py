@@ -30,14 +30,17 @@ if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
 EPSILON = np.float32(1e-5)
 GELU_SLOPE, GELU_CUBE = np.float32(-2 * math.sqrt(2 / math.pi)), np.float32(0.044715)
 HALF, ROOT_HALF = np.float32(0.5), np.float32(math.sqrt(0.5))
+LOG2_E, LN_2, LN_2_REST = np.float32(math.log2(math.e)), np.float32(0.693359375), np.float32(-2.12194440e-4)
+EXP_FACTORS = tuple(np.float32(1 / math.factorial(n)) for n in (7, 6, 5, 4, 3, 2))  # of Taylor's series
 NONE, GELU_TANH, GELU_EXACT, ADD = range(4)
 # numpy's division: 0 / 0 is NaN, where Python's would raise from inside of a pool that cannot carry it
 FAST: Any = {"fastmath": True, "cache": True, "error_model": "numpy"}
 Array = Any  # np.ndarray of numba's choosing
-LANES = 16 if "+avx512f" in str(numba.config.CPU_FEATURES or llvm.get_host_cpu_features().flatten()) else 8
+FEATURES = numba.config.CPU_FEATURES or llvm.get_host_cpu_features().flatten()  # type: ignore[attr-defined]
+LANES = 16 if "+avx512f" in FEATURES else 8  # numbers in a register
 FLOATS, INTS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
 INT, BYTES = ir.IntType(32), ir.IntType(8).as_pointer()
-WHOLE, BLOCK, AHEAD = 4 * LANES, 32, 4096
+WHOLE, BLOCK, AHEAD, QUERIES = 4 * LANES, 32, 4096, 16
 _integer = partial(ir.Constant, ir.IntType(64))
 
 
@@ -169,14 +172,19 @@ def _tile(outs: int, rows: int, unrolled: int) -> Any:
             multiply_add = called(ir.FunctionType(FLOATS, [FLOATS] * 3), f"llvm.fma.v{LANES}f32")
             prefetch = called(ir.FunctionType(ir.VoidType(), [BYTES, INT, INT, INT]), "llvm.prefetch.p0")
             stride = unrolled * LANES
-            with cgutils.for_range_slice(builder, _integer(0), n, _integer(stride), _integer(0).type) as (i, _):
+            with cgutils.for_range_slice(builder, _integer(0), n, _integer(stride), _integer(0).type) as (
+                i,
+                _,
+            ):
                 for address in weights:
                     for line in range(0, stride * kinds[0].dtype.bitwidth // 8, 64):
                         early = moved(moved(address, i, size), _integer(AHEAD + line), _integer(1))
                         builder.call(prefetch, [early, *(ir.Constant(INT, flag) for flag in (0, 3, 1))])
                 for u in range(unrolled):
                     at_u = builder.add(i, _integer(u * LANES))
-                    wide = [_widened(builder, moved(address, at_u, size), kinds[0].dtype) for address in weights]
+                    wide = [
+                        _widened(builder, moved(address, at_u, size), kinds[0].dtype) for address in weights
+                    ]
                     for r, address in enumerate(inputs):
                         vector = _widened(builder, moved(address, at_u, _integer(4)), types.float32)
                         for o in range(outs):
@@ -250,6 +258,19 @@ def _columns(flat: Array, step: int, x: Array, y: Array, start: int, stop: int) 
                 total[o] += x[b, i] * _number(column[o])
 
 
+@njit(fastmath={"contract"}, cache=True, error_model="numpy")
+def _exp(x: float) -> float:
+    """e^x within 2e-7 of its size, where the compiler's own is called for each number: 2^k × a polynomial."""
+    x = min(max(x, np.float32(-87)), np.float32(88))
+    k = math.floor(x * LOG2_E + HALF)
+    r = x - k * LN_2 - k * LN_2_REST
+    tail = np.float32(0)
+    for factor in EXP_FACTORS:
+        tail = tail * r + factor
+    power = np.uint32((np.int32(k) + np.int32(127)) << np.int32(23)).view(np.float32)
+    return (tail * r * r + r + np.float32(1)) * power
+
+
 @njit(parallel=True, **FAST)
 def _linear(matrix: Matrix, x: Array, y: Array, activation: int, parts: int) -> None:
     """y (B, out) = activation(W x + bias), or for ADD what y was and W x + bias."""
@@ -266,7 +287,7 @@ def _linear(matrix: Matrix, x: Array, y: Array, activation: int, parts: int) -> 
             for o in range(start, stop):
                 v = products[b, o] * scale[o] + bias[o]
                 if activation == GELU_TANH:
-                    v = v / (np.float32(1) + math.exp(GELU_SLOPE * (v + GELU_CUBE * v * v * v)))
+                    v = v / (np.float32(1) + _exp(GELU_SLOPE * (v + GELU_CUBE * v * v * v)))
                 elif activation == GELU_EXACT:
                     v = HALF * v * (np.float32(1) + math.erf(v * ROOT_HALF))
                 y[b, o] = y[b, o] + v if activation == ADD else v
@@ -283,47 +304,53 @@ def _norm(x: Array, norm: Norm, y: Array) -> None:
 
 
 @njit(**FAST)
-def _attend(query: Array, keys: Array, values: Array, scores: Array, y: Array) -> None:
-    """One head of one token: softmax(query keys / √D) values, into y (D,); 0 where there are no keys."""
-    n, width = keys.shape
-    factor = np.float32(1) / math.sqrt(np.float32(width))
-    for s in range(n):
-        key, total = keys[s], np.float32(0)
-        for d in range(width):
-            total += query[d] * _number(key[d])
-        scores[s] = total * factor
-    if n:
-        scores[:] = np.exp(scores - scores.max())
-    whole = scores.sum()
-    y[:] = 0
-    for s in range(n):
-        share, value = scores[s] / whole, values[s]
-        for d in range(width):
-            y[d] += share * _number(value[d])
+def _softmax(scores: Array, start: int, stop: int) -> None:
+    """scores[start:stop] as shares of 1, all others 0."""
+    seen = scores[start:stop]
+    most, whole = np.float32(-np.inf), np.float32(0)
+    for s in range(seen.size):
+        most = max(most, seen[s])
+    for s in range(seen.size):
+        seen[s] = _exp(seen[s] - most)
+        whole += seen[s]
+    scores[:start], scores[stop:] = 0, 0
+    for s in range(seen.size):
+        seen[s] /= whole
 
 
 @njit(parallel=True, **FAST)
 def _attention(
     query: Array, key: Array, value: Array, cache: Array, length: int, pads: Array, y: Array, parts: int
 ) -> None:
-    """All heads of all rows, after their new keys and values are put into the cache."""
+    """All heads of all rows, after their new keys and values are put into the cache.
+
+    Keys are rows of a weight, values its columns; some rows of the query at a time see what is before their
+    last. A row that sees nothing, a padding token's, gets 0.
+    """
     batch, n_heads, capacity, width = cache.shape[1:]
     T = len(y) // batch
-    scores = np.empty((parts, capacity), np.float32)
+    factor = np.float32(1) / math.sqrt(np.float32(width))
+    scores = np.empty((parts, min(T, QUERIES) * capacity), np.float32)
     for part in prange(parts):
         for item in range(batch * n_heads * part // parts, batch * n_heads * (part + 1) // parts):
             b, h = item // n_heads, item % n_heads
             head = slice(h * width, (h + 1) * width)
+            keys, values = cache[0, b, h].reshape(-1), cache[1, b, h].reshape(-1)
             for t in range(T):
                 own_key, own_value = key[b * T + t, head], value[b * T + t, head]
-                into_keys, into_values = cache[0, b, h, length + t], cache[1, b, h, length + t]
                 for d in range(width):
-                    _store(own_key[d], into_keys, d)
-                    _store(own_value[d], into_values, d)
-            for t in range(T):
-                row, seen = b * T + t, slice(pads[b], max(length + t + 1, pads[b]))
-                own = scores[part, : seen.stop - seen.start]
-                _attend(query[row, head], cache[0, b, h, seen], cache[1, b, h, seen], own, y[row, head])
+                    _store(own_key[d], keys, (length + t) * width + d)
+                    _store(own_value[d], values, (length + t) * width + d)
+            for first in range(0, T, QUERIES):
+                rows = slice(b * T + first, b * T + min(first + QUERIES, T))
+                n_rows, seen = rows.stop - rows.start, length + min(first + QUERIES, T)
+                own = scores[part, : n_rows * seen].reshape(n_rows, seen)
+                _rows(keys, width, query[rows, head] * factor, own, pads[b], seen)
+                for t in range(n_rows):
+                    _softmax(own[t], pads[b], max(length + first + t + 1, pads[b]))
+                sums = np.empty((n_rows, width), np.float32)
+                _columns(values, width, own, sums, 0, width)
+                y[rows, head] = sums
 
 
 @njit(**FAST)
