@@ -26,7 +26,7 @@ from gpt2lite.quantization import Int8Embedding, Int8Linear
 
 Step = Callable[[Tensor], Tensor]  # ids (B, T) → logits (B, V) of the last; the cache grows by T tokens
 FLOATS = (torch.float32, torch.bfloat16)  # in which numba's loops compute
-MOST_ROWS = 64  # texts × tokens per step for numba; above it torch's matmuls are faster
+MOST_ROWS = 64  # texts at a time for numba; above it torch's matrix products are faster
 # Worth starting from this many tokens (graph), or weights × tokens (numba, which takes
 # half a second to start: 20 tokens of gpt2).
 FEWEST_FOR_GRAPH, FEWEST_FOR_NUMBA = 16, 25 * 10**8
@@ -280,6 +280,7 @@ def _numba_step(model: Any, cache: KVCache) -> Step:
     activation = {"gelu_tanh": kernels.GELU_TANH, "gelu": kernels.GELU_EXACT}[model.config.activation]
     memory = cache.memory.view(torch.uint16) if cache.memory.dtype == torch.bfloat16 else cache.memory
     layers, batch = list(memory.numpy()), memory.shape[2]
+    most_rows = kernels.most_rows(head)
     no_pads = torch.zeros(batch, dtype=torch.int64, device="cpu")
 
     def loops(ids: Tensor) -> Tensor:
@@ -296,7 +297,7 @@ def _numba_step(model: Any, cache: KVCache) -> Step:
         return logits
 
     def step(ids: Tensor) -> Tensor:
-        if ids.numel() <= MOST_ROWS and not NUMBA_FAILED:
+        if ids.numel() <= most_rows and not NUMBA_FAILED:
             try:
                 return loops(ids)
             except Exception as error:  # its cache is damaged, its threads cannot start, …

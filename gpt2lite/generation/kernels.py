@@ -8,6 +8,7 @@ row once.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -38,7 +39,14 @@ FAST: Any = {"fastmath": True, "cache": True, "error_model": "numpy"}
 Array = Any  # np.ndarray of numba's choosing
 FEATURES = numba.config.CPU_FEATURES or llvm.get_host_cpu_features().flatten()  # type: ignore[attr-defined]
 LANES = 16 if "+avx512f" in FEATURES else 8  # numbers in a register
-FLOATS, INTS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
+HAS_INTEGERS = "+avx512vnni" in FEATURES and "+avx512vl" in FEATURES  # int8 × uint8, four to a sum
+FEWEST_IN_INTEGERS = 8  # rows
+FEWEST_TO_SHARE = 16  # rows whose norms are worth waking the other threads
+MOST_ROWS, MOST_ROWS_IN_INTEGERS = 64, 256  # for more torch's matrix products are faster
+MOST_16, MIDDLE_16 = np.float32(2**15 - 1), np.float32(2**15 + 0.5)  # + 0.5: rounded where it is cut
+INFINITY_BITS, ABSOLUTE = np.int32(0x7F800000), np.int32(0x7FFFFFFF)
+NO_BYTES = np.empty(0, np.uint8)
+NO_SUMS = torch.empty(0, dtype=torch.int32, device="cpu")
 INT, BYTES = ir.IntType(32), ir.IntType(8).as_pointer()
 WHOLE, BLOCK, AHEAD, QUERIES = 4 * LANES, 32, 4096, 16
 _integer = partial(ir.Constant, ir.IntType(64))
@@ -52,6 +60,7 @@ class Matrix(NamedTuple):
     transposed: bool
     scale: Array
     bias: Array
+    sums: Array  # of each row, where int8 is multiplied by the processor itself, else empty
 
 
 Norm = tuple[Array, Array]  # scale, shift
@@ -77,7 +86,18 @@ def matrix_of(linear: Any) -> Matrix:
     flat = weight.as_strided(((n_outer - 1) * step + n_inner,), (1,))
     flat = flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat
     scale = _vector(getattr(linear, "scale", None), size, 1.0)
-    return Matrix(flat.numpy(), step, transposed, scale, _vector(linear.bias, size, 0.0))
+    bias, multiplies = _vector(linear.bias, size, 0.0), HAS_INTEGERS and weight.dtype == torch.int8
+    sums = (
+        weight.sum(1, dtype=torch.int32)
+        if multiplies and not transposed and n_inner % (4 * LANES) == 0
+        else NO_SUMS
+    )
+    return Matrix(flat.numpy(), step, transposed, scale, bias, sums.numpy())
+
+
+def most_rows(head: Matrix) -> int:
+    """Up to how many rows, texts × tokens of a step, these loops are faster than torch."""
+    return MOST_ROWS_IN_INTEGERS if head.sums.size else MOST_ROWS
 
 
 @contextmanager
@@ -126,36 +146,84 @@ def _store_of(number, into, d):  # type: ignore[no-untyped-def]
 # ---- dot products in registers -----------------------------------------------------------------------------
 
 
-def _widened(builder: Any, address: Any, stored: Any) -> Any:
-    """LANES stored numbers as fp32."""
-    size = stored.bitwidth // 8
+class Lane(NamedTuple):
+    """How a tile multiplies: what its sums are, how many numbers of a row a register of them takes in."""
+
+    number: ir.Type
+    many: int
+    multiply_add: str  # in LLVM
+    add: str
+
+    @property
+    def register(self) -> ir.Type:
+        """LANES sums."""
+        return ir.VectorType(self.number, LANES)
+
+
+IN_FLOATS = Lane(ir.FloatType(), LANES, f"llvm.fma.v{LANES}f32", "fadd")
+IN_INTS = Lane(INT, 4 * LANES, f"llvm.x86.avx512.vpdpbusd.{32 * LANES}", "add")
+
+
+def _loaded(builder: Any, address: Any, stored: Any, lane: Lane) -> Any:
+    """The next numbers of a row: as they lie for integer products, else as fp32."""
+    if lane is IN_INTS:
+        return builder.load(builder.bitcast(address, lane.register.as_pointer()), align=1)
     kind = ir.FloatType() if stored == types.float32 else ir.IntType(stored.bitwidth)
-    numbers = builder.load(builder.bitcast(address, ir.VectorType(kind, LANES).as_pointer()), align=size)
-    if stored == types.float32:
-        return numbers
+    pointer = ir.VectorType(kind, LANES).as_pointer()
+    numbers = builder.load(builder.bitcast(address, pointer), align=stored.bitwidth // 8)
+    ints = ir.VectorType(INT, LANES)
     if stored == types.int8:
-        return builder.sitofp(builder.sext(numbers, INTS), FLOATS)
-    upper = builder.shl(builder.zext(numbers, INTS), ir.Constant(INTS, [16] * LANES))
-    return builder.bitcast(upper, FLOATS)
+        return builder.sitofp(builder.sext(numbers, ints), lane.register)
+    if stored == types.uint16:
+        upper = builder.shl(builder.zext(numbers, ints), ir.Constant(ints, [16] * LANES))
+        return builder.bitcast(upper, lane.register)
+    return numbers
+
+
+def _totals(builder: Any, registers: list[Any], add: Any) -> Any:
+    """Registers of LANES sums → the total of each, in one: halves of two at a time are added."""
+    group = LANES  # numbers that belong to one total
+    while group > 1:
+        pairs = list(itertools.zip_longest(registers[::2], registers[1::2]))
+        registers = []
+        for left, right in pairs:
+            together = left.type.count * (1 if right is None else 2)
+            halves = [
+                ir.Constant(
+                    ir.VectorType(INT, together // 2),
+                    [g + k for g in range(0, together, group) for k in half],
+                )
+                for half in (range(group // 2), range(group // 2, group))
+            ]
+            right = left if right is None else right
+            registers.append(add(*(builder.shuffle_vector(left, right, half) for half in halves)))
+        group //= 2
+    return registers[0]
 
 
 def _tile(outs: int, rows: int, unrolled: int) -> Any:
     """What multiplies so many rows of a weight with so many of x, all of their sums in registers.
 
     Of (flat, at, step, x, row, n, y, out): y[row + r, out + o] is the product of `flat[at + o * step :]` and
-    `x[row + r]` over n numbers, a multiple of `unrolled` × LANES. What LLVM makes of Python's loops uses half
-    of a wide register, and waits for memory; this one asks for each row AHEAD bytes before it is read.
+    `x[row + r]` over n numbers, a multiple of `unrolled` registers: in fp32, or of int8 and an x in uint8 in
+    int32. What LLVM makes of Python's loops uses half of a wide register, and waits for memory; this one asks
+    for each row AHEAD bytes before it is read.
     """
 
     @intrinsic
     def products(typing, flat, at, step, x, row, n, y, out):  # type: ignore[no-untyped-def]
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            kinds, (_, at, step, _, row, n, _, out) = signature.args, args
-            arrays = {k: context.make_array(kinds[k])(context, builder, args[k]) for k in (0, 3, 6)}
-            weight, given, made = (builder.bitcast(array.data, BYTES) for array in arrays.values())
-            given_step, made_step = (builder.extract_value(arrays[k].strides, 0) for k in (3, 6))
-            size = _integer(kinds[0].dtype.bitwidth // 8)
+        lane = IN_INTS if x.dtype == types.uint8 else IN_FLOATS
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> None:
+            _, at, step, _, row, n, _, out = args
+            arrays = [context.make_array(signature.args[k])(context, builder, args[k]) for k in (0, 3, 6)]
+            weight, given, made = (builder.bitcast(array.data, BYTES) for array in arrays)
+            _, x_step, y_step = (builder.extract_value(array.strides, 0) for array in arrays)
+            size, x_size = (_integer(kind.dtype.bitwidth // 8) for kind in (flat, x))
             called = partial(cgutils.get_or_insert_function, builder.module)
+            fma = called(ir.FunctionType(lane.register, [lane.register] * 3), lane.multiply_add)
+            prefetch = called(ir.FunctionType(ir.VoidType(), [BYTES, INT, INT, INT]), "llvm.prefetch.p0")
+            to_be_read = [ir.Constant(INT, flag) for flag in (0, 3, 1)]  # kept in all caches, as data
 
             def moved(address: Any, count: Any, nbytes: Any) -> Any:
                 return builder.gep(address, [builder.mul(count, nbytes)])
@@ -164,41 +232,35 @@ def _tile(outs: int, rows: int, unrolled: int) -> Any:
                 return [moved(address, builder.add(first, _integer(k)), nbytes) for k in range(count)]
 
             weights = next_rows(moved(weight, at, size), _integer(0), outs, builder.mul(step, size))
-            inputs = next_rows(given, row, rows, given_step)
-            cells = [(o, r, u) for o in range(outs) for r in range(rows) for u in range(unrolled)]
-            sums = {cell: cgutils.alloca_once(builder, FLOATS) for cell in cells}
+            inputs = next_rows(given, row, rows, x_step)
+            cells = list(itertools.product(range(outs), range(rows), range(unrolled)))
+            sums = {cell: cgutils.alloca_once(builder, lane.register) for cell in cells}
             for cell in cells:
-                builder.store(ir.Constant(FLOATS, None), sums[cell])
-            multiply_add = called(ir.FunctionType(FLOATS, [FLOATS] * 3), f"llvm.fma.v{LANES}f32")
-            prefetch = called(ir.FunctionType(ir.VoidType(), [BYTES, INT, INT, INT]), "llvm.prefetch.p0")
-            stride = unrolled * LANES
-            with cgutils.for_range_slice(builder, _integer(0), n, _integer(stride), _integer(0).type) as (
-                i,
-                _,
-            ):
+                builder.store(ir.Constant(lane.register, None), sums[cell])
+            stride = _integer(unrolled * lane.many)
+            with cgutils.for_range_slice(builder, _integer(0), n, stride, stride.type) as (i, _):
                 for address in weights:
-                    for line in range(0, stride * kinds[0].dtype.bitwidth // 8, 64):
+                    for line in range(0, unrolled * lane.many * flat.dtype.bitwidth // 8, 64):
                         early = moved(moved(address, i, size), _integer(AHEAD + line), _integer(1))
-                        builder.call(prefetch, [early, *(ir.Constant(INT, flag) for flag in (0, 3, 1))])
+                        builder.call(prefetch, [early, *to_be_read])
                 for u in range(unrolled):
-                    at_u = builder.add(i, _integer(u * LANES))
-                    wide = [
-                        _widened(builder, moved(address, at_u, size), kinds[0].dtype) for address in weights
-                    ]
+                    at_u = builder.add(i, _integer(u * lane.many))
+                    wide = [_loaded(builder, moved(each, at_u, size), flat.dtype, lane) for each in weights]
                     for r, address in enumerate(inputs):
-                        vector = _widened(builder, moved(address, at_u, _integer(4)), types.float32)
+                        vector = _loaded(builder, moved(address, at_u, x_size), x.dtype, lane)
                         for o in range(outs):
-                            total = builder.load(sums[o, r, u])
-                            builder.store(builder.call(multiply_add, [wide[o], vector, total]), sums[o, r, u])
-            add_up = ir.FunctionType(ir.FloatType(), [ir.FloatType(), FLOATS])
-            add_up = called(add_up, f"llvm.vector.reduce.fadd.v{LANES}f32")
-            for r, address in enumerate(next_rows(made, row, rows, made_step)):
-                for o, into in enumerate(next_rows(address, out, outs, _integer(4))):
-                    whole = reduce(builder.fadd, [builder.load(sums[o, r, u]) for u in range(unrolled)])
-                    zero = ir.Constant(ir.FloatType(), 0.0)
-                    whole = builder.call(add_up, [zero, whole], fastmath=("fast",))
-                    builder.store(whole, builder.bitcast(into, ir.FloatType().as_pointer()))
-            return context.get_dummy_value()
+                            operands = (
+                                (vector, wide[o], builder.load(sums[o, r, u]))
+                                if lane is IN_FLOATS
+                                else (builder.load(sums[o, r, u]), vector, wide[o])
+                            )
+                            builder.store(builder.call(fma, operands), sums[o, r, u])
+            for r, address in enumerate(next_rows(made, row, rows, y_step)):
+                add = getattr(builder, lane.add)
+                parts = [[builder.load(sums[o, r, u]) for u in range(unrolled)] for o in range(outs)]
+                totals = _totals(builder, [reduce(add, part) for part in parts], add)
+                into = moved(address, out, _integer(4))
+                builder.store(totals, builder.bitcast(into, totals.type.as_pointer()), align=4)
 
         integers = types.int64, types.int64
         return types.none(flat, *integers, x, *integers, y, types.int64), generate
@@ -211,7 +273,7 @@ _one, _sixteen = _tile(1, 1, 4), _tile(4, 4, 1)
 
 @njit(**FAST)
 def _rows(flat: Array, step: int, x: Array, y: Array, start: int, stop: int) -> None:
-    """y[:, start:stop] of a weight that is stored row by row, BLOCK of its rows at a time: they stay cached."""
+    """y[:, start:stop] of a weight that is stored row by row, BLOCK rows at a time, which stay cached."""
     n_rows, n = x.shape
     fours, whole = n_rows // 4 * 4, n // WHOLE * WHOLE
     for first in range(start, stop, BLOCK):
@@ -227,6 +289,70 @@ def _rows(flat: Array, step: int, x: Array, y: Array, start: int, stop: int) -> 
         for o in range(start, stop):
             for i in range(whole, n):
                 y[r, o] += _number(flat[o * step + i]) * x[r, i]
+
+
+def _in_integers(flat: Array, step: int, sums: Array, x: Array, y: Array, start: int, stop: int) -> Any:
+    """The same of an int8 weight with integer products, where there are `sums`; says whether it was done."""
+
+
+@overload(_in_integers)
+def _in_integers_of(flat, step, sums, x, y, start, stop):  # type: ignore[no-untyped-def]
+    def multiplied(flat, step, sums, x, y, start, stop):  # type: ignore[no-untyped-def]
+        n_rows, n = x.shape
+        if not sums.size or n_rows < FEWEST_IN_INTEGERS:
+            return False
+        planes, scales = _planes(x)
+        products = np.empty((len(planes), BLOCK), np.int32)
+        even = start + (stop - start) // 4 * 4
+        for first in range(start, even, BLOCK):
+            last = min(first + BLOCK, even)
+            for p in range(0, len(planes), 4):
+                for o in range(first, last, 4):
+                    _sixteen(flat, o * step, step, planes, p, n, products, o - first)
+            for r in range(n_rows):
+                high, low, scale = products[2 * r], products[2 * r + 1], scales[r]
+                for o in range(first, last):
+                    upper = np.float32(high[o - first] - np.int32(128) * sums[o])
+                    y[r, o] = scale * (np.float32(256) * upper + np.float32(low[o - first]))
+        _rows(flat, step, x, y, even, stop)
+        return True
+
+    is_done = HAS_INTEGERS and flat.dtype == types.int8  # else LLVM has no such instruction, and aborts
+    return multiplied if is_done else lambda flat, step, sums, x, y, start, stop: False
+
+
+@njit(**FAST)
+def _aligned(n_rows: int, n: int, like: Array) -> Array:
+    """(n_rows, n) of the dtype of `like`, not filled: no register's numbers lie in two lines of the cache."""
+    flat = np.empty(n_rows * n + 64 // like.itemsize, like.dtype)
+    start = -flat.ctypes.data % 64 // like.itemsize
+    return flat[start : start + n_rows * n].reshape(n_rows, n)
+
+
+@njit(**FAST)
+def _planes(x: Array) -> tuple[Array, Array]:
+    """Each row of x as whole numbers of 16 bits times a scale; of those + 2^15 the upper and lower bytes.
+
+    Integer products take one operand without a sign, and 8 bits of each: two rows of bytes say as much as
+    the 16 bits, which is what an fp32 activation needs. Filled up to a multiple of four rows.
+    """
+    n_rows, n = x.shape
+    planes, scales = _aligned((2 * n_rows + 3) // 4 * 4, n, NO_BYTES), np.empty(n_rows, np.float32)
+    planes[2 * n_rows :] = 0
+    for r in range(n_rows):
+        row, high, low, most = x[r], planes[2 * r], planes[2 * r + 1], np.int32(0)
+        bits = row.view(
+            np.int32
+        )  # without the sign they are ordered as the numbers are, infinity and NaN last
+        for i in range(n):
+            most = np.int32(max(most, bits[i] & ABSOLUTE))
+        largest = np.int32(most).view(np.float32) if most < INFINITY_BITS else np.float32(np.nan)
+        scales[r] = largest / MOST_16
+        factor = MOST_16 / largest if most > 0 else np.float32(0)
+        for i in range(n):
+            whole = np.int32(row[i] * factor + MIDDLE_16)
+            high[i], low[i] = whole >> np.int32(8), whole
+    return planes, scales
 
 
 @njit(**FAST)
@@ -274,7 +400,7 @@ def _exp(x: float) -> float:
 @njit(parallel=True, **FAST)
 def _linear(matrix: Matrix, x: Array, y: Array, activation: int, parts: int) -> None:
     """y (B, out) = activation(W x + bias), or for ADD what y was and W x + bias."""
-    flat, step, transposed, scale, bias = matrix
+    flat, step, transposed, scale, bias, sums = matrix
     batch, n_out = y.shape
     products = np.empty_like(y) if activation == ADD else y
     for part in prange(parts):
@@ -282,7 +408,8 @@ def _linear(matrix: Matrix, x: Array, y: Array, activation: int, parts: int) -> 
         if transposed:
             _columns(flat, step, x, products, start, stop)
         else:
-            _rows(flat, step, x, products, start, stop)
+            if not _in_integers(flat, step, sums, x, products, start, stop):
+                _rows(flat, step, x, products, start, stop)
         for b in range(batch):
             for o in range(start, stop):
                 v = products[b, o] * scale[o] + bias[o]
@@ -301,6 +428,17 @@ def _norm(x: Array, norm: Norm, y: Array) -> None:
     for b in range(len(x)):
         centred = x[b] - x[b].sum() / size
         y[b] = centred / math.sqrt((centred * centred).sum() / size + EPSILON) * scale + shift
+
+
+@njit(parallel=True, **FAST)
+def _norms(x: Array, norm: Norm, y: Array, parts: int) -> None:
+    """The same, of so many rows that it is worth all threads."""
+    if len(x) < FEWEST_TO_SHARE:
+        _norm(x, norm, y)
+        return
+    for part in prange(parts):
+        rows = slice(len(x) * part // parts, len(x) * (part + 1) // parts)
+        _norm(x[rows], norm, y[rows])
 
 
 @njit(**FAST)
@@ -362,15 +500,15 @@ def run_block(
     cache is (2, B, H, capacity, D), in fp32 or bf16's bits; text b sees what stands from `pads[b]` on.
     """
     norm1, norm2, W_query, W_key, W_value, out_proj, expand, contract = block
-    normed, query, key, value = np.empty_like(x), np.empty_like(x), np.empty_like(x), np.empty_like(x)
-    wide = np.empty((len(x), expand.bias.size), np.float32)
-    _norm(x, norm1, normed)
+    normed, wide = _aligned(*x.shape, x), _aligned(len(x), expand.bias.size, x)
+    query, key, value = np.empty_like(x), np.empty_like(x), np.empty_like(x)
+    _norms(x, norm1, normed, parts)
     _linear(W_query, normed, query, NONE, parts)
     _linear(W_key, normed, key, NONE, parts)
     _linear(W_value, normed, value, NONE, parts)
     _attention(query, key, value, cache, length, pads, normed, parts)
     _linear(out_proj, normed, x, ADD, parts)
-    _norm(x, norm2, normed)
+    _norms(x, norm2, normed, parts)
     _linear(expand, normed, wide, activation, parts)
     _linear(contract, wide, x, ADD, parts)
 
@@ -378,6 +516,6 @@ def run_block(
 @njit(**FAST)
 def run_head(norm: Norm, head: Matrix, x: Array, logits: Array, parts: int) -> None:
     """x (B, C) → logits (B, V), through the last norm."""
-    normed = np.empty_like(x)
-    _norm(x, norm, normed)
+    normed = _aligned(*x.shape, x)
+    _norms(x, norm, normed, parts)
     _linear(head, normed, logits, NONE, parts)
