@@ -23,6 +23,7 @@ from gpt2lite.cli.terminal import as_json, bytes_bar, facts, steps_bar, table
 from gpt2lite.config import EMBEDDED, GPTConfig
 from gpt2lite.devices import accelerators, free_memory, name_of, resolve_device, total_memory
 from gpt2lite.errors import UsageError
+from gpt2lite.generation.engines import products
 from gpt2lite.memory import GIB, MIB, host_memory, human
 from gpt2lite.opening import locate
 
@@ -52,6 +53,7 @@ def environment() -> dict[str, Any]:
         "system": platform.platform(),
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "products": products(),
         "host_memory": asdict(host_memory()),
         "gpus": [
             {"name": name_of(device), "free": free_memory(device), "total": total_memory(device)}
@@ -71,6 +73,7 @@ def run_env(args: argparse.Namespace) -> int:
         *found["packages"].items(),
         ("system", found["system"]),
         ("cpu", f"{found['cpu']}, {found['cores']} cores for this process"),
+        ("products", found["products"]),
         ("memory", f"{free} of {total} available, limited by {memory['limited_by']}"),
         ("swap", f"{human(memory['swap'])} free, which auto does not count on"),
         ("gpu", "; ".join(gpus) or "none that torch can use"),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2lite.config import GPTConfig
-from gpt2lite.devices import WORKSPACE_BYTES, has_graphs, record
+from gpt2lite.devices import CPU, MULTIPLIES, WORKSPACE_BYTES, emulates, has_graphs, record
 from gpt2lite.errors import InsufficientMemoryError, UsageError, first_line, is_out_of_memory
 from gpt2lite.loading.offload import Offloaded
 from gpt2lite.memory import MIB, find_budget, human
@@ -259,6 +259,20 @@ def _lacks_for_numba(model: Any, batch: int) -> str:
     except Exception as error:  # a RuntimeError where numba finds no writable cache folder
         _give_up_numba(error)
     return "".join(NUMBA_FAILED)
+
+
+def products() -> str:
+    """How this processor multiplies weights with activations, and why so."""
+    try:
+        from gpt2lite.generation.kernels import HAS_INTEGERS, LANES
+    except Exception as error:
+        loops = f"torch, since numba does not work here ({first_line(error)})"
+    else:
+        ints = "int8 as it is, by VNNI" if HAS_INTEGERS else "int8 widened, without VNNI"
+        loops = f"numba, {LANES} numbers a register, {ints}"
+    emulated = [f"{dtype}".removeprefix("torch.") for dtype in MULTIPLIES if emulates(CPU, dtype)]
+    widened = f"; {' and '.join(emulated)} widened to float32, since the processor lacks them"
+    return loops + widened * bool(emulated)
 
 
 def _give_up_numba(error: Exception) -> None:
