@@ -325,11 +325,11 @@ def test_a_model_comes_first_or_behind_model_but_not_twice(capsys: pytest.Captur
     assert "the model is said twice: a.pth and --model b.pth" in capsys.readouterr().err
 
 
-def on_a_terminal(*words: object) -> str:
-    """What a command writes to a terminal of 80 columns, both streams."""
+def on_a_terminal(*words: object, **environment: str) -> str:
+    """What a command writes to a terminal of 80 columns, both streams; `environment` is its own, if any."""
     seen, (end, own) = b"", pty.openpty()
     fcntl.ioctl(own, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    environment = {**os.environ, "TERM": "xterm"}
+    environment = {**(environment or os.environ), "TERM": "xterm"}
     process = subprocess.Popen([sys.executable, "-m", "gpt2lite", *map(str, words)], stdin=own, stdout=own,
                                stderr=own, env=environment)  # fmt: skip
     os.close(own)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, randomise
+from test_cli import on_a_terminal
 
 import gpt2lite
 from gpt2lite import CheckpointError, GPTConfig, GPTModel, Instruction, Purpose, Recipe, UsageError
@@ -272,6 +273,18 @@ def test_the_command_classifies(classifier: Path, tmp_path: Path, capsys: pytest
         assert [each["text"] for each in json.loads(capsys.readouterr().out)] == ["He", "She ran"]
     assert main(["classify", str(EMBEDDED), "He"]) == 1
     assert "this model has no classes" in capsys.readouterr().err
+
+
+def test_classified_texts_are_whole_in_a_pipe_and_a_line_each_on_a_terminal(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    text = "She ran to the river and back, \x1b[31m" + "over and over again, " * 9 + "until night."
+    path = records(tmp_path / "a.jsonl", [{"text": text}])
+    assert main(["classify", str(classifier), "--file", str(path)]) == 0
+    assert capsys.readouterr().out.rstrip("\n").endswith(text)
+    (line,) = on_a_terminal("classify", classifier, "--file", path, "--quiet").splitlines()
+    assert len(line) == 80
+    assert "\x1b" not in line
 
 
 # ---- answering ---------------------------------------------------------------------------------------------
