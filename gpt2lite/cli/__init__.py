@@ -68,6 +68,10 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         said = f"{command.summary[0].upper()}{command.summary[1:]}."
         commands[name] = subparsers.add_parser(name, help=command.summary, description=said)
         add_arguments(commands[name], command)
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may follow
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     args, unknown = parser.parse_known_args(arguments)
     own = commands[args.command]
     if unknown:

@@ -17,11 +17,11 @@ STRATEGIES = ("baseline", "sequential", "meta", "mmap", "per_tensor", "stream")
 ENGINES = ("numba", "cuda_graph", "torch")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp64": "float64"}
-FORMATS = ("pth", "safetensors", "per-tensor", "dcp")
+FORMATS = ("pth", "safetensors", "per-tensor", "dcp", "gguf")
 REFERENCES = ("torch", "transformers")
 PARALLEL = ("fsdp", "tp", "ddp")
 OFFLOAD = ("auto", "disk", "host")
-DIALECTS = {"book": "book", "hf": "huggingface", "nanogpt": "nanogpt"}
+DIALECTS = {"book": "book", "hf": "huggingface", "nanogpt": "nanogpt", "gguf": "gguf"}
 
 EMBEDDED_PROMPT = "Once upon a time"
 DEFAULT_PROMPT = "Hello, I am"
@@ -49,7 +49,7 @@ SHARED: Rows = {
     "--quiet": _switch("no progress and no remarks, only results and warnings"),
     "path": _arg(OR_EMBEDDED, nargs="?", default=EMBEDDED),
     "source": _arg(CHECKPOINT),
-    "destination": _path("a .pth, a .safetensors, or a new folder"),
+    "destination": _path("a .pth, a .safetensors, a .gguf, or a new folder"),
     "--to": _arg("target (default: %(default)s)", choices=DIALECTS, default="book"),
     "--folder": _path("for temporary files (default: the system's)", metavar="DIR"),
     "--json": _switch("print JSON"),

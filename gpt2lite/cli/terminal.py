@@ -65,7 +65,8 @@ def as_json(content: Any) -> str:
 @contextmanager
 def quietly(quiet: bool) -> Iterator[None]:
     """Inside, nothing is drawn or remarked if asked so, not by the Hub's client either."""
-    before, enable = QUIET.set(quiet), bool
+    before = QUIET.set(quiet)
+    enable: Callable[[], object] = bool
     if quiet:
         from huggingface_hub import utils as hub  # here: it takes half a second
 
