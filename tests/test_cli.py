@@ -262,6 +262,19 @@ finally:
     assert result.stdout.endswith("\nimported\n")
 
 
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("gen", {"generate"}), ("convert --to ", {"book", "hf", "nanogpt", "gguf"}), ("plan --q", {"--quiet"})],
+)
+def test_a_shell_is_told_what_may_follow(typed: str, offered: set[str], tmp_path: Path):
+    pytest.importorskip("argcomplete", reason="argcomplete is not installed")
+    said, line = tmp_path / "said", f"gpt2lite {typed}"
+    asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_STDOUT_FILENAME": str(said), "IFS": "\n"}
+    asked |= {"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9"}
+    subprocess.run([sys.executable, "-m", "gpt2lite"], env={**os.environ, **asked}, check=True)
+    assert offered <= set(said.read_text().split())
+
+
 @pytest.mark.parametrize("columns", ["80", "40"])
 @pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
 def test_help_is_no_wider_than_the_terminal(
