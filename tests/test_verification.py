@@ -125,6 +125,7 @@ def test_a_classifier_that_is_converted_is_compared_with_transformers_class(
     assert main(["verify", str(path), "--against", "transformers"]) == 0
     said = capsys.readouterr().out
     assert "so gpt2lite converted it" in " ".join(said.split())
+    assert "tokens" not in said
     assert "PASS" in said
 
     def with_other_head() -> GPTModel:
