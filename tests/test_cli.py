@@ -305,6 +305,7 @@ def test_what_commands_print_is_80_wide(
     ):
         assert main(words) in (0, 1)
         lines = capsys.readouterr().out.replace(str(EMBEDDED), "model.pth").splitlines()
+        lines = [line for line in lines if not line.startswith(" " * 7)]  # a sample: whole in a pipe
         assert [line for line in lines if len(line) > 80 and " " in line.strip()] == []
 
 
