@@ -27,7 +27,9 @@ from gpt2lite.finetuning.interrupts import handled_by, held
 
 FINISHING = ("convert", "prune", "verify", "finetune", "tokenize")  # their work is not what they print
 
-EPILOG = """examples:
+EPILOG = """gpt2lite COMMAND --help explains a command.
+
+examples:
   gpt2lite generate
   gpt2lite generate model.pth --prompt "Every effort" --temperature 0.8
   gpt2lite generate gpt2
