@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from gpt2lite.checkpoint import open_checkpoint, writing
 from gpt2lite.checkpoint.dcp import fill_dcp
+from gpt2lite.checkpoint.gguf_file import fill_gguf, read_back
 from gpt2lite.checkpoint.json_text import json_object
 from gpt2lite.checkpoint.manifest import Manifest
 from gpt2lite.checkpoint.reading import map_tensors
@@ -31,21 +32,22 @@ from gpt2lite.checkpoint.torch_zip import fill_tensor_folder, fill_torch_zip
 from gpt2lite.checkpoint.writing import Progress, TensorToWrite, Wrote
 from gpt2lite.config import PURPOSE, GPTConfig, Purpose
 from gpt2lite.dialects.configs import OURS, check_masks
-from gpt2lite.dialects.reading import DIALECTS
+from gpt2lite.dialects.reading import WRITTEN
 from gpt2lite.errors import CheckpointError, UsageError, listed
 from gpt2lite.loading.options import check_names
 from gpt2lite.loading.skeleton import sketch
 from gpt2lite.memory import parse_size
 from gpt2lite.model import GPTModel, open_model
 from gpt2lite.opening import Opened, Source, place_of
-from gpt2lite.tokenizer import GENERATION, SETTINGS, hub_files, tokenizer_files, write_beside
+from gpt2lite.tokenizer import GENERATION, SETTINGS, gguf_fields, hub_files, tokenizer_files, write_beside
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-HEAD, EMBEDDING = "out_head.weight", "tok_emb.weight"
+HEAD, EMBEDDING, POSITIONS = "out_head.weight", "tok_emb.weight", "pos_emb.weight"
 HEAD_BIAS, SHIFT = "out_head.bias", "final_norm.shift"
 END_OF_TEXT = 50256  # GPT-2's own token
+GGUF_FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}  # llama.cpp's llama_ftype
 ROWS = 1024  # of an embedding, compared at a time
 
 
@@ -101,6 +103,25 @@ def _nanogpt_checkpoint(config: GPTConfig, state: Mapping[str, Any]) -> dict[str
     return {"model": state, "optimizer": optimizer, **rest}
 
 
+def _openai_fields(config: GPTConfig) -> GPTConfig:
+    return replace(config, bias=True, qkv_bias=True, head_bias=False)
+
+
+def _gguf_fields(job: Conversion) -> dict[str, Any]:
+    """What llama.cpp asks of a GPT-2 beside its tensors."""
+    config, matrix = job.config, job.tensors[0].dtype
+    words = {
+        "context_length": config.context_length,
+        "embedding_length": config.emb_dim,
+        "feed_forward_length": 4 * config.emb_dim,
+        "block_count": config.n_layers,
+        "attention.head_count": config.n_heads,
+        "attention.layer_norm_epsilon": 1e-5,
+    }
+    fields = {f"gpt2.{word}": value for word, value in words.items()}
+    return {"general.file_type": GGUF_FILE_TYPES.get(matrix, 0), **fields, **job.inside}
+
+
 def _nanogpt_fields(config: GPTConfig) -> GPTConfig:
     has_bias = config.bias or config.qkv_bias
     return replace(config, bias=has_bias, qkv_bias=has_bias, tied_head=True)
@@ -115,7 +136,8 @@ class Target:
     stands before every name but the head's, unless no file of the target holds a tied head and this one is
     tied. `classifier_head` is the name of a classifier's weight, "" where the program has no classifiers.
     `activation` is the only one that the program computes, None where its config says which. `arrange`
-    puts a state dict into what a `.pth` holds.
+    puts a state dict into what a `.pth` holds. With `has_wide_vectors`, biases, norms and positions are
+    float32 beside matrices of any dtype.
     """
 
     fields: Callable[[GPTConfig], GPTConfig]
@@ -123,6 +145,7 @@ class Target:
     classifier_head: str = ""
     prefix: str = ""
     mask: str = ""
+    has_wide_vectors: bool = False
     tied_head_in: Collection[str] = ("pth",)
     arrange: Callable[[GPTConfig, dict[str, Any]], object] = lambda config, state: state
     folder_config: Callable[[GPTConfig, torch.dtype], dict[str, Any]] = lambda config, dtype: config.as_dict()
@@ -137,7 +160,7 @@ TARGETS = {
         tied_head_in=("pth", "safetensors"),  # which stores it twice
     ),
     "huggingface": Target(
-        fields=lambda config: replace(config, bias=True, qkv_bias=True, head_bias=False),
+        fields=_openai_fields,
         prefix="transformer.",
         classifier_head="score.weight",
         tied_head_in=(),
@@ -146,10 +169,11 @@ TARGETS = {
     "nanogpt": Target(
         fields=_nanogpt_fields, activation="gelu", prefix="transformer.", arrange=_nanogpt_checkpoint
     ),
+    "gguf": Target(fields=_openai_fields, activation="gelu_tanh", tied_head_in=(), has_wide_vectors=True),
 }
-SUFFIXES = {".pth": "pth", ".pt": "pth", ".bin": "pth", ".safetensors": "safetensors"}
+SUFFIXES = {".pth": "pth", ".pt": "pth", ".bin": "pth", ".safetensors": "safetensors", ".gguf": "gguf"}
 # No folder is named so by somebody who wants one, unlike `gpt2.v2`.
-OTHER_FILES = ".ckpt .gguf .ggml .gz .h5 .index .json .msgpack .npy .npz .onnx .ot .pb .pickle .pkl .tar .zip"
+OTHER_FILES = ".ckpt .ggml .gz .h5 .index .json .msgpack .npy .npz .onnx .ot .pb .pickle .pkl .tar .zip"
 
 
 # ---- what will be written ----------------------------------------------------------------------------------
@@ -159,8 +183,9 @@ class ConvertOptions(TypedDict, total=False):
     """What to write.
 
     to: "book" (the default, with the masks that its class wants), "huggingface" (transformers'
-    GPT2LMHeadModel) or "nanogpt". format: "pth", "safetensors", "per-tensor" (a folder with a file per
-    tensor) or "dcp" (a folder for torch.distributed.checkpoint); by default the destination's suffix says it,
+    GPT2LMHeadModel), "nanogpt" or "gguf" (llama.cpp, through the package gguf). format: "pth", "safetensors",
+    "per-tensor" (a folder with a file per tensor), "dcp" (a folder for torch.distributed.checkpoint) or
+    "gguf"; by default the destination's suffix says it,
     and a name without one is a folder of safetensors with its config.json, in shards of max_shard_size
     (bytes, or "5GB"). dtype: casts; otherwise no value changes. config: what the source does not say, such as
     {"n_heads": 4}.
@@ -175,7 +200,10 @@ class ConvertOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Conversion:
-    """Everything that is to be written, decided from headers; `beside` are other files, by their names."""
+    """Everything that is to be written, decided from headers.
+
+    `beside` are other files, by their names; `inside` is what a format keeps of the tokenizer in its own.
+    """
 
     source: Manifest
     destination: Path
@@ -188,6 +216,7 @@ class Conversion:
     max_shard_bytes: int | None
     purpose: Purpose = Purpose()  # noqa: RUF009  frozen
     beside: Mapping[str, bytes] = field(default_factory=dict)
+    inside: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -238,7 +267,7 @@ def _target_config(found: GPTConfig, to: str, views: Mapping[str, Tensor]) -> GP
         raise UsageError(f"{to} ties its output head to the token embedding; this model does not")
     if target.activation not in (None, found.activation):
         both = f"{to} computes {target.activation}, this model {found.activation}"
-        if to == "book":
+        if to != "nanogpt":  # whose own loader of GPT-2's weights computes them so, too
             raise UsageError(f"{both}; choose another target")
         warnings.warn(f"{both}: its logits will differ there", stacklevel=2)
     return config
@@ -277,14 +306,15 @@ def _stored(
         views = _without_head_bias(views)
     # Of names without a head, as gpt2's own are, some programs read no others; transformers reads both.
     prefix = "" if config.tied_head and not target.tied_head_in else target.prefix
-    for theirs, group in DIALECTS[to].places(config.n_layers).items():
+    for theirs, group in WRITTEN[to].places(config.n_layers).items():
         (ours, placement), *_ = group
         if ours in wanted:
             parts = [placement.unplace(views[part]) for part, placement in group]
             own_head = target.classifier_head if config.n_classes else theirs
             name = own_head if ours == HEAD else prefix + theirs
             axis = placement.rows_axis % parts[0].dim() if len(parts) > 1 else 0
-            stored[ours] = writing.join(name, parts, axis=axis, dtype=dtype)
+            is_wide = target.has_wide_vectors and (parts[0].dim() == 1 or ours == POSITIONS)
+            stored[ours] = writing.join(name, parts, axis=axis, dtype=torch.float32 if is_wide else dtype)
     if config.tied_head and format not in target.tied_head_in:
         del stored[HEAD]
     elif config.tied_head and format == "pth":
@@ -335,6 +365,8 @@ def plan_conversion(
         raise UsageError(f"unknown target {to!r}; choose from {', '.join(TARGETS)}")
     destination = Path(destination)
     format, in_folder = _format_of(destination, options.get("format"))
+    if (to == "gguf") is not (format == "gguf"):
+        raise UsageError(f'{destination}: llama.cpp reads .gguf files, and to="gguf" (--to gguf) writes them')
     max_shard_bytes = parse_size(size) if size is not None else None
     if max_shard_bytes and not (in_folder and format == "safetensors"):
         raise UsageError(f"{destination}: only a folder of safetensors has shards; name a folder")
@@ -358,6 +390,8 @@ def plan_conversion(
     rest = (to, format, in_folder, config, tensors, max_shard_bytes, opened.purpose)
     job = Conversion(manifest, destination, opened.reading.dialect, *rest)
     beside = Path(source) if not isinstance(source, Opened) and Path(source).exists() else opened.path
+    if to == "gguf":
+        return replace(job, inside=gguf_fields(beside, config.vocab_size))
     return replace(job, beside=_beside(job, beside))
 
 
@@ -383,6 +417,7 @@ WRITERS: dict[str, Writer] = {
     "safetensors": _write_safetensors,
     "per-tensor": lambda job, tensors, path, wrote: fill_tensor_folder(path, tensors, wrote),
     "dcp": lambda job, tensors, path, wrote: fill_dcp(path, tensors, wrote),
+    "gguf": lambda job, tensors, path, wrote: fill_gguf(path, tensors, wrote, "gpt2", _gguf_fields(job)),
 }
 
 
@@ -413,7 +448,7 @@ def verify(job: Conversion, path: Path, digests: Mapping[str, bytes]) -> None:
     From the disk, where the system can be told to forget its copy. Raises CheckpointError that names the
     tensors that differ.
     """
-    manifest = open_checkpoint(path)
+    manifest = read_back(path) if job.format == "gguf" else open_checkpoint(path)
     for source in manifest.files:
         source.forget()
     spans = {name.removeprefix(manifest.container_of(name)): span for name, span in manifest.tensors.items()}
@@ -443,7 +478,7 @@ def run_conversion(job: Conversion, *, verified: bool = True, progress: Progress
         job.source.check_unchanged()
         if verified:
             verify(job, temporary, digests)
-    if not job.in_folder:
+    if not job.in_folder and not job.inside:
         write_beside(job.destination, job.beside)
     return job.destination
 

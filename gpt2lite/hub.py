@@ -47,6 +47,7 @@ BESIDE = (
 REPO_ID = re.compile(r"(?!.*(--|\.\.)|.{97})\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
 ADDRESS = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/?(?P<file>.*)")
 RESOLVED = re.compile(r"/(?P<repo>[^/]+/[^/]+)/(resolve|blob|raw)/(?P<revision>[^/]+)/(?P<file>.+)")
+SCHEME = re.compile("(hf|https?|s3|gs):/?")
 FILE_SUFFIXES = (".bin", ".ckpt", ".gguf", ".h5", ".index", ".json", ".pt", ".pth", ".safetensors", ".zip")
 
 # HTTPError is the root of the client's HTTP library; a captive portal's answer, no JSON, is a ValueError.
@@ -96,6 +97,8 @@ def fetch(
     is_path = name.endswith(FILE_SUFFIXES) or name.startswith(".") or os.path.isabs(name)
     if is_path or not REPO_ID.fullmatch(repo):
         also = "" if is_path else f", and not the name of a Hub model ({', '.join(OFFICIAL)} or owner/name)"
+        if SCHEME.match(name):
+            also = ". An address has two slashes: hf://owner/name, https://…; pass text, as a Path drops one"
         raise CheckpointNotFoundError(name, f"no such file or folder{also}")
     cache = None if cache_dir is None else Path(cache_dir).expanduser()
     try:

@@ -51,7 +51,7 @@ class Tokenizer:
     `n_vocab` is its largest id plus one, `eot_token` the id that ends a text, or None. `ids_of(text,
     allowed)` reads the allowed special tokens as such and others as plain text; `bytes_of` raises KeyError
     for an id without a token. With `cuts_at_spaces`, a text that is cut before a space or a line end gives
-    the same ids as the whole.
+    the same ids as the whole. `bpe` is what computes GPT-2's kind of byte pairs.
     """
 
     name: str
@@ -60,6 +60,7 @@ class Tokenizer:
     ids_of: Callable[[str, Allowed], list[int]]
     bytes_of: Callable[[int], bytes]
     cuts_at_spaces: bool = True
+    bpe: tiktoken.Encoding | None = None
 
     def encode_ordinary(self, text: str) -> list[int]:
         """The ids of a text in which special tokens are plain text."""
@@ -98,7 +99,7 @@ def as_tokenizer(encoding: Encoding, end: str = END_OF_TEXT) -> Tokenizer:
     # Newer patterns than GPT-2's continue a token across a line end; a special token may hold a space.
     cuts = "\\n" not in encoding._pat_str and not any(map(HAS_BORDER, encoding.special_tokens_set))
     bytes_of = encoding.decode_single_token_bytes
-    return Tokenizer(encoding.name, encoding.n_vocab, end_id, ids_of, bytes_of, cuts)
+    return Tokenizer(encoding.name, encoding.n_vocab, end_id, ids_of, bytes_of, cuts, encoding)
 
 
 def text_ids(encoding: Encoding, text: str) -> Tensor:
@@ -558,9 +559,6 @@ class Beside:
         """Write its files beside another checkpoint, where those that lie there are not the same."""
         self._require_unchanged()
         files, there = tokenizer_files(self.checkpoint), tokenizer_files(checkpoint)
-        if there and not files:
-            found = "a tokenizer lies beside it, and the model came without one; remove the wrong one"
-            warnings.warn(f"{checkpoint}: {found}", stacklevel=3)
         if there != files:
             write_beside(checkpoint, files)
 
@@ -572,17 +570,22 @@ def _as_json(fields: Mapping[str, Any]) -> bytes:
     return (json.dumps(fields, ensure_ascii=False) + "\n").encode()
 
 
-def _hub_lists(bpe: tiktoken.Encoding) -> dict[str, bytes]:
-    """vocab.json, merges.txt and settings, as GPT2Tokenizer.save_pretrained writes them."""
+def _byte_pairs(bpe: tiktoken.Encoding) -> tuple[dict[str, int], list[str]]:
+    """The tokens that are not special, spelled as in vocab.json, and the lines of a merges.txt."""
     special = {bpe.encode_single_token(text) for text in bpe.special_tokens_set}
     ids = (id for id in range(bpe.n_vocab) if id not in special)
     vocab = {"".join(CHARACTERS[byte] for byte in bpe.decode_single_token_bytes(id)): id for id in ids}
-    merges = [_split(token, vocab, rank) for token, rank in vocab.items() if len(token) > 1]
+    return vocab, [" ".join(_split(token, vocab, rank)) for token, rank in vocab.items() if len(token) > 1]
+
+
+def _hub_lists(bpe: tiktoken.Encoding) -> dict[str, bytes]:
+    """vocab.json, merges.txt and settings, as GPT2Tokenizer.save_pretrained writes them."""
+    vocab, merges = _byte_pairs(bpe)
     names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     rules = {"add_prefix_space": False, "clean_up_tokenization_spaces": False}
     return {
         VOCAB: _as_json(vocab | {END_OF_TEXT: bpe.eot_token}),
-        MERGES: "\n".join(["#version: 0.2", *map(" ".join, merges), ""]).encode(),
+        MERGES: "\n".join(["#version: 0.2", *merges, ""]).encode(),
         SETTINGS[0]: _as_json(names),
         SETTINGS[1]: _as_json({"tokenizer_class": "GPT2Tokenizer", **names, **rules}),
     }
@@ -600,12 +603,44 @@ def tokenizer_files(checkpoint: Place, *, in_folder: bool = False) -> dict[str, 
 
 
 def write_beside(checkpoint: Path, files: Mapping[str, bytes]) -> None:
-    """Write a tokenizer's files, called after a checkpoint; nothing stays of an older tokenizer there."""
+    """Write a tokenizer's files, called after a checkpoint; nothing stays of an older tokenizer there.
+
+    Warns where there is nothing to write, and what lies there would be taken for this model's.
+    """
+    if not files and (there := files_beside(checkpoint)):
+        taken = (
+            f"this model came without a tokenizer, so {', '.join(map(str, there.values()))} will be its own"
+        )
+        warnings.warn(f"{checkpoint}: {taken}; remove what belongs to another model", stacklevel=4)
     for name in set(NAMES) - files.keys() if files else ():
         Path(side_file(checkpoint, f".{name}")).unlink(missing_ok=True)
     for name in files.keys() & set(NAMES):
         with replacing(Path(side_file(checkpoint, f".{name}"))) as temporary:
             temporary.write_bytes(files[name])
+
+
+def gguf_fields(checkpoint: Place, vocab_size: int) -> dict[str, Any]:
+    """The tokenizer as llama.cpp keeps it in a model's own file; rows past its ids are marked as unused.
+
+    Raises as `tokenizer_for`, and UsageError for one without an end of text or of another kind than GPT-2's.
+    """
+    tokenizer = tokenizer_for(checkpoint, vocab_size)
+    if (bpe := tokenizer.bpe) is None:
+        raise UsageError(f"{tokenizer.name}: no GPT-2's byte pairs, which .gguf files are written with here")
+    vocab, merges = _byte_pairs(bpe)
+    special = {token: bpe.encode_single_token(token) for token in bpe.special_tokens_set}
+    tokens = {id: token for token, id in (vocab | special).items()}
+    kinds = dict.fromkeys(vocab.values(), 1) | dict.fromkeys(special.values(), 3)
+    fields = {
+        "model": "gpt2",
+        "pre": "gpt-2",
+        "tokens": [tokens.get(id, f"[PAD{id}]") for id in range(vocab_size)],
+        "token_type": [kinds.get(id, 5) for id in range(vocab_size)],  # normal, control, unused
+        "merges": merges,
+        "add_bos_token": False,
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), end_of_text(tokenizer)),
+    }
+    return {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
 
 
 def hub_files(checkpoint: Place, vocab_size: int) -> dict[str, bytes]:

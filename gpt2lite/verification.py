@@ -96,11 +96,10 @@ def _transformers(opened: Opened[GPTModel], dtype: torch.dtype, folder: Path) ->
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
     is_theirs = opened.reading.dialect == "huggingface" and opened.path.name in FOLDER_FILES
     if "model_type" not in said or not is_theirs:
-        if config.n_classes:
-            what = "a classifier that gpt2lite converts is compared with torch only"
-            raise UsageError(f"{opened.path}: {what}")
         shared = f"the config and the names: {CONVERTED}"
-        if "model_type" in said:
+        if config.n_classes:
+            kind = CLASSIFIERS[0]
+        elif "model_type" in said:
             options["config"] = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
             shared = f"the names: {CONVERTED}; the config is the folder's"
         path = convert(opened, folder / "model", to="huggingface", verify=False)

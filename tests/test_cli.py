@@ -262,6 +262,19 @@ finally:
     assert result.stdout.endswith("\nimported\n")
 
 
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("gen", {"generate"}), ("convert --to ", {"book", "hf", "nanogpt", "gguf"}), ("plan --q", {"--quiet"})],
+)
+def test_a_shell_is_told_what_may_follow(typed: str, offered: set[str], tmp_path: Path):
+    pytest.importorskip("argcomplete", reason="argcomplete is not installed")
+    said, line = tmp_path / "said", f"gpt2lite {typed}"
+    asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_STDOUT_FILENAME": str(said), "IFS": "\n"}
+    asked |= {"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9"}
+    subprocess.run([sys.executable, "-m", "gpt2lite"], env={**os.environ, **asked}, check=True)
+    assert offered <= set(said.read_text().split())
+
+
 @pytest.mark.parametrize("columns", ["80", "40"])
 @pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
 def test_help_is_no_wider_than_the_terminal(
@@ -292,6 +305,7 @@ def test_what_commands_print_is_80_wide(
     ):
         assert main(words) in (0, 1)
         lines = capsys.readouterr().out.replace(str(EMBEDDED), "model.pth").splitlines()
+        lines = [line for line in lines if not line.startswith(" " * 7)]  # a sample: whole in a pipe
         assert [line for line in lines if len(line) > 80 and " " in line.strip()] == []
 
 
@@ -325,11 +339,11 @@ def test_a_model_comes_first_or_behind_model_but_not_twice(capsys: pytest.Captur
     assert "the model is said twice: a.pth and --model b.pth" in capsys.readouterr().err
 
 
-def on_a_terminal(*words: object) -> str:
-    """What a command writes to a terminal of 80 columns, both streams."""
+def on_a_terminal(*words: object, **environment: str) -> str:
+    """What a command writes to a terminal of 80 columns, both streams; `environment` is its own, if any."""
     seen, (end, own) = b"", pty.openpty()
     fcntl.ioctl(own, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    environment = {**os.environ, "TERM": "xterm"}
+    environment = {**(environment or os.environ), "TERM": "xterm"}
     process = subprocess.Popen([sys.executable, "-m", "gpt2lite", *map(str, words)], stdin=own, stdout=own,
                                stderr=own, env=environment)  # fmt: skip
     os.close(own)
@@ -387,7 +401,7 @@ def test_the_package_imports_no_more_than_is_used(use: str, at_most: set[str]):
 
 
 def test_the_names_in_help_are_the_librarys():
-    from gpt2lite.converting import DIALECTS, WRITERS
+    from gpt2lite.converting import TARGETS, WRITERS
     from gpt2lite.generation import ENGINES
     from gpt2lite.loading.strategies import STRATEGIES
     from gpt2lite.verification import REFERENCES
@@ -395,7 +409,7 @@ def test_the_names_in_help_are_the_librarys():
     tables = (STRATEGIES, ENGINES, WRITERS, REFERENCES)
     said = (arguments.STRATEGIES, arguments.ENGINES, arguments.FORMATS, arguments.REFERENCES)
     assert [tuple(table) for table in tables] == list(said)
-    assert set(arguments.DIALECTS.values()) <= set(DIALECTS)
+    assert list(arguments.DIALECTS.values()) == list(TARGETS)
 
 
 def test_a_warning_is_one_plain_line_and_what_main_changed_is_restored():

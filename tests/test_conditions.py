@@ -253,6 +253,7 @@ def write(engine="auto"):
         print(model.generate([[1]], 9, engine=engine)[0].tolist() == wanted, flush=True)
     except UsageError as error:
         print(error, flush=True)
+warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads, from Python 3.12 on
 if os.fork():
     os.wait()
 else:

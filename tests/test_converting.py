@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import torch
 from conftest import TINY, randomise
 from safetensors.torch import load_file, save_file
 from test_loading import HEADS, KINDS, book, expected_parameters, huggingface, ours, save_pth
+from torch import nn
 
 import gpt2lite.converting as converting
 from gpt2lite import CheckpointError, GPTConfig, GPTModel, UsageError, convert
@@ -25,7 +28,9 @@ from gpt2lite.benchmarking import write_random_checkpoint
 from gpt2lite.checkpoint import writing
 from gpt2lite.checkpoint.writing import made_ahead
 from gpt2lite.cli import main
+from gpt2lite.config import EMBEDDED
 from gpt2lite.dialects.reading import DIALECTS
+from gpt2lite.tokenizer import as_encoding, read_encoding
 
 pytestmark = pytest.mark.filterwarnings("ignore:nanogpt computes gelu, this model")
 
@@ -220,6 +225,105 @@ def test_an_activation_that_nanogpt_does_not_compute_is_a_warning_that_names_bot
         convert(model.save_checkpoint(tmp_path / "model.pth"), tmp_path / "ckpt.pt", to="nanogpt")
     said = [str(each.message) for each in found]
     assert said == ["nanogpt computes gelu, this model gelu_tanh: its logits will differ there"] * warned
+
+
+def wide(tied: bool, folder: Path) -> nn.Module:
+    """transformers' model with the embedded one's tokenizer and 16 rows of padding, saved in a folder."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    size = {"vocab_size": 1040, "n_positions": 32, "n_embd": 48, "n_head": 4, "n_layer": 2}
+    config = transformers.GPT2Config(**size, bos_token_id=0, eos_token_id=0, tie_word_embeddings=tied)
+    peer = randomise(transformers.GPT2LMHeadModel(config))
+    peer.save_pretrained(folder)
+    shutil.copy(EMBEDDED.with_suffix(".tiktoken"), folder.with_suffix(".tiktoken"))
+    return peer
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_llama_cpp_gets_every_tensor_by_its_own_table_of_names(
+    dtype: torch.dtype | None, tied: bool, tmp_path: Path
+):
+    """llama.cpp's own run of such a file is in docs/checkpoints.md."""
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    peer = wide(tied, tmp_path / "hub")
+    made = gguf.GGUFReader(convert(tmp_path / "hub", tmp_path / "new.gguf", to="gguf", dtype=dtype))
+    found = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in made.tensors}
+    theirs = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, peer.config.n_layer)
+    for name, tensor in peer.state_dict().items():
+        if tied and name == "lm_head.weight":
+            continue  # llama.cpp takes the embedding's
+        wanted = tensor.t() if re.search(r"c_(attn|proj|fc)\.weight", name) else tensor
+        wanted = wanted.to(dtype) if wanted.dim() == 2 and "wpe" not in name else wanted
+        torch.testing.assert_close(
+            found.pop(theirs.get_name(name, (".weight", ".bias"))), wanted, rtol=0, atol=0
+        )
+    assert not found
+    fields = {key: field.contents() for key, field in made.fields.items()}
+    kind = gguf.LlamaFileType.MOSTLY_F16 if dtype else gguf.LlamaFileType.ALL_F32
+    of_llm, of_attention = gguf.Keys.LLM, gguf.Keys.Attention
+    for key, value in {
+        gguf.Keys.General.ARCHITECTURE: "gpt2",
+        gguf.Keys.General.FILE_TYPE: kind,
+        of_llm.BLOCK_COUNT: 2,
+        of_llm.CONTEXT_LENGTH: 32,
+        of_llm.EMBEDDING_LENGTH: 48,
+        of_llm.FEED_FORWARD_LENGTH: 192,
+        of_attention.HEAD_COUNT: 4,
+        of_attention.LAYERNORM_EPS: pytest.approx(1e-5),
+    }.items():
+        assert fields[key.format(arch="gpt2")] == value
+
+
+def test_llama_cpp_gets_the_tokenizer_in_the_file_and_nothing_beside_it(tmp_path: Path):
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    wide(True, tmp_path / "hub")
+    made = gguf.GGUFReader(convert(tmp_path / "hub", tmp_path / "new.gguf", to="gguf"))
+    fields = {key: field.contents() for key, field in made.fields.items()}
+    of, own = gguf.Keys.Tokenizer, read_encoding(EMBEDDED.with_suffix(".tiktoken"))
+    tokens, kinds = fields[of.LIST], fields[of.TOKEN_TYPE]
+    vocab = {token: id for id, token in enumerate(tokens) if kinds[id] == gguf.TokenType.NORMAL}
+    merges = [line.split(" ") for line in fields[of.MERGES]]
+    again = as_encoding("again", vocab, merges, {"<|endoftext|>": own.eot_token})
+    text = "Anna said: it's 3 o'clock!\n\n  Ünï"
+    assert again.encode(text) == own.encode(text)
+    assert tokens[own.eot_token] == "<|endoftext|>"
+    assert [kinds.count(each) for each in (gguf.TokenType.CONTROL, gguf.TokenType.UNUSED)] == [1, 16]
+    assert (fields[of.BOS_ID], fields[of.EOS_ID], fields[of.ADD_BOS]) == (own.eot_token, own.eot_token, False)
+    assert (fields[of.MODEL], fields[of.PRE]) == ("gpt2", "gpt-2")
+    assert names_in(tmp_path) == {"hub", "hub.tiktoken", "new.gguf"}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("new.gguf", {}, r'llama.cpp reads \.gguf files, and to="gguf" \(--to gguf\) writes them'),
+        ("new.pth", {"to": "gguf"}, r"llama.cpp reads \.gguf files"),
+        ("new.gguf", {"to": "gguf", "dtype": torch.float64}, "is torch.float64; pass a dtype"),
+        ("new.gguf", {"to": "gguf", "config": {"activation": "gelu"}}, "gguf computes gelu_tanh, this model"),
+        ("new.gguf", {"to": "gguf", "format": "pth"}, "its suffix says gguf, format says pth"),
+    ],
+)
+def test_what_llama_cpp_cannot_read_is_refused(
+    name: str, options: dict[str, object], message: str, tmp_path: Path
+):
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    source = randomise(GPTModel(GPTConfig(1024, 32, 48, 4, 2))).save_checkpoint(tmp_path / "model.pth")
+    if options.get("config"):
+        source = randomise(GPTModel(GPTConfig(1024, 32, 48, 4, 2, activation="gelu"))).save_checkpoint(source)
+    shutil.copy(EMBEDDED.with_suffix(".tiktoken"), source.with_suffix(".tiktoken"))
+    before = names_in(tmp_path)
+    with pytest.raises(UsageError, match=message):
+        convert(source, tmp_path / name, **options)
+    assert names_in(tmp_path) == before
+
+
+def test_without_the_package_gguf_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert main(["convert", str(EMBEDDED), str(tmp_path / "new.gguf"), "--to", "gguf"]) == 1
+    assert "to write .gguf files, pip install 'gpt2lite[gguf]'" in capsys.readouterr().err
+    assert names_in(tmp_path) == set()
 
 
 def test_what_a_load_says_it_leaves_out_a_conversion_says_too(pth: Path, model: GPTModel):

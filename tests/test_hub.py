@@ -18,7 +18,7 @@ import pytest
 import torch
 from hub_server import Hub, Repo, as_the_hub, commit_of
 from huggingface_hub import constants
-from test_cli import has_gpt2_encoding
+from test_cli import has_gpt2_encoding, on_a_terminal
 
 from gpt2lite import CheckpointError, CheckpointNotFoundError, GPTModel, UsageError
 from gpt2lite.cli import main
@@ -73,15 +73,20 @@ def small(**files: bytes) -> Repo:
     return {"main": {name.replace("__", "."): content for name, content in files.items()}}
 
 
-def run(hub: Hub, home: Path, *words: object, **more: str) -> subprocess.CompletedProcess[str]:
-    """A fresh process whose Hub is the server and whose way to anywhere else is a closed port."""
+def environment_of(hub: Hub, home: Path) -> dict[str, str]:
+    """Of a process whose Hub is the server and whose way to anywhere else is a closed port."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     closed = {
         "HTTPS_PROXY": "http://127.0.0.1:9",
         "NO_PROXY": "127.0.0.1,localhost",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
-    environment = {**inherited, **closed, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), **more}
+    return {**inherited, **closed, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home)}
+
+
+def run(hub: Hub, home: Path, *words: object, **more: str) -> subprocess.CompletedProcess[str]:
+    """What a fresh process in such an environment answers."""
+    environment = environment_of(hub, home) | more
     return subprocess.run(
         [sys.executable, *map(str, words)], capture_output=True, text=True, env=environment, timeout=120
     )
@@ -431,6 +436,9 @@ def test_a_path_that_is_there_wins_and_comes_back_as_it_is(
         ("../tiny", "no such file or folder$"),
         ("/owner/tiny", "no such file or folder$"),
         ("gpt3", "gpt3: no such file or folder, and not the name of a Hub model .*distilgpt2 or owner/name"),
+        ("hf:/gpt2", "hf:/gpt2: no such file or folder. An address has two slashes: hf://owner/name, https"),
+        ("hf:owner/name", "An address has two slashes"),
+        ("https:/host/model.pth", "An address has two slashes"),
         ("a/b/c", "not the name of a Hub model"),
         ("owner/a--b", "not the name of a Hub model"),
         ("owner/a..b", "not the name of a Hub model"),
@@ -470,6 +478,14 @@ def test_the_commands_say_in_one_line_that_a_name_is_unknown(
 ):
     assert main([*words, "owner/none"]) == 1
     assert re.fullmatch(r"gpt2lite: owner/none: no such file or folder, .*\n", capsys.readouterr().err)
+
+
+def test_quiet_silences_the_clients_bars_too(hub: Hub, tiny: str, tmp_path: Path):
+    words = ("inspect", tiny, "--json")
+    for home, more, drawn in (("a", (), True), ("b", ("--quiet",), False)):
+        seen = on_a_terminal(*words, *more, **environment_of(hub, tmp_path / home))
+        assert ("model.safetensors: 100%" in seen) is drawn
+        assert drawn or json.loads(seen)["dialect"] == "huggingface"
 
 
 def test_bench_measures_a_model_of_the_hub(hub: Hub, tiny: str, tmp_path: Path):

@@ -6,18 +6,21 @@ import copy
 import json
 import pickle
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY, randomise
+from test_cli import on_a_terminal
 
 import gpt2lite
 from gpt2lite import CheckpointError, GPTConfig, GPTModel, Instruction, Purpose, Recipe, UsageError
 from gpt2lite.cli import main
 from gpt2lite.config import EMBEDDED
 from gpt2lite.finetuning.examples import format_prompt
+from gpt2lite.pruning import prune
 from gpt2lite.tokenizer import read_encoding, tokenizer_for
 
 TEXTS = ["A boy called Tom. He was brave.", "A girl called Ida", "", "she " * 60]
@@ -166,8 +169,24 @@ def test_a_tokenizer_beside_the_destination_that_is_not_the_models_is_said(copie
     (tmp_path / "plain").mkdir()
     torch.save(state, tmp_path / "plain" / "plain.pth")
     model = GPTModel.from_checkpoint(tmp_path / "plain" / "plain.pth", config={"n_heads": 4})
-    with pytest.warns(UserWarning, match="a tokenizer lies beside it, and the model came without one"):
+    said = "model.pth: this model came without a tokenizer, so .*/model.tiktoken will be its own; remove"
+    with pytest.warns(UserWarning, match=said):
         model.save_checkpoint(copied)
+
+
+@pytest.mark.parametrize("write", [gpt2lite.convert, partial(prune, blocks=[0])])
+def test_a_tokenizer_in_the_destinations_folder_that_is_not_the_models_is_said(
+    write: Callable[..., Path], copied: Path, tmp_path: Path
+):
+    other, plain = tmp_path / "other", tmp_path / "plain"
+    for folder in (other, plain):
+        folder.mkdir()
+    (other / "vocab.json").write_text("{}")
+    shutil.copy(copied, plain / "plain.pth")
+    with pytest.warns(UserWarning, match="new.pth: .*without a tokenizer, so .*other/vocab.json will be"):
+        write(plain / "plain.pth", other / "new.pth", config={"n_heads": 4})
+    write(copied, other / "own.pth")  # its own lie beside it and come first
+    assert tokenizer_for(other / "own.pth", 1024).n_vocab == tokenizer_for(copied, 1024).n_vocab
 
 
 def test_state_and_pickle_of_a_model_are_a_modules_own(copied: Path):
@@ -272,6 +291,18 @@ def test_the_command_classifies(classifier: Path, tmp_path: Path, capsys: pytest
         assert [each["text"] for each in json.loads(capsys.readouterr().out)] == ["He", "She ran"]
     assert main(["classify", str(EMBEDDED), "He"]) == 1
     assert "this model has no classes" in capsys.readouterr().err
+
+
+def test_classified_texts_are_whole_in_a_pipe_and_a_line_each_on_a_terminal(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    text = "She ran to the river and back, \x1b[31m" + "over and over again, " * 9 + "until night."
+    path = records(tmp_path / "a.jsonl", [{"text": text}])
+    assert main(["classify", str(classifier), "--file", str(path)]) == 0
+    assert capsys.readouterr().out.rstrip("\n").endswith(text)
+    (line,) = on_a_terminal("classify", classifier, "--file", path, "--quiet").splitlines()
+    assert len(line) == 80
+    assert "\x1b" not in line
 
 
 # ---- answering ---------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, where_positions_decide
+from conftest import TINY, randomise, where_positions_decide
 from test_loading import HEADS, huggingface, save_hub, save_pth
 
 from gpt2lite import GPTConfig, GPTModel, UsageError, open_model
@@ -111,8 +111,29 @@ def test_a_classifier_is_compared_by_its_logits(tmp_path: Path, capsys: pytest.C
     path.with_suffix(".json").write_text(json.dumps(HEADS | {"n_classes": 2}))
     assert main(["verify", str(path)]) == 0
     assert "PASS" in capsys.readouterr().out
-    assert main(["verify", str(path), "--against", "transformers"]) == 1
-    assert "a classifier that gpt2lite converts is compared with torch only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["with a bias", "without one", "in bfloat16"])
+def test_a_classifier_that_is_converted_is_compared_with_transformers_class(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    config = GPTConfig.of(TINY.as_dict() | {"n_classes": 3, "head_bias": kind != "without one"})
+    model = randomise(GPTModel(config)).to(torch.bfloat16 if kind == "in bfloat16" else None)
+    path = save_pth(model.state_dict(), tmp_path)
+    path.with_suffix(".json").write_text(json.dumps(HEADS | {"n_classes": 3}))
+    assert main(["verify", str(path), "--against", "transformers"]) == 0
+    said = capsys.readouterr().out
+    assert "so gpt2lite converted it" in " ".join(said.split())
+    assert "tokens" not in said
+    assert "PASS" in said
+
+    def with_other_head() -> GPTModel:
+        model = GPTModel.from_checkpoint(path)
+        model.out_head.weight.data[2] *= 3
+        return model
+
+    assert not verify(with_other_head, open_model(path), against="transformers").passed
 
 
 @pytest.mark.parametrize("kind", ["GPT2ForSequenceClassification", "GPT2ForTokenClassification"])

@@ -427,7 +427,6 @@ def test_the_format_is_the_one_that_was_asked_for(
         ("x.safetensors", "pth", "its suffix says safetensors, format says pth"),
         ("x.bin", "per-tensor", "its suffix says pth, format says per-tensor"),
         ("x.ckpt", None, r"\.ckpt files are not written here; use \.pth"),
-        ("x.gguf", None, r"\.gguf files are not written here"),
         ("x.H5", "safetensors", r"\.h5 files are not written here"),
         ("x.npz", "per-tensor", r"\.npz files are not written here"),
     ],

@@ -27,7 +27,9 @@ from gpt2lite.finetuning.interrupts import handled_by, held
 
 FINISHING = ("convert", "prune", "verify", "finetune", "tokenize")  # their work is not what they print
 
-EPILOG = """examples:
+EPILOG = """gpt2lite COMMAND --help explains a command.
+
+examples:
   gpt2lite generate
   gpt2lite generate model.pth --prompt "Every effort" --temperature 0.8
   gpt2lite generate gpt2
@@ -68,6 +70,10 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         said = f"{command.summary[0].upper()}{command.summary[1:]}."
         commands[name] = subparsers.add_parser(name, help=command.summary, description=said)
         add_arguments(commands[name], command)
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may follow
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     args, unknown = parser.parse_known_args(arguments)
     own = commands[args.command]
     if unknown:

@@ -17,16 +17,16 @@ STRATEGIES = ("baseline", "sequential", "meta", "mmap", "per_tensor", "stream")
 ENGINES = ("numba", "cuda_graph", "torch")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp64": "float64"}
-FORMATS = ("pth", "safetensors", "per-tensor", "dcp")
+FORMATS = ("pth", "safetensors", "per-tensor", "dcp", "gguf")
 REFERENCES = ("torch", "transformers")
 PARALLEL = ("fsdp", "tp", "ddp")
 OFFLOAD = ("auto", "disk", "host")
-DIALECTS = {"book": "book", "hf": "huggingface", "nanogpt": "nanogpt"}
+DIALECTS = {"book": "book", "hf": "huggingface", "nanogpt": "nanogpt", "gguf": "gguf"}
 
 EMBEDDED_PROMPT = "Once upon a time"
 DEFAULT_PROMPT = "Hello, I am"
 CHECKPOINT = "a checkpoint, a model on the Hub (gpt2 … gpt2-xl, owner/name), or an address: hf://, https://"
-OR_EMBEDDED = f"{CHECKPOINT} (default: the embedded model)"
+OR_EMBEDDED = f"{CHECKPOINT} (default: the small model that is embedded in gpt2lite)"
 
 Rows = dict[str, dict[str, Any]]
 
@@ -49,18 +49,24 @@ SHARED: Rows = {
     "--quiet": _switch("no progress and no remarks, only results and warnings"),
     "path": _arg(OR_EMBEDDED, nargs="?", default=EMBEDDED),
     "source": _arg(CHECKPOINT),
-    "destination": _path("a .pth, a .safetensors, or a new folder"),
-    "--to": _arg("target (default: %(default)s)", choices=DIALECTS, default="book"),
+    "destination": _path("a .pth, a .safetensors, a .gguf, or a new folder"),
+    "--to": _arg(
+        "whose names and layout; gguf is llama.cpp's (default: %(default)s)", choices=DIALECTS, default="book"
+    ),
     "--folder": _path("for temporary files (default: the system's)", metavar="DIR"),
     "--json": _switch("print JSON"),
     "--device": _arg("cpu, cuda, cuda:1 … (default: a GPU that is free, else cpu)", default="auto"),
-    "--strategy": _arg("default: the best that fits", choices=("auto", *STRATEGIES), default="auto"),
+    "--strategy": _arg(
+        "how to load (default: the best that fits)", choices=("auto", *STRATEGIES), default="auto"
+    ),
     "--revision": _arg("branch, tag or commit of a model on the Hub", metavar="REV"),
     "--n-heads": _int("number of attention heads, if the file does not say"),
-    "--activation": _arg("if the file does not say (nanoGPT, minGPT)", choices=ACTIVATIONS),
+    "--activation": _arg(
+        "activation function, if the file does not say (nanoGPT, minGPT)", choices=ACTIVATIONS
+    ),
     "--lora-alpha": _number("alpha of the book's LoRA layers, if the file has any"),
     "--dtype": _arg("cast the weights (default: as in the file)", type=_dtype, choices=DTYPES),
-    "--quantize": _arg("int8 weights with one scale per row", choices=("int8",)),
+    "--quantize": _arg("int8: weights of 8 bits with one scale per row", choices=("int8",)),
     "--offload": _arg("where blocks stay that do not fit", choices=OFFLOAD),
     "--parallel": _arg("under torchrun: how its processes share the model", choices=PARALLEL),
     "--max-host-memory": _size("cap on what loading adds to host memory: 512MiB, 2GiB"),
@@ -88,7 +94,7 @@ class Command:
 COMMANDS = {
     "generate": Command(
         "texts",
-        "write text with a model, the embedded one by default",
+        "write text with a model, by default a small one that is embedded",
         {
             "--model": _arg(argparse.SUPPRESS),  # as it was called before it came first
             "--prompt": _text(f"default: {EMBEDDED_PROMPT!r}; {DEFAULT_PROMPT!r} for other models"),
@@ -105,7 +111,11 @@ COMMANDS = {
             "--stop": _arg("end the output before this text; can be repeated", action="append", default=[]),
             "--seed": _int("makes sampling repeatable; each further text uses the next seed"),
             "--window": _int("when the context is full, go on from the last N tokens"),
-            "--engine": _arg("default: the fastest that can run", choices=("auto", *ENGINES), default="auto"),
+            "--engine": _arg(
+                "what computes tokens (default: the fastest that can run)",
+                choices=("auto", *ENGINES),
+                default="auto",
+            ),
         },
         ("path", *LOADING, "--parallel", "--quantize", "--offload"),
         one_of=("--prompt", "--prompts", "--instruction"),
@@ -129,7 +139,9 @@ COMMANDS = {
         {
             "path": _arg(OR_EMBEDDED, nargs="?"),
             "--size": _arg("write a random checkpoint of this size first", **SIZES),
-            "--strategies": _arg("default: all", nargs="+", choices=STRATEGIES, default=STRATEGIES),
+            "--strategies": _arg(
+                "ways of loading (default: all)", nargs="+", choices=STRATEGIES, default=STRATEGIES
+            ),
             "--json": _arg("save everything as JSON; - prints it instead", metavar="FILE.json"),
             "--plot": _path("draw memory over time (needs matplotlib)", metavar="FILE.png"),
         },
@@ -145,7 +157,7 @@ COMMANDS = {
             "--train": _switch("show what training would take instead"),
             "--fit": _size("with --train: find the cheapest settings that fit in SIZE"),
             "--classes": _int("with --train: a classifier of N classes"),
-            "--ranks": _int("what the first of N processes would take, none of which need be there"),
+            "--ranks": _int("what the first of N processes of torchrun would take; none need run"),
             "--parallel": _arg("how they share the model (default: fsdp)", choices=PARALLEL),
         },
         ("path", "--json", *CONFIG, "--dtype", "--quantize", "--offload", *CAPS),
@@ -157,7 +169,7 @@ COMMANDS = {
         "checkpoints",
         "write a checkpoint with another program's names, layout and file format",
         {
-            "--format": _arg("default: by suffix; safetensors for a folder", choices=FORMATS),
+            "--format": _arg("kind of file (default: by suffix; safetensors for a folder)", choices=FORMATS),
             "--max-shard-size": _size("split a folder's safetensors: 2GiB, 5GB"),
             "--no-verify": _switch("do not read the result back"),
         },
@@ -167,8 +179,8 @@ COMMANDS = {
         "checkpoints",
         "write a checkpoint without some of its blocks, those that a text misses least",
         {
-            "--keep-blocks": _int("how many stay, chosen by --text"),
-            "--blocks": _arg("the numbers of those that stay, from 0", type=int, nargs="+", metavar="N"),
+            "--keep-blocks": _int("how many blocks stay, chosen by --text"),
+            "--blocks": _arg("the numbers of the blocks that stay, from 0", type=int, nargs="+", metavar="N"),
             "--text": _arg("UTF-8 that it was not trained on; - reads standard input", metavar="FILE"),
         },
         ("source", "destination", "--to", "--device", *CONFIG, "--dtype"),
@@ -188,7 +200,7 @@ COMMANDS = {
     "verify": Command(
         "checkpoints",
         "load a checkpoint in two independent ways and compare what they compute",
-        {"--against": _arg("reference (default: torch)", choices=REFERENCES, default="torch")},
+        {"--against": _arg("what else loads it (default: torch)", choices=REFERENCES, default="torch")},
         ("path", "--json", "--folder", *LOADING),
     ),
     "evaluate": Command(
@@ -243,7 +255,8 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("recipe")
     for field in fields(Recipe):
         flag, default = f"--{field.name.replace('_', '-')}", field.default
-        number = {"type": int if default is None else type(default), "metavar": "N"}
+        kind = int if default is None else type(default)
+        number = {"type": kind, "metavar": "N" if kind is int else "X"}
         options = BY_TYPE.get(type(default), number)
         shown = f" (default: {default})" if options is number and default is not None else ""
         group.add_argument(flag, default=argparse.SUPPRESS, help=field.metadata["help"] + shown, **options)
@@ -255,7 +268,8 @@ def add_arguments(parser: argparse.ArgumentParser, command: Command) -> None:
     group = parser.add_mutually_exclusive_group(required=command.needs_one) if command.one_of else parser
     for name, options in rows.items():
         if "choices" in options:  # a line of usage would be wider than a terminal with all of them
-            told = f"{options['help']}: {', '.join(options['choices'])}"
+            told = f"{options['help']}; one of {', '.join(options['choices'])}"
+            told = options["help"] if len(options["choices"]) == 1 else told
             options = {**options, "metavar": "NAME", "help": told}
         (group if name in command.one_of else parser).add_argument(name, **options)
     if command.with_recipe:

@@ -12,7 +12,7 @@ from torch import Tensor
 from gpt2lite.cli.arguments import recipe_of
 from gpt2lite.cli.loading import choose_by, config_of, load_options
 from gpt2lite.cli.plots import plot_losses
-from gpt2lite.cli.terminal import QUIET, bytes_bar, line_width, shown_text, steps_bar
+from gpt2lite.cli.terminal import QUIET, bytes_bar, one_line, shown_text, steps_bar
 from gpt2lite.devices import resolve_device
 from gpt2lite.errors import UsageError
 from gpt2lite.finetuning.heads import as_classifier, relabel
@@ -108,7 +108,7 @@ def _reports(steps: int) -> Iterator[Callable[[Metrics], None]]:
             bar.clear()
             print(f"step {metrics.step + 1:5}  {losses}{right}  {rate}  {memory}")
             if metrics.sample is not None:
-                print(shown_text("       " + " ".join(metrics.sample.split())[: line_width() - 7]))
+                print(one_line("       " + " ".join(metrics.sample.split())))
 
         yield report
 

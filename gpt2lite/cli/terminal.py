@@ -51,6 +51,12 @@ def shown_text(text: str) -> str:
     return visible(text) if sys.stdout.isatty() else text
 
 
+def one_line(text: str) -> str:
+    """The same for a line: on a terminal as much of it as fits, elsewhere all of it."""
+    line = shown_text(text)
+    return line[: line_width()] if sys.stdout.isatty() else line
+
+
 def as_json(content: Any) -> str:
     """`content` for programs."""
     return json.dumps(content, indent=2)
@@ -58,12 +64,20 @@ def as_json(content: Any) -> str:
 
 @contextmanager
 def quietly(quiet: bool) -> Iterator[None]:
-    """Inside, nothing is drawn or remarked if asked so."""
+    """Inside, nothing is drawn or remarked if asked so, not by the Hub's client either."""
     before = QUIET.set(quiet)
+    enable: Callable[[], object] = bool
+    if quiet:
+        from huggingface_hub import utils as hub  # here: it takes half a second
+
+        if not hub.are_progress_bars_disabled():  # type: ignore[attr-defined]
+            hub.disable_progress_bars()  # type: ignore[attr-defined]
+            enable = hub.enable_progress_bars  # type: ignore[attr-defined]
     try:
         yield
     finally:
         QUIET.reset(before)
+        enable()
 
 
 def is_watched() -> bool:

@@ -18,7 +18,7 @@ from gpt2lite.cli.terminal import (
     bytes_bar,
     facts,
     is_watched,
-    line_width,
+    one_line,
     read_text,
     shown_text,
     steps_bar,
@@ -122,7 +122,7 @@ def run_classify(args: argparse.Namespace) -> int:
     elif args.file:
         width = max(map(len, model.purpose.labels))
         for text, (label, shares) in zip(texts, found, strict=True):
-            print(f"{label.ljust(width)}  {shares[label]:.4f}  {' '.join(text.split())}"[: line_width()])
+            print(one_line(f"{label.ljust(width)}  {shares[label]:.4f}  {' '.join(text.split())}"))
     else:
         likeliest = sorted(found[0].probabilities.items(), key=lambda pair: -pair[1])
         print(facts([(label, f"{share:.4f}") for label, share in likeliest]))

@@ -154,17 +154,23 @@ LAYERS = (f"{BLOCK}.att.out_proj", f"{BLOCK}.ff.layers.0", f"{BLOCK}.ff.layers.2
 NORMS = (f"{BLOCK}.norm1", f"{BLOCK}.norm2", "final_norm")
 BOOK = {ours: ours for ours in (*EMBEDDINGS, *NORMS, *LAYERS[1:], "out_head", *QKV, LAYERS[0])}
 FAST = BOOK | dict.fromkeys(QKV, f"{BLOCK}.att.qkv") | {LAYERS[0]: f"{BLOCK}.att.proj"}
+OPENAI_LAYERS = "ln_1 attn.c_attn attn.c_proj ln_2 mlp.c_fc mlp.c_proj"
+LLAMA_CPP_LAYERS = "attn_norm attn_qkv attn_output ffn_norm ffn_up ffn_down"
 
 
-def _peers(embeddings: Sequence[str], block: str, final_norm: str, dot: str = ".") -> dict[str, str]:
+def _peers(
+    embeddings: Sequence[str], block: str, final_norm: str, dot: str = ".", layers: str = OPENAI_LAYERS
+) -> dict[str, str]:
     """The names that OpenAI gave GPT-2 and that others took over; query, key and value are one layer."""
-    layers = ("ln_1", *["attn.c_attn"] * 3, "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
-    theirs = [f"{block}.{layer}".replace(".", dot) for layer in layers]
+    norm, qkv, *rest = layers.split()
+    theirs = [f"{block}.{layer}".replace(".", dot) for layer in (norm, qkv, qkv, qkv, *rest)]
     ours = (*EMBEDDINGS, NORMS[0], *QKV, LAYERS[0], NORMS[1], *LAYERS[1:], NORMS[2])
     return dict(zip(ours, (*embeddings, *theirs, final_norm), strict=True))
 
 
 HUB = _peers(("wte", "wpe"), "h.{i}", "ln_f") | {"out_head": "lm_head"}
+LLAMA_CPP = _peers(("token_embd", "position_embd"), "blk.{i}", "output_norm", layers=LLAMA_CPP_LAYERS)
+LLAMA_CPP["out_head"] = "output"
 OPENAI = _peers(("model/wte", "model/wpe"), "model/h{i}", "model/ln_f", "/")
 # How the names of norms, layers and embeddings end.
 BOOKS = ((".scale", ".shift"), (".weight", ".bias"), (".weight",))
@@ -214,6 +220,7 @@ DIALECTS = {
     "nanogpt": Dialect(_rows(HUB, TORCH), HUB_MASKS),
     "openai": Dialect(_rows(OPENAI, OPENAIS, (Drop(0), Transpose()))),
 }
+WRITTEN = DIALECTS | {"gguf": Dialect(_rows(LLAMA_CPP, TORCH))}
 # The name of the first query weight → the dialects that have it, each with its placement.
 MARKERS: dict[str, dict[str, Placement]] = {}
 for _key, _dialect in DIALECTS.items():
