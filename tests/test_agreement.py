@@ -1376,11 +1376,18 @@ def test_an_average_in_a_list_is_said_not_to_be_loaded(model: GPTModel, tmp_path
 @pytest.mark.parametrize(
     ("place", "value"),
     [
-        ("trf_blocks.1.att.softcap", 30.0),
         ("trf_blocks.1.att.slopes", torch.ones(4)),
-        ("trf_blocks.1.residual_scale", 0.5),
+        ("trf_blocks.1.att.rotary", [1, 2]),
+        ("trf_blocks.1.att.prefix", 3),  # a config's harmless word means something else here
+        ("trf_blocks.1.att._first", 3),
+        ("trf_blocks.1.att.W_query.gain", 2.0),
         ("trf_blocks.1.ff.gate", True),
+        ("trf_blocks.1.ff.layers.1.beta", 2.0),
         ("final_norm.power", 3),
+        ("tok_emb.scale", 3.0),
+        ("out_head.order", "reversed"),
+        ("temperature", 0.5),
+        ("n_layers_used", 1),
     ],
 )
 def test_an_unknown_attribute_of_a_pickled_part_is_a_warning_that_names_it(
@@ -1390,8 +1397,51 @@ def test_an_unknown_attribute_of_a_pickled_part_is_a_warning_that_names_it(
     part, _, name = place.rpartition(".")
     setattr(theirs.get_submodule(part), name, value)
     torch.save(theirs, tmp_path / "model.pth")
-    with pytest.warns(UserWarning, match=rf"{place}: ignored {name}, which gpt2lite does not know"):
+    with pytest.warns(UserWarning, match=rf"{place}: ignored attribute {name}, which gpt2lite does not"):
         GPTModel.from_checkpoint(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("trf_blocks.1.att.temperature", 0.5),
+        ("trf_blocks.1.att.softmax_scale", 1.0),
+        ("trf_blocks.1.att.logit_scale", 2.0),
+        ("trf_blocks.1.att.softcap", 30.0),
+        ("trf_blocks.1.residual_scale", 0.5),
+        ("trf_blocks.1.att.options", {"window": 3}),
+        ("tok_emb.embed_scale", 7.0),
+        ("logit_scale", 2.0),
+        ("final_logit_softcapping", 30.0),
+    ],
+)
+def test_an_attribute_that_is_known_to_change_what_is_computed_is_refused(
+    place: str, value: Any, tmp_path: Path
+):
+    theirs = whole_models()["book"]
+    part, _, name = place.rpartition(".")
+    setattr(theirs.get_submodule(part), name, value)
+    torch.save(theirs, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match=rf"{place}: .*=.*, wanted"):
+        GPTModel.from_checkpoint(tmp_path / "model.pth")
+    if not isinstance(value, dict):
+        setattr(theirs.get_submodule(part), name, None)
+        torch.save(theirs, tmp_path / "model.pth")
+        assert difference(GPTModel.from_checkpoint(tmp_path / "model.pth"), theirs.eval()) < 1e-4
+
+
+def test_what_known_programs_keep_in_their_modules_is_no_warning(tmp_path: Path):
+    theirs = hub_model()
+    theirs.lm_head.LLMC_SKIP_INIT = theirs.transformer.h[0].mlp.c_proj.NANOGPT_SCALE_INIT = 1
+    for name, model in {
+        "hub": nn.DataParallel(theirs),
+        "book": whole_models()["book"],
+        "fast": fast(),
+    }.items():
+        torch.save(model, tmp_path / f"{name}.pth")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            GPTModel.from_checkpoint(tmp_path / f"{name}.pth")
 
 
 @pytest.mark.parametrize("said", [{"num_labels": 5}, {"id2label": {str(n): f"LABEL_{n}" for n in range(5)}}])
