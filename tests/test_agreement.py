@@ -386,6 +386,33 @@ def test_a_causal_mask_of_any_dtype_is_fine(dtype: torch.dtype, tmp_path: Path):
     GPTModel.from_checkpoint(save_pth(with_masks(masks), tmp_path), config=HEADS)
 
 
+VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "transposed": lambda mask: mask.t().contiguous().t(),
+    "of a larger one": lambda mask: torch.nn.functional.pad(mask, (0, 9, 0, 9))[:T, :T],
+    "of every second": lambda mask: mask.repeat_interleave(2, 0).repeat_interleave(2, 1)[::2, ::2],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_mask_that_is_a_view_is_known_by_its_values(view: str, tmp_path: Path):
+    GPTModel.from_checkpoint(
+        save_pth(with_masks({i: VIEWS[view](CAUSAL) for i in range(3)}), tmp_path), config=HEADS
+    )
+    for kind in ("turned", "a window", "one token less"):
+        masks = {i: VIEWS[view](WRONG_MASKS[kind] if i == 2 else CAUSAL) for i in range(3)}
+        with pytest.raises(CheckpointError, match=r"trf_blocks.2.att.mask is not GPT-2's causal mask"):
+            GPTModel.from_checkpoint(save_pth(with_masks(masks), tmp_path), config=HEADS)
+
+
+def test_a_mask_that_shows_few_bytes_many_times_is_refused_unread(tmp_path: Path):
+    for mask in (
+        torch.ones(1).expand(10**6, 10**6),
+        torch.ones(2 * 10**6).as_strided((10**6, 10**6), (1, 1)),
+    ):
+        with pytest.raises(CheckpointError, match=r"trf_blocks.0.att.mask is not GPT-2's causal mask"):
+            open_model(save_pth(with_masks({0: mask}), tmp_path), config=HEADS)
+
+
 def test_a_window_in_the_hubs_masks_is_refused(tmp_path: Path):
     state = dict(huggingface().state_dict())
     window = torch.ones(T, T).tril() - torch.ones(T, T).tril(-8)

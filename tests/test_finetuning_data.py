@@ -328,7 +328,7 @@ def test_text_of_another_encoding_is_not_taken_for_ids(encoding: str, vocab_size
     path.write_bytes("Это было лучшее из времён, это было худшее.\n".encode(encoding) * 40)
     with pytest.raises(CheckpointError, match="looks like text, not tokens"):
         open_tokens(path, vocab_size)
-    path.write_bytes("﻿最好的时代，最坏的时代；".encode("utf-16-le") * 40)
+    path.write_bytes("\ufeff最好的时代。最坏的时代。".encode("utf-16-le") * 40)
     with pytest.raises(CheckpointError, match="looks like text, not tokens"):
         open_tokens(path, vocab_size)
 

@@ -12,7 +12,7 @@ import re
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -457,7 +457,7 @@ def check_masks(masks: Iterable[TensorSpan], *, is_opening: bool = False) -> tup
     """
     known, left = set[tuple[object, ...]](), list[TensorSpan]()
     for span in masks:
-        kind = (span.checksum, span.dtype, span.shape, span.name.endswith(MASK))
+        kind = (span.checksum, span.dtype, span.shape, span.stride, span.name.endswith(MASK))
         is_dear = block_of(span.name) or not span.source.is_local
         if is_opening and is_dear and known.isdisjoint((kind, span.address)):
             left.append(span)
@@ -480,19 +480,25 @@ def check_masks(masks: Iterable[TensorSpan], *, is_opening: bool = False) -> tup
 def _wrong_mask(span: TensorSpan, *, only_ends: bool) -> tuple[str | None, int | None]:
     """What is wrong with a mask that shows what follows a token, and its CRC-32, computed or as it is said.
 
-    1 is for hidden (book) or seen (Hub).
+    1 is for hidden (book) or seen (Hub). A transposed view is read as it lies.
     """
     *outer, size = span.shape or (0,)
-    is_causal = span.shape[-2:] == (size, size) and span.numel == size * size > 0 and span.is_contiguous
+    is_causal = (
+        span.shape[-2:] == (size, size) and span.numel == size * size > 0 and span.extent >= span.nbytes
+    )
+    if is_turned := is_causal and span.stride[-1] > span.stride[-2]:
+        span = replace(span, stride=(*span.stride[:-2], *span.stride[:-3:-1]))
     step, rows_of = (max(size - 1, 1), 1) if only_ends else (MASK_ROWS, MASK_ROWS)
     checksum = 0
     starts = range(0, size if is_causal else 0, step)
     runs = [range(start, min(start + rows_of, size)) for start in starts]
     parts = read_spans(span.part([*map(range, outer[:-1]), rows, range(size)]) for rows in runs)
     for rows, part in zip(runs, parts, strict=True):
+        part = part.contiguous()
         checksum = zlib.crc32(memory_of(part), checksum)
         stored = part.view(len(rows), size).float()
-        follows = torch.ones_like(stored).triu(rows.start + 1)
+        ones = torch.ones_like(stored)
+        follows = ones.tril(rows.start - 1) if is_turned else ones.triu(rows.start + 1)
         is_causal &= torch.equal(stored, follows if span.name.endswith(MASK) else 1 - follows)
     said = "is not GPT-2's causal mask, the only one supported. Use the program that wrote it"
     return None if is_causal else said, span.checksum if only_ends else checksum
