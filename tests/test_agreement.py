@@ -575,6 +575,29 @@ def test_the_books_head_beside_its_body_is_loaded(model: GPTModel, tmp_path: Pat
     assert torch.equal(GPTModel.from_checkpoint(path, config=HEADS).out_head.weight, head)
 
 
+@pytest.mark.parametrize("key", ["grads", "last_gradients", "fisher", "delta", "weight_diff"])
+def test_what_is_as_large_as_the_weights_and_is_none_is_no_model(key: str, model: GPTModel, tmp_path: Path):
+    other = {name: tensor * 0 for name, tensor in model.state_dict().items()}
+    path = save_pth({key: other, "model": model.state_dict()}, tmp_path)
+    with pytest.warns(UserWarning, match=rf"also holds {key}.* other weights; they are not loaded"):
+        found = GPTModel.from_checkpoint(path, config=HEADS)
+    assert torch.equal(found.pos_emb.weight, model.pos_emb.weight)
+    with pytest.raises(CheckpointError, match="not a GPT-2 with known names"):
+        open_model(save_pth({key: other}, tmp_path), config=HEADS)
+
+
+@pytest.mark.parametrize(("kind", "is_known"), [("GPT2WithRelativeBias", False), ("TFGPT2LMHeadModel", True)])
+def test_a_config_that_names_another_class_is_a_warning(kind: str, is_known: bool, tmp_path: Path):
+    folder = saved(hub_model(), tmp_path)
+    edit(folder / "config.json", architectures=[kind])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        GPTModel.from_checkpoint(folder)
+    assert [f"names the class '{kind}'" in str(warning.message) for warning in said] == [True] * (
+        not is_known
+    )
+
+
 @pytest.mark.parametrize("name", ["optimizer", "opt", "optimizer_states", "trainer"])
 def test_an_optimizers_state_is_no_head_and_no_model(name: str, tmp_path: Path):
     body = huggingface().transformer.state_dict()

@@ -690,7 +690,9 @@ def test_adapters_of_a_classifier_hold_its_head_and_train_further(tmp_path: Path
     assert load_lora(found, path.with_name("adapters.pth")) == ("even", "odd") == found.purpose.labels
     saved = torch.load(path.with_name("adapters.pth"))
     torch.save(saved | {"labels": ["even", "odd", "more"]}, tmp_path / "adapters.pth")
-    with pytest.raises(CheckpointError, match=r"labels: wanted 2 names of classes, .* found \['even', 'odd',"):
+    with pytest.raises(
+        CheckpointError, match=r"labels: wanted 2 names of classes, .* found \['even', 'odd',"
+    ):
         load_lora(classifier(1), tmp_path / "adapters.pth")
     ids = labelled(5).ids
     torch.testing.assert_close(found(ids), wanted(ids), rtol=1e-4, atol=1e-5)

@@ -20,7 +20,7 @@ import torch
 
 from gpt2lite.checkpoint import FOLDER_FILES, Manifest, TensorSpan, side_file
 from gpt2lite.checkpoint.foreign import shortened
-from gpt2lite.checkpoint.inert_pickle import CHANGES, names_above
+from gpt2lite.checkpoint.inert_pickle import CHANGES, names_above, shown
 from gpt2lite.checkpoint.json_text import json_object, read_json
 from gpt2lite.checkpoint.manifest import BOUND_CONFIG, Unread, dotted, flatten
 from gpt2lite.checkpoint.reading import read_span, read_spans
@@ -111,6 +111,7 @@ require_contiguous_qkv NANOGPT_SCALE_INIT LLMC_SKIP_INIT LLMC_RESIDUAL_SCALE_FLA
 _is_full_backward_hook prepare_data_per_node allow_zero_length_dataloader_with_multiple_devices
 """
 HARMLESS = frozenset(_HARMLESS.split())
+ARCHITECTURES = r"(TF|Flax)?GPT2((LMHead|DoubleHeads)?Model|For\w+)|AutoModel\w+|GPT(Model)?"
 # Words for heads in what is no config's value (YAML, a printed object, pairs), and files that may hold them.
 IN_TEXT = re.compile(r"\b(n_heads?|num_(attention_)?heads?|nhead)\b")
 MAY_BE_CONFIG = re.compile(r"(.*[._-])?(config|args|h?(yper)?params)\.(json|ya?ml|toml)")
@@ -122,7 +123,7 @@ HEAD_SIZES = ("head_dim", "head_size", "d_head", "n_embd_per_head")  # emb_dim /
 WINDOWS = ("window", "window_size", "attention_window", "sliding_window", "sliding_window_size")
 # Factors of logits, embeddings and residuals, and what bounds logits.
 FACTORS = ("logit_scale", "logits_scale", "logits_scaling", "embed_scale", "emb_scale", "embedding_scale")
-FACTORS += ("embedding_multiplier", "residual_scale", "residual_multiplier")
+FACTORS += ("embedding_multiplier", "residual_scale", "residual_multiplier", "weight_scale")
 SOFTCAPS = ("softcap", "logit_softcap", "attn_logit_softcapping", "final_logit_softcapping")
 # What changes the computation, with the values that ours has; a refusal names the last.
 COMPUTED: dict[str, tuple[object, ...]] = {
@@ -270,7 +271,7 @@ def _in_modules(reading: Reading, values: Mapping[str, Any]) -> Iterator[Source]
         if not f"{place}.".startswith(top) or (is_wrapper and not part):
             continue
         rows = (classes for pattern, classes in CLASSES.items() if re.fullmatch(pattern, part))
-        if not (is_wrapper or f"{part}.".startswith(AUXILIARY)):
+        if not (is_wrapper or f"{part}.".startswith(AUXILIARY) or part.endswith(".lora")):  # LoRA's are read
             parts[stored] = part
         has_none = inner.keys().isdisjoint(f"{place}.{end}" for end in ("layers.1", "act", "gelu"))
         if re.fullmatch(ACTIVATION, part) and not is_wrapper:
@@ -654,6 +655,10 @@ def _notes(reading: Reading, sources: list[Source], agreed: Mapping[str, Any]) -
     for first in dict.fromkeys(unknown.values()):
         ignored = sorted(w for w, where in unknown.items() if where == first)
         yield f"{first}: ignored {', '.join(ignored)}, which gpt2lite does not know"
+    kinds = [(where, words["architectures"]) for where, words in wholes if "architectures" in words]
+    for where, kind in ((where, kind) for where, named in kinds if isinstance(named, list) for kind in named):
+        if not re.fullmatch(ARCHITECTURES, str(kind)):
+            yield f"{where}: names the class {shown(kind)}; gpt2lite computes what GPT-2 does"
     rates = {str(words[key]) for _, words, _ in sources for key in DROPOUTS if key in words}
     if len(rates) > 1:
         used = f"training uses {agreed.get('drop_rate', 0.0)} for all"

@@ -404,9 +404,9 @@ def load_lora(model: nn.Module, path: Path) -> tuple[str, ...]:
     """Put the adapters of a file around a model's layers; `merge_lora` makes it plain again.
 
     The head of a classifier, which was trained with them, replaces the model's, and so do its labels, which
-    are returned; () where there is none. Warns where the model's other weights are not those that they were trained
-    on, which reads them all. Raises CheckpointError, before anything is changed, for a damaged file, or one
-    whose layers are not the model's.
+    are returned; () where there is none. Warns where the model's other weights are not those that they were
+    trained on, which reads them all. Raises CheckpointError, before anything is changed, for a damaged file,
+    or one whose layers are not the model's.
     """
     saved = _read(path, ADAPTERS, "a file of LoRA adapters")
     tensors, modules, own = saved["lora"], dict(model.named_modules()), dict(model.named_parameters())
