@@ -122,8 +122,11 @@ HEAD_SIZES = ("head_dim", "head_size", "d_head", "n_embd_per_head")  # emb_dim /
 # The context, where attention says how far it sees.
 WINDOWS = ("window", "window_size", "attention_window", "sliding_window", "sliding_window_size")
 # Factors of logits, embeddings and residuals, and what bounds logits.
-FACTORS = ("logit_scale", "logits_scale", "logits_scaling", "embed_scale", "emb_scale", "embedding_scale")
-FACTORS += ("embedding_multiplier", "residual_scale", "residual_multiplier", "weight_scale")
+_FACTORS = """
+logit_scale logits_scale logits_scaling embed_scale emb_scale embedding_scale embedding_multiplier
+residual_scale residual_multiplier weight_scale
+"""
+FACTORS = tuple(_FACTORS.split())
 SOFTCAPS = ("softcap", "logit_softcap", "attn_logit_softcapping", "final_logit_softcapping")
 # What changes the computation, with the values that ours has; a refusal names the last.
 COMPUTED: dict[str, tuple[object, ...]] = {
