@@ -287,7 +287,8 @@ def test_a_tensors_chunks_are_its_bytes_whatever_their_size(
 ):
     monkeypatch.setattr(writing, "CHUNK_BYTES", chunk_bytes)
     wide, tall = torch.arange(12.0).reshape(3, 4), torch.arange(90_000.0).reshape(300, 300).t()
-    for parts, axis in (([wide, wide + 1], 0), ([wide, wide[:, :1]], 1), ([tall, tall + 1], 1), ([tall], 0)):
+    cases = [([wide, wide + 1], 0), ([wide, wide[:, :1]], 1), ([tall, tall + 1], 1), ([tall], 0)]
+    for parts, axis in (*cases, ([torch.arange(90.0).reshape(45, 2)], 0)):
         found = writing.join("joined", parts, axis=axis)
         whole = torch.cat(parts, axis)
         chunks = list(found.chunks())
