@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from gpt2lite.checkpoint import side_file
-from gpt2lite.checkpoint.inert_pickle import DescribingUnpickler, describe
+from gpt2lite.checkpoint.inert_pickle import DescribingUnpickler, describe, shown
 from gpt2lite.checkpoint.json_text import json_object, read_json
 from gpt2lite.checkpoint.remote import Place
 from gpt2lite.checkpoint.source import FileState, lies, read_all, source_of
@@ -435,13 +435,16 @@ def _from_characters(files: Files) -> Tokenizer:
         raise CheckpointError(path, "expected nanoGPT's table of ids, each with one character")
     if {character: id for id, character in itos.items()} != ids:
         raise CheckpointError(path, "its stoi and its itos disagree")
+    n_vocab = max(itos) + 1
+    if (said := found.get("vocab_size", n_vocab)) != n_vocab:
+        raise CheckpointError(path, f"its vocab_size is {shown(said)}, its table has {n_vocab} ids")
 
     def ids_of(text: str, allowed: Allowed) -> list[int]:
         if unknown := next((character for character in text if character not in ids), None):
             raise UsageError(f"{path}: has no token for {unknown!r}; leave it out of the text")
         return [ids[character] for character in text]
 
-    return Tokenizer(str(path), max(itos) + 1, None, ids_of, lambda id: itos[id].encode())
+    return Tokenizer(str(path), n_vocab, None, ids_of, lambda id: itos[id].encode())
 
 
 # Each kind of tokenizer: the files that only it has, and what reads them.
@@ -516,7 +519,9 @@ def tokenizer_for(checkpoint: Place, vocab_size: int) -> Tokenizer:
         do = f"Put {names} there, or call gpt2lite.generate with token ids"
         raise UsageError(f"{checkpoint}: {said}. {do}")
     found = _read(files) if files else as_tokenizer(gpt2_encoding())
-    if found.n_vocab > vocab_size:
+    # nanoGPT's models have a row per character, or are padded as its comments advise
+    is_other = META in files and vocab_size not in (found.n_vocab, -(-found.n_vocab // 64) * 64)
+    if found.n_vocab > vocab_size or is_other:
         where = next(iter(files.values()), checkpoint)
         raise CheckpointError(where, f"{found.n_vocab} tokens for a model with a vocabulary of {vocab_size}")
     return found

@@ -386,6 +386,33 @@ def test_a_causal_mask_of_any_dtype_is_fine(dtype: torch.dtype, tmp_path: Path):
     GPTModel.from_checkpoint(save_pth(with_masks(masks), tmp_path), config=HEADS)
 
 
+VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "transposed": lambda mask: mask.t().contiguous().t(),
+    "of a larger one": lambda mask: torch.nn.functional.pad(mask, (0, 9, 0, 9))[:T, :T],
+    "of every second": lambda mask: mask.repeat_interleave(2, 0).repeat_interleave(2, 1)[::2, ::2],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_mask_that_is_a_view_is_known_by_its_values(view: str, tmp_path: Path):
+    GPTModel.from_checkpoint(
+        save_pth(with_masks({i: VIEWS[view](CAUSAL) for i in range(3)}), tmp_path), config=HEADS
+    )
+    for kind in ("turned", "a window", "one token less"):
+        masks = {i: VIEWS[view](WRONG_MASKS[kind] if i == 2 else CAUSAL) for i in range(3)}
+        with pytest.raises(CheckpointError, match=r"trf_blocks.2.att.mask is not GPT-2's causal mask"):
+            GPTModel.from_checkpoint(save_pth(with_masks(masks), tmp_path), config=HEADS)
+
+
+def test_a_mask_that_shows_few_bytes_many_times_is_refused_unread(tmp_path: Path):
+    for mask in (
+        torch.ones(1).expand(10**6, 10**6),
+        torch.ones(2 * 10**6).as_strided((10**6, 10**6), (1, 1)),
+    ):
+        with pytest.raises(CheckpointError, match=r"trf_blocks.0.att.mask is not GPT-2's causal mask"):
+            open_model(save_pth(with_masks({0: mask}), tmp_path), config=HEADS)
+
+
 def test_a_window_in_the_hubs_masks_is_refused(tmp_path: Path):
     state = dict(huggingface().state_dict())
     window = torch.ones(T, T).tril() - torch.ones(T, T).tril(-8)
@@ -546,6 +573,29 @@ def test_the_books_head_beside_its_body_is_loaded(model: GPTModel, tmp_path: Pat
     del body["out_head.weight"]
     path = save_pth({"model": body, "out_head": {"weight": head}}, tmp_path)
     assert torch.equal(GPTModel.from_checkpoint(path, config=HEADS).out_head.weight, head)
+
+
+@pytest.mark.parametrize("key", ["grads", "last_gradients", "fisher", "delta", "weight_diff"])
+def test_what_is_as_large_as_the_weights_and_is_none_is_no_model(key: str, model: GPTModel, tmp_path: Path):
+    other = {name: tensor * 0 for name, tensor in model.state_dict().items()}
+    path = save_pth({key: other, "model": model.state_dict()}, tmp_path)
+    with pytest.warns(UserWarning, match=rf"also holds {key}.* other weights; they are not loaded"):
+        found = GPTModel.from_checkpoint(path, config=HEADS)
+    assert torch.equal(found.pos_emb.weight, model.pos_emb.weight)
+    with pytest.raises(CheckpointError, match="not a GPT-2 with known names"):
+        open_model(save_pth({key: other}, tmp_path), config=HEADS)
+
+
+@pytest.mark.parametrize(("kind", "is_known"), [("GPT2WithRelativeBias", False), ("TFGPT2LMHeadModel", True)])
+def test_a_config_that_names_another_class_is_a_warning(kind: str, is_known: bool, tmp_path: Path):
+    folder = saved(hub_model(), tmp_path)
+    edit(folder / "config.json", architectures=[kind])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        GPTModel.from_checkpoint(folder)
+    assert [f"names the class '{kind}'" in str(warning.message) for warning in said] == [True] * (
+        not is_known
+    )
 
 
 @pytest.mark.parametrize("name", ["optimizer", "opt", "optimizer_states", "trainer"])
@@ -1376,11 +1426,18 @@ def test_an_average_in_a_list_is_said_not_to_be_loaded(model: GPTModel, tmp_path
 @pytest.mark.parametrize(
     ("place", "value"),
     [
-        ("trf_blocks.1.att.softcap", 30.0),
         ("trf_blocks.1.att.slopes", torch.ones(4)),
-        ("trf_blocks.1.residual_scale", 0.5),
+        ("trf_blocks.1.att.rotary", [1, 2]),
+        ("trf_blocks.1.att.prefix", 3),  # a config's harmless word means something else here
+        ("trf_blocks.1.att._first", 3),
+        ("trf_blocks.1.att.W_query.gain", 2.0),
         ("trf_blocks.1.ff.gate", True),
+        ("trf_blocks.1.ff.layers.1.beta", 2.0),
         ("final_norm.power", 3),
+        ("tok_emb.scale", 3.0),
+        ("out_head.order", "reversed"),
+        ("temperature", 0.5),
+        ("n_layers_used", 1),
     ],
 )
 def test_an_unknown_attribute_of_a_pickled_part_is_a_warning_that_names_it(
@@ -1390,8 +1447,51 @@ def test_an_unknown_attribute_of_a_pickled_part_is_a_warning_that_names_it(
     part, _, name = place.rpartition(".")
     setattr(theirs.get_submodule(part), name, value)
     torch.save(theirs, tmp_path / "model.pth")
-    with pytest.warns(UserWarning, match=rf"{place}: ignored {name}, which gpt2lite does not know"):
+    with pytest.warns(UserWarning, match=rf"{place}: ignored attribute {name}, which gpt2lite does not"):
         GPTModel.from_checkpoint(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("trf_blocks.1.att.temperature", 0.5),
+        ("trf_blocks.1.att.softmax_scale", 1.0),
+        ("trf_blocks.1.att.logit_scale", 2.0),
+        ("trf_blocks.1.att.softcap", 30.0),
+        ("trf_blocks.1.residual_scale", 0.5),
+        ("trf_blocks.1.att.options", {"window": 3}),
+        ("tok_emb.embed_scale", 7.0),
+        ("logit_scale", 2.0),
+        ("final_logit_softcapping", 30.0),
+    ],
+)
+def test_an_attribute_that_is_known_to_change_what_is_computed_is_refused(
+    place: str, value: Any, tmp_path: Path
+):
+    theirs = whole_models()["book"]
+    part, _, name = place.rpartition(".")
+    setattr(theirs.get_submodule(part), name, value)
+    torch.save(theirs, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match=rf"{place}: .*=.*, wanted"):
+        GPTModel.from_checkpoint(tmp_path / "model.pth")
+    if not isinstance(value, dict):
+        setattr(theirs.get_submodule(part), name, None)
+        torch.save(theirs, tmp_path / "model.pth")
+        assert difference(GPTModel.from_checkpoint(tmp_path / "model.pth"), theirs.eval()) < 1e-4
+
+
+def test_what_known_programs_keep_in_their_modules_is_no_warning(tmp_path: Path):
+    theirs = hub_model()
+    theirs.lm_head.LLMC_SKIP_INIT = theirs.transformer.h[0].mlp.c_proj.NANOGPT_SCALE_INIT = 1
+    for name, model in {
+        "hub": nn.DataParallel(theirs),
+        "book": whole_models()["book"],
+        "fast": fast(),
+    }.items():
+        torch.save(model, tmp_path / f"{name}.pth")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            GPTModel.from_checkpoint(tmp_path / f"{name}.pth")
 
 
 @pytest.mark.parametrize("said", [{"num_labels": 5}, {"id2label": {str(n): f"LABEL_{n}" for n in range(5)}}])

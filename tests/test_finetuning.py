@@ -686,7 +686,14 @@ def test_adapters_of_a_classifier_hold_its_head_and_train_further(tmp_path: Path
 
     path = finetune(classifier(0), own, tmp_path / "out", recipe)
     wanted, found = GPTModel.from_checkpoint(path), classifier(1)
-    assert load_lora(found, path.with_name("adapters.pth")) == ("even", "odd")
+    found.purpose = Purpose(("odd", "even"))
+    assert load_lora(found, path.with_name("adapters.pth")) == ("even", "odd") == found.purpose.labels
+    saved = torch.load(path.with_name("adapters.pth"))
+    torch.save(saved | {"labels": ["even", "odd", "more"]}, tmp_path / "adapters.pth")
+    with pytest.raises(
+        CheckpointError, match=r"labels: wanted 2 names of classes, .* found \['even', 'odd',"
+    ):
+        load_lora(classifier(1), tmp_path / "adapters.pth")
     ids = labelled(5).ids
     torch.testing.assert_close(found(ids), wanted(ids), rtol=1e-4, atol=1e-5)
     assert open_model(path).labels == ("even", "odd")

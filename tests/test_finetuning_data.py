@@ -284,6 +284,8 @@ def test_numpys_files_say_their_width(kind: str, tmp_path: Path):
         ("Größe über alles".encode("latin-1") * 50, "looks like text"),
         (b"\x1b[0m page one\f", "looks like text"),
         (b"hello\n", "looks like text"),
+        (b"\x93NUMPY", "wanted one row of little-endian .*format missing"),
+        ("Это было лучшее из времён.\n".encode("koi8-r") * 50, "looks like text"),
         (struct.pack(">3i", 20240520, 1, 9) + bytes(1030), "llm.c's tokens in big-endian order"),
         (struct.pack("<3i", 278895051, 1, 9) + bytes(1030), "begins with a header of an unknown kind"),
         (llmc(torch.uint16)[:-2], "70 bytes of tokens .llm.c., wanted 72; truncated"),
@@ -317,6 +319,18 @@ def test_a_token_file_of_another_width_is_refused(content: object, message: str,
     path.write_bytes(content if isinstance(content, bytes) else whole)
     with pytest.raises(CheckpointError, match=message):
         open_tokens(path, 1024)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "shift_jis", "gb18030", "koi8-r"])
+@pytest.mark.parametrize("vocab_size", [50257, 65536])
+def test_text_of_another_encoding_is_not_taken_for_ids(encoding: str, vocab_size: int, tmp_path: Path):
+    path = tmp_path / "train.bin"
+    path.write_bytes("Это было лучшее из времён, это было худшее.\n".encode(encoding) * 40)
+    with pytest.raises(CheckpointError, match="looks like text, not tokens"):
+        open_tokens(path, vocab_size)
+    path.write_bytes("\ufeff最好的时代。最坏的时代。".encode("utf-16-le") * 40)
+    with pytest.raises(CheckpointError, match="looks like text, not tokens"):
+        open_tokens(path, vocab_size)
 
 
 @pytest.mark.parametrize(

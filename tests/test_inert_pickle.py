@@ -28,7 +28,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2lite import GPTConfig, GPTModel
 from gpt2lite.checkpoint import open_checkpoint
-from gpt2lite.checkpoint.manifest import Unread
+from gpt2lite.checkpoint.manifest import MAX_DEPTH, Unread
 from gpt2lite.checkpoint.reading import read_span, read_tensors, sizes_read
 from gpt2lite.errors import CheckpointError
 
@@ -104,7 +104,7 @@ sys.meta_path.insert(0, Blocker())
 import torch
 from gpt2lite import GPTModel
 from gpt2lite.checkpoint import open_checkpoint
-from gpt2lite.checkpoint.manifest import Unread
+from gpt2lite.checkpoint.manifest import MAX_DEPTH, Unread
 from gpt2lite.checkpoint.reading import map_tensors, read_span, read_tensors
 path, out, config = sys.argv[1:]
 found = open_checkpoint(path)
@@ -486,3 +486,14 @@ def test_attributes_that_repeat_each_other_endlessly_end(tmp_path):
         bomb = [bomb, bomb]
     torch.save({"config": SimpleNamespace(bomb=bomb), "w": torch.ones(1)}, tmp_path / "m.pth")
     assert list(open_checkpoint(tmp_path / "m.pth").tensors) == ["w"]
+
+
+def test_a_tree_is_read_to_the_depth_that_the_message_names(tmp_path: Path):
+    tree: object = torch.ones(2)
+    for _ in range(MAX_DEPTH):
+        tree = {"a": tree}
+    torch.save(tree, tmp_path / "model.pth")
+    assert list(open_checkpoint(tmp_path / "model.pth").tensors) == [".".join("a" * MAX_DEPTH)]
+    torch.save({"a": tree}, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match=f"more than {MAX_DEPTH} levels"):
+        open_checkpoint(tmp_path / "model.pth")

@@ -418,6 +418,14 @@ def test_a_model_of_characters_writes_and_needs_a_prompt(tmp_path: Path, capsys:
     assert "has no end-of-text token" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("rows", [5, 7, 65, 128, 50304])
+def test_the_characters_of_another_models_data_are_refused(rows: int, folder: Path):
+    write_meta(folder / "meta.pkl", "\n abcé")
+    assert tokenizer_for(folder / "ckpt.pt", 64).n_vocab == 6  # padded to a multiple of 64
+    with pytest.raises(CheckpointError, match=rf"meta.pkl: 6 tokens for a model with a vocabulary of {rows}"):
+        tokenizer_for(folder / "ckpt.pt", rows)
+
+
 class Canary:
     def __reduce__(self) -> tuple[object, ...]:
         return open, ("ran", "w")
@@ -430,6 +438,7 @@ class Canary:
         ({"stoi": {"ab": 0}, "itos": {0: "ab"}}, "table of ids, each with one character"),
         ({"stoi": {}, "itos": {}}, "not a valid tokenizer"),
         ({"stoi": {"a": 0}}, "not a valid tokenizer"),
+        ({"stoi": {"a": 0}, "itos": {0: "a"}, "vocab_size": 65}, "vocab_size is 65, its table has 1 ids"),
         ([1], "not a valid tokenizer"),
         (Canary(), "meta.pkl"),
     ],

@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from gpt2lite.checkpoint import open_checkpoint, torch_zip
+from gpt2lite.checkpoint import open_checkpoint, torch_zip, writing
 from gpt2lite.checkpoint.reading import read_span
 from gpt2lite.checkpoint.source import memory_of
 from gpt2lite.checkpoint.torch_zip import ALIGNMENT, fill_torch_zip
 from gpt2lite.checkpoint.writing import TensorToWrite, replacing, require_space, write_whole
 from gpt2lite.converting import convert, save_per_tensor
-from gpt2lite.errors import CheckpointNotFoundError, UsageError
+from gpt2lite.errors import CheckpointNotFoundError, DiskFullError, UsageError
 from gpt2lite.model import GPTModel
 
 STATE = {
@@ -265,6 +265,57 @@ def test_too_little_disk_is_an_error_before_writing(tmp_path):
     with pytest.raises(OSError, match=r"needs .* bytes, .* are free, .* are missing") as caught:
         require_space(tmp_path, 1 << 62)
     assert caught.value.errno == errno.ENOSPC
+
+
+@pytest.mark.parametrize(("nbytes", "written", "needed"), [(100, 10, 90), (100, 100, 1), (0, 10, 0)])
+def test_a_full_disk_says_how_many_bytes_were_to_come(nbytes: int, written: int, needed: int, tmp_path: Path):
+    def fill() -> None:
+        with replacing(tmp_path / "model.pth", nbytes) as temporary:
+            temporary.write_bytes(bytes(written))
+            raise RuntimeError("torch's writer failed") from OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    with pytest.raises(DiskFullError) as caught:
+        fill()
+    assert caught.value.errno == errno.EDQUOT
+    assert (f"needs {needed} bytes" in str(caught.value)) == bool(needed)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 100, 8 << 20])
+def test_a_tensors_chunks_are_its_bytes_whatever_their_size(
+    chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(writing, "CHUNK_BYTES", chunk_bytes)
+    wide, tall = torch.arange(12.0).reshape(3, 4), torch.arange(90_000.0).reshape(300, 300).t()
+    cases = [([wide, wide + 1], 0), ([wide, wide[:, :1]], 1), ([tall, tall + 1], 1), ([tall], 0)]
+    for parts, axis in (*cases, ([torch.arange(90.0).reshape(45, 2)], 0)):
+        found = writing.join("joined", parts, axis=axis)
+        whole = torch.cat(parts, axis)
+        chunks = list(found.chunks())
+        assert b"".join(chunks) == whole.contiguous().numpy().tobytes()
+        assert max(map(len, chunks)) <= max(chunk_bytes, whole[:1].nbytes)
+        assert (found.shape, found.nbytes) == (tuple(whole.shape), whole.nbytes)
+    narrow = writing.join("promoted", [wide.half(), wide.bfloat16()])
+    assert (narrow.dtype, narrow.shape) == (torch.float32, (6, 4))
+
+
+def test_chunks_are_made_one_after_the_other_where_there_is_no_thread(monkeypatch: pytest.MonkeyPatch):
+    def no_thread(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    chunks = [memoryview(bytes([n])) for n in range(5)]
+    assert list(writing.made_ahead(chunks)) == chunks
+    monkeypatch.setattr(writing.ThreadPoolExecutor, "submit", no_thread)
+    assert list(writing.made_ahead(chunks)) == chunks
+
+
+def test_tied_tensors_are_one_and_what_merely_begins_there_is_not():
+    base = torch.arange(12.0)
+    state = {"a": base, "b": base, "c": base[:6], "d": base.view(3, 4), "e": base.view(torch.int32)}
+    state |= {"none": torch.empty(0), "none too": torch.empty(0)}
+    found = writing.tensors_of(state)
+    assert [tensor.shares for tensor in found] == ["", "a", "", "", "", "", ""]
+    assert writing.stored_bytes(found) == base.nbytes * 3 + base[:6].nbytes
 
 
 def test_equal_tensors_give_equal_bytes_at_any_time(

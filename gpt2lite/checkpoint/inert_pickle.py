@@ -412,13 +412,15 @@ class Described:
 
     def containers(self) -> dict[str, str]:
         """For each tensor the dict that holds it, or the module at the top of those around it."""
-        tops = {name for name in self.modules if not any(above in self.modules for above in _above(name))}
+        tops = {
+            name for name in self.modules if not any(above in self.modules for above in names_above(name))
+        }
         holders = tops | self.dicts
-        held = {name: next((a for a in _above(name) if a in holders), "") for name in self.tensors}
+        held = {name: next((a for a in names_above(name) if a in holders), "") for name in self.tensors}
         return {name: holder for name, holder in held.items() if holder}
 
 
-def _above(name: str) -> Iterator[str]:
+def names_above(name: str) -> Iterator[str]:
     """Every dotted name that `name` lies in, the nearest first."""
     while name:
         yield (name := name.rpartition(".")[0])
@@ -470,6 +472,13 @@ def _values(
         yield from _values(islice(within, MAX_ITEMS), path, depth + 1, visited, seen)
 
 
+def _private(module: Inert, name: str) -> Iterator[tuple[str, object]]:
+    """The numbers and flags among a module's private attributes: its own program's, as public ones are."""
+    for key, fact in module.attributes():
+        if str(key).startswith("_") and type(fact) in (bool, int, float) and len(name) < manifest.MAX_NAME:
+            yield dotted(name, str(key)[:FEW]), fact
+
+
 def _keep(target: dict[str, Any], name: str, node: object) -> None:
     if name in target:
         raise CheckpointError(f"the name {name!r} occurs twice")
@@ -500,6 +509,7 @@ def _sort(tree: object, found: Described) -> None:
                 functions = {dotted(name, key): node.attribute(key) for key in FUNCTIONS}
                 found.modules.update({at: f.name for at, f in functions.items() if isinstance(f, Inert)})
                 found.values.update((dotted(name, key), key) for key in CHANGES if node.attribute(key))
+                found.values.update(_private(node, name))
                 found.unsaved.update((dotted(name, key), tensor) for key, tensor in node.unsaved())
             elif node.holds_tensor:
                 found.unreadable[name] = f"is made by {node}, which was not run"

@@ -12,7 +12,7 @@ import re
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -20,9 +20,9 @@ import torch
 
 from gpt2lite.checkpoint import FOLDER_FILES, Manifest, TensorSpan, side_file
 from gpt2lite.checkpoint.foreign import shortened
-from gpt2lite.checkpoint.inert_pickle import CHANGES
+from gpt2lite.checkpoint.inert_pickle import CHANGES, names_above, shown
 from gpt2lite.checkpoint.json_text import json_object, read_json
-from gpt2lite.checkpoint.manifest import BOUND_CONFIG, Unread, flatten
+from gpt2lite.checkpoint.manifest import BOUND_CONFIG, Unread, dotted, flatten
 from gpt2lite.checkpoint.reading import read_span, read_spans
 from gpt2lite.checkpoint.remote import Place
 from gpt2lite.checkpoint.source import children, lies, memory_of, read_all, source_of
@@ -64,8 +64,9 @@ gelu_pytorch_tanh gelu_python_tanh gelu_fast gelu_accurate gelu_new
 """
 GELUS = {"gelu_python": "gelu", "GELUActivation": "gelu"} | dict.fromkeys(_TANH.split(), "gelu_tanh")
 APPROXIMATE = {approximate: ours for ours, approximate in ACTIVATIONS.items()}
-# Only pickled modules have these: attention's scale (must be 1/sqrt(head_dim)), and any part's class.
-SCALE, CLASS = "its scale", "its class"
+# Only pickled modules have these: attention's scale (must be 1/sqrt(head_dim)), what a block divides or
+# multiplies by beside it, and any part's class.
+SCALE, TEMPERATURE, CLASS = "its scale", "a temperature", "its class"
 # Places in a pickled module and the full names of the classes that compute as we do there; what has no row is
 # refused. A class of torch or transformers must come from there, others are copied from program to program.
 TORCHS, HUBS = r"(torch\.nn|gpt2lite)\..*\b", r"transformers\..*\b"
@@ -92,15 +93,25 @@ CLASSES = {
     rf"({'|'.join(AUXILIARY)})".replace(".", r"(\..*)?"): ".*",  # heads that are left out
 }
 WRAPPERS = r"(torch|deepspeed)\..*"
-# The config words that attributes there stand for ("": their own names). Every block must say the same.
+# The config words that attributes there stand for. Every block must say the same.
 ATTRIBUTES = {
-    rf"{ATTENTION}\.(n_embd|embed_dim|split_size|d_in|d_out)": "emb_dim",
-    rf"{ATTENTION}\.(scaling|scale)": SCALE,
+    rf"({ATTENTION}|transformer|)\.(n_embd|embed_dim|split_size|d_in|d_out)": "emb_dim",
+    rf"{ATTENTION}\.((softmax_|attn_|attention_)?scale|scaling|scale_factor)": SCALE,
+    rf"{BLOCK}\.(\w+\.)*temperature": TEMPERATURE,
     rf"({NORM})\.eps": "layer_norm_epsilon",
-    r"(tok_emb|pos_emb|wte|wpe)\.max_norm": "",
     rf"({DROPOUT})\.p": "drop_rate",
-    rf"({ATTENTION}|{BLOCK}|{MLP}|{NORM})\.\w+": "",
 }
+# Attributes of the modules of torch, transformers and known programs that change nothing in eval mode.
+_HARMLESS = """
+in_features out_features num_embeddings embedding_dim padding_idx norm_type scale_grad_by_freq sparse inplace
+approximate normalized_shape elementwise_affine nf nx layer layer_idx reorder_and_upcast_attn flash n_ctx
+loss_type name_or_path warnings_issued kernel_config all_tied_weights_keys generation_config num_labels
+gradient_checkpointing model_parallel device_map use_cache output_attentions output_hidden_states output_past
+require_contiguous_qkv NANOGPT_SCALE_INIT LLMC_SKIP_INIT LLMC_RESIDUAL_SCALE_FLAG _is_hf_initialized
+_is_full_backward_hook prepare_data_per_node allow_zero_length_dataloader_with_multiple_devices
+"""
+HARMLESS = frozenset(_HARMLESS.split())
+ARCHITECTURES = r"(TF|Flax)?GPT2((LMHead|DoubleHeads)?Model|For\w+)|AutoModel\w+|GPT(Model)?"
 # Words for heads in what is no config's value (YAML, a printed object, pairs), and files that may hold them.
 IN_TEXT = re.compile(r"\b(n_heads?|num_(attention_)?heads?|nhead)\b")
 MAY_BE_CONFIG = re.compile(r"(.*[._-])?(config|args|h?(yper)?params)\.(json|ya?ml|toml)")
@@ -110,6 +121,13 @@ ACTIVATION_WORDS = ("activation", *(word for word, name in OURS.items() if name 
 HEAD_SIZES = ("head_dim", "head_size", "d_head", "n_embd_per_head")  # emb_dim / n_heads
 # The context, where attention says how far it sees.
 WINDOWS = ("window", "window_size", "attention_window", "sliding_window", "sliding_window_size")
+# Factors of logits, embeddings and residuals, and what bounds logits.
+_FACTORS = """
+logit_scale logits_scale logits_scaling embed_scale emb_scale embedding_scale embedding_multiplier
+residual_scale residual_multiplier weight_scale
+"""
+FACTORS = tuple(_FACTORS.split())
+SOFTCAPS = ("softcap", "logit_softcap", "attn_logit_softcapping", "final_logit_softcapping")
 # What changes the computation, with the values that ours has; a refusal names the last.
 COMPUTED: dict[str, tuple[object, ...]] = {
     "model_type": (None, "gpt2"),
@@ -124,10 +142,11 @@ COMPUTED: dict[str, tuple[object, ...]] = {
     "position_embedding_type": (None, "learned", "absolute"),
     **dict.fromkeys(("quantization_config", "auto_map", "multi_query"), (None,)),  # auto_map: code of its own
     **dict.fromkeys(("rope_scaling", "rope_parameters"), (None,)),
-    "max_norm": (None,),
+    **dict.fromkeys(("max_norm", *SOFTCAPS), (None,)),
+    **dict.fromkeys((*FACTORS, TEMPERATURE), (None, 1.0)),
     CLASS: ("GPT-2's own; if it computes the same, save model.state_dict() instead",),
 }
-OF_ANYTHING = {"model_type", *ACTIVATION_WORDS}  # words that other parts of a file use, too
+OF_ANYTHING = {"model_type", *ACTIVATION_WORDS, *FACTORS}  # words that other parts of a file use, too
 # What changes nothing between ids and logits in eval mode: names, training, generation, other heads, outputs.
 _DOES_NOT_MATTER = """
 _name_or_path transformers_version architectures dtype torch_dtype task_specific_params tokenizer_class
@@ -144,13 +163,12 @@ learning_rate lr min_lr max_lr weight_decay beta1 beta2 betas optimizer schedule
 batch_size gradient_accumulation_steps max_iters max_steps max_epochs num_epochs epochs warmup_iters
 warmup_steps lr_decay_iters seed device compile dataset out_dir eval_interval eval_iters log_interval
 predict_special_tokens _attn_implementation _attn_implementation_autoset _commit_hash attn_implementation
-layer layer_idx flash elementwise_affine
 """
 DOES_NOT_MATTER = frozenset(_DOES_NOT_MATTER.split())
 
 FIELDS = GPTConfig.__dataclass_fields__
 LABELS = "labels.json"  # beside a finetuned classifier: its labels as a list, for other programs
-KNOWN = {"n_inner", PURPOSE, *HEAD_SIZES, *WINDOWS, *FIELDS, *OURS, *COMPUTED, *DOES_NOT_MATTER}
+KNOWN = {"n_inner", PURPOSE, SCALE, *HEAD_SIZES, *WINDOWS, *FIELDS, *OURS, *COMPUTED, *DOES_NOT_MATTER}
 
 
 def in_our_words(words: Mapping[str, Any], where: str = "its config") -> dict[str, Any]:
@@ -248,7 +266,7 @@ def _in_modules(reading: Reading, values: Mapping[str, Any]) -> Iterator[Source]
     path, modules, root = reading.manifest.path, reading.manifest.modules, unwrapped(reading.root)
     inner = {unwrapped(place): place for place in modules}  # the last is the innermost
     has_head = any(above_of(root) + head in inner for head in HEAD.split("|"))
-    top = above_of(root) if has_head else root
+    top, parts = above_of(root) if has_head else root, dict[str, str]()
     for stored, kind in modules.items():
         place = unwrapped(stored)
         part = f"{place}."[len(top) :].rstrip(".").removeprefix(root[len(top) :])
@@ -256,6 +274,8 @@ def _in_modules(reading: Reading, values: Mapping[str, Any]) -> Iterator[Source]
         if not f"{place}.".startswith(top) or (is_wrapper and not part):
             continue
         rows = (classes for pattern, classes in CLASSES.items() if re.fullmatch(pattern, part))
+        if not (is_wrapper or f"{part}.".startswith(AUXILIARY) or part.endswith(".lora")):  # LoRA's are read
+            parts[stored] = part
         has_none = inner.keys().isdisjoint(f"{place}.{end}" for end in ("layers.1", "act", "gelu"))
         if re.fullmatch(ACTIVATION, part) and not is_wrapper:
             said = _activation(kind, part, values.get(f"{stored}.approximate", "none"))
@@ -267,10 +287,19 @@ def _in_modules(reading: Reading, values: Mapping[str, Any]) -> Iterator[Source]
     looked_at = inner.keys() | {unwrapped(span.name) for span in reading.mask_spans}
     facts = dict(values) | dict.fromkeys(reading.manifest.unsaved, Unread("tensor"))
     for place, said in facts.items():
-        rows = (pattern for pattern in ATTRIBUTES if re.fullmatch(pattern, place.removeprefix(root)))
-        if unwrapped(place) not in looked_at and (row := next(rows, None)):
-            word = ATTRIBUTES[row]
-            yield Source(f"{path}, {place}", {word or place.rpartition(".")[2]: said}, not word)
+        owner = next((above for above in names_above(place) if above in modules), "")
+        if place in reading.manifest.tensors or owner not in parts or unwrapped(place) in looked_at:
+            continue
+        attribute = place[len(owner) :].lstrip(".")
+        first, last = attribute.split(".")[0], attribute.rpartition(".")[2]
+        rows = (
+            w for pattern, w in ATTRIBUTES.items() if re.fullmatch(pattern, f"{parts[owner]}.{attribute}")
+        )
+        if first in HARMLESS or (first == "config" and parts[owner] in ("", "transformer")):
+            continue
+        is_known = last in KNOWN and (first != last or last not in DOES_NOT_MATTER)
+        word = next(rows, last if is_known else f"attribute {first}")
+        yield Source(f"{path}, {dotted(owner, first)}", {word: said}, is_whole=True)
 
 
 def _activation(kind: str, part: str, approximate: object) -> str:
@@ -432,7 +461,7 @@ def check_masks(masks: Iterable[TensorSpan], *, is_opening: bool = False) -> tup
     """
     known, left = set[tuple[object, ...]](), list[TensorSpan]()
     for span in masks:
-        kind = (span.checksum, span.dtype, span.shape, span.name.endswith(MASK))
+        kind = (span.checksum, span.dtype, span.shape, span.stride, span.name.endswith(MASK))
         is_dear = block_of(span.name) or not span.source.is_local
         if is_opening and is_dear and known.isdisjoint((kind, span.address)):
             left.append(span)
@@ -455,19 +484,25 @@ def check_masks(masks: Iterable[TensorSpan], *, is_opening: bool = False) -> tup
 def _wrong_mask(span: TensorSpan, *, only_ends: bool) -> tuple[str | None, int | None]:
     """What is wrong with a mask that shows what follows a token, and its CRC-32, computed or as it is said.
 
-    1 is for hidden (book) or seen (Hub).
+    1 is for hidden (book) or seen (Hub). A transposed view is read as it lies.
     """
     *outer, size = span.shape or (0,)
-    is_causal = span.shape[-2:] == (size, size) and span.numel == size * size > 0 and span.is_contiguous
+    is_causal = (
+        span.shape[-2:] == (size, size) and span.numel == size * size > 0 and span.extent >= span.nbytes
+    )
+    if is_turned := is_causal and span.stride[-1] > span.stride[-2]:
+        span = replace(span, stride=(*span.stride[:-2], *span.stride[:-3:-1]))
     step, rows_of = (max(size - 1, 1), 1) if only_ends else (MASK_ROWS, MASK_ROWS)
     checksum = 0
     starts = range(0, size if is_causal else 0, step)
     runs = [range(start, min(start + rows_of, size)) for start in starts]
     parts = read_spans(span.part([*map(range, outer[:-1]), rows, range(size)]) for rows in runs)
     for rows, part in zip(runs, parts, strict=True):
+        part = part.contiguous()
         checksum = zlib.crc32(memory_of(part), checksum)
         stored = part.view(len(rows), size).float()
-        follows = torch.ones_like(stored).triu(rows.start + 1)
+        ones = torch.ones_like(stored)
+        follows = ones.tril(rows.start - 1) if is_turned else ones.triu(rows.start + 1)
         is_causal &= torch.equal(stored, follows if span.name.endswith(MASK) else 1 - follows)
     said = "is not GPT-2's causal mask, the only one supported. Use the program that wrote it"
     return None if is_causal else said, span.checksum if only_ends else checksum
@@ -623,6 +658,10 @@ def _notes(reading: Reading, sources: list[Source], agreed: Mapping[str, Any]) -
     for first in dict.fromkeys(unknown.values()):
         ignored = sorted(w for w, where in unknown.items() if where == first)
         yield f"{first}: ignored {', '.join(ignored)}, which gpt2lite does not know"
+    kinds = [(where, words["architectures"]) for where, words in wholes if "architectures" in words]
+    for where, kind in ((where, kind) for where, named in kinds if isinstance(named, list) for kind in named):
+        if not re.fullmatch(ARCHITECTURES, str(kind)):
+            yield f"{where}: names the class {shown(kind)}; gpt2lite computes what GPT-2 does"
     rates = {str(words[key]) for _, words, _ in sources for key in DROPOUTS if key in words}
     if len(rates) > 1:
         used = f"training uses {agreed.get('drop_rate', 0.0)} for all"

@@ -243,8 +243,9 @@ HEADS = ("lm_head.", "out_head.", *OTHERS)
 SAVE_ONE = "Save the one that you want in a file of its own"
 TIED = ("tok_emb.weight", "out_head.weight")
 MAX_MODELS, MAX_COMPARED = 8, 200  # models in a file; names that are compared with those that are known
-# What an optimizer keeps: as large as the weights, and under their names or numbers.
-MOMENTS = re.compile(r"(?:^|[._])(?:opt(?:im(?:izers?)?)?|exp_avg|momentum)(?:[._]|$)|(?:^|\.)state\.\d+\.")
+# What an optimizer keeps, gradients, differences of weights: as large, and under their names or numbers.
+_NO_WEIGHTS = "opt(?:im(?:izers?)?)?|exp_avg|momentum|grad(?:s|ients?)?|fisher|deltas?|diffs?"
+MOMENTS = re.compile(rf"(?:^|[._])(?:{_NO_WEIGHTS})(?:[._]|$)|(?:^|\.)state\.\d+\.")
 
 
 @dataclass(frozen=True, slots=True)

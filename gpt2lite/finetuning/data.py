@@ -34,6 +34,7 @@ CHECKED = 2**20  # ids looked at together; even
 MOST_IDS = 2**16  # that two bytes can number
 # Controls other than spaces, backspace and escape; and what is not UTF-8.
 NOT_TEXT = re.compile(r"[\0-\x07\x0e-\x1a\x1c-\x1f\x7f\ufffd]")
+SPACES, FEW_IDS = re.compile(r"[ \n\u3000]"), 1024
 # NumPy's format 1.0: one row of little-endian integers, as numpy.save writes it.
 NPY = re.compile(
     rb"\x93NUMPY\x01\x00..{'descr': '(\S+)', 'fortran_order': \w+, 'shape': \((\d+),\), } *\n", re.S
@@ -216,13 +217,35 @@ def _write_ids(
         return count
 
 
-def _layout_of(path: Path, head: bytes, nbytes: int) -> tuple[str, torch.dtype, int, int]:
+def _is_text(head: bytes, vocab_size: int) -> bool:
+    """Whether the first bytes read as text: UTF-8, or spaces and no control in one or two bytes a character.
+
+    Of GPT-2's ids in 16 bits, most have a control for their upper byte, and its commonest marks are controls
+    themselves. The ids of a small vocabulary may be characters.
+    """
+    marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    for encoding in (
+        "utf-8",
+        "latin-1",
+        *(("utf-16-le", "utf-16-be") if FEW_IDS < vocab_size <= MOST_IDS else ()),
+    ):
+        text = codecs.getincrementaldecoder(encoding)("replace").decode(head)  # may end within a character
+        odd, spaces = len(NOT_TEXT.findall(text)), len(SPACES.findall(text))
+        if encoding == "utf-8" and text and 5 * odd <= len(text):  # a fifth: Latin-1's letters
+            return True
+        if not odd and (50 * spaces > len(text) or head.startswith(marks)):
+            return True
+    return False
+
+
+def _layout_of(path: Path, head: bytes, nbytes: int, vocab_size: int) -> tuple[str, torch.dtype, int, int]:
     """(whose format a token file has, dtype, offset of the ids, how many), by its size and first bytes."""
     found = NPY.match(head)
     if found and found[1] in NPY_DTYPES:
         return ".npy", NPY_DTYPES[found[1]], found.end(), int(found[2])
     if head.startswith(b"\x93NUMPY"):
-        found_header = f"{head[10:70].decode('latin-1')!r}, format {head[6]}.{head[7]}"
+        version = ".".join(map(str, head[6:8]))
+        found_header = f"{head[10:70].decode('latin-1')!r}, format {version or 'missing'}"
         wanted = "one row of little-endian integers in a .npy (uint16, uint32, int32 or int64, format 1.0)"
         raise CheckpointError(path, f"wanted {wanted}, found {found_header}")
     if other := next((what for first, what in NOT_TOKENS.items() if re.match(first, head, re.S)), ""):
@@ -235,8 +258,7 @@ def _layout_of(path: Path, head: bytes, nbytes: int) -> tuple[str, torch.dtype, 
         if version != known:
             raise CheckpointError(path, f"llm.c's tokens of version {version}, wanted {known}")
         return "llm.c", dtype, LLMC_HEADER, count
-    text = codecs.getincrementaldecoder("utf-8")("replace").decode(head)  # head may end within a character
-    if text and 5 * len(NOT_TEXT.findall(text)) <= len(text):  # a fifth: Latin-1's letters
+    if _is_text(head, vocab_size):
         raise CheckpointError(path, f"looks like text, not tokens; give it another suffix than {path.suffix}")
     if len(head) == LLMC_HEADER and not any(head[64:]) and any(head):
         raise CheckpointError(path, f"begins with a header of an unknown kind ({magic}); save it as .npy")
@@ -275,7 +297,7 @@ def open_tokens(path: Path, vocab_size: int) -> Tensor:
 def _checked(file: torch.UntypedStorage, path: Path, vocab_size: int) -> Tensor:
     content = torch.empty(0, dtype=torch.uint8, device="cpu").set_(file)
     nbytes, head = len(content), bytes(memory_of(in_memory(content[:LLMC_HEADER])))
-    kind, dtype, offset, count = _layout_of(path, head, nbytes)
+    kind, dtype, offset, count = _layout_of(path, head, nbytes, vocab_size)
     found, wanted = nbytes - offset, count * dtype.itemsize
     if found < 1 or found != wanted:
         raise CheckpointError(path, f"{found} bytes of tokens ({kind}), wanted {wanted}; truncated?")

@@ -8,7 +8,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -403,10 +403,10 @@ def save_lora(run: Run, path: Path) -> None:
 def load_lora(model: nn.Module, path: Path) -> tuple[str, ...]:
     """Put the adapters of a file around a model's layers; `merge_lora` makes it plain again.
 
-    The head of a classifier, which was trained with them, replaces the model's; returns the labels of its
-    rows, () where there is none. Warns where the model's other weights are not those that they were trained
-    on, which reads them all. Raises CheckpointError, before anything is changed, for a damaged file, or one
-    whose layers are not the model's.
+    The head of a classifier, which was trained with them, replaces the model's, and so do its labels, which
+    are returned; () where there is none. Warns where the model's other weights are not those that they were
+    trained on, which reads them all. Raises CheckpointError, before anything is changed, for a damaged file,
+    or one whose layers are not the model's.
     """
     saved = _read(path, ADAPTERS, "a file of LoRA adapters")
     tensors, modules, own = saved["lora"], dict(model.named_modules()), dict(model.named_parameters())
@@ -427,6 +427,9 @@ def load_lora(model: nn.Module, path: Path) -> tuple[str, ...]:
             found = f"one of {tuple(own[name].shape)}" if name in own else "no such weight"
             what = f"{name} is {tuple(tensor.shape)}, the model has {found}"
             raise CheckpointError(path, f"{what} (a classifier's head? call as_classifier first)", name=name)
+    head, labels = tensors.get("out_head.weight"), saved["labels"]
+    if labels and (wrong := wrong_labels(labels, len(head) if head is not None else 0)):
+        raise CheckpointError(path, f"its labels: {wrong}")
     now = weights_of(model)
     if others := [name for name, digest in saved["base"].items() if now.get(name, digest) != digest]:
         said = f"these adapters were trained on another model, or in another dtype: {others[0]} … differs"
@@ -435,4 +438,6 @@ def load_lora(model: nn.Module, path: Path) -> tuple[str, ...]:
         own[name].copy_(in_memory(tensor))
     for name, added in adapted.items():
         model.set_submodule(name, added)
-    return tuple(saved["labels"])
+    if isinstance(model, GPTModel) and head is not None:
+        model.purpose = replace(model.purpose, labels=tuple(labels))
+    return tuple(labels)

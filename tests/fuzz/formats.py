@@ -145,8 +145,12 @@ def _tree(folder: Path) -> None:
 
 def _characters(folder: Path) -> None:
     _said(folder)
-    letters = "abcdefgh\n "
-    meta = {"stoi": {c: i for i, c in enumerate(letters)}, "itos": dict(enumerate(letters)), "vocab_size": 10}
+    letters = [chr(0x4E00 + id) for id in range(TINY.vocab_size)]
+    meta = {
+        "stoi": {c: i for i, c in enumerate(letters)},
+        "itos": dict(enumerate(letters)),
+        "vocab_size": 300,
+    }
     (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -99,16 +98,47 @@ def test_a_replaced_file_keeps_its_owner(model: GPTModel, tmp_path: Path):
     assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (1234, 4321, 0o640)
 
 
-def test_file_and_folder_are_flushed_before_and_after_the_rename(tmp_path: Path):
-    """By what the system is asked for, in its order."""
-    if not (strace := next((p for p in ("/usr/bin/strace",) if os.access(p, os.X_OK)), None)):
-        pytest.skip("strace is not installed")
-    code = (
-        "import sys; from pathlib import Path; from gpt2lite.checkpoint.writing import replacing\n"
-        "with replacing(Path(sys.argv[1])) as t: t.write_text('x')"
-    )
-    log = tmp_path / "log"
-    traced = [strace, "-f", "-e", "trace=fsync,rename,renameat,renameat2", "-o", log]
-    subprocess.run([*traced, sys.executable, "-c", code, tmp_path / "out.txt"], check=True)
-    calls = [line for line in log.read_text().splitlines() if "out.txt" in line or "fsync" in line]
-    assert [("rename" in call) for call in calls] == [False, True, False]
+def test_all_is_on_the_disk_before_it_gets_its_name_and_the_name_before_the_writer_returns(
+    tmp_path: Path, monkeypatch: Any
+):
+    calls, fsync, rename = [], os.fsync, os.replace
+
+    def spy_fsync(opened: int) -> None:
+        calls.append(Path(os.readlink(f"/proc/self/fd/{opened}")).name)
+        fsync(opened)
+
+    def spy_rename(old: Path, new: Path) -> None:
+        calls.append(f"renamed to {new.name}")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    monkeypatch.setattr(os, "replace", spy_rename)
+    with replacing(tmp_path / "out") as temporary:
+        temporary.mkdir()
+        (temporary / "inner").write_text("x")
+    assert calls == ["inner", "out", "renamed to out", tmp_path.name]
+
+
+def test_without_locks_what_one_finds_there_is_another_ones(tmp_path: Path, monkeypatch: Any):
+    def refuse(held: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    left = leave(tmp_path / "a.txt")
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with replacing(tmp_path / "b.txt") as temporary:
+        temporary.write_text("whole")
+    with pytest.raises(UsageError, match=r"a\.txt: another process is writing it"):
+        replacing(tmp_path / "a.txt").__enter__()
+    assert sorted(os.listdir(tmp_path)) == [left.name, "b.txt"]
+
+
+def test_links_and_folders_that_a_killed_writer_left_are_removed_and_not_followed(tmp_path: Path):
+    left = leave(tmp_path / "a.txt")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "kept").write_text("kept")
+    (left / "deeper").mkdir()
+    (left / "link").symlink_to(tmp_path / "mine")
+    with replacing(tmp_path / "a.txt") as temporary:
+        assert not any(left.iterdir())
+        temporary.write_text("whole")
+    assert (tmp_path / "mine" / "kept").read_text() == "kept"
