@@ -177,7 +177,7 @@ def cases(args: argparse.Namespace, config: GPTConfig) -> Iterator[Case]:
             casts = (cast for each, cast in VARIANTS if each == stored)
             for cast, strategy in itertools.product(casts, args.strategies):
                 if strategy != "per_tensor" or format == "folder":
-                    for _ in range(2):  # again what is off: a busy machine's sampler may miss a peak
+                    for _ in range(3):  # again what is off: a busy machine's sampler may miss a peak
                         found = in_fork(measure, path, tiny, args.device, strategy, cast, config)
                         case = Case(dialect, format, stored, cast, strategy, **found)
                         if case.is_within:

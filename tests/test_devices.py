@@ -201,6 +201,7 @@ def test_what_a_token_costs_leaves_out_what_is_recorded_once():
     path = SIMULATED.parent.parent / "benchmarks" / "compare_decoding.py"
     program = runpy.run_path(str(path))
     seconds = {"PROMPT": 1.0, "BEGUN": 6.0, "DECODE": 6.0 + 62 * 0.5, "PREFILL": 2.0}
+    seconds |= {"LONG_BEGUN": 8.0, "LONG": 8.0 + 32 * 0.75}
     runs = {program[name]: [spent] for name, spent in seconds.items()}
     found = program["figures"]({"ours, bfloat16": runs}, 10, 40.0)["ours, bfloat16"]
-    assert (found.token, found.roofline) == (0.5, 1.0)
+    assert (found.token, found.late, found.roofline) == (0.5, 0.75, 1.0)
