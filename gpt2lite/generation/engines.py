@@ -26,7 +26,9 @@ from gpt2lite.quantization import Int8Embedding, Int8Linear
 
 Step = Callable[[Tensor], Tensor]  # ids (B, T) → logits (B, V) of the last; the cache grows by T tokens
 FLOATS = (torch.float32, torch.bfloat16)  # in which numba's loops compute
-MOST_ROWS = 64  # texts at a time for numba; above it torch's matrix products are faster
+# Texts × tokens of a step for numba, and of int8 where the processor multiplies it; for more torch's matrix
+# products are faster.
+MOST_ROWS, MOST_ROWS_IN_INTEGERS = 64, 256
 # Worth starting from this many tokens (graph), or weights × tokens (numba, which takes
 # half a second to start: 20 tokens of gpt2).
 FEWEST_FOR_GRAPH, FEWEST_FOR_NUMBA = 16, 25 * 10**8
@@ -294,7 +296,8 @@ def _numba_step(model: Any, cache: KVCache) -> Step:
     activation = {"gelu_tanh": kernels.GELU_TANH, "gelu": kernels.GELU_EXACT}[model.config.activation]
     memory = cache.memory.view(torch.uint16) if cache.memory.dtype == torch.bfloat16 else cache.memory
     layers, batch = list(memory.numpy()), memory.shape[2]
-    most_rows = kernels.most_rows(head)
+    is_integers = kernels.HAS_INTEGERS and isinstance(model.out_head, Int8Linear)
+    most_rows = MOST_ROWS_IN_INTEGERS if is_integers else MOST_ROWS
     no_pads = torch.zeros(batch, dtype=torch.int64, device="cpu")
 
     def loops(ids: Tensor) -> Tensor:

@@ -42,11 +42,9 @@ LANES = 16 if "+avx512f" in FEATURES else 8  # numbers in a register
 HAS_INTEGERS = "+avx512vnni" in FEATURES and "+avx512vl" in FEATURES  # int8 × uint8, four to a sum
 FEWEST_IN_INTEGERS = 8  # rows
 FEWEST_TO_SHARE = 16  # rows whose norms are worth waking the other threads
-MOST_ROWS, MOST_ROWS_IN_INTEGERS = 64, 256  # for more torch's matrix products are faster
 MOST_16, MIDDLE_16 = np.float32(2**15 - 1), np.float32(2**15 + 0.5)  # + 0.5: rounded where it is cut
 INFINITY_BITS, ABSOLUTE = np.int32(0x7F800000), np.int32(0x7FFFFFFF)
 NO_BYTES = np.empty(0, np.uint8)
-NO_SUMS = torch.empty(0, dtype=torch.int32, device="cpu")
 INT, BYTES = ir.IntType(32), ir.IntType(8).as_pointer()
 WHOLE, BLOCK, AHEAD, QUERIES = 4 * LANES, 32, 4096, 16
 _integer = partial(ir.Constant, ir.IntType(64))
@@ -60,7 +58,6 @@ class Matrix(NamedTuple):
     transposed: bool
     scale: Array
     bias: Array
-    sums: Array  # of each row, where int8 is multiplied by the processor itself, else empty
 
 
 Norm = tuple[Array, Array]  # scale, shift
@@ -86,18 +83,7 @@ def matrix_of(linear: Any) -> Matrix:
     flat = weight.as_strided(((n_outer - 1) * step + n_inner,), (1,))
     flat = flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat
     scale = _vector(getattr(linear, "scale", None), size, 1.0)
-    bias, multiplies = _vector(linear.bias, size, 0.0), HAS_INTEGERS and weight.dtype == torch.int8
-    sums = (
-        weight.sum(1, dtype=torch.int32)
-        if multiplies and not transposed and n_inner % (4 * LANES) == 0
-        else NO_SUMS
-    )
-    return Matrix(flat.numpy(), step, transposed, scale, bias, sums.numpy())
-
-
-def most_rows(head: Matrix) -> int:
-    """Up to how many rows, texts × tokens of a step, these loops are faster than torch."""
-    return MOST_ROWS_IN_INTEGERS if head.sums.size else MOST_ROWS
+    return Matrix(flat.numpy(), step, transposed, scale, _vector(linear.bias, size, 0.0))
 
 
 @contextmanager
@@ -291,15 +277,15 @@ def _rows(flat: Array, step: int, x: Array, y: Array, start: int, stop: int) -> 
                 y[r, o] += _number(flat[o * step + i]) * x[r, i]
 
 
-def _in_integers(flat: Array, step: int, sums: Array, x: Array, y: Array, start: int, stop: int) -> Any:
-    """The same of an int8 weight with integer products, where there are `sums`; says whether it was done."""
+def _in_integers(flat: Array, step: int, x: Array, y: Array, start: int, stop: int) -> Any:
+    """The same of an int8 weight with integer products, if they suit it; says whether it was done."""
 
 
 @overload(_in_integers)
-def _in_integers_of(flat, step, sums, x, y, start, stop):  # type: ignore[no-untyped-def]
-    def multiplied(flat, step, sums, x, y, start, stop):  # type: ignore[no-untyped-def]
+def _in_integers_of(flat, step, x, y, start, stop):  # type: ignore[no-untyped-def]
+    def multiplied(flat, step, x, y, start, stop):  # type: ignore[no-untyped-def]
         n_rows, n = x.shape
-        if not sums.size or n_rows < FEWEST_IN_INTEGERS:
+        if n_rows < FEWEST_IN_INTEGERS or n % WHOLE:
             return False
         planes, scales = _planes(x)
         products = np.empty((len(planes), BLOCK), np.int32)
@@ -309,16 +295,17 @@ def _in_integers_of(flat, step, sums, x, y, start, stop):  # type: ignore[no-unt
             for p in range(0, len(planes), 4):
                 for o in range(first, last, 4):
                     _sixteen(flat, o * step, step, planes, p, n, products, o - first)
+            sums = products[2 * n_rows]
             for r in range(n_rows):
                 high, low, scale = products[2 * r], products[2 * r + 1], scales[r]
                 for o in range(first, last):
-                    upper = np.float32(high[o - first] - np.int32(128) * sums[o])
+                    upper = np.float32(high[o - first] - np.int32(128) * sums[o - first])
                     y[r, o] = scale * (np.float32(256) * upper + np.float32(low[o - first]))
         _rows(flat, step, x, y, even, stop)
         return True
 
     is_done = HAS_INTEGERS and flat.dtype == types.int8  # else LLVM has no such instruction, and aborts
-    return multiplied if is_done else lambda flat, step, sums, x, y, start, stop: False
+    return multiplied if is_done else lambda flat, step, x, y, start, stop: False
 
 
 @njit(**FAST)
@@ -334,16 +321,15 @@ def _planes(x: Array) -> tuple[Array, Array]:
     """Each row of x as whole numbers of 16 bits times a scale; of those + 2^15 the upper and lower bytes.
 
     Integer products take one operand without a sign, and 8 bits of each: two rows of bytes say as much as
-    the 16 bits, which is what an fp32 activation needs. Filled up to a multiple of four rows.
+    the 16 bits, which is what an fp32 activation needs. A row of ones follows, whose product is a weight's
+    sum, since 2^15 times that was added; filled up to a multiple of four rows.
     """
     n_rows, n = x.shape
-    planes, scales = _aligned((2 * n_rows + 3) // 4 * 4, n, NO_BYTES), np.empty(n_rows, np.float32)
-    planes[2 * n_rows :] = 0
+    planes, scales = _aligned((2 * n_rows + 4) // 4 * 4, n, NO_BYTES), np.empty(n_rows, np.float32)
+    planes[2 * n_rows :] = 1
     for r in range(n_rows):
         row, high, low, most = x[r], planes[2 * r], planes[2 * r + 1], np.int32(0)
-        bits = row.view(
-            np.int32
-        )  # without the sign they are ordered as the numbers are, infinity and NaN last
+        bits = row.view(np.int32)  # without signs in the order of the numbers, infinity and NaN last
         for i in range(n):
             most = np.int32(max(most, bits[i] & ABSOLUTE))
         largest = np.int32(most).view(np.float32) if most < INFINITY_BITS else np.float32(np.nan)
@@ -400,7 +386,7 @@ def _exp(x: float) -> float:
 @njit(parallel=True, **FAST)
 def _linear(matrix: Matrix, x: Array, y: Array, activation: int, parts: int) -> None:
     """y (B, out) = activation(W x + bias), or for ADD what y was and W x + bias."""
-    flat, step, transposed, scale, bias, sums = matrix
+    flat, step, transposed, scale, bias = matrix
     batch, n_out = y.shape
     products = np.empty_like(y) if activation == ADD else y
     for part in prange(parts):
@@ -408,7 +394,7 @@ def _linear(matrix: Matrix, x: Array, y: Array, activation: int, parts: int) -> 
         if transposed:
             _columns(flat, step, x, products, start, stop)
         else:
-            if not _in_integers(flat, step, sums, x, products, start, stop):
+            if not _in_integers(flat, step, x, products, start, stop):
                 _rows(flat, step, x, products, start, stop)
         for b in range(batch):
             for o in range(start, stop):
