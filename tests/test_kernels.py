@@ -92,6 +92,15 @@ def test_an_older_processors_registers_give_the_same(tmp_path: Path):
     assert run.returncode == 0, run.stdout + run.stderr
 
 
+@pytest.mark.parametrize("told", [{"NUMBA_ENABLE_AVX": "0"}, {"NUMBA_CPU_NAME": "generic"}], ids=str)
+def test_what_numba_is_told_to_compile_for_is_believed(told: dict[str, str], tmp_path: Path):
+    test = f"{__file__}::test_products_are_those_of_float64[33-192-9-False-dtype2]"  # int8, nine rows
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
+    environment = os.environ | told | {"NUMBA_CACHE_DIR": f"{tmp_path}"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [31, 32, 300])
 def test_a_dtype_that_the_cpu_emulates_rounds_once(dtype: torch.dtype, rows: int):

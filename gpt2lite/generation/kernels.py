@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 import torch
-from llvmlite import binding as llvm
 from llvmlite import ir
 from numba import njit, prange, types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
@@ -37,7 +37,7 @@ NONE, GELU_TANH, GELU_EXACT, ADD = range(4)
 # numpy's division: 0 / 0 is NaN, where Python's would raise from inside of a pool that cannot carry it
 FAST: Any = {"fastmath": True, "cache": True, "error_model": "numpy"}
 Array = Any  # np.ndarray of numba's choosing
-FEATURES = numba.config.CPU_FEATURES or llvm.get_host_cpu_features().flatten()  # type: ignore[attr-defined]
+FEATURES = cpu_target.target_context.codegen()._get_host_cpu_features()  # what numba compiles for
 LANES = 16 if "+avx512f" in FEATURES else 8  # numbers in a register
 HAS_INTEGERS = "+avx512vnni" in FEATURES and "+avx512vl" in FEATURES  # int8 × uint8, four to a sum
 FEWEST_IN_INTEGERS = 8  # rows
