@@ -39,6 +39,11 @@ FEWEST_TO_WIDEN = 32  # rows for which it is faster to widen a weight than to le
 SAVERS = {".pth": (fill_torch_zip, True), ".safetensors": (fill_safetensors, False)}  # whether it can tie
 
 
+def _is_recorded() -> bool:
+    """Whether a model is traced or exported, for lengths and processors that are not known yet."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[attr-defined]
+
+
 class Linear(nn.Linear):
     """nn.Linear that leaves its initial values to `GPTModel`: no initialiser runs twice, and none on meta."""
 
@@ -48,7 +53,8 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) → (..., out); many rows in a dtype that the CPU emulates are multiplied in fp32."""
         is_plain = x.dtype != self.weight.dtype or not emulates(x.device, x.dtype) or is_divided(self.weight)
-        if is_plain or torch.is_grad_enabled() or x.numel() < FEWEST_TO_WIDEN * self.in_features:
+        is_plain = is_plain or torch.is_grad_enabled() or _is_recorded()
+        if is_plain or x.numel() < FEWEST_TO_WIDEN * self.in_features:
             return super().forward(x)
         y = multiply(x, self.weight)
         return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
@@ -274,9 +280,7 @@ class GPTModel(nn.Module):
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Token ids (B, T) → what the head reads, (B, T, C); a cache is extended by T tokens."""
         T, seen = ids.shape[1], cache.length if cache else 0
-        # A recorded model takes lengths that are not known yet; positions that do not fit raise there.
-        recorded = torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[attr-defined]
-        if not recorded and seen + T > self.config.context_length:
+        if not _is_recorded() and seen + T > self.config.context_length:
             raise UsageError(f"{seen + T} tokens do not fit the context of {self.config.context_length}")
         positions = self.pos_emb(cache.positions(T) if cache else torch.arange(T, device=ids.device))
         mask = cache.mask(T) if cache else None

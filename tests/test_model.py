@@ -171,6 +171,18 @@ def test_an_exported_model_takes_any_length(limits: dict[str, int], tokens: torc
             assert torch.equal(exported(rows[:, :length]), model(rows[:, :length]))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@torch.no_grad()
+def test_an_exported_model_takes_any_length_in_bfloat16_whatever_this_processor_has(tokens: torch.Tensor):
+    model = GPTModel(ARTICLE).eval().bfloat16()
+    long = tokens.repeat(40 // len(tokens) + 1, 1)  # rows enough for widening the weights
+    dynamic = ({0: torch.export.Dim("B"), 1: torch.export.Dim("T", min=1, max=32)},)
+    exported = torch.export.export(model, (long[:, :7].contiguous(),), dynamic_shapes=dynamic).module()
+    for length in LENGTHS:
+        assert exported(long[:, :length]).shape == (*long[:, :length].shape, model.config.vocab_size)
+        torch.testing.assert_close(exported(long[:, :length]), model(long[:, :length]), atol=0.05, rtol=0.05)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_model_is_written_as_onnx_with_a_dynamic_length(tokens: torch.Tensor, tmp_path: Path):
     pytest.importorskip("onnxscript", reason="onnxscript, which torch.onnx needs, is not installed")
