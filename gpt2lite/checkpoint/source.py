@@ -301,13 +301,23 @@ def _copied(tensor: torch.Tensor, fill: Callable[[memoryview, int], None]) -> to
     if axis is not None and _extent(tensor) > 2 * tensor.numel():
         count, row = tensor.shape[axis], _extent(tensor.select(axis, 0))
         step, stride[axis] = stride[axis] * size, row
-        flat = torch.empty(count * row, dtype=tensor.dtype, device="cpu")
+        flat = _fresh(count * row, tensor.dtype)
     else:
-        step, flat = 0, torch.empty(_extent(tensor), dtype=tensor.dtype, device="cpu")
+        step, flat = 0, _fresh(_extent(tensor), tensor.dtype)
     memory, width = memory_of(flat), len(flat) * size // count
     for number in range(count):
         fill(memory[number * width : (number + 1) * width], address + number * step)
     return flat.as_strided(tensor.shape, stride)
+
+
+def _fresh(numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """Fresh memory that goes back to the system when it is let go.
+
+    Of torch's own, pieces that are copied and what is made of them lie in turn in malloc's memory; a hole is
+    filled by a smaller one, and a load kept up to two thirds more than its model (a cast one of 34 MiB: 57).
+    """
+    pages = mmap.mmap(-1, numel * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype)
 
 
 def _extent(tensor: torch.Tensor) -> int:
